@@ -1,0 +1,1 @@
+"""Per-example gradients from one forward and one backward pass. Needs torch alone."""

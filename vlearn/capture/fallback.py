@@ -1,0 +1,159 @@
+"""Exact per-example gradients of a module that no rule covers: slower, never approximate.
+
+The module is run again on one example at a time, vectorised by `torch.func.vmap`, or one by one where
+that cannot be done. The recomputed outputs must equal the recorded ones; a module that mixes examples
+(batch statistics, another axis first) or draws random numbers does not pass, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from vlearn.capture.trace import Use, hooks_paused, tensor_leaves
+
+Weights = dict[Tensor, Tensor]
+
+
+def per_example_gradients(use: Use, examples: slice, weights: Weights) -> Weights:
+    """Gradient of each example's own loss with respect to the parameters of one use.
+
+    Args:
+        use: a use whose backward pass has come.
+        examples: which examples.
+        weights: value of each parameter of the use during the recorded pass.
+    Returns:
+        By parameter ``[n, *shape]``, on the scale of the recorded backward pass.
+    Raises:
+        RuntimeError: if the module does not treat examples one by one, or is not deterministic.
+    """
+    names, call, batched = _example_call(use, examples, weights, use.parameters)
+    values = {name: weights[p] for name, p in names.items()}
+    cotangents = [
+        torch.zeros(shape, device=out.device, dtype=out.dtype)[examples] if c is None else c[examples]
+        for c, shape, (out, _) in zip(use.cotangents, use.shapes, use.outputs, strict=True)
+    ]
+
+    def gradient(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        outputs, pullback = vjp(lambda v: call(v, leaves), values)
+        return pullback([c.unsqueeze(0).to(o.dtype) for c, o in zip(cotangent, outputs, strict=True)])[0], outputs
+
+    def gradient_of_one(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        live = {name: value.detach().requires_grad_() for name, value in values.items()}
+        with torch.enable_grad():
+            outputs = call(live, leaves)
+            grads = torch.autograd.grad(
+                outputs,
+                list(live.values()),
+                [c.unsqueeze(0).to(o.dtype) for c, o in zip(cotangent, outputs, strict=True)],
+                allow_unused=True,
+            )
+        pairs = zip(live.items(), grads, strict=True)
+        return {n: torch.zeros_like(v) if g is None else g for (n, v), g in pairs}, [o.detach() for o in outputs]
+
+    gradients, outputs = _each_example(use, gradient, gradient_of_one, batched, cotangents)
+    _check_outputs(use, outputs, examples)
+    return {p: gradients[name] for name, p in names.items()}
+
+
+def output_tangents(use: Use, examples: slice, weights: Weights, directions: Weights) -> list[Tensor]:
+    """Change of the module's outputs when example n's parameters move along its own direction.
+
+    Args:
+        use, examples, weights: as for `per_example_gradients`.
+        directions: by parameter ``[n, *shape]``; a parameter without one stays.
+    Returns:
+        For each output ``[n, ...]``, first order.
+    """
+    names, call, batched = _example_call(use, examples, weights, directions)
+    values = {name: weights[p] for name, p in names.items()}
+    moves = {name: directions[p] for name, p in names.items()}
+
+    def tangent(leaves: list[Tensor], move: dict[str, Tensor]) -> list[Tensor]:
+        return jvp(lambda v: call(v, leaves), (values,), (move,))[1]
+
+    def tangent_of_one(leaves: list[Tensor], move: dict[str, Tensor]) -> list[Tensor]:
+        with forward_ad.dual_level():
+            outputs = call({n: forward_ad.make_dual(v, move[n]) for n, v in values.items()}, leaves)
+            pairs = [forward_ad.unpack_dual(output) for output in outputs]
+            return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
+
+    tangents = _each_example(use, tangent, tangent_of_one, batched, moves)
+    return [t.squeeze(1) for t in tangents]
+
+
+def _example_call(
+    use: Use, examples: slice, weights: Weights, moving: Iterable[Tensor]
+) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]], list[Tensor]]:
+    """(parameters by name, call(parameters, one example's leaves) -> outputs [1, ...], batched leaves)."""
+    use.check_unchanged()
+    names = {
+        next(name for name, q in use.module.named_parameters(remove_duplicate=False) if q is p): p
+        for p in moving
+    }
+    others = {
+        name: weights[p]
+        for name, p in use.module.named_parameters()
+        if name not in names and p in weights
+    }
+    leaves, structure = tree_flatten((use.args, use.kwargs))
+    dtype = weights[use.parameters[0]].dtype  # autocast may have handed the module narrower inputs
+    leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    total = use.shapes[0][0]
+    is_batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == total for x in leaves]
+    batched = [x[examples] for x, flag in zip(leaves, is_batched, strict=True) if flag]
+
+    def call(values: dict[str, Tensor], example: list[Tensor]) -> list[Tensor]:
+        rows = iter(example)
+        filled = [next(rows).unsqueeze(0) if flag else x for x, flag in zip(leaves, is_batched, strict=True)]
+        args, kwargs = tree_unflatten(filled, structure)
+        output = functional_call(use.module, {**others, **values}, args, kwargs)
+        return [tensor_leaves(output)[position] for position in use.positions]
+
+    return names, call, batched
+
+
+def _each_example(use: Use, vectorised: Callable, single: Callable, batched: list[Tensor], others: Any) -> Any:
+    with hooks_paused(), torch.autocast(batched[0].device.type, enabled=False):
+        try:
+            return vmap(vectorised, randomness="error")(batched, others)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            if "randomness" in str(error):
+                raise RuntimeError(_refusal(use, "it draws random numbers itself")) from error
+        before = torch.get_rng_state()
+        leaves, structure = tree_flatten(others)
+        rows = [
+            single([b[n] for b in batched], tree_unflatten([leaf[n] for leaf in leaves], structure))
+            for n in range(batched[0].shape[0])
+        ]
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+            raise RuntimeError(_refusal(use, "it draws random numbers itself"))
+        flat = [tree_flatten(row) for row in rows]
+        return tree_unflatten([torch.stack(column) for column in zip(*(f[0] for f in flat), strict=True)], flat[0][1])
+
+
+def _check_outputs(use: Use, outputs: list[Tensor], examples: slice) -> None:
+    for output, (recorded, version) in zip(outputs, use.outputs, strict=True):
+        if recorded._version != version:
+            continue  # overwritten by a later in-place operation: nothing left to compare with
+        recorded = recorded[examples]
+        output = output.squeeze(1)
+        scale = max(float(recorded.abs().max()), 1e-30) if recorded.numel() else 1.0
+        tolerance = scale * max(1e-4, 30 * torch.finfo(recorded.dtype).eps)
+        if output.shape != recorded.shape or float((output - recorded).abs().max()) > tolerance:
+            reason = "run on one example at a time it gives other outputs than on the batch"
+            raise RuntimeError(_refusal(use, reason))
+
+
+def _refusal(use: Use, reason: str) -> str:
+    return (
+        f"{use.path} ({type(use.module).__name__}): {reason}, so its per-example gradients are not defined. "
+        "Use a module that treats dimension 0 as examples and is deterministic, or freeze its parameters."
+    )

@@ -1,0 +1,316 @@
+"""IVON: the improved variational online Newton method.
+
+Shen et al., 2024, "Variational Learning is Effective for Large Deep Networks", arXiv:2402.17641, Algorithm 1;
+the Riemannian correction is Lin, Schmidt, Khan, 2020, arXiv:2002.10060.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.optim.base import MeanView, VariationalOptimizer, is_narrow
+from vlearn.optim.draw import Slot
+from vlearn.posterior import Diagonal
+
+
+class IVON(VariationalOptimizer):
+    r"""Natural-gradient variational inference over a diagonal Gaussian, at the cost of Adam.
+
+    With t from 1, ℓ̄ the mean loss, and the average over the step's draws θ = m + ε/√(ess·(h + wd)), ε ~ N(0, 1):
+
+        ĝ = mean ∇ℓ̄(θ),  ĥ = ess·(h + wd)·mean (θ - m)∘∇ℓ̄(θ)
+        g ← β₁g + (1 - β₁)ĝ
+        h ← β₂h + (1 - β₂)ĥ + ½(1 - β₂)²(h - ĥ)²/(h + wd)
+        m ← m - lr·(hess_init + wd)·(g/(1 - β₁ᵗ) + wd·m)/(h + wd)
+
+    so h + wd at least halves and stays positive. The posterior precision is num_data·(h + wd).
+
+    Args:
+        params: a model, which is then watched (training forwards draw, `sensitivities()` works), or anything that
+            torch.optim takes.
+        lr: learning rate, 0.1 to 0.2 for small and medium networks.
+        ess: effective sample size λ: the number of training examples, unless tempered.
+        hess_init: h at the start, per example. Its remaining weight after t steps is β₂ᵗ.
+        beta1: momentum of the gradient.
+        beta2: momentum of the Hessian; 1 - beta2 must be small, the estimate ĥ is noisy.
+        weight_decay: wd = δ/N for a prior precision δ and N examples.
+        mc_samples: draws per `step(closure)`.
+        hess_approx: "price" (above) or "gradsq", ĥ = ess·mean ĝ².
+        clip_radius: ξ, bound on each entry of the preconditioned gradient.
+        sync: average gradients and statistics over all processes at `step()`, without a DDP wrapper.
+        debias: divide the momentum by 1 - β₁ᵗ.
+        rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them.
+        num_data: number of training examples N, the scale of sensitivities; default ess.
+        generator: of the noise; default torch's global one.
+        foreach: multi-tensor operations; default wherever a block has several tensors.
+        nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
+            `nonfinite_count`, or "ignore": do not look.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = IVON(model, lr=0.1, ess=100)
+        >>> loss = model(torch.ones(3, 2)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.sensitivities().self_influence.shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float,
+        ess: float,
+        hess_init: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.99999,
+        weight_decay: float = 1e-4,
+        mc_samples: int = 1,
+        hess_approx: str = "price",
+        clip_radius: float = math.inf,
+        sync: bool = False,
+        debias: bool = True,
+        rescale_lr: bool = True,
+        *,
+        num_data: float | None = None,
+        generator: torch.Generator | None = None,
+        foreach: bool | None = None,
+        nonfinite: str = "raise",
+    ):
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": hess_init,
+            "beta1": beta1,
+            "beta2": beta2,
+            "betas": (beta1, beta2),
+            "weight_decay": weight_decay,
+            "mc_samples": mc_samples,
+            "hess_approx": hess_approx,
+            "clip_radius": clip_radius,
+            "sync": sync,
+            "debias": debias,
+            "rescale_lr": rescale_lr,
+            "num_data": num_data,
+            "foreach": foreach,
+            "nonfinite": nonfinite,
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults, generator)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name, value, rule, remedy in (
+            ("lr", group["lr"], group["lr"] >= 0, "must not be negative: try 0.1"),
+            ("ess", group["ess"], group["ess"] > 0, "must be positive: use the number of training examples"),
+            ("hess_init", group["hess_init"], group["hess_init"] > 0, "must be positive: try 1, or 0.1 for short runs"),
+            ("beta1", group["beta1"], 0 <= group["beta1"] < 1, "must be in [0, 1): try 0.9"),
+            ("beta2", group["beta2"], 0 <= group["beta2"] <= 1, "must be in [0, 1]: try 0.99999"),
+            ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, "must not be negative: try 1e-4"),
+            ("clip_radius", group["clip_radius"], group["clip_radius"] > 0, "must be positive: inf does not clip"),
+            (
+                "mc_samples",
+                group["mc_samples"],
+                isinstance(group["mc_samples"], int) and group["mc_samples"] >= 1,
+                "must be a whole number of draws: use 1",
+            ),
+            (
+                "hess_approx",
+                group["hess_approx"],
+                group["hess_approx"] in ("price", "gradsq"),
+                "must be 'price' or 'gradsq': use 'price'",
+            ),
+            (
+                "num_data",
+                group["num_data"],
+                group["num_data"] is None or group["num_data"] > 0,
+                "must be positive: use the number of training examples",
+            ),
+            (
+                "nonfinite",
+                group["nonfinite"],
+                group["nonfinite"] in ("raise", "skip", "ignore"),
+                "must be 'raise', 'skip' or 'ignore': use 'raise'",
+            ),
+        ):
+            if not rule:
+                raise ValueError(f"{name}={value!r}, but it {remedy}.")
+
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        dtype = torch.float32 if is_narrow(p) else p.dtype
+        self.state[p] = {
+            "step": torch.tensor(0.0, dtype=torch.float32),
+            "momentum": torch.zeros_like(p, dtype=dtype),
+            "hessian": torch.full_like(p, group["hess_init"], dtype=dtype),
+        }
+
+    def _perturb(self, group: dict[str, Any], block: list[Slot]) -> None:
+        means = [self._exact_mean(slot) for slot in block]
+        hessians = [slot.of(self.state[slot.parameter]["hessian"]) for slot in block]
+        noise = _normal(means, self.generator)
+        draw = _foreach_draw if _use_foreach(group, block) else _plain_draw
+        draw(means, hessians, noise, ess=group["ess"], weight_decay=group["weight_decay"])
+        for slot, sample in zip(block, noise, strict=True):
+            slot.weights.copy_(sample)
+
+    def _statistic(self, group: dict[str, Any], noise: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        if group["hess_approx"] == "gradsq":
+            return [gradient.square() for gradient in gradients]
+        torch._foreach_mul_(noise, gradients)
+        return noise
+
+    def _update(
+        self, group: dict[str, Any], block: list[Slot], gradients: list[Tensor], statistics: list[Tensor]
+    ) -> None:
+        steps = []
+        for slot in block:
+            step = self.state[slot.parameter]["step"]
+            if slot.rows is None or slot.rows[0] == 0:
+                step += 1
+            steps.append(float(step))
+        beta1, beta2 = group["beta1"], group["beta2"] = group["betas"]
+        update = _foreach_ivon if _use_foreach(group, block) else _plain_ivon
+        update(
+            [self._exact_mean(slot) for slot in block],
+            [slot.of(self.state[slot.parameter]["momentum"]) for slot in block],
+            [slot.of(self.state[slot.parameter]["hessian"]) for slot in block],
+            gradients,
+            statistics,
+            price=group["hess_approx"] == "price",
+            ess=group["ess"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            clip_radius=group["clip_radius"],
+            lr=group["lr"] * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
+            corrections=[1 - beta1**t if group["debias"] else 1.0 for t in steps],
+        )
+
+    def posterior(self) -> Diagonal:
+        """The posterior N(m, 1/(num_data·(h + wd))) as a view of the state: no copy, stale after the next step."""
+        self._prepare_states()
+        names = {name: p for p, name in self._names().items() if p in self.state}
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        updates = self._updates
+
+        def check() -> None:
+            if self._updates != updates:
+                raise RuntimeError(
+                    "this posterior is stale, the optimizer has stepped since: call optimizer.posterior() again, or "
+                    "keep one with .clone()."
+                )
+
+        return Diagonal(
+            MeanView(self, names),
+            {name: self.state[p]["hessian"] for name, p in names.items()},
+            {name: groups[p]["weight_decay"] for name, p in names.items()},
+            {name: groups[p]["ess"] for name, p in names.items()},
+            self.num_data,
+            parameters=names,
+            check=check,
+            at_mean=self.at_mean,
+        )
+
+
+def _use_foreach(group: dict[str, Any], block: list[Slot]) -> bool:
+    return len(block) > 1 if group["foreach"] is None else group["foreach"]
+
+
+def _normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
+    """Standard normal noise in the shapes of a block, drawn at once."""
+    first = like[0]
+    count = sum(tensor.numel() for tensor in like)
+    noise = torch.randn(count, dtype=first.dtype, device=first.device, generator=generator)
+    parts = noise.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _plain_draw(
+    means: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
+) -> None:
+    """noise ← mean + noise/√(ess·(h + wd)), one tensor at a time."""
+    for mean, hessian, sample in zip(means, hessians, noise, strict=True):
+        sample.div_(hessian.add(weight_decay).mul_(ess).sqrt_()).add_(mean)
+
+
+def _foreach_draw(
+    means: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
+) -> None:
+    """As `_plain_draw`, all tensors of a block at once."""
+    scales = torch._foreach_add(hessians, weight_decay)
+    torch._foreach_mul_(scales, ess)
+    torch._foreach_sqrt_(scales)
+    torch._foreach_div_(noise, scales)
+    torch._foreach_add_(noise, means)
+
+
+def _plain_ivon(
+    means: list[Tensor],
+    momenta: list[Tensor],
+    hessians: list[Tensor],
+    gradients: list[Tensor],
+    statistics: list[Tensor],
+    *,
+    price: bool,
+    ess: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    clip_radius: float,
+    lr: float,
+    corrections: list[float],
+) -> None:
+    """One update, one tensor at a time; `statistics` (the mean of noise∘gradient or gradient²) is overwritten."""
+    for i, (mean, momentum, hessian) in enumerate(zip(means, momenta, hessians, strict=True)):
+        precision = hessian + weight_decay
+        estimate = statistics[i].mul_(precision).mul_(ess) if price else statistics[i].mul_(ess)  # ĥ
+        difference = estimate.sub_(hessian)
+        momentum.lerp_(gradients[i], 1 - beta1)
+        hessian.add_(difference, alpha=1 - beta2)
+        hessian.addcdiv_(difference.square_(), precision, value=0.5 * (1 - beta2) ** 2)
+        direction = (momentum / corrections[i]).add_(mean, alpha=weight_decay).div_(hessian + weight_decay)
+        if clip_radius < math.inf:
+            direction.clamp_(-clip_radius, clip_radius)
+        mean.add_(direction, alpha=-lr)
+
+
+def _foreach_ivon(
+    means: list[Tensor],
+    momenta: list[Tensor],
+    hessians: list[Tensor],
+    gradients: list[Tensor],
+    statistics: list[Tensor],
+    *,
+    price: bool,
+    ess: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    clip_radius: float,
+    lr: float,
+    corrections: list[float],
+) -> None:
+    """As `_plain_ivon`, all tensors of a block at once."""
+    precisions = torch._foreach_add(hessians, weight_decay)
+    if price:
+        torch._foreach_mul_(statistics, precisions)
+    torch._foreach_mul_(statistics, ess)  # ĥ
+    torch._foreach_sub_(statistics, hessians)
+    torch._foreach_lerp_(momenta, gradients, 1 - beta1)
+    torch._foreach_add_(hessians, statistics, alpha=1 - beta2)
+    torch._foreach_mul_(statistics, statistics)
+    torch._foreach_addcdiv_(hessians, statistics, precisions, value=0.5 * (1 - beta2) ** 2)
+    directions = torch._foreach_div(momenta, corrections)
+    torch._foreach_add_(directions, means, alpha=weight_decay)
+    torch._foreach_div_(directions, torch._foreach_add(hessians, weight_decay))
+    if clip_radius < math.inf:
+        torch._foreach_clamp_max_(directions, clip_radius)
+        torch._foreach_clamp_min_(directions, -clip_radius)
+    torch._foreach_add_(means, directions, alpha=-lr)

@@ -1,0 +1,259 @@
+"""A watched model: its training forwards draw, its eval forwards see the mean, its passes leave captures.
+
+Every submodule carries two forward hooks, because the user may call any of them first (the network inside
+a LightningModule, one entry of a ModuleDict); the outermost call is the one that counts. The hooks go
+through a `Link`, which survives copying: (model, optimizer) copied together stay watched, a model copied
+alone is at the mean and inert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.capture.trace import Trace, hooks_are_silent, module_paths, tensor_leaves
+from vlearn.sensitivity.live import Sensitivities, live_sensitivities
+
+if TYPE_CHECKING:
+    from vlearn.optim.base import VariationalOptimizer
+
+
+class Link:
+    """What a module's hooks hold: the watch, if there is one."""
+
+    def __init__(self) -> None:
+        self.watch: Watch | None = None
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.watch is not None:
+            self.watch.before(module, args, kwargs)
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.watch is not None:
+            self.watch.after(module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        # The module's parameters are copied before its hooks: put the mean into the copies.
+        draw = self.watch.optimizer._draw if self.watch is not None else None
+        for slot in draw.slots if draw is not None else ():
+            copied = memo.get(id(slot.parameter))
+            if copied is not None and not slot.mean_in_weights:
+                slot.of(copied.data).copy_(slot.mean)
+        memo[id(self)] = link = Link()
+        return link
+
+    def __reduce__(self) -> tuple[type[Link], tuple[()]]:
+        return Link, ()
+
+
+class StateDictMean:
+    """State-dict hook of one module: its entries hold the mean."""
+
+    def __init__(self, link: Link):
+        self.link = link
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        if self.link.watch is not None:
+            self.link.watch.put_mean(module, state_dict, prefix)
+
+
+class Watch:
+    """Hooks on a model for one optimizer, and the trace of its last training step.
+
+    Args:
+        model, loss_reduction, loss_scale, every: see `VariationalOptimizer.watch`.
+
+    Raises:
+        TypeError, ValueError: if an argument breaks its rule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_reduction: str | Callable[[], float],
+        loss_scale: float | Callable[[], float],
+        every: int,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"watch() got {type(model).__name__}, but it needs the nn.Module that is trained.")
+        if not callable(loss_reduction) and loss_reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"loss_reduction={loss_reduction!r}, but it must be 'mean', 'sum' or a callable: use a callable that "
+                "returns the denominator of the loss."
+            )
+        if not callable(loss_scale) and not (math.isfinite(loss_scale) and loss_scale != 0):
+            raise ValueError(f"loss_scale={loss_scale!r}, but it must be finite and not zero: use 1.0.")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}, but it must be a positive whole number: use 1 for every step.")
+        self.model = model
+        self.loss_reduction = loss_reduction
+        self.loss_scale = loss_scale
+        self.every = every
+        self.links: list[Link] = []
+        self._handles: list[Any] = []
+        for module in dict.fromkeys(model.modules()):
+            link = Link()
+            self.links.append(link)
+            self._handles += [
+                module.register_forward_pre_hook(link.before, with_kwargs=True),
+                module.register_forward_hook(link.after, with_kwargs=True, always_call=True),
+                module.register_state_dict_post_hook(StateDictMean(link)),
+                module.register_load_state_dict_pre_hook(_DropDraw(link)),
+            ]
+
+    def bind(self, optimizer: VariationalOptimizer) -> Watch:
+        """Work for this optimizer, which owns the watch."""
+        self._optimizer: ReferenceType[VariationalOptimizer] = ref(optimizer)
+        self.paths = module_paths(self.model)
+        self.names = {p: name.replace("_orig_mod.", "") for name, p in self.model.named_parameters()}
+        self.trace: Trace | None = None
+        self.trace_step = 0
+        self._traced_now = False
+        self._overlap = False
+        self._scale = 1.0
+        self._stack: list[nn.Module] = []
+        self._peeked = False
+        for link in self.links:
+            link.watch = self
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("model", "loss_reduction", "loss_scale", "every", "links", "_handles")
+        return {name: self.__dict__[name] for name in kept}
+
+    @property
+    def optimizer(self) -> VariationalOptimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        for link in self.links:
+            link.watch = None
+        self.trace = None
+
+    # -- hooks -------------------------------------------------------------------------------------------
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if hooks_are_silent():
+            return
+        if not self._stack:
+            self._enter(module)
+        self._stack.append(module)
+        if self._traced_now and self.trace is not None:
+            self.trace.enter(module, args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if hooks_are_silent() or module not in self._stack:
+            return
+        while self._stack.pop() is not module:  # calls that an exception left open
+            pass
+        if self._traced_now and self.trace is not None and output is not None:
+            self.trace.leave(module, args, kwargs, output)
+        if not self._stack:
+            self._leave(output)
+
+    def _enter(self, module: nn.Module) -> None:
+        self._traced_now = False
+        optimizer = self.optimizer
+        if module.training and torch.is_grad_enabled():
+            self._overlap = self.trace is not None and self.trace.waits_for_backward
+            self.trace = None
+            optimizer._begin_automatic()
+            step = optimizer.next_step()
+            if (step - 1) % self.every == 0:
+                self.trace, self.trace_step, self._traced_now = Trace(self.paths, optimizer.moving()), step, True
+                self.trace.on_backward = self._read_scale
+        elif not optimizer._in_context and optimizer._draw is not None and optimizer._draw.active:
+            self._peeked = True
+            optimizer._draw.peek_mean()
+
+    def _leave(self, output: Any) -> None:
+        self._traced_now = False
+        if self._peeked:
+            self._peeked = False
+            draw = self.optimizer._draw
+            if draw is not None:
+                draw.unpeek()
+                for leaf in tensor_leaves(output):
+                    if leaf.requires_grad:
+                        leaf.register_hook(_refuse_backward)
+
+    def put_mean(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replace a module's entries by copies of the mean while a draw is in the weights; tied ones share one."""
+        draw = self.optimizer._draw
+        if draw is None:
+            return
+        for name, p in module._parameters.items():
+            slots = [slot for slot in draw.slots if slot.parameter is p and not slot.mean_in_weights]
+            entry = state_dict.get(prefix + name)
+            if p is None or not slots or entry is None or entry.data_ptr() != p.data_ptr():
+                continue
+            mean = p.detach().clone()
+            for slot in slots:
+                slot.of(mean).copy_(slot.mean)
+            for key, value in state_dict.items():
+                if isinstance(value, Tensor) and value.data_ptr() == p.data_ptr() and value.shape == p.shape:
+                    state_dict[key] = mean
+
+    # -- sensitivities -----------------------------------------------------------------------------------
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether the sampled weights are still wanted after the step that used them."""
+        return self.trace is not None
+
+    def _read_scale(self) -> None:
+        """The own-loss gradient is the captured one times denominator / loss scale; read as backward begins."""
+        assert self.trace is not None
+        if callable(self.loss_reduction):
+            denominator = float(self.loss_reduction())
+        else:
+            denominator = self.trace.num_examples if self.loss_reduction == "mean" else 1.0
+        self._scale = denominator / float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
+
+    def sensitivities(self, deviation: bool) -> Sensitivities:
+        trace, optimizer = self.trace, self.optimizer
+        if trace is None:
+            last = f"; the last captured step is {self.trace_step}" if self.trace_step else ""
+            raise RuntimeError(
+                f"sensitivities() has no captured training step{last} (every={self.every}): run forward and backward "
+                "in train mode first."
+            )
+        if self._overlap:
+            raise RuntimeError(
+                "two training forward passes came before one backward pass, so the captures are not those of the whole "
+                "minibatch: concatenate the inputs, or call backward() after each forward pass."
+            )
+        draw = optimizer._draw or optimizer._spent
+        weights = {p: p.data if draw is None else draw.sample_of(p) for p in trace.tracked}
+        covariance = optimizer.posterior().covariance({name: p for p, name in optimizer._names().items()})
+        return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation)
+
+
+class _DropDraw:
+    """Hook of load_state_dict: loaded weights are the mean, so a draw that waits is void."""
+
+    def __init__(self, link: Link):
+        self.link = link
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if self.link.watch is not None:
+            self.link.watch.optimizer._drop_draws()
+
+
+def _refuse_backward(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "backward through an eval-mode forward pass that was made while a draw was active: its graph belongs to the "
+        "mean, but the weights are the draw again. Call optimizer.eval() before that forward pass."
+    )

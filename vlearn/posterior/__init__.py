@@ -1,0 +1,7 @@
+"""Gaussian posteriors over a model's parameters: mean, covariance, draws, divergence."""
+
+from vlearn.posterior.diagonal import Diagonal
+from vlearn.posterior.full import Full
+from vlearn.posterior.predict import predict
+
+__all__ = ["Diagonal", "Full", "predict"]

@@ -1,0 +1,48 @@
+"""What sensitivities and predictions need of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.posterior.covariance import Covariance
+
+
+class Posterior(Protocol):
+    """A Gaussian over named parameters, on the scale of a sum over num_data examples."""
+
+    num_data: float
+    parameters: dict[str, Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
+
+    def at_mean(self) -> AbstractContextManager[None]: ...
+
+    def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance: ...
+
+
+def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
+    """The model's parameters by the posterior's names: the same objects, or else the same names.
+
+    Raises:
+        ValueError: if none matches.
+    """
+    own = dict(model.named_parameters())
+    same = {id(p): name for name, p in posterior.parameters.items()}
+    found = {same[id(p)]: p for p in own.values() if id(p) in same}
+    if not found:
+        clean = {name.replace("_orig_mod.", ""): p for name, p in own.items()}
+        found = {name: clean[name] for name in posterior.names if name in clean}
+    if not found:
+        raise ValueError(
+            f"the posterior's parameters ({', '.join(posterior.names[:3])}, ...) are not those of this "
+            f"{type(model).__name__} ({', '.join(list(own)[:3])}, ...): pass the model that was trained."
+        )
+    return found

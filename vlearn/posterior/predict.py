@@ -1,0 +1,62 @@
+"""The posterior predictive by Monte Carlo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vlearn.posterior.base import Posterior, match
+
+
+def _softmax(output: Tensor) -> Tensor:
+    return output.softmax(-1)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    posterior: Posterior,
+    x: Any,
+    draws: int = 64,
+    link: Callable[[Any], Tensor] = _softmax,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Average prediction over draws of the weights, p(y|x) ≈ mean_s link(f(x; θ_s)), θ_s ~ q.
+
+    The model runs in eval mode and its weights are not touched; one draw is held at a time.
+
+    Args:
+        model: the network.
+        posterior: a posterior over its parameters; draws are on its ess scale.
+        x: one batch: a tensor, or a tuple (positional) or dict (keyword arguments) of them.
+        draws: number of draws, > 0.
+        link: model output -> what is averaged; default softmax over the last axis.
+        generator: of the draws.
+    Returns:
+        ``[N, C]`` averaged class probabilities (with the default link).
+    Raises:
+        ValueError: if draws is not positive, or the posterior belongs to another model.
+    """
+    if draws < 1:
+        raise ValueError(f"draws={draws}, but it must be positive: use 64.")
+    names = match(model, posterior)
+    model_names = {p: name for name, p in model.named_parameters()}
+    args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        total: Tensor | None = None
+        for _ in range(draws):
+            sample = posterior.sample(generator)
+            weights = {model_names[p]: sample[name] for name, p in names.items()}
+            prediction = link(functional_call(model, weights, args, kwargs))
+            total = prediction if total is None else total.add_(prediction)
+        assert total is not None
+        return total / draws
+    finally:
+        for module, training in modes.items():
+            module.training = training

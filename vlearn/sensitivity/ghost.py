@@ -1,0 +1,252 @@
+"""Ghost products: gᵀΣg of every example, and J Σ g, without storing a gradient per example.
+
+With G_n[p] the gradient of example n's own loss with respect to parameter p, summed over every use of p,
+and Σ the posterior covariance (Nickl et al., 2023, arXiv:2310.19273, Eqs. 12 and 15):
+
+    self-influence   Σ_p ⟨G_n[p], (ΣG_n)[p]⟩
+    deviation        Δf_n = J_n Σ g_n: one forward-mode pass in which each use of p adds to its output tangent
+                     what moving p by (ΣG_n)[p] does to its rows
+
+Where a layer acts at one position (T = 1) and Σ is diagonal, both need one matrix product and nothing of
+the size of G. Elsewhere G_n is formed for a few examples at a time, few enough to stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from vlearn.capture.fallback import Weights, output_tangents, per_example_gradients
+from vlearn.capture.forms import Outer, Shift
+from vlearn.capture.trace import Trace, Use, hooks_paused, random_state, set_random_state, tensor_leaves
+from vlearn.posterior.covariance import Covariance
+
+CHUNK_ENTRIES = 2**18  # entries of G and of the rows worked on together; 1 MiB of float32 (benchmarks/cost.py)
+FALLBACK_ENTRIES = 2**24  # entries of G of all fallback modules together, which one pass per chunk forms
+
+
+@dataclass
+class Moved:
+    """Products with the posterior covariance, on the scale of the recorded backward pass.
+
+    Attributes:
+        self_influence: ``[N]`` g_nᵀΣg_n.
+        tangents: for each use, what it adds to the tangents of its outputs; None if not asked for.
+    """
+
+    self_influence: Tensor
+    tangents: dict[Use, list[Tensor]] | None
+
+    def add(self, use: Use, output: int, examples: slice, tangent: Tensor) -> None:
+        assert self.tangents is not None
+        if use not in self.tangents:
+            self.tangents[use] = [self.self_influence.new_zeros(shape) for shape in use.shapes]
+        self.tangents[use][output][examples] += tangent
+
+
+def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: bool) -> Moved:
+    """Multiply every example's gradient by Σ.
+
+    Args:
+        trace: a recorded forward and backward pass.
+        covariance: Σ of the parameters that move; the others stay.
+        weights: the value of each parameter during the recorded pass.
+        deviation: also form the tangents that `output_deviation` needs.
+    """
+    uses_of = {p: uses for p, uses in trace.uses_of().items() if covariance.covers(p)}
+    for use in dict.fromkeys(use for uses in uses_of.values() for use in uses):
+        use.check_unchanged()
+    result = Moved(covariance.zeros(trace.num_examples), {} if deviation else None)
+    dense: list[Tensor] = []
+    by_uses: dict[tuple[Use, ...], list[Tensor]] = {}
+    for p, uses in uses_of.items():
+        if p in covariance.diagonal and all(use.rule is not None for use in uses):
+            by_uses.setdefault(tuple(uses), []).append(p)
+        else:
+            dense.append(p)
+    for uses, parameters in by_uses.items():
+        _add_rows(result, uses, parameters, covariance)
+    if dense:
+        _add_dense(result, {p: uses_of[p] for p in dense}, covariance, weights)
+    return result
+
+
+def output_deviation(trace: Trace, moves: Moved, weights: Weights) -> list[Tensor]:
+    """J_n Σ g_n of every example by one forward-mode pass, for each output tensor that required grad.
+
+    The pass repeats the recorded forward: same inputs, weights, mode and random state. Buffers stay as they are.
+    """
+    root = trace.root
+    assert moves.tangents is not None and root is not None
+    uses_of: dict[nn.Module, list[Use]] = {}
+    for use in trace.uses:
+        uses_of.setdefault(use.module, []).append(use)
+    pending = {module: iter(uses) for module, uses in uses_of.items()}
+
+    def add_tangents(module: nn.Module, args: Any, output: Any) -> Any:
+        use = next(pending[module])
+        tangents = moves.tangents.get(use) if moves.tangents else None
+        return output if tangents is None else _with_tangents(output, use.positions, tangents)
+
+    state = {name: weights[p] for name, p in root.named_parameters() if p in weights}
+    state |= {name: buffer.clone() for name, buffer in root.named_buffers()}
+    handles = [module.register_forward_hook(add_tangents) for module in uses_of]
+    try:
+        with (
+            torch.no_grad(),
+            hooks_paused(),
+            _replayed_random_state(trace),
+            _forward_mode_kernels(root),
+            torch.autocast(moves.self_influence.device.type, enabled=False),
+            forward_ad.dual_level(),
+        ):
+            output = functional_call(root, state, trace.args, trace.kwargs)
+            leaves = tensor_leaves(output)
+            return [_tangent(leaves[position]) for position in trace.positions]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], covariance: Covariance) -> None:
+    """Parameters that share the same uses, all of them with rules, under a diagonal Σ."""
+    for examples in _chunks(result.self_influence.shape[0], _entries(uses, parameters)):
+        rows: dict[Use, Tensor] = {}
+        for p in parameters:
+            forms = [_form(use, p, examples) for use in uses]
+            # Gradients of tied uses are summed before they are squared.
+            joined = type(forms[0]).join(forms)
+            variance = covariance.diagonal[p]
+            if result.tangents is None:
+                result.self_influence[examples] += joined.weighted_square(variance)
+                continue
+            tangent = joined.output_tangent(variance)
+            result.self_influence[examples] += (joined.b * tangent).flatten(1).sum(1)
+            parts = tangent.split([form.b.shape[2] for form in forms], 2) if isinstance(joined, Outer) else None
+            for position, use in enumerate(uses):
+                part = tangent if parts is None else parts[position]
+                rows[use] = rows[use] + part if use in rows else part
+        for use, tangent in rows.items():
+            _add_row_tangent(result, use, examples, tangent)
+
+
+def _add_dense(
+    result: Moved, uses_of: dict[Tensor, list[Use]], covariance: Covariance, weights: Weights
+) -> None:
+    """Parameters whose gradients are formed: those of fallback modules, and those of a joint Σ."""
+    uses = dict.fromkeys(use for found in uses_of.values() for use in found)
+    entries = sum(p.numel() for p in uses_of)
+    for examples in _chunks(result.self_influence.shape[0], entries, FALLBACK_ENTRIES):
+        gradients: Weights = {}
+        for use in uses:
+            for p, gradient in _dense_gradients(use, examples, weights).items():
+                if p in uses_of:
+                    gradients[p] = gradients[p] + gradient if p in gradients else gradient
+        directions = covariance.multiply(gradients)
+        for p, gradient in gradients.items():
+            result.self_influence[examples] += (gradient * directions[p]).flatten(1).sum(1)
+        if result.tangents is None:
+            continue
+        for use in uses:
+            moving = {p: directions[p] for p in use.parameters if p in directions}
+            if use.rule is not None:
+                for p, direction in moving.items():
+                    _add_row_tangent(result, use, examples, _form(use, p, examples).moved_rows(direction))
+            else:
+                for output, tangent in enumerate(output_tangents(use, examples, weights, moving)):
+                    result.add(use, output, examples, tangent)
+
+
+def _dense_gradients(use: Use, examples: slice, weights: Weights) -> Weights:
+    if use.rule is None:
+        return per_example_gradients(use, examples, weights)
+    return {p: _form(use, p, examples).dense().reshape(-1, *p.shape) for p in use.parameters}
+
+
+def _form(use: Use, p: Tensor, examples: slice) -> Outer | Shift:
+    """The gradient of one parameter from one use."""
+    assert use.rule is not None and use.cotangents[0] is not None
+    b = use.rule.output_rows(use.module, _wide(use.cotangents[0][examples]))
+    if p is use.module.bias:
+        return Shift(b.sum(2, keepdim=True))
+    return Outer(use.rule.input_rows(use.module, _wide(use.input[examples])), b)
+
+
+def _add_row_tangent(result: Moved, use: Use, examples: slice, rows: Tensor) -> None:
+    assert use.rule is not None
+    shape = (rows.shape[0], *use.shapes[0][1:])
+    if rows.shape[2] == 1:  # a bias moves every position alike
+        rows = rows.expand_as(use.rule.output_rows(use.module, rows.new_empty(1).expand(shape)))
+    result.add(use, 0, examples, use.rule.from_rows(use.module, rows, shape))
+
+
+def _chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[slice]:
+    """Slices of at most `limit` entries, given the entries that one example needs."""
+    step = max(1, limit // entries) if entries else max(1, total)
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def _entries(uses: tuple[Use, ...], parameters: list[Tensor]) -> int:
+    """Entries per example of G and of the rows; none where one position needs no G."""
+    count = 0
+    for use in uses:
+        assert use.rule is not None
+        rows = use.rule.output_rows(use.module, torch.empty(1, device=use.input.device).expand(1, *use.shapes[0][1:]))
+        positions, outputs = rows.shape[2], rows.shape[1] * rows.shape[3]
+        inputs = max((p.numel() // outputs for p in parameters), default=1) * rows.shape[1]
+        count += positions * (inputs + outputs) if positions * len(uses) > 1 else 0
+    return count + sum(p.numel() for p in parameters) if count else 0
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if torch.finfo(tensor.dtype).bits >= 32 else tensor.float()
+
+
+def _with_tangents(output: Any, positions: list[int], tangents: list[Tensor]) -> Any:
+    """The same output with more tangent on the tensors at the given positions."""
+    leaves, structure = tree_flatten(output)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for position, extra in zip(positions, tangents, strict=True):
+        primal, tangent = forward_ad.unpack_dual(leaves[where[position]])
+        extra = extra.to(primal.dtype)
+        leaves[where[position]] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)
+    return tree_unflatten(leaves, structure)
+
+
+def _tangent(leaf: Tensor) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(leaf)
+    return torch.zeros_like(primal) if tangent is None else tangent
+
+
+@contextmanager
+def _replayed_random_state(trace: Trace) -> Iterator[None]:
+    """Random numbers as in the recorded forward (dropout masks); the generators go on as if nothing was drawn."""
+    now = random_state(trace.tracked)
+    set_random_state(trace.random_state)
+    try:
+        yield
+    finally:
+        set_random_state(now)
+
+
+@contextmanager
+def _forward_mode_kernels(model: nn.Module) -> Iterator[None]:
+    """Kernels that have forward derivatives: attention's mathematics, no oneDNN for recurrent layers."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

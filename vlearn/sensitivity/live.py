@@ -1,0 +1,115 @@
+"""Sensitivities from the training step's own forward and backward pass, at its sampled weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from vlearn.capture.fallback import Weights
+from vlearn.capture.trace import Trace, tensor_leaves
+from vlearn.posterior.covariance import Covariance
+from vlearn.sensitivity.ghost import moved, output_deviation
+
+Selector = str | int | Callable[[Any], Tensor] | None
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """One row per example of a minibatch (Nickl et al., 2023, arXiv:2310.19273).
+
+    Attributes:
+        residual: ``[N, C]`` ∂ℓ/∂output of each example's own loss.
+        self_influence: ``[N]`` gᵀΣg: first-order increase of the example's own loss, in the loss's units, if it
+            were removed from the training data.
+        prediction_error: ``[N]`` ‖residual‖/√2, in [0, 1] for hard-label cross-entropy.
+        deviation: ``[N, C]`` first-order change of the model's output if the example were removed, Eq. 12; None
+            unless asked for.
+        step: number of the update that this minibatch makes, from 1.
+    """
+
+    residual: Tensor
+    self_influence: Tensor
+    prediction_error: Tensor
+    deviation: Tensor | None
+    step: int
+
+
+def live_sensitivities(
+    trace: Trace,
+    covariance: Covariance,
+    weights: Weights,
+    scale: float,
+    step: int,
+    deviation: bool = False,
+    output: Selector = None,
+) -> Sensitivities:
+    """Read the sensitivities out of a recorded training step.
+
+    Args:
+        trace: its forward and backward pass.
+        covariance: Σ, summed over num_data.
+        weights: the parameters' values during the pass.
+        scale: the gradient of an example's own loss over the gradient that the backward pass brought: the
+            denominator of the mean.
+        step: number of the step.
+        deviation: also compute the deviation.
+        output: which of several outputs residual and deviation speak of.
+    """
+    if trace.problems:
+        raise RuntimeError(f"sensitivities are not defined for this step: {trace.problems[0]}")
+    if not trace.received:
+        raise RuntimeError("sensitivities() before backward(): no gradient has reached the model's output yet.")
+    residual = select(as_output(trace, trace.cotangents), output) * scale
+    moves = moved(trace, covariance, weights, deviation)
+    change = select(as_output(trace, output_deviation(trace, moves, weights)), output) * scale if deviation else None
+    return Sensitivities(
+        residual=residual,
+        self_influence=moves.self_influence * scale**2,
+        prediction_error=prediction_error(residual),
+        deviation=change,
+        step=step,
+    )
+
+
+def prediction_error(residual: Tensor) -> Tensor:
+    """‖residual‖/√2 ``[N]`` from ``[N, ...]``: in [0, 1] for hard-label cross-entropy."""
+    return residual.flatten(1).norm(dim=1) / math.sqrt(2)
+
+
+def as_output(trace: Trace, tensors: Sequence[Tensor | None]) -> Any:
+    """Tensors, one for each output that required grad, in the output's structure; None where no gradient came."""
+    leaves, structure = tree_flatten(trace.output)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    reached = zip(trace.positions, trace.cotangents, tensors, strict=True)
+    found = {where[position]: tensor for position, cotangent, tensor in reached if cotangent is not None}
+    return tree_unflatten([found.get(i) for i in range(len(leaves))], structure)
+
+
+def select(tree: Any, output: Selector) -> Tensor:
+    """The tensor that `output` names in a model's output.
+
+    Raises:
+        ValueError: if it names none, or several are there and it is None.
+    """
+    if output is None:
+        found = tensor_leaves(tree)
+        if len(found) != 1:
+            raise ValueError(
+                f"the model gives {len(found)} outputs that the loss depends on: select the one that residual and "
+                "deviation speak of with output=<key, index or callable>."
+            )
+        return found[0]
+    if callable(output):
+        chosen = output(tree)
+    elif isinstance(output, str) and not isinstance(tree, dict):
+        chosen = getattr(tree, output, None)
+    else:
+        chosen = tree[output]
+    if not isinstance(chosen, Tensor):
+        raise ValueError(f"output={output!r} selects no tensor that the loss depends on.")
+    return chosen
