@@ -90,36 +90,24 @@ def test_a_training_run_reads_back_with_losses_table_images_and_scores(run):
     assert row["vlearn/most_sensitive._type"] == "table-file"
     assert row["vlearn/most_sensitive.nrows"] == 5
 
-    files = {file["path"] for record in read if "files" in record for file in record["files"]["files"]}
-    assert row["vlearn/most_sensitive.path"] in files
-    content = json.loads((Path(run.dir) / row["vlearn/most_sensitive.path"]).read_text())
-    assert content["columns"] == [
-        *(
-            "rank",
-            "index",
-            "label",
-            "loss",
-            "loo_loss",
-            "self_influence",
-            "leverage",
-            "prediction_error",
-            "image",
-        )
-    ]
+    artifacts = [record["artifact"] for record in read if record["type"] == "artifact"]
+    contents = [entry for artifact in artifacts for entry in artifact["manifest"]["contents"]]
+    logged = next(entry for entry in contents if entry["path"] == "vlearn/most_sensitive.table.json")
+    content = json.loads(Path(logged["local_path"]).read_text())
+    columns = "rank index label loss loo_loss self_influence leverage prediction_error image"
+    assert content["columns"] == columns.split()
     assert [line[:3] for line in content["data"]] == [
         [i + 1, N - 1 - i, str((N - 1 - i) % 3)] for i in range(5)
     ]
     assert [line[-1]["caption"] for line in content["data"]] == [f"#{N - 1 - i}" for i in range(5)]
     assert all((line[-1]["width"], line[-1]["height"]) == (8, 8) for line in content["data"])
 
-    artifacts = [record["artifact"] for record in read if record["type"] == "artifact"]
     scores = next(artifact for artifact in artifacts if artifact["type"] == "vlearn-scores")
     stored = next(entry for entry in scores["manifest"]["contents"] if entry["path"] == "scores.npz")
     with np.load(stored["local_path"]) as arrays:
         np.testing.assert_array_equal(arrays["index"], np.arange(N))
         np.testing.assert_array_equal(arrays["loo_loss"], sweep.loo_loss)
-    pictures = [e for a in artifacts for e in a["manifest"]["contents"] if e["path"].endswith(".png")]
-    assert len(pictures) == 5
+    assert len([entry for entry in contents if entry["path"].endswith(".png")]) == 5
 
 
 def test_only_every_nth_step_is_logged_from_the_first_on(run):
