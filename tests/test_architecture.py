@@ -82,9 +82,7 @@ def violations(source: str, path: Path) -> list[str]:
         elif root not in sys.stdlib_module_names | PACKAGES[room]:
             never = room == "record" or root == "torch"
             if never or (item.at_run_time and item.at_module_level):
-                found.append(
-                    f"{where}: {room} imports {item.module}; use vlearn._extras.require in the function"
-                )
+                found.append(f"{where}: {room} imports {item.module}; use vlearn._extras.require in the function")
     return found
 
 

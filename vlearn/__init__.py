@@ -1,10 +1,21 @@
 """vlearn: variational optimizers for PyTorch, and each training example's sensitivity read from their state."""
 
-from vlearn import optim, posterior, sensitivity
+from vlearn import integrations, optim, plot, posterior, sensitivity
 from vlearn.optim import IVON
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
 from vlearn.sensitivity import IndexedDataset, sweep
 
 __version__ = "0.1.0"
-__all__ = ["IVON", "IndexedDataset", "MemoryMap", "optim", "posterior", "predict", "sensitivity", "sweep"]
+__all__ = [
+    "IVON",
+    "IndexedDataset",
+    "MemoryMap",
+    "integrations",
+    "optim",
+    "plot",
+    "posterior",
+    "predict",
+    "sensitivity",
+    "sweep",
+]

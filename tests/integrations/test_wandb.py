@@ -96,9 +96,7 @@ def test_a_training_run_reads_back_with_losses_table_images_and_scores(run):
     content = json.loads(Path(logged["local_path"]).read_text())
     columns = "rank index label loss loo_loss self_influence leverage prediction_error image"
     assert content["columns"] == columns.split()
-    assert [line[:3] for line in content["data"]] == [
-        [i + 1, N - 1 - i, str((N - 1 - i) % 3)] for i in range(5)
-    ]
+    assert [line[:3] for line in content["data"]] == [[i + 1, N - 1 - i, str((N - 1 - i) % 3)] for i in range(5)]
     assert [line[-1]["caption"] for line in content["data"]] == [f"#{N - 1 - i}" for i in range(5)]
     assert all((line[-1]["width"], line[-1]["height"]) == (8, 8) for line in content["data"])
 
@@ -169,9 +167,7 @@ def test_an_optimizer_without_sensitivities_warns_once_and_logs_its_hessian(run)
     logger = GeneralizationLogger(run, every=1)
     silent = optimizer()
     silent.sensitivities = refuse
-    with pytest.warns(
-        UserWarning, match="^No sensitivities to log: this optimizer watches no model$"
-    ) as caught:
+    with pytest.warns(UserWarning, match="^No sensitivities to log: this optimizer watches no model$") as caught:
         logger.log_step(silent)
         logger.log_step(silent)
     assert len(caught) == 1
@@ -203,9 +199,7 @@ def test_a_large_hessian_is_read_by_an_even_subsample(run, monkeypatch):
 
 def test_images_of_too_few_examples_are_refused(run):
     logger = GeneralizationLogger(run, images=np.zeros((5, 2, 2)))
-    with pytest.raises(
-        ValueError, match=r"^table\.index reaches 11, but images has 5 rows: give the images of"
-    ):
+    with pytest.raises(ValueError, match=r"^table\.index reaches 11, but images has 5 rows: give the images of"):
         logger.log_sweep(1, table())
     assert history(run) == []
 
@@ -218,9 +212,7 @@ def test_counts_must_be_positive(name):
 
 def test_a_missing_wandb_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        ImportError, match=r"^vlearn\.integrations\.wandb needs wandb: pip install 'vlearn\[wandb\]'$"
-    ):
+    with pytest.raises(ImportError, match=r"^vlearn\.integrations\.wandb needs wandb: pip install 'vlearn\[wandb\]'$"):
         GeneralizationLogger(None)
 
 

@@ -39,9 +39,7 @@ def test_several_leave_one_out_curves_are_told_apart():
 
 
 def test_the_legend_lists_the_curves_as_they_end():
-    ax = plot.generalization(
-        steps=STEPS, train_loss=[3, 1, 0.1], loo_loss=[1, 1, np.nan], test_loss=[3, 2, 2]
-    )
+    ax = plot.generalization(steps=STEPS, train_loss=[3, 1, 0.1], loo_loss=[1, 1, np.nan], test_loss=[3, 2, 2])
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == ["test", "leave-one-out (no test data)", "train"]
 

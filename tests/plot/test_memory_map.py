@@ -82,9 +82,7 @@ def test_a_memory_shows_its_last_sweep_with_leverage_or_the_one_named(tmp_path):
     memory = MemoryMap(num_data=3, path=tmp_path)
     for step in (1, 2):
         leverage = np.array([0.1, 0.2, 0.4]) * step
-        table = SimpleNamespace(
-            index=[0, 1, 2], leverage=leverage, prediction_error=leverage, self_influence=leverage
-        )
+        table = SimpleNamespace(index=[0, 1, 2], leverage=leverage, prediction_error=leverage, self_influence=leverage)
         memory.record_sweep(step, table)
     memory.new_snapshot(2)
     last = plot.memory_map(memory).collections[0].get_offsets()
@@ -96,9 +94,7 @@ def test_a_memory_shows_its_last_sweep_with_leverage_or_the_one_named(tmp_path):
 def test_a_memory_without_leverage_is_refused(tmp_path):
     memory = MemoryMap(num_data=3, path=tmp_path)
     memory.new_snapshot(0)
-    with pytest.raises(
-        ValueError, match="^memory holds no leverage: record a sweep made with leverage='probe'"
-    ):
+    with pytest.raises(ValueError, match="^memory holds no leverage: record a sweep made with leverage='probe'"):
         plot.memory_map(memory)
 
 

@@ -137,9 +137,7 @@ def test_opening_the_same_path_continues_the_record(memory):
 def test_another_number_of_examples_is_refused_before_anything_changes(memory):
     memory.record_sweep(0, sweep())
     before = content(memory.path)
-    with pytest.raises(
-        ValueError, match=r"num_data=7, but .* holds a record of 6 examples: use another path"
-    ):
+    with pytest.raises(ValueError, match=r"num_data=7, but .* holds a record of 6 examples: use another path"):
         MemoryMap(7, memory.path)
     assert content(memory.path) == before
 

@@ -41,7 +41,7 @@ def per_example_gradients(use: Use, examples: slice, weights: Weights) -> Weight
     ]
 
     def gradient(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        outputs, pullback = vjp(lambda v: call(v, leaves), values)
+        outputs, pullback = vjp(lambda v: call(v, leaves), values)[:2]
         return pullback([c.unsqueeze(0).to(o.dtype) for c, o in zip(cotangent, outputs, strict=True)])[0], outputs
 
     def gradient_of_one(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -93,15 +93,8 @@ def _example_call(
 ) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]], list[Tensor]]:
     """(parameters by name, call(parameters, one example's leaves) -> outputs [1, ...], batched leaves)."""
     use.check_unchanged()
-    names = {
-        next(name for name, q in use.module.named_parameters(remove_duplicate=False) if q is p): p
-        for p in moving
-    }
-    others = {
-        name: weights[p]
-        for name, p in use.module.named_parameters()
-        if name not in names and p in weights
-    }
+    names = {next(name for name, q in use.module.named_parameters(remove_duplicate=False) if q is p): p for p in moving}
+    others = {name: weights[p] for name, p in use.module.named_parameters() if name not in names and p in weights}
     leaves, structure = tree_flatten((use.args, use.kwargs))
     dtype = weights[use.parameters[0]].dtype  # autocast may have handed the module narrower inputs
     leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]

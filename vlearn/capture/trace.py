@@ -264,10 +264,8 @@ class Trace:
         """
         assert self.edges is not None
         unexplained = list(self.unexplained)
-        inputs = [edge for _, _, edge in self.edges] + unexplained
-        gradients = torch.autograd.grad(
-            outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph
-        )
+        inputs: Any = [edge for _, _, edge in self.edges] + unexplained
+        gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
         for (use, position, _), gradient in zip(self.edges, gradients[: len(self.edges)], strict=True):
             use.cotangents[position] = gradient
         for p, gradient in zip(unexplained, gradients[len(self.edges) :], strict=True):

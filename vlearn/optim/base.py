@@ -48,7 +48,7 @@ class VariationalOptimizer(Optimizer):
         self.nonfinite_count = 0
         self._forget()
         model = params if isinstance(params, nn.Module) else None
-        super().__init__(params if model is None else list(model.named_parameters()), defaults)
+        super().__init__(list(model.named_parameters()) if model is not None else params, defaults)  # pyright: ignore
         if model is not None:
             self.watch(model)
 
@@ -101,7 +101,9 @@ class VariationalOptimizer(Optimizer):
         for p in group["params"]:
             if p.is_complex():
                 self.param_groups.pop()
-                raise TypeError(f"{type(self).__name__} has no posterior over complex parameters: use torch.view_as_real.")
+                raise TypeError(
+                    f"{type(self).__name__} has no posterior over complex parameters: use torch.view_as_real."
+                )
         try:
             self.num_data  # noqa: B018  differing ess without num_data
         except ValueError:
@@ -280,7 +282,7 @@ class VariationalOptimizer(Optimizer):
         draw.gradients = {p: (p.grad, p.grad._version) for p in draw.parameters if p.grad is not None}
 
     def _is_finite(self, draw: Draw) -> bool:
-        return self._first_nonfinite([p for p in draw.parameters], draw) is None
+        return self._first_nonfinite(draw.parameters, draw) is None
 
     def _first_nonfinite(self, parameters: list[Tensor], draw: Draw) -> Tensor | None:
         gradients = [(p, g) for p in parameters if (g := self._gradient_of(draw, p)) is not None]
@@ -308,9 +310,7 @@ class VariationalOptimizer(Optimizer):
                 slot.of(statistics).add_(statistic)
         self._draws_summed += 1
 
-    def _contributions(
-        self, draw: Draw, group: dict[str, Any], block: list[Slot]
-    ) -> list[tuple[Slot, Tensor, Tensor]]:
+    def _contributions(self, draw: Draw, group: dict[str, Any], block: list[Slot]) -> list[tuple[Slot, Tensor, Tensor]]:
         """(slot, gradient, statistic) of one draw, for the slots of a block that have a gradient."""
         found = [(slot, g) for slot in block if (g := self._gradient_of(draw, slot.parameter)) is not None]
         slots = [slot for slot, _ in found]
@@ -414,9 +414,6 @@ class VariationalOptimizer(Optimizer):
     def _ensemble_context(self) -> Iterator[None]:
         waiting = self._draw
         with waiting.at_mean() if waiting is not None else nullcontext():
-            active = waiting is not None and waiting.active
-            if waiting is not None:
-                waiting.active = False  # a backward pass inside is not the waiting draw's
             draw = None
             try:
                 draw = self._make_draw("ensemble")
@@ -424,15 +421,15 @@ class VariationalOptimizer(Optimizer):
             finally:
                 if draw is not None:
                     draw.drop()
-                if waiting is not None:
-                    waiting.active = active
 
     def train(self) -> None:
         """Put a draw into the weights, or the one that waits for `step()` again: micro-batches share it."""
         if self._in_context:
             raise RuntimeError("train() inside sampled_params, which draws itself: use one of them.")
         if self._draw is not None and self._draw.origin == "context":
-            raise RuntimeError("train() while a draw of sampled_params(train=True) waits for step(): call step() first.")
+            raise RuntimeError(
+                "train() while a draw of sampled_params(train=True) waits for step(): call step() first."
+            )
         if self._draw is None:
             self._begin("train")
         else:
@@ -472,7 +469,9 @@ class VariationalOptimizer(Optimizer):
 
     def _run(self, closure: Callable[[], Any]) -> Any:
         if self._draw is not None and self._draw.origin == "context":
-            raise RuntimeError("step(closure) while a draw of sampled_params(train=True) waits: call step() without it.")
+            raise RuntimeError(
+                "step(closure) while a draw of sampled_params(train=True) waits: call step() without it."
+            )
         losses = []
         self._in_closure = True
         try:
@@ -642,7 +641,8 @@ class VariationalOptimizer(Optimizer):
         """
         if self._watch is None:
             raise RuntimeError(
-                f"sensitivities() needs a watched model: use {type(self).__name__}(model, ...) or optimizer.watch(model)."
+                f"sensitivities() needs a watched model: use {type(self).__name__}(model, ...) or "
+                "optimizer.watch(model)."
             )
         return self._watch.sensitivities(deviation)
 

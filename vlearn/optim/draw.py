@@ -118,11 +118,14 @@ class Draw:
 
     @contextmanager
     def at_mean(self) -> Iterator[None]:
-        """The weights are the mean inside; on any exit an active draw is put back."""
+        """The weights are the mean inside and the draw is not active; on any exit all is as before."""
+        active = self.active
         try:
+            self.active = False
             self.peek_mean()
             yield
         finally:
+            self.active = active
             self.unpeek()
 
     def peek_mean(self) -> None:

@@ -29,12 +29,10 @@ class Link:
     def __init__(self) -> None:
         self.watch: Watch | None = None
 
-    @torch.compiler.disable
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.watch is not None:
             self.watch.before(module, args, kwargs)
 
-    @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.watch is not None:
             self.watch.after(module, args, kwargs, output)
@@ -144,6 +142,7 @@ class Watch:
 
     # -- hooks -------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if hooks_are_silent():
             return
@@ -153,6 +152,7 @@ class Watch:
         if self._traced_now and self.trace is not None:
             self.trace.enter(module, args, kwargs)
 
+    @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if hooks_are_silent() or module not in self._stack:
             return

@@ -46,9 +46,7 @@ def generalization(
     if memory is not None:
         swept = np.flatnonzero(memory.kinds == "sweep")
         if len(swept) == 0:
-            raise ValueError(
-                "memory holds no sweep, but its losses come from there: call memory.record_sweep."
-            )
+            raise ValueError("memory holds no sweep, but its losses come from there: call memory.record_sweep.")
         steps = memory.steps[swept]
         train_loss = _row_means(memory.column("loss"), swept) if train_loss is None else train_loss
         loo_loss = _row_means(memory.column("loo_loss"), swept) if loo_loss is None else loo_loss
@@ -71,9 +69,7 @@ def generalization(
     values = {name: _finite(name, loss, steps) for name, loss, _ in curves if loss is not None}
     values = {name: loss for name, loss in values.items() if np.isfinite(loss).any()}
     if not values:
-        raise ValueError(
-            "There is no loss to draw: give a memory with sweeps, or steps and one of the losses."
-        )
+        raise ValueError("There is no loss to draw: give a memory with sweeps, or steps and one of the losses.")
 
     ax = new_axes(7.0, 4.2) if ax is None else ax
     for name, _, look in curves:
@@ -102,8 +98,7 @@ def _finite(name: str, loss: Any, steps: np.ndarray) -> np.ndarray:
     loss = np.array(loss, dtype=np.float64)
     if steps.ndim != 1 or loss.shape != steps.shape:
         raise ValueError(
-            f"{name} loss has shape {list(loss.shape)}, but steps has {list(steps.shape)}: "
-            "give one value per step."
+            f"{name} loss has shape {list(loss.shape)}, but steps has {list(steps.shape)}: give one value per step."
         )
     loss[~np.isfinite(loss)] = np.nan
     return loss

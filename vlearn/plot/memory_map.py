@@ -71,9 +71,7 @@ def memory_map(
         "images": images,
     }.items():
         if values is not None and len(values) != len(x):
-            raise ValueError(
-                f"{name} has {len(values)} rows, but leverage has {len(x)}: give one per example."
-            )
+            raise ValueError(f"{name} has {len(values)} rows, but leverage has {len(x)}: give one per example.")
     drawn = np.isfinite(x) & np.isfinite(y)
     if not drawn.any():
         raise ValueError("No example has both leverage and prediction error: sweep with leverage='probe'.")

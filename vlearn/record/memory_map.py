@@ -55,9 +55,7 @@ class MemoryMap:
     def __init__(self, num_data: int, path: str | os.PathLike[str]) -> None:
         self.num_data = operator.index(num_data)
         if self.num_data < 1:
-            raise ValueError(
-                f"num_data={num_data}, but it must be positive: use the number of training examples."
-            )
+            raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")
         self.path = Path(path)
         self._snapshots: list[dict[str, Any]] = []
         self._open_rows: dict[str, np.memmap] = {}
@@ -287,8 +285,6 @@ def _check_column(name: str, values: Any, index: np.ndarray) -> np.ndarray:
     # numpy has no bfloat16, so a tensor becomes float32 on its own side.
     array = _as_array(values.detach().float() if hasattr(values, "detach") else values)
     if array.shape != index.shape:
-        raise ValueError(
-            f"{name} has shape {array.shape}, but index has {index.shape}: give one value per example."
-        )
+        raise ValueError(f"{name} has shape {array.shape}, but index has {index.shape}: give one value per example.")
     with np.errstate(over="ignore"):
         return array.astype(_DTYPE)

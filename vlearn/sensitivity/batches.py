@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 
 
@@ -51,7 +51,7 @@ def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
             raise ValueError(f"the loader gave a batch of {found}, but it must yield (x, y) or (x, y, index).")
         x, target = (tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, b) for b in batch[:2])
         args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, tuple | list) else (x,), {})
-        count = next(leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(x) if isinstance(leaf, Tensor))
+        count = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
         index = torch.as_tensor(batch[2]) if len(batch) == 3 else torch.arange(seen, seen + count)
         seen += count
         yield Batch(args, kwargs, target, index.cpu())

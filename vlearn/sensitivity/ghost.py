@@ -26,11 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.fallback import Weights, output_tangents, per_example_gradients
-from vlearn.capture.forms import Outer, Shift
+from vlearn.capture.forms import Form
 from vlearn.capture.trace import Trace, Use, hooks_paused, random_state, set_random_state, tensor_leaves
 from vlearn.posterior.covariance import Covariance
 
-CHUNK_ENTRIES = 2**18  # entries of G and of the rows worked on together; 1 MiB of float32 (benchmarks/cost.py)
+CHUNK_ENTRIES = 2**20  # entries of G and of the rows worked on together, 4 MiB of float32: they stay in cache
 FALLBACK_ENTRIES = 2**24  # entries of G of all fallback modules together, which one pass per chunk forms
 
 
@@ -122,26 +122,29 @@ def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], co
     for examples in _chunks(result.self_influence.shape[0], _entries(uses, parameters)):
         rows: dict[Use, Tensor] = {}
         for p in parameters:
+            variance = covariance.diagonal[p]
             forms = [_form(use, p, examples) for use in uses]
             # Gradients of tied uses are summed before they are squared.
-            joined = type(forms[0]).join(forms)
-            variance = covariance.diagonal[p]
+            gradient = sum(form.dense() for form in forms) if len(forms) > 1 else None
+            if gradient is not None:
+                direction = gradient * variance
+                result.self_influence[examples] += (gradient * direction).flatten(1).sum(1)
             if result.tangents is None:
-                result.self_influence[examples] += joined.weighted_square(variance)
+                if gradient is None:
+                    result.self_influence[examples] += forms[0].weighted_square(variance)
                 continue
-            tangent = joined.output_tangent(variance)
-            result.self_influence[examples] += (joined.b * tangent).flatten(1).sum(1)
-            parts = tangent.split([form.b.shape[2] for form in forms], 2) if isinstance(joined, Outer) else None
-            for position, use in enumerate(uses):
-                part = tangent if parts is None else parts[position]
-                rows[use] = rows[use] + part if use in rows else part
+            for use, form in zip(uses, forms, strict=True):
+                if gradient is None:
+                    tangent = form.output_tangent(variance)
+                    result.self_influence[examples] += (form.b * tangent).flatten(1).sum(1)
+                else:
+                    tangent = form.moved_rows(direction)
+                rows[use] = rows[use] + tangent if use in rows else tangent
         for use, tangent in rows.items():
             _add_row_tangent(result, use, examples, tangent)
 
 
-def _add_dense(
-    result: Moved, uses_of: dict[Tensor, list[Use]], covariance: Covariance, weights: Weights
-) -> None:
+def _add_dense(result: Moved, uses_of: dict[Tensor, list[Use]], covariance: Covariance, weights: Weights) -> None:
     """Parameters whose gradients are formed: those of fallback modules, and those of a joint Σ."""
     uses = dict.fromkeys(use for found in uses_of.values() for use in found)
     entries = sum(p.numel() for p in uses_of)
@@ -169,23 +172,20 @@ def _add_dense(
 def _dense_gradients(use: Use, examples: slice, weights: Weights) -> Weights:
     if use.rule is None:
         return per_example_gradients(use, examples, weights)
-    return {p: _form(use, p, examples).dense().reshape(-1, *p.shape) for p in use.parameters}
+    return {p: _form(use, p, examples).dense() for p in use.parameters}
 
 
-def _form(use: Use, p: Tensor, examples: slice) -> Outer | Shift:
+def _form(use: Use, p: Tensor, examples: slice) -> Form:
     """The gradient of one parameter from one use."""
     assert use.rule is not None and use.cotangents[0] is not None
-    b = use.rule.output_rows(use.module, _wide(use.cotangents[0][examples]))
-    if p is use.module.bias:
-        return Shift(b.sum(2, keepdim=True))
-    return Outer(use.rule.input_rows(use.module, _wide(use.input[examples])), b)
+    return use.rule.form(use.module, p, _wide(use.input[examples]), _wide(use.cotangents[0][examples]))
 
 
 def _add_row_tangent(result: Moved, use: Use, examples: slice, rows: Tensor) -> None:
     assert use.rule is not None
     shape = (rows.shape[0], *use.shapes[0][1:])
     if rows.shape[2] == 1:  # a bias moves every position alike
-        rows = rows.expand_as(use.rule.output_rows(use.module, rows.new_empty(1).expand(shape)))
+        rows = rows.expand_as(use.rule.rows(use.module, rows.new_empty(1).expand(shape)))
     result.add(use, 0, examples, use.rule.from_rows(use.module, rows, shape))
 
 
@@ -197,15 +197,10 @@ def _chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[sl
 
 
 def _entries(uses: tuple[Use, ...], parameters: list[Tensor]) -> int:
-    """Entries per example of G and of the rows; none where one position needs no G."""
-    count = 0
-    for use in uses:
-        assert use.rule is not None
-        rows = use.rule.output_rows(use.module, torch.empty(1, device=use.input.device).expand(1, *use.shapes[0][1:]))
-        positions, outputs = rows.shape[2], rows.shape[1] * rows.shape[3]
-        inputs = max((p.numel() // outputs for p in parameters), default=1) * rows.shape[1]
-        count += positions * (inputs + outputs) if positions * len(uses) > 1 else 0
-    return count + sum(p.numel() for p in parameters) if count else 0
+    """Entries per example that a chunk holds; 0 where no gradient is formed and all examples go at once."""
+    forms = [_form(use, p, slice(0, 1)) for use in uses for p in parameters]
+    formed = sum(p.numel() for p in parameters) if len(uses) > 1 else 0
+    return sum(form.entries for form in forms) + formed
 
 
 def _wide(tensor: Tensor) -> Tensor:

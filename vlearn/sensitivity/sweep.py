@@ -118,7 +118,7 @@ def _sweep_batch(
     output: Selector,
     generator: torch.Generator | None,
 ) -> SensitivityTable:
-    parameters = [p for p in model.parameters() if p.requires_grad and covariance.covers(p)]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and covariance.covers(p)]
     with torch.enable_grad(), record(model, parameters) as trace:
         prediction = model(*batch.args, **batch.kwargs)
     if trace.problems:
@@ -131,9 +131,7 @@ def _sweep_batch(
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in outputs]
         loss = losses(_for_loss(prediction, trace.positions, leaves, output, losses), batch.target)
-        residuals = torch.autograd.grad(
-            loss.sum(), leaves, create_graph=leverage is not None, allow_unused=True
-        )
+        residuals = torch.autograd.grad(loss.sum(), leaves, create_graph=leverage is not None, allow_unused=True)
     trace.cotangents = list(residuals)
     reached = [i for i, residual in enumerate(residuals) if residual is not None]
     trace.backward(
@@ -185,7 +183,9 @@ def _leverage(
     return total
 
 
-def _for_loss(prediction: Any, positions: list[int], leaves: list[Tensor], output: Selector, losses: ExampleLoss) -> Any:
+def _for_loss(
+    prediction: Any, positions: list[int], leaves: list[Tensor], output: Selector, losses: ExampleLoss
+) -> Any:
     """The model's output with its differentiable tensors replaced, as the loss takes it."""
     flat, structure = tree_flatten(prediction)
     where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
