@@ -17,13 +17,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vlearn.optim.average import Average, Contribution
 from vlearn.optim.draw import Draw, Slot, blocks, mark_changed
+from vlearn.optim.stray import Arrivals
 from vlearn.optim.watch import Watch
 from vlearn.posterior import Diagonal
 from vlearn.sensitivity.live import Sensitivities
@@ -55,13 +56,11 @@ class VariationalOptimizer(Optimizer):
     def _forget(self) -> None:
         """Start without draw and watch; nothing of this is saved."""
         self._draw: Draw | None = None  # waits for step()
-        self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}  # of earlier draws of the same step
-        self._draws_summed = 0
+        self._average = Average()  # of earlier draws of the same step
         self._spent: Draw | None = None  # the last step's, kept while the watch has its captures
         self._in_context = False
         self._in_closure = False
-        self._stray: tuple[Tensor, ReferenceType[Tensor]] | None = None
-        self._gradient_hooks: dict[Tensor, Any] = {}
+        self._arrivals = Arrivals(self._gradient_arrived)
         self._watch: Watch | None = None
         self._updates = 0
 
@@ -109,7 +108,7 @@ class VariationalOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._hook_gradients(group["params"])
+        self._arrivals.listen(group["params"])
 
     @property
     def num_data(self) -> float:
@@ -141,7 +140,7 @@ class VariationalOptimizer(Optimizer):
         if whole:
             self._forget()
             for group in self.param_groups:
-                self._hook_gradients(group["params"])
+                self._arrivals.listen(group["params"])
             if watch is not None:
                 self._watch = watch.bind(self)
 
@@ -181,6 +180,10 @@ class VariationalOptimizer(Optimizer):
         master = self.state[slot.parameter].get("mean")
         return slot.mean if master is None else slot.of(master)
 
+    @staticmethod
+    def _state_dtype(p: Tensor) -> torch.dtype:
+        return torch.float32 if is_narrow(p) else p.dtype
+
     def _prepare_states(self) -> None:
         with torch.inference_mode(False):
             for group in self.param_groups:
@@ -201,7 +204,7 @@ class VariationalOptimizer(Optimizer):
         try:
             with torch.inference_mode(False):
                 for index, group in enumerate(self.param_groups):
-                    self._hook_gradients(group["params"])
+                    self._arrivals.listen(group["params"])
                     for block in blocks(p for p in group["params"] if p.requires_grad):
                         for slot in block:
                             slot.buffer.copy_(slot.weights)
@@ -229,7 +232,7 @@ class VariationalOptimizer(Optimizer):
         draw, self._draw = self._draw, None
         if draw is not None:
             draw.drop()
-        self._sums, self._draws_summed, self._spent = {}, 0, None
+        self._average, self._spent = Average(), None
         if self._watch is not None:
             self._watch.trace = None  # its weights are gone
 
@@ -246,7 +249,7 @@ class VariationalOptimizer(Optimizer):
                 self._sum_up(draw)
             else:  # a step that a gradient scaler skipped
                 self.nonfinite_count += 1
-                self._sums, self._draws_summed = {}, 0
+                self._average = Average()
             for p in draw.gradients:
                 p.grad = None
         if draw is not None:
@@ -300,17 +303,10 @@ class VariationalOptimizer(Optimizer):
                     f"the gradient of {self._names()[p]!r} was zeroed in place while its draw waits for step(): "
                     "call optimizer.zero_grad(), or zero_grad(set_to_none=True)."
                 )
-        for index, block in draw.blocks:
-            for slot, gradient, statistic in self._contributions(draw, self.param_groups[index], block):
-                if slot.parameter not in self._sums:
-                    shape = self.state[slot.parameter]["momentum"]
-                    self._sums[slot.parameter] = (torch.zeros_like(shape), torch.zeros_like(shape))
-                total, statistics = self._sums[slot.parameter]
-                slot.of(total).add_(gradient)
-                slot.of(statistics).add_(statistic)
-        self._draws_summed += 1
+        blocks_of = ((self.param_groups[index], block) for index, block in draw.blocks)
+        self._average.add(c for group, block in blocks_of for c in self._contributions(draw, group, block))
 
-    def _contributions(self, draw: Draw, group: dict[str, Any], block: list[Slot]) -> list[tuple[Slot, Tensor, Tensor]]:
+    def _contributions(self, draw: Draw, group: dict[str, Any], block: list[Slot]) -> list[Contribution]:
         """(slot, gradient, statistic) of one draw, for the slots of a block that have a gradient."""
         found = [(slot, g) for slot in block if (g := self._gradient_of(draw, slot.parameter)) is not None]
         slots = [slot for slot, _ in found]
@@ -321,31 +317,15 @@ class VariationalOptimizer(Optimizer):
 
     # -- gradients that no draw explains -------------------------------------------------------------------
 
-    def _hook_gradients(self, parameters: Iterable[Tensor]) -> None:
-        this = ref(self)
-
-        def arrived(p: Tensor) -> None:
-            optimizer = this()
-            if optimizer is not None:
-                optimizer._gradient_arrived(p)
-
-        for p in parameters:
-            if p.requires_grad and p not in self._gradient_hooks:
-                self._gradient_hooks[p] = p.register_post_accumulate_grad_hook(arrived)
-
-    def _gradient_arrived(self, p: Tensor) -> None:
-        if self._draw is not None and self._draw.active:
-            self._draw.has_gradient = True
-        elif self._stray is None or self._stray[1]() is None:
-            self._mark_stray(p)
-
-    def _mark_stray(self, p: Tensor) -> None:
-        if p.grad is not None:
-            self._stray = (p, ref(p.grad))
+    def _gradient_arrived(self, p: Tensor) -> bool:
+        if self._draw is None or not self._draw.active:
+            return False
+        self._draw.has_gradient = True
+        return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; gradients of finished draws of this step stay counted."""
-        self._stray = None
+        self._arrivals.clear()
         if self._draw is not None and self._draw.gradients:
             for p, (gradient, _) in self._draw.gradients.items():
                 if p.grad is gradient:
@@ -401,9 +381,7 @@ class VariationalOptimizer(Optimizer):
         """After an exception: the draw goes, and gradients it left are not a step's."""
         if draw.has_gradient:
             for p in draw.parameters:
-                if p.grad is not None:
-                    self._mark_stray(p)
-                    break
+                self._arrivals.mark(p)
         if self._draw is draw:
             self._draw = None
         draw.drop()
@@ -493,19 +471,18 @@ class VariationalOptimizer(Optimizer):
         return max(group["mc_samples"] for group in self.param_groups)
 
     def _checked_draw(self, has_closure: bool) -> Draw:
-        draw, stray = self._draw, self._stray
+        draw, stray = self._draw, self._arrivals.stray
         loops = LOOPS.format(name=type(self).__name__)
         if draw is None:
             mode = ""
             if self._watch is not None and not self._watch.model.training:
                 mode = " The watched model is in eval mode, where it predicts with the mean: call model.train()."
             raise RuntimeError(f"step() without a draw of the weights.{mode} {loops}")
-        if stray is not None and stray[1]() is not None and stray[0].grad is stray[1]():
+        if stray is not None:
             raise RuntimeError(
-                f"the gradient of {self._names()[stray[0]]!r} comes from a backward pass outside any draw, so it is "
+                f"the gradient of {self._names()[stray]!r} comes from a backward pass outside any draw, so it is "
                 f"not at the sampled weights: call zero_grad() first. {loops}"
             )
-        self._stray = None
         drawn = set(draw.parameters)
         for group in self.param_groups:
             for p in group["params"]:
@@ -548,44 +525,28 @@ class VariationalOptimizer(Optimizer):
 
     def _apply(self, draw: Draw) -> None:
         keep = self._watch is not None and self._watch.needs_sample
-        count = self._draws_summed + 1
+        synchronised = any(group["sync"] for group in self.param_groups) and torch.distributed.is_initialized()
+        if synchronised:
+            self._sum_up(draw)
+            dtypes = [self._state_dtype(p) for p in draw.parameters]
+            self._average.over_processes(draw.parameters, dtypes)
         try:
             for index, block in draw.blocks:
-                self._step_block(draw, self.param_groups[index], block, count)
+                group = self.param_groups[index]
+                last = None if synchronised else self._contributions(draw, group, block)
+                slots, gradients, statistics = self._average.of(block, last)
+                if slots:
+                    self._update(group, slots, gradients, statistics)
+                for slot in slots:
+                    if is_narrow(slot.weights):
+                        slot.mean.copy_(self._exact_mean(slot))
                 for slot in block:
                     slot.show_mean() if keep else slot.drop_draw()
         finally:
-            draw.active = False
-            for slot in draw.slots:
-                slot.drop_draw()
+            draw.drop()
             mark_changed(draw.parameters)
-            self._draw, self._sums, self._draws_summed = None, {}, 0
-            self._spent = draw if keep else None
+            self._draw, self._average, self._spent = None, Average(), draw if keep else None
             self._updates += 1
-
-    def _step_block(self, draw: Draw, group: dict[str, Any], block: list[Slot], count: int) -> None:
-        now = {slot: (g, s) for slot, g, s in self._contributions(draw, group, block)}
-        slots, gradients, statistics = [], [], []
-        for slot in block:
-            sums = self._sums.get(slot.parameter)
-            if slot not in now and sums is None:
-                continue
-            gradient, statistic = now.get(slot, (None, None))
-            if sums is not None:
-                total, products = slot.of(sums[0]), slot.of(sums[1])
-                gradient = total if gradient is None else total.add_(gradient)
-                statistic = products if statistic is None else products.add_(statistic)
-            assert gradient is not None and statistic is not None
-            if count > 1:
-                gradient, statistic = gradient / count, statistic / count
-            slots.append(slot)
-            gradients.append(gradient)
-            statistics.append(statistic)
-        if slots:
-            self._update(group, slots, gradients, statistics)
-            for slot in slots:
-                if "mean" in self.state[slot.parameter]:
-                    slot.mean.copy_(self._exact_mean(slot))
 
     # -- the posterior and what is read from it ------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.optim.base import MeanView, VariationalOptimizer, is_narrow
+from vlearn.optim.base import MeanView, VariationalOptimizer
 from vlearn.optim.draw import Slot
 from vlearn.posterior import Diagonal
 
@@ -144,7 +144,7 @@ class IVON(VariationalOptimizer):
                 raise ValueError(f"{name}={value!r}, but it {remedy}.")
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> None:
-        dtype = torch.float32 if is_narrow(p) else p.dtype
+        dtype = self._state_dtype(p)
         self.state[p] = {
             "step": torch.tensor(0.0, dtype=torch.float32),
             "momentum": torch.zeros_like(p, dtype=dtype),

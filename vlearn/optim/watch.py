@@ -31,11 +31,11 @@ class Link:
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.watch is not None:
-            self.watch.before(module, args, kwargs)
+            self.watch.before(module, args, kwargs)  # pyright: ignore
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.watch is not None:
-            self.watch.after(module, args, kwargs, output)
+            self.watch.after(module, args, kwargs, output)  # pyright: ignore
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         # The module's parameters are copied before its hooks: put the mean into the copies.
