@@ -14,8 +14,9 @@ The weights are the posterior mean whenever no draw is active.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.optim import Optimizer
 from vlearn.optim.average import Average, Contribution
 from vlearn.optim.draw import Draw, Slot, blocks, mark_changed
 from vlearn.optim.stray import Arrivals
-from vlearn.optim.watch import Watch
+from vlearn.optim.watch import Watch, watchers
 from vlearn.posterior import Diagonal
 from vlearn.sensitivity.live import Sensitivities
 
@@ -148,13 +149,19 @@ class VariationalOptimizer(Optimizer):
         self._drop_draws()
         self._updates += 1  # posteriors read from the old state are stale
         super().load_state_dict(state_dict)
+        # torch casts the float32 state of a narrower parameter to the parameter's dtype: take it as it was saved.
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(saved, parameters, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if is_narrow(p) and value.dtype != self.state[p][key].dtype:
+                    self.state[p][key] = value.to(device=p.device, copy=True)
 
-    @staticmethod
-    def _process_value_according_to_param_policy(
-        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
-    ) -> Tensor:
-        # The state of a bfloat16 parameter is float32; torch would cast it to the parameter's dtype.
-        return value if key == "step" else value.to(device=param.device)
+    def __del__(self) -> None:
+        # An optimizer that goes while its draw is in the weights leaves the mean.
+        with suppress(Exception):
+            self.unwatch()
+            self._drop_draws()
 
     def _names(self) -> dict[Tensor, str]:
         """Name of every parameter: as given, else as in the watched model, else by position."""
@@ -309,6 +316,8 @@ class VariationalOptimizer(Optimizer):
     def _contributions(self, draw: Draw, group: dict[str, Any], block: list[Slot]) -> list[Contribution]:
         """(slot, gradient, statistic) of one draw, for the slots of a block that have a gradient."""
         found = [(slot, g) for slot in block if (g := self._gradient_of(draw, slot.parameter)) is not None]
+        if not found:
+            return []
         slots = [slot for slot, _ in found]
         exact = [self._exact_mean(slot) for slot in slots]
         gradients = [slot.of(g).to(mean.dtype) for (slot, g), mean in zip(found, exact, strict=True)]
@@ -417,7 +426,7 @@ class VariationalOptimizer(Optimizer):
         """Put the mean into the weights; a draw made by `train()` or automatically waits for `step()`."""
         if self._in_context:
             raise RuntimeError("eval() inside sampled_params: leave the context, which restores the mean.")
-        if self._draw is not None and self._draw.active:
+        if self._draw is not None:
             self._draw.finish()
 
     @torch.no_grad()
@@ -575,9 +584,21 @@ class VariationalOptimizer(Optimizer):
                 `scaler.get_scale`. A callable is read at backward.
             every: keep captures only on every so many steps.
         """
-        if self._watch is not None:
-            self.unwatch()
-        self._watch = Watch(model, loss_reduction, loss_scale, every).bind(self)
+        watch = Watch(model, loss_reduction, loss_scale, every)
+        self.unwatch()
+        self._unwatch_rivals(model)
+        self._watch = watch.bind(self)
+
+    def _unwatch_rivals(self, model: nn.Module) -> None:
+        """Two optimizers that both draw the same parameters would draw on top of each other."""
+        own = {p for group in self.param_groups for p in group["params"]}
+        for other in watchers(model):
+            if other is not self and any(p in own for group in other.param_groups for p in group["params"]):
+                other.unwatch()
+                warnings.warn(
+                    f"these parameters were watched by another {type(other).__name__}, which is unwatched now.",
+                    stacklevel=4,
+                )
 
     def unwatch(self) -> None:
         """Remove every hook from the watched model; a draw that waits is dropped."""

@@ -100,8 +100,8 @@ class Draw:
 
     def finish(self) -> None:
         """Put the mean into the weights and keep the draw in the buffers."""
-        self.active = False
         self._show(draw=False)
+        self.active = False
 
     def resume(self) -> None:
         """Put the draw back into the weights."""

@@ -118,6 +118,7 @@ class Watch:
         self._scale = 1.0
         self._stack: list[nn.Module] = []
         self._peeked = False
+        self._saved: tuple[Callable[[], Any], dict[Tensor, Tensor]] | None = None
         for link in self.links:
             link.watch = self
         return self
@@ -194,17 +195,19 @@ class Watch:
         draw = self.optimizer._draw
         if draw is None:
             return
+        if self._saved is None or self._saved[0]() is not state_dict:
+            self._saved = (_weak(state_dict), {})
+        copies = self._saved[1]
         for name, p in module._parameters.items():
             slots = [slot for slot in draw.slots if slot.parameter is p and not slot.mean_in_weights]
             entry = state_dict.get(prefix + name)
             if p is None or not slots or entry is None or entry.data_ptr() != p.data_ptr():
                 continue
-            mean = p.detach().clone()
-            for slot in slots:
-                slot.of(mean).copy_(slot.mean)
-            for key, value in state_dict.items():
-                if isinstance(value, Tensor) and value.data_ptr() == p.data_ptr() and value.shape == p.shape:
-                    state_dict[key] = mean
+            if p not in copies:
+                copies[p] = p.detach().clone()
+                for slot in slots:
+                    slot.of(copies[p]).copy_(slot.mean)
+            state_dict[prefix + name] = copies[p]
 
     # -- sensitivities -----------------------------------------------------------------------------------
 
@@ -239,6 +242,21 @@ class Watch:
         weights = {p: p.data if draw is None else draw.sample_of(p) for p in trace.tracked}
         covariance = optimizer.posterior().covariance({name: p for p, name in optimizer._names().items()})
         return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation)
+
+
+def watchers(model: nn.Module) -> list[VariationalOptimizer]:
+    """The optimizers that watch a model or a part of it."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    links = (getattr(hook, "__self__", None) for hook in hooks)
+    watches = dict.fromkeys(link.watch for link in links if isinstance(link, Link) and link.watch is not None)
+    return [watch.optimizer for watch in watches]
+
+
+def _weak(state_dict: dict[str, Any]) -> Callable[[], Any]:
+    try:
+        return ref(state_dict)
+    except TypeError:  # a plain dict as destination: tied entries are copied one by one
+        return lambda: None
 
 
 class _DropDraw:

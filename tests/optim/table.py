@@ -1,0 +1,113 @@
+"""The optimizers of the family and small problems: every contract test runs over the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vlearn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer: how to build it, and settings that its constructor must refuse."""
+
+    name: str
+    make: Callable[..., Any]
+    bad: tuple[tuple[dict[str, Any], str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        return self.name
+
+
+IVON = Entry(
+    "IVON",
+    lambda params, **kwargs: vlearn.IVON(params, **{"lr": 0.1, "ess": 50, "hess_init": 0.5, "beta2": 0.99, **kwargs}),
+    bad=(
+        ({"lr": -1.0}, "lr=-1.0, but it must not be negative: try 0.1."),
+        ({"ess": 0}, "ess=0, but it must be positive: use the number of training examples."),
+        ({"hess_init": 0.0}, "hess_init=0.0, but it must be positive: try 1, or 0.1 for short runs."),
+        ({"beta1": 1.0}, "beta1=1.0, but it must be in [0, 1): try 0.9."),
+        ({"beta2": 1.5}, "beta2=1.5, but it must be in [0, 1]: try 0.99999."),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1, but it must not be negative: try 1e-4."),
+        ({"clip_radius": 0.0}, "clip_radius=0.0, but it must be positive: inf does not clip."),
+        ({"mc_samples": 0}, "mc_samples=0, but it must be a whole number of draws: use 1."),
+        ({"hess_approx": "fisher"}, "hess_approx='fisher', but it must be 'price' or 'gradsq': use 'price'."),
+        ({"num_data": -5}, "num_data=-5, but it must be positive: use the number of training examples."),
+        ({"nonfinite": "stop"}, "nonfinite='stop', but it must be 'raise', 'skip' or 'ignore': use 'raise'."),
+    ),
+)
+FAMILY = (IVON,)
+
+
+def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A small classifier of six inputs and three classes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def data(seed: int = 1, count: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, generator=generator, dtype=dtype), torch.randint(0, 3, (count,), generator=generator)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Bitwise equality."""
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def plain(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Loop (a)."""
+    optimizer.zero_grad()
+    loss_of(model, x, y).backward()
+    optimizer.step()
+
+
+def context(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Loop (b)."""
+    with optimizer.sampled_params(train=True):
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+    optimizer.step()
+
+
+def closure(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Loop (c)."""
+
+    def compute() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        return loss
+
+    optimizer.step(compute)
+
+
+def modes(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Loop (d)."""
+    optimizer.train()
+    optimizer.zero_grad()
+    loss_of(model, x, y).backward()
+    optimizer.step()
+    optimizer.eval()
+
+
+LOOPS = {"plain": plain, "context": context, "closure": closure, "modes": modes}
+
+
+def made(entry: Entry, loop: str, model: nn.Module, **kwargs: Any) -> Any:
+    """The optimizer as the loop wants it: over the model for (a), over its parameters else."""
+    return entry.make(model if loop == "plain" else model.parameters(), **kwargs)
