@@ -160,9 +160,9 @@ def test_on_bayesian_linear_regression_it_converges_to_the_mean_field_posterior(
     y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + torch.randn(count, dtype=torch.float64)
     precision = x.T @ x + delta * torch.eye(3, dtype=torch.float64)
     model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    optimizer = vlearn.IVON(model, lr=0.5, ess=count, hess_init=0.5, beta2=0.999, weight_decay=delta / count)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8000)
-    for _ in range(8000):
+    optimizer = vlearn.IVON(model, lr=0.5, ess=count, hess_init=0.5, beta2=0.998, weight_decay=delta / count)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
+    for _ in range(3000):
         optimizer.zero_grad()
         (0.5 * (model(x).squeeze(1) - y).square().mean()).backward()
         optimizer.step()

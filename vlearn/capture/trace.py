@@ -194,23 +194,18 @@ class Trace:
         module = frame.module
         wanted = [p for p in module._parameters.values() if p is not None and p in self.tracked and p.requires_grad]
         wanted += frame.pending
-        if not wanted:
-            return
-        rule = None if frame.pending else RULES.get(type(module))
-        outputs = [leaf for leaf in tensor_leaves(output) if leaf.requires_grad]
-        inputs = tensor_leaves((args, kwargs))
+        outputs = [leaf for leaf in tensor_leaves(output) if leaf.requires_grad] if wanted else []
         if not outputs:
             return
+        rule = None if frame.pending else RULES.get(type(module))
         if rule is not None:
             fits = len(args) == 1 and not kwargs and rule.accepts(args[0]) and args[0].shape[0] == self.num_examples
             rule = rule if fits else None
-        rows_fit = all(leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in outputs) and any(
-            leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in inputs
-        )
-        if rule is None and not rows_fit:
-            self._leave_to_parent(module, wanted)
-            return
         if rule is None:
+            inputs = tensor_leaves((args, kwargs))
+            if not (all(map(self._has_examples, outputs)) and any(map(self._has_examples, inputs))):
+                self._leave_to_parent(module, wanted)
+                return
             # What this module's forward may use without calling its owner (MultiheadAttention's out_proj).
             for child in module.modules():
                 if child is not module and child not in frame.called:
@@ -245,6 +240,9 @@ class Trace:
             else:
                 self.edges.append((use, position, get_gradient_edge(leaves[i])))
         self.uses.append(use)
+
+    def _has_examples(self, tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and tensor.shape[0] == self.num_examples
 
     def _leave_to_parent(self, module: nn.Module, wanted: list[Tensor]) -> None:
         if self._frames:
@@ -333,6 +331,8 @@ def module_paths(model: nn.Module) -> dict[nn.Module, str]:
 
 def tensor_leaves(tree: Any) -> list[Tensor]:
     """The tensors of a nested structure of tuples, lists, dicts and registered dataclasses."""
+    if isinstance(tree, Tensor):  # most outputs; the general walk costs ten times as much
+        return [tree]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -359,6 +359,10 @@ def _accumulate(cotangents: list[Tensor | None], position: int, gradient: Tensor
 
 
 def _detached(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if not tree:
+        return tree
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 

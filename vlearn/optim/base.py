@@ -13,19 +13,19 @@ The weights are the posterior mean whenever no draw is active.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlearn.optim.average import Average, Contribution
-from vlearn.optim.draw import Draw, Slot, blocks, mark_changed
-from vlearn.optim.stray import Arrivals
+from vlearn.optim.average import Average
+from vlearn.optim.draw import Draw, Slot, mark_changed
+from vlearn.optim.nonfinite import first_nonfinite, is_narrow
+from vlearn.optim.sampling import Sampler
 from vlearn.optim.watch import Watch, watchers
 from vlearn.posterior import Diagonal
 from vlearn.sensitivity.live import Sensitivities
@@ -38,7 +38,7 @@ LOOPS = (
 )
 
 
-class VariationalOptimizer(Optimizer):
+class VariationalOptimizer(Sampler, Optimizer):
     """Base class of the family: draws, the four loops, restoration of the mean, watching.
 
     A subclass says how a block of parameters is drawn (`_perturb`), what is averaged over draws beside the
@@ -48,35 +48,18 @@ class VariationalOptimizer(Optimizer):
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None):
         self.generator = generator
         self.nonfinite_count = 0
+        self._updates = 0
+        self._watch: Watch | None = None
         self._forget()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(list(model.named_parameters()) if model is not None else params, defaults)  # pyright: ignore
         if model is not None:
             self.watch(model)
 
-    def _forget(self) -> None:
-        """Start without draw and watch; nothing of this is saved."""
-        self._draw: Draw | None = None  # waits for step()
-        self._average = Average()  # of earlier draws of the same step
-        self._spent: Draw | None = None  # the last step's, kept while the watch has its captures
-        self._in_context = False
-        self._in_closure = False
-        self._arrivals = Arrivals(self._gradient_arrived)
-        self._watch: Watch | None = None
-        self._updates = 0
-
     # -- what a subclass adds ----------------------------------------------------------------------------
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> None:
         """Fill `state[p]` before the first draw of p."""
-        raise NotImplementedError
-
-    def _perturb(self, group: dict[str, Any], block: list[Slot]) -> None:
-        """Write mean + noise into the weights of a block; the buffers hold the mean."""
-        raise NotImplementedError
-
-    def _statistic(self, group: dict[str, Any], noise: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """What one draw adds to the average beside its gradient; may overwrite the noise θ - m."""
         raise NotImplementedError
 
     def _update(
@@ -139,6 +122,7 @@ class VariationalOptimizer(Optimizer):
         watch = state.pop("watch", None)
         super().__setstate__(state)
         if whole:
+            self._updates, self._watch = 0, None
             self._forget()
             for group in self.param_groups:
                 self._arrivals.listen(group["params"])
@@ -182,11 +166,6 @@ class VariationalOptimizer(Optimizer):
         """Number of the update that the next gradients will make, from 1."""
         return 1 + max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
 
-    def _exact_mean(self, slot: Slot) -> Tensor:
-        """The mean of a slot in the precision of the state: the master copy where the weights are narrower."""
-        master = self.state[slot.parameter].get("mean")
-        return slot.mean if master is None else slot.of(master)
-
     @staticmethod
     def _state_dtype(p: Tensor) -> torch.dtype:
         return torch.float32 if is_narrow(p) else p.dtype
@@ -200,138 +179,6 @@ class VariationalOptimizer(Optimizer):
                         if is_narrow(p):
                             self.state[p]["mean"] = p.detach().float()
 
-    # -- draws -------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _make_draw(self, origin: str) -> Draw:
-        """Put a new draw into the weights; on any exit but the normal one they are the mean."""
-        self._prepare_states()
-        draw = Draw(origin)
-        drawn: list[Slot] = []
-        try:
-            with torch.inference_mode(False):
-                for index, group in enumerate(self.param_groups):
-                    self._arrivals.listen(group["params"])
-                    for block in blocks(p for p in group["params"] if p.requires_grad):
-                        for slot in block:
-                            slot.buffer.copy_(slot.weights)
-                            slot.mean_in_weights = False
-                            drawn.append(slot)
-                            self._follow_edit(slot)
-                        self._perturb(group, block)
-                        draw.blocks.append((index, block))
-        except BaseException:
-            for slot in drawn:
-                slot.drop_draw()
-            raise
-        mark_changed(draw.parameters)
-        return draw
-
-    def _follow_edit(self, slot: Slot) -> None:
-        """Where the weights are not the rounded master mean, the user has written them: they win."""
-        master = self.state[slot.parameter].get("mean")
-        if master is not None:
-            rows = slot.of(master)
-            rows.copy_(torch.where(rows.to(slot.buffer.dtype) == slot.buffer, rows, slot.buffer.float()))
-
-    def _drop_draws(self) -> None:
-        """Forget every draw of this step and put the mean into the weights."""
-        draw, self._draw = self._draw, None
-        if draw is not None:
-            draw.drop()
-        self._average, self._spent = Average(), None
-        if self._watch is not None:
-            self._watch.trace = None  # its weights are gone
-
-    def _begin(self, origin: str) -> None:
-        """A new draw that waits for step(), beside finished ones of the same step."""
-        draw = self._draw
-        if draw is not None and draw.has_gradient:
-            if draw.origin in ("automatic", "train"):
-                raise RuntimeError(
-                    f"a draw made {_made_by(draw)} already has gradients and waits for step(): "
-                    "call step() before sampled_params(train=True)."
-                )
-            if self._is_finite(draw):
-                self._sum_up(draw)
-            else:  # a step that a gradient scaler skipped
-                self.nonfinite_count += 1
-                self._average = Average()
-            for p in draw.gradients:
-                p.grad = None
-        if draw is not None:
-            self._draw = None
-            draw.drop()
-        self._draw = self._make_draw(origin)
-
-    def _begin_automatic(self) -> None:
-        """What a training forward of a watched model needs: an active draw."""
-        draw = self._draw
-        self._spent = None
-        if self._in_context or self._in_closure:
-            return
-        if draw is None:
-            self._begin("automatic")
-        elif draw.origin in ("automatic", "train"):
-            draw.resume()
-        else:
-            raise RuntimeError(
-                "a training forward pass outside sampled_params(train=True), but a draw made there waits for step(): "
-                "call step() first, or run this pass inside the context."
-            )
-
-    def _gradient_of(self, draw: Draw, p: Tensor) -> Tensor | None:
-        if not p.requires_grad:
-            return None
-        if p.grad is not None:
-            return p.grad
-        kept = draw.gradients.get(p)
-        return None if kept is None else kept[0]
-
-    def _keep_gradients(self, draw: Draw) -> None:
-        draw.gradients = {p: (p.grad, p.grad._version) for p in draw.parameters if p.grad is not None}
-
-    def _is_finite(self, draw: Draw) -> bool:
-        return self._first_nonfinite(draw.parameters, draw) is None
-
-    def _first_nonfinite(self, parameters: list[Tensor], draw: Draw) -> Tensor | None:
-        gradients = [(p, g) for p in parameters if (g := self._gradient_of(draw, p)) is not None]
-        # A sum is finite only if every term is; it costs a twentieth of isfinite().all().
-        sums = [g.sum(dtype=torch.float32 if is_narrow(g) else None) for _, g in gradients]
-        if not sums or all(math.isfinite(value) for value in _to_floats(sums)):
-            return None
-        return next((p for p, g in gradients if not bool(g.isfinite().all())), None)
-
-    def _sum_up(self, draw: Draw) -> None:
-        """Add a finished draw's gradient and statistic to the sums, before its buffers go."""
-        for p, (gradient, version) in draw.gradients.items():
-            if gradient._version != version and not bool(gradient.any()):
-                raise RuntimeError(
-                    f"the gradient of {self._names()[p]!r} was zeroed in place while its draw waits for step(): "
-                    "call optimizer.zero_grad(), or zero_grad(set_to_none=True)."
-                )
-        blocks_of = ((self.param_groups[index], block) for index, block in draw.blocks)
-        self._average.add(c for group, block in blocks_of for c in self._contributions(draw, group, block))
-
-    def _contributions(self, draw: Draw, group: dict[str, Any], block: list[Slot]) -> list[Contribution]:
-        """(slot, gradient, statistic) of one draw, for the slots of a block that have a gradient."""
-        found = [(slot, g) for slot in block if (g := self._gradient_of(draw, slot.parameter)) is not None]
-        if not found:
-            return []
-        slots = [slot for slot, _ in found]
-        exact = [self._exact_mean(slot) for slot in slots]
-        gradients = [slot.of(g).to(mean.dtype) for (slot, g), mean in zip(found, exact, strict=True)]
-        noise = [slot.sample - mean for slot, mean in zip(slots, exact, strict=True)]
-        return list(zip(slots, gradients, self._statistic(group, noise, gradients), strict=True))
-
-    # -- gradients that no draw explains -------------------------------------------------------------------
-
-    def _gradient_arrived(self, p: Tensor) -> bool:
-        if self._draw is None or not self._draw.active:
-            return False
-        self._draw.has_gradient = True
-        return True
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; gradients of finished draws of this step stay counted."""
         self._arrivals.clear()
@@ -342,92 +189,6 @@ class VariationalOptimizer(Optimizer):
         super().zero_grad(set_to_none)
 
     # -- the loops ---------------------------------------------------------------------------------------
-
-    @contextmanager
-    def sampled_params(self, train: bool = False) -> Iterator[None]:
-        """The weights are a draw from the posterior inside, and the mean after any exit.
-
-        Args:
-            train: the draw and the gradients computed inside belong to the next `step()`. Entered k times before
-                it, k draws are averaged. False: a draw for predicting; nothing is recorded, a draw that waits
-                for `step()` is put back as it was.
-
-        Raises:
-            RuntimeError: if entered inside another sampled_params, or (train=True) while a draw made in another
-                way has gradients and waits for step().
-        """
-        if self._in_context:
-            raise RuntimeError("sampled_params inside sampled_params: leave the first context before entering another.")
-        if self._in_closure and train:
-            raise RuntimeError("sampled_params(train=True) inside step(closure), which draws itself: use one of them.")
-        with self._training_context() if train else self._ensemble_context():
-            self._in_context = True
-            try:
-                yield
-            finally:
-                self._in_context = False
-
-    @contextmanager
-    def _training_context(self) -> Iterator[None]:
-        self._begin("context")
-        draw = self._draw
-        assert draw is not None
-        try:
-            yield
-        except BaseException:
-            self._abandon(draw)
-            raise
-        if self._draw is not draw:  # load_state_dict inside the context has dropped it
-            return
-        if draw.has_gradient:
-            self._keep_gradients(draw)
-            draw.finish()
-        else:
-            self._draw = None
-            draw.drop()
-
-    def _abandon(self, draw: Draw) -> None:
-        """After an exception: the draw goes, and gradients it left are not a step's."""
-        if draw.has_gradient:
-            for p in draw.parameters:
-                self._arrivals.mark(p)
-        if self._draw is draw:
-            self._draw = None
-        draw.drop()
-        if self._watch is not None:
-            self._watch.trace = None
-
-    @contextmanager
-    def _ensemble_context(self) -> Iterator[None]:
-        waiting = self._draw
-        with waiting.at_mean() if waiting is not None else nullcontext():
-            draw = None
-            try:
-                draw = self._make_draw("ensemble")
-                yield
-            finally:
-                if draw is not None:
-                    draw.drop()
-
-    def train(self) -> None:
-        """Put a draw into the weights, or the one that waits for `step()` again: micro-batches share it."""
-        if self._in_context:
-            raise RuntimeError("train() inside sampled_params, which draws itself: use one of them.")
-        if self._draw is not None and self._draw.origin == "context":
-            raise RuntimeError(
-                "train() while a draw of sampled_params(train=True) waits for step(): call step() first."
-            )
-        if self._draw is None:
-            self._begin("train")
-        else:
-            self._draw.resume()
-
-    def eval(self) -> None:
-        """Put the mean into the weights; a draw made by `train()` or automatically waits for `step()`."""
-        if self._in_context:
-            raise RuntimeError("eval() inside sampled_params: leave the context, which restores the mean.")
-        if self._draw is not None:
-            self._draw.finish()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -519,7 +280,7 @@ class VariationalOptimizer(Optimizer):
         for group in self.param_groups:
             if group["nonfinite"] == "ignore":
                 continue
-            p = self._first_nonfinite(group["params"], draw)
+            p = first_nonfinite((p, self._gradient_of(draw, p)) for p in group["params"])
             if p is None:
                 continue
             if group["nonfinite"] == "raise":
@@ -562,10 +323,6 @@ class VariationalOptimizer(Optimizer):
     def posterior(self) -> Diagonal:
         """The posterior as a view of the optimizer's state: no copy, stale after the next step."""
         raise NotImplementedError
-
-    def at_mean(self) -> AbstractContextManager[None]:
-        """A context in which the weights are the mean whatever draw is active; it is put back afterwards."""
-        return self._draw.at_mean() if self._draw is not None else nullcontext()
 
     def watch(
         self,
@@ -627,45 +384,6 @@ class VariationalOptimizer(Optimizer):
                 "optimizer.watch(model)."
             )
         return self._watch.sensitivities(deviation)
-
-
-class MeanView(Mapping[str, Tensor]):
-    """Posterior mean by parameter name, wherever it waits while a draw is in the weights."""
-
-    def __init__(self, optimizer: VariationalOptimizer, parameters: dict[str, Tensor]):
-        self._optimizer, self._parameters = optimizer, parameters
-
-    def __getitem__(self, name: str) -> Tensor:
-        p = self._parameters[name]
-        master = self._optimizer.state[p].get("mean")
-        draw = self._optimizer._draw
-        if master is not None or draw is None:
-            return p.data if master is None else master
-        slot = next((slot for slot in draw.slots if slot.parameter is p), None)
-        return p.data if slot is None or slot.mean_in_weights else slot.whole_buffer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-
-def is_narrow(tensor: Tensor) -> bool:
-    """Whether a floating tensor has fewer than 32 bits, so that its state is kept in float32."""
-    return torch.finfo(tensor.dtype).bits < 32
-
-
-def _to_floats(scalars: list[Tensor]) -> list[float]:
-    """Values of scalar tensors with one transfer per device and dtype."""
-    alike: dict[tuple, list[Tensor]] = {}
-    for scalar in scalars:
-        alike.setdefault((scalar.device, scalar.dtype), []).append(scalar)
-    return [value for same in alike.values() for value in torch.stack(same).tolist()]
-
-
-def _made_by(draw: Draw) -> str:
-    return {"automatic": "by a training forward pass", "train": "by train()"}.get(draw.origin, "by " + draw.origin)
 
 
 def _with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.optim.base import MeanView, VariationalOptimizer
+from vlearn.optim.base import VariationalOptimizer
 from vlearn.optim.draw import Slot
+from vlearn.optim.sampling import MeanView
 from vlearn.posterior import Diagonal
 
 
