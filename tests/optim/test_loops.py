@@ -85,7 +85,7 @@ def test_closure_draws_mc_samples_times_as_that_many_contexts_do(entry: Entry) -
         by_closure.zero_grad()
         loss = loss_of(first, x, y)
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         return loss
 
     returned = by_closure.step(compute)
@@ -97,7 +97,7 @@ def test_closure_draws_mc_samples_times_as_that_many_contexts_do(entry: Entry) -
     by_context.step()
     assert equal(weights(first), weights(second))
     assert len(losses) == 3 and len(set(losses)) == 3
-    assert float(returned) == pytest.approx(sum(losses) / 3)
+    assert returned.item() == pytest.approx(sum(losses) / 3)
 
 
 @family
