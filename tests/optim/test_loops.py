@@ -273,6 +273,28 @@ def test_backward_after_the_context_is_refused_by_autograd(entry: Entry) -> None
 
 
 @family
+def test_gradients_written_by_hand_inside_a_context_count(entry: Entry) -> None:
+    x, y = data()
+    results = []
+    for by_hand in (True, False):
+        model = network()
+        optimizer = entry.make(model.parameters())
+        torch.manual_seed(1)
+        for _ in range(2):
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                if by_hand:
+                    gradients = torch.autograd.grad(loss_of(model, x, y), list(model.parameters()))
+                    for p, gradient in zip(model.parameters(), gradients, strict=True):
+                        p.grad = gradient
+                else:
+                    loss_of(model, x, y).backward()
+            optimizer.step()
+        results.append(weights(model))
+    assert equal(*results)
+
+
+@family
 def test_eval_and_train_put_the_same_draw_away_and_back(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model.parameters())

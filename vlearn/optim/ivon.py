@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlearn.optim.base import VariationalOptimizer
 from vlearn.optim.draw import Slot
+from vlearn.optim.nonfinite import is_narrow
 from vlearn.optim.sampling import MeanView
 from vlearn.posterior import Diagonal
 
@@ -153,13 +154,15 @@ class IVON(VariationalOptimizer):
         }
 
     def _perturb(self, group: dict[str, Any], block: list[Slot]) -> None:
-        means = [self._exact_mean(slot) for slot in block]
+        narrow = is_narrow(block[0].weights)  # then the draw is made around the master mean and rounded
+        samples = [self._exact_mean(slot).clone() if narrow else slot.weights for slot in block]
         hessians = [slot.of(self.state[slot.parameter]["hessian"]) for slot in block]
-        noise = _normal(means, self.generator)
+        noise = _normal(hessians, self.generator)
         draw = _foreach_draw if _use_foreach(group, block) else _plain_draw
-        draw(means, hessians, noise, ess=group["ess"], weight_decay=group["weight_decay"])
-        for slot, sample in zip(block, noise, strict=True):
-            slot.weights.copy_(sample)
+        draw(samples, hessians, noise, ess=group["ess"], weight_decay=group["weight_decay"])
+        if narrow:
+            for slot, sample in zip(block, samples, strict=True):
+                slot.weights.copy_(sample)
 
     def _statistic(self, group: dict[str, Any], noise: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         if group["hess_approx"] == "gradsq":
@@ -234,22 +237,21 @@ def _normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tenso
 
 
 def _plain_draw(
-    means: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
+    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
 ) -> None:
-    """noise ← mean + noise/√(ess·(h + wd)), one tensor at a time."""
-    for mean, hessian, sample in zip(means, hessians, noise, strict=True):
-        sample.div_(hessian.add(weight_decay).mul_(ess).sqrt_()).add_(mean)
+    """Mean to draw: weights ← weights + noise/√(ess·(h + wd)), one tensor at a time."""
+    for weight, hessian, epsilon in zip(weights, hessians, noise, strict=True):
+        weight.addcdiv_(epsilon, hessian.add(weight_decay).mul_(ess).sqrt_())
 
 
 def _foreach_draw(
-    means: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
+    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
 ) -> None:
     """As `_plain_draw`, all tensors of a block at once."""
     scales = torch._foreach_add(hessians, weight_decay)
     torch._foreach_mul_(scales, ess)
     torch._foreach_sqrt_(scales)
-    torch._foreach_div_(noise, scales)
-    torch._foreach_add_(noise, means)
+    torch._foreach_addcdiv_(weights, noise, scales)
 
 
 def _plain_ivon(

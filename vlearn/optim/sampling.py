@@ -212,6 +212,7 @@ class Sampler:
         self._begin("context")
         draw = self._draw
         assert draw is not None
+        before = [(p.grad, None if p.grad is None else p.grad._version) for p in draw.parameters]
         try:
             yield
         except BaseException:
@@ -219,6 +220,12 @@ class Sampler:
             raise
         if self._draw is not draw:  # load_state_dict inside the context has dropped it
             return
+        # Gradients may also have been written by hand, without a backward pass that tells us.
+        written = (
+            p.grad is not None and (p.grad is not old or p.grad._version != version)
+            for p, (old, version) in zip(draw.parameters, before, strict=True)
+        )
+        draw.has_gradient = draw.has_gradient or any(written)
         if draw.has_gradient:
             self._keep_gradients(draw)
             draw.finish()
