@@ -108,6 +108,51 @@ def test_closure_may_return_none_and_need_not_zero_gradients(entry: Entry) -> No
 
 
 @family
+@pytest.mark.parametrize("mc_samples", [1, 3])
+def test_a_closure_shares_the_pending_draw_of_a_watched_model(entry: Entry, mc_samples: int) -> None:
+    """What Lightning does under accumulation: the closure of the first micro-batches runs without step()."""
+    model, (x, y) = network(), data()
+    optimizer = entry.make(model, mc_samples=mc_samples)
+    seen = []
+
+    def closure() -> None:
+        (loss_of(model, x, y) / 2).backward()
+        seen.append(weights(model))
+
+    closure()
+    optimizer.step(closure)
+    assert equal(seen[0], seen[1]) and len(seen) == 1 + mc_samples
+    assert all(not equal(seen[1], other) for other in seen[2:])
+
+
+@family
+def test_a_closure_call_with_a_nonfinite_gradient_raises_or_skips_the_whole_step(entry: Entry) -> None:
+    x, y = data()
+    for rule in ("raise", "skip"):
+        model = network()
+        optimizer = entry.make(model.parameters(), mc_samples=3, nonfinite=rule)
+        calls = []
+
+        def closure(model=model, optimizer=optimizer, calls=calls) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            optimizer.zero_grad()
+            loss = loss_of(model, x, y)
+            loss.backward()
+            calls.append(1)
+            if len(calls) == 2:
+                model[0].weight.grad.fill_(float("nan"))
+            return loss
+
+        if rule == "raise":
+            with pytest.raises(FloatingPointError, match="0.weight|param_0"):
+                optimizer.step(closure)
+        else:
+            optimizer.step(closure)
+            assert optimizer.nonfinite_count == 1
+        assert len(calls) == 2
+        assert equal(weights(model), weights(network()))
+
+
+@family
 @pytest.mark.parametrize("loop", ["plain", "context", "modes"])
 def test_accumulated_micro_batches_make_the_step_of_the_big_batch(entry: Entry, loop: str) -> None:
     x, y = data(count=12)

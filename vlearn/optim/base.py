@@ -48,7 +48,8 @@ class VariationalOptimizer(Sampler, Optimizer):
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None):
         self.generator = generator
         self.nonfinite_count = 0
-        self._updates = 0
+        self._updates = 0  # of the state, by steps and loads: what a posterior view was read at
+        self._steps: int | None = None  # taken so far; None: to be read from the state
         self._watch: Watch | None = None
         self._forget()
         model = params if isinstance(params, nn.Module) else None
@@ -122,7 +123,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         watch = state.pop("watch", None)
         super().__setstate__(state)
         if whole:
-            self._updates, self._watch = 0, None
+            self._updates, self._steps, self._watch = 0, None, None
             self._forget()
             for group in self.param_groups:
                 self._arrivals.listen(group["params"])
@@ -131,7 +132,8 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._drop_draws()
-        self._updates += 1  # posteriors read from the old state are stale
+        self._updates += 1
+        self._steps = None
         super().load_state_dict(state_dict)
         # torch casts the float32 state of a narrower parameter to the parameter's dtype: take it as it was saved.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -164,7 +166,9 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def next_step(self) -> int:
         """Number of the update that the next gradients will make, from 1."""
-        return 1 + max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        if self._steps is None:
+            self._steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        return self._steps + 1
 
     @staticmethod
     def _state_dtype(p: Tensor) -> torch.dtype:
@@ -206,36 +210,41 @@ class VariationalOptimizer(Sampler, Optimizer):
         if self._in_context:
             raise RuntimeError("step() inside sampled_params: leave the context first.")
         try:
-            loss = self._run(closure) if closure is not None else None
-            draw = self._checked_draw(closure is not None)
-            if self._may_update(draw):
-                self._apply(draw)
+            loss, finite = self._run(closure) if closure is not None else (None, True)
+            if finite:
+                draw = self._checked_draw(closure is not None)
+                if self._may_update(draw):
+                    self._apply(draw)
         except BaseException:
             self._drop_draws()
             raise
         return loss
 
-    def _run(self, closure: Callable[[], Any]) -> Any:
+    def _run(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
+        """(average loss, False if the step is to be skipped for a gradient that is not finite)."""
         if self._draw is not None and self._draw.origin == "context":
             raise RuntimeError(
                 "step(closure) while a draw of sampled_params(train=True) waits: call step() without it."
             )
-        losses = []
+        losses: list[Any] = []
         self._in_closure = True
         try:
             for call in range(self._mc_samples()):
+                if call > 0:
+                    draw = self._checked_draw(True)
+                    if not self._may_update(draw):
+                        return _average_loss(losses), False
+                    self._keep_gradients(draw)
                 if call == 0 and self._draw is not None:
-                    self._draw.resume()
+                    self._draw.resume()  # a watched model's pending draw
+                    self._draw.origin = "closure"
                 else:
-                    if call > 0 and self._draw is not None:
-                        self._keep_gradients(self._draw)
                     self._begin("closure")
                 with torch.enable_grad():
                     losses.append(closure())
         finally:
             self._in_closure = False
-        given = [loss for loss in losses if loss is not None]
-        return (given[0] if len(given) == 1 else sum(given) / len(given)) if given else None
+        return _average_loss(losses), True
 
     def _mc_samples(self) -> int:
         return max(group["mc_samples"] for group in self.param_groups)
@@ -317,6 +326,7 @@ class VariationalOptimizer(Sampler, Optimizer):
             mark_changed(draw.parameters)
             self._draw, self._average, self._spent = None, Average(), draw if keep else None
             self._updates += 1
+            self._steps = None if self._steps is None else self._steps + 1
 
     # -- the posterior and what is read from it ------------------------------------------------------------
 
@@ -384,6 +394,11 @@ class VariationalOptimizer(Sampler, Optimizer):
                 "optimizer.watch(model)."
             )
         return self._watch.sensitivities(deviation)
+
+
+def _average_loss(losses: list[Any]) -> Any:
+    given = [loss for loss in losses if loss is not None]
+    return (given[0] if len(given) == 1 else sum(given) / len(given)) if given else None
 
 
 def _with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -94,9 +95,17 @@ class Draw:
     def slots(self) -> Iterator[Slot]:
         return (slot for _, block in self.blocks for slot in block)
 
+    @cached_property
+    def slots_of(self) -> dict[Tensor, list[Slot]]:
+        """The slots of each parameter, once all are made."""
+        found: dict[Tensor, list[Slot]] = {}
+        for slot in self.slots:
+            found.setdefault(slot.parameter, []).append(slot)
+        return found
+
     @property
     def parameters(self) -> list[Tensor]:
-        return list(dict.fromkeys(slot.parameter for slot in self.slots))
+        return list(self.slots_of)
 
     def finish(self) -> None:
         """Put the mean into the weights and keep the draw in the buffers."""
@@ -141,12 +150,13 @@ class Draw:
                 slot.show_draw()
             torch.clear_autocast_cache()
 
-    def sample_of(self, parameter: Tensor) -> Tensor:
-        """θ of a whole parameter: the parameter's data, or the buffer as one tensor."""
-        slot = next(slot for slot in self.slots if slot.parameter is parameter)
-        if not slot.mean_in_weights:
-            return parameter.data
-        return slot.whole_buffer
+    def samples(self) -> dict[Tensor, Tensor]:
+        """θ of every parameter, as one tensor each."""
+        return {p: slots[0].whole_buffer if slots[0].mean_in_weights else p.data for p, slots in self.slots_of.items()}
+
+    def means(self) -> dict[Tensor, Tensor]:
+        """The mean of every parameter, as one tensor each."""
+        return {p: p.data if slots[0].mean_in_weights else slots[0].whole_buffer for p, slots in self.slots_of.items()}
 
     def _not_showing(self, draw: bool) -> list[Tensor]:
         return list(dict.fromkeys(s.parameter for s in self.slots if s.mean_in_weights is draw))

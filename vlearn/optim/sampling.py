@@ -35,7 +35,7 @@ class Sampler:
         self._draw: Draw | None = None  # waits for step()
         self._average = Average()  # of earlier draws of the same step
         self._spent: Draw | None = None  # the last step's, kept while the watch has its captures
-        self._in_context = False
+        self._in_context = ""  # or "training", "ensemble"
         self._in_closure = False
         self._arrivals = Arrivals(self._gradient_arrived)
 
@@ -201,11 +201,11 @@ class Sampler:
         if self._in_closure and train:
             raise RuntimeError("sampled_params(train=True) inside step(closure), which draws itself: use one of them.")
         with self._training_context() if train else self._ensemble_context():
-            self._in_context = True
+            self._in_context = "training" if train else "ensemble"
             try:
                 yield
             finally:
-                self._in_context = False
+                self._in_context = ""
 
     @contextmanager
     def _training_context(self) -> Iterator[None]:
@@ -290,11 +290,10 @@ class MeanView(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         p = self._parameters[name]
         master = self._optimizer.state[p].get("mean")
+        if master is not None:
+            return master
         draw = self._optimizer._draw
-        if master is not None or draw is None:
-            return p.data if master is None else master
-        slot = next((slot for slot in draw.slots if slot.parameter is p), None)
-        return p.data if slot is None or slot.mean_in_weights else slot.whole_buffer
+        return p.data if draw is None else draw.means().get(p, p.data)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

@@ -167,6 +167,8 @@ class Watch:
     def _enter(self, module: nn.Module) -> None:
         self._traced_now = False
         optimizer = self.optimizer
+        if optimizer._in_context == "ensemble":
+            return
         if module.training and torch.is_grad_enabled():
             self._overlap = self.trace is not None and self.trace.waits_for_backward
             self.trace = None
@@ -199,9 +201,11 @@ class Watch:
             self._saved = (_weak(state_dict), {})
         copies = self._saved[1]
         for name, p in module._parameters.items():
-            slots = [slot for slot in draw.slots if slot.parameter is p and not slot.mean_in_weights]
+            slots = draw.slots_of.get(p, []) if p is not None else []
             entry = state_dict.get(prefix + name)
-            if p is None or not slots or entry is None or entry.data_ptr() != p.data_ptr():
+            if p is None or entry is None or entry.data_ptr() != p.data_ptr():
+                continue
+            if all(slot.mean_in_weights for slot in slots):
                 continue
             if p not in copies:
                 copies[p] = p.detach().clone()
@@ -239,7 +243,8 @@ class Watch:
                 "minibatch: concatenate the inputs, or call backward() after each forward pass."
             )
         draw = optimizer._draw or optimizer._spent
-        weights = {p: p.data if draw is None else draw.sample_of(p) for p in trace.tracked}
+        samples = draw.samples() if draw is not None else {}
+        weights = {p: samples.get(p, p.data) for p in trace.tracked}
         covariance = optimizer.posterior().covariance({name: p for p, name in optimizer._names().items()})
         return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation)
 
