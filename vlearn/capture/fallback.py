@@ -7,27 +7,32 @@ that cannot be done. The recomputed outputs must equal the recorded ones; a modu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vlearn.capture.trace import Use, hooks_paused, tensor_leaves
+from vlearn.capture.replay import call_with, forward_mode, tangents_in_reverse
+from vlearn.capture.trace import Use, is_close, tensor_leaves
 
 Weights = dict[Tensor, Tensor]
 
 
-def per_example_gradients(use: Use, examples: slice, weights: Weights) -> Weights:
+def per_example_gradients(use: Use, examples: slice, weights: Weights, tolerance: float) -> Weights:
     """Gradient of each example's own loss with respect to the parameters of one use.
+
+    To be called, as all of this file, inside `vlearn.capture.replay.as_recorded`.
 
     Args:
         use: a use whose backward pass has come.
         examples: which examples.
         weights: value of each parameter of the use during the recorded pass.
+        tolerance: relative difference allowed between the recorded and the recomputed outputs.
     Returns:
         By parameter ``[n, *shape]``, on the scale of the recorded backward pass.
     Raises:
@@ -46,20 +51,20 @@ def per_example_gradients(use: Use, examples: slice, weights: Weights) -> Weight
 
     def gradient_of_one(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         live = {name: value.detach().requires_grad_() for name, value in values.items()}
-        with torch.enable_grad():
-            outputs = call(live, leaves)
-            grads = torch.autograd.grad(
-                outputs,
-                list(live.values()),
-                [c.unsqueeze(0).to(o.dtype) for c, o in zip(cotangent, outputs, strict=True)],
-                allow_unused=True,
-            )
+        outputs = call(live, leaves)
+        grads = torch.autograd.grad(
+            outputs,
+            list(live.values()),
+            [c.unsqueeze(0).to(o.dtype) for c, o in zip(cotangent, outputs, strict=True)],
+            allow_unused=True,
+        )
         pairs = zip(live.items(), grads, strict=True)
         return {n: torch.zeros_like(v) if g is None else g for (n, v), g in pairs}, [o.detach() for o in outputs]
 
     gradients, outputs = _each_example(use, gradient, gradient_of_one, batched, cotangents)
-    _check_outputs(use, outputs, examples)
-    return {p: gradients[name] for name, p in names.items()}
+    _restore_outputs(use, weights)
+    _check_outputs(use, outputs, examples, tolerance)
+    return {p: gradients[name].detach() for name, p in names.items()}
 
 
 def output_tangents(use: Use, examples: slice, weights: Weights, directions: Weights) -> list[Tensor]:
@@ -79,13 +84,18 @@ def output_tangents(use: Use, examples: slice, weights: Weights, directions: Wei
         return jvp(lambda v: call(v, leaves), (values,), (move,))[1]
 
     def tangent_of_one(leaves: list[Tensor], move: dict[str, Tensor]) -> list[Tensor]:
-        with forward_ad.dual_level():
-            outputs = call({n: forward_ad.make_dual(v, move[n]) for n, v in values.items()}, leaves)
-            pairs = [forward_ad.unpack_dual(output) for output in outputs]
-            return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
+        try:
+            with forward_ad.dual_level():
+                outputs = call({n: forward_ad.make_dual(v, move[n]) for n, v in values.items()}, leaves)
+                pairs = [forward_ad.unpack_dual(output) for output in outputs]
+                return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
+        except NotImplementedError:
+            live = {name: value.detach().requires_grad_() for name, value in values.items()}
+            return tangents_in_reverse(call(live, leaves), list(live.values()), list(move.values()))
 
-    tangents = _each_example(use, tangent, tangent_of_one, batched, moves)
-    return [t.squeeze(1) for t in tangents]
+    with forward_mode(use.module.modules()):
+        tangents = _each_example(use, tangent, tangent_of_one, batched, moves)
+    return [tangent.squeeze(1).detach() for tangent in tangents]
 
 
 def _example_call(
@@ -93,8 +103,8 @@ def _example_call(
 ) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]], list[Tensor]]:
     """(parameters by name, call(parameters, one example's leaves) -> outputs [1, ...], batched leaves)."""
     use.check_unchanged()
-    names = {next(name for name, q in use.module.named_parameters(remove_duplicate=False) if q is p): p for p in moving}
-    others = {name: weights[p] for name, p in use.module.named_parameters() if name not in names and p in weights}
+    moving = set(moving)
+    names: dict[str, Tensor] = {name: p for name, p in use.module.named_parameters() if p in moving}
     leaves, structure = tree_flatten((use.args, use.kwargs))
     dtype = weights[use.parameters[0]].dtype  # autocast may have handed the module narrower inputs
     leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
@@ -106,14 +116,16 @@ def _example_call(
         rows = iter(example)
         filled = [next(rows).unsqueeze(0) if flag else x for x, flag in zip(leaves, is_batched, strict=True)]
         args, kwargs = tree_unflatten(filled, structure)
-        output = functional_call(use.module, {**others, **values}, args, kwargs)
+        now = {**weights, **{p: values[name] for name, p in names.items()}}
+        output = call_with(use.module, now, args, kwargs)
         return [tensor_leaves(output)[position] for position in use.positions]
 
     return names, call, batched
 
 
 def _each_example(use: Use, vectorised: Callable, single: Callable, batched: list[Tensor], others: Any) -> Any:
-    with hooks_paused(), torch.autocast(batched[0].device.type, enabled=False):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # of vmap over one operation: still exact
         try:
             return vmap(vectorised, randomness="error")(batched, others)
         except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -132,15 +144,18 @@ def _each_example(use: Use, vectorised: Callable, single: Callable, batched: lis
         return tree_unflatten([torch.stack(column) for column in zip(*(f[0] for f in flat), strict=True)], flat[0][1])
 
 
-def _check_outputs(use: Use, outputs: list[Tensor], examples: slice) -> None:
-    for output, (recorded, version) in zip(outputs, use.outputs, strict=True):
-        if recorded._version != version:
-            continue  # overwritten by a later in-place operation: nothing left to compare with
-        recorded = recorded[examples]
-        output = output.squeeze(1)
-        scale = max(float(recorded.abs().max()), 1e-30) if recorded.numel() else 1.0
-        tolerance = scale * max(1e-4, 30 * torch.finfo(recorded.dtype).eps)
-        if output.shape != recorded.shape or float((output - recorded).abs().max()) > tolerance:
+def _restore_outputs(use: Use, weights: Weights) -> None:
+    """Compute the batch's outputs again where a later in-place operation has overwritten them."""
+    if all(output._version == version for output, version in use.outputs):
+        return
+    with torch.no_grad():
+        leaves = tensor_leaves(call_with(use.module, weights, use.args, use.kwargs))
+    use.outputs = [(leaves[position], leaves[position]._version) for position in use.positions]
+
+
+def _check_outputs(use: Use, outputs: list[Tensor], examples: slice, tolerance: float) -> None:
+    for output, (recorded, _) in zip(outputs, use.outputs, strict=True):
+        if not is_close(output.squeeze(1), recorded[examples], tolerance):
             reason = "run on one example at a time it gives other outputs than on the batch"
             raise RuntimeError(_refusal(use, reason))
 

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vlearn.capture.graph import Span, nodes_of, survey
 from vlearn.capture.rules import RULES, Rule
 
 _paused = False
@@ -45,6 +46,7 @@ class Use:
 
     Attributes:
         module: the module, `path` its name in the model, for messages.
+        call: which of the module's calls in the forward pass, from 0.
         parameters: those of the tracked parameters whose effect passes through this call.
         rule: how to bring it to rows, or None for the exact fallback.
         args, kwargs: the call's inputs, tensors detached.
@@ -56,6 +58,7 @@ class Use:
 
     module: nn.Module
     path: str
+    call: int
     parameters: list[Tensor]
     rule: Rule | None
     args: tuple[Any, ...]
@@ -79,8 +82,7 @@ class Use:
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if an input was written in place after the call: a replay would see other values."""
-        now = [leaf._version for leaf in tensor_leaves((self.args, self.kwargs))]
-        if now != self.versions:
+        if _versions((self.args, self.kwargs)) != self.versions:
             raise RuntimeError(
                 f"{self.path} ({type(self.module).__name__}): its input was modified in place after its forward "
                 "pass, so its per-example gradients cannot be formed: use an out-of-place operation there."
@@ -90,6 +92,7 @@ class Use:
 @dataclass(eq=False)
 class _Frame:
     module: nn.Module
+    first_use: int  # in the trace's uses, of those made inside
     called: set[nn.Module] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
 
@@ -117,13 +120,18 @@ class Trace:
         self.num_examples = 0
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
-        self.training = False
+        self.versions: list[int] = []
+        self.in_train_mode: list[nn.Module] = []
         self.random_state: Any = None
         self.output: Any = None
+        self.output_versions: list[int] = []
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
-        self.unexplained: dict[Tensor, bool] = {}  # parameters of no use -> whether a gradient reached them
+        self.unseen: list[Tensor] = []  # parameters that the graph does not show
         self.on_backward: Callable[[], None] = lambda: None
+        self._seen_in_backward: set[Tensor] = set()
+        self._calls: dict[nn.Module, int] = {}
+        self._spans: dict[Use, Span] = {}
         self._frames: list[_Frame] = []
         self._graph: Callable[[], _Graph | None] = lambda: None
 
@@ -132,10 +140,12 @@ class Trace:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._frames:
             self._enter_root(module, args, kwargs)
-        self._frames.append(_Frame(module))
+        self._frames.append(_Frame(module, len(self.uses)))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.root, self.args, self.kwargs, self.training = module, args, kwargs, module.training
+        self.root, self.args, self.kwargs = module, _detached(args), _detached(kwargs)
+        self.versions = _versions((args, kwargs))
+        self.in_train_mode = [each for each in self.paths if each.training]
         self.random_state = random_state(self.tracked)
         sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
         self.num_examples = sizes[0] if sizes else 0
@@ -156,9 +166,10 @@ class Trace:
             )
         self._cover(frame, args, kwargs, output)
         if not self._frames:
-            self._leave_root(args, kwargs, output)
+            self._leave_root(frame, args, kwargs, output)
+        self._calls[module] = self._calls.get(module, 0) + 1
 
-    def _leave_root(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         leaves = tensor_leaves(output)
         self.positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
         self.cotangents = [None] * len(self.positions)
@@ -168,15 +179,35 @@ class Trace:
             for position, i in enumerate(self.positions):
                 leaves[i].register_hook(partial(self._receive, graph, position))
         self.output = _detached(output)
+        self.output_versions = _versions(output)
+        self._cover_the_rest(frame, args, kwargs, output)
+        self._spans = {}
+
+    def _cover_the_rest(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Parameters used in no module's own call, or also elsewhere: for these the whole model is the unit."""
         assert self.root is not None
+        used, elsewhere = survey(
+            nodes_of(tensor_leaves(output)), nodes_of(tensor_leaves((args, kwargs))), list(self._spans.values())
+        )
         covered = {p for use in self.uses for p in use.parameters}
-        self.unexplained = {p: False for p in self.root.parameters() if p in self.tracked and p not in covered}
-        if self.unexplained:
-            # Used, if at all, outside any module's own call: then the whole model is the unit.
-            if self.edges is None:
-                for p in self.unexplained:
-                    p.register_hook(partial(self._reach, p))
-            self._add_use(self.root, list(self.unexplained), None, args, kwargs, output)
+        own = [p for p in self.root.parameters() if p in self.tracked]
+        for p in elsewhere.intersection(self.tracked).difference(own):
+            self.problems.append(
+                f"{self.paths[self.root]} ({type(self.root).__name__}) uses a parameter of shape {tuple(p.shape)} that "
+                "belongs to none of its modules: register the module that has it as a submodule."
+            )
+        # A graph made by a nested backward pass (reentrant checkpointing) shows itself only then.
+        self.unseen = [p for p in own if p not in used and p not in covered and p.requires_grad]
+        if self.unseen and self.edges is None:
+            seen = self._seen_in_backward
+            handles = [p.register_hook(lambda gradient, p=p: seen.add(p)) for p in self.unseen]
+            finalize(self, _remove_all, handles)
+        rest = [p for p in own if p in elsewhere] + self.unseen
+        if rest:
+            last = self.uses[-1] if self.uses else None
+            if last is not None and last.module is self.root and last.rule is None:
+                rest = [*self.uses.pop().parameters, *rest]
+            self._add_use(frame, self.root, rest, None, args, kwargs, output)
 
     def _receive(self, graph: _Graph, position: int, gradient: Tensor) -> None:
         if all(cotangent is None for cotangent in self.cotangents):
@@ -185,52 +216,70 @@ class Trace:
             self.problems.append("a backward pass with create_graph=True went through the captured forward pass.")
         _accumulate(self.cotangents, position, gradient)
 
-    def _reach(self, p: Tensor, gradient: Tensor) -> None:
-        if p in self.unexplained:
-            self.unexplained[p] = True
-
     def _cover(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Make this call a use, if it owns tracked parameters; or leave them to the call around it."""
         module = frame.module
-        wanted = [p for p in module._parameters.values() if p is not None and p in self.tracked and p.requires_grad]
-        wanted += frame.pending
-        outputs = [leaf for leaf in tensor_leaves(output) if leaf.requires_grad] if wanted else []
+        owned = [p for p in module._parameters.values() if p is not None]
+        wanted: list[Tensor] = [p for p in owned if p in self.tracked and p.requires_grad]
+        rule = None if frame.pending else RULES.get(type(module))
+        if frame.pending:
+            own = set(module.parameters())
+            wanted += [p for p in frame.pending if p in own]
+            if self._frames:  # a module that is called here may belong elsewhere
+                self._frames[-1].pending += [p for p in frame.pending if p not in own]
+        if not wanted:
+            return
+        outputs = [leaf for leaf in tensor_leaves(output) if leaf.requires_grad]
+        inputs = tensor_leaves((args, kwargs))
         if not outputs:
             return
-        rule = None if frame.pending else RULES.get(type(module))
         if rule is not None:
             fits = len(args) == 1 and not kwargs and rule.accepts(args[0]) and args[0].shape[0] == self.num_examples
-            rule = rule if fits else None
+            # Pruning and the older weight_norm make the weight from a parameter of another name.
+            rule = rule if fits and all(p is module.weight or p is module.bias for p in wanted) else None
+        rows_fit = all(leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in outputs) and any(
+            leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in inputs
+        )
+        if rule is None and not rows_fit:
+            self._leave_to_parent(module, wanted)
+            return
         if rule is None:
-            inputs = tensor_leaves((args, kwargs))
-            if not (all(map(self._has_examples, outputs)) and any(map(self._has_examples, inputs))):
-                self._leave_to_parent(module, wanted)
-                return
             # What this module's forward may use without calling its owner (MultiheadAttention's out_proj).
             for child in module.modules():
                 if child is not module and child not in frame.called:
                     wanted += [p for p in child._parameters.values() if p is not None and p in self.tracked]
-        self._add_use(module, wanted, rule, args, kwargs, output)
+        self._add_use(frame, module, wanted, rule, args, kwargs, output)
 
     def _add_use(
-        self, module: nn.Module, parameters: list[Tensor], rule: Rule | None, args: Any, kwargs: Any, output: Any
+        self,
+        frame: _Frame,
+        module: nn.Module,
+        parameters: list[Tensor],
+        rule: Rule | None,
+        args: Any,
+        kwargs: Any,
+        output: Any,
     ) -> None:
         leaves = tensor_leaves(output)
         positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-        if self.uses and self.uses[-1].module is module and not self._frames:  # the root, a use already
-            self.uses[-1].parameters += parameters
-            return
+        if rule is None:  # replaying this call moves the parameters wherever it uses them
+            for inner in self.uses[frame.first_use :]:
+                inner.parameters = [p for p in inner.parameters if all(p is not q for q in parameters)]
         use = Use(
             module=module,
             path=self.paths[module],
+            call=self._calls.get(module, 0),
             parameters=list(dict.fromkeys(parameters)),
             rule=rule,
             args=_detached(args),
             kwargs=_detached(kwargs),
-            versions=[leaf._version for leaf in tensor_leaves((args, kwargs))],
+            versions=_versions((args, kwargs)),
             positions=positions,
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
+        )
+        self._spans[use] = Span(
+            use.parameters, nodes_of(tensor_leaves((args, kwargs))), nodes_of(leaves), closed=rule is not None
         )
         if rule is None:
             use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
@@ -240,9 +289,6 @@ class Trace:
             else:
                 self.edges.append((use, position, get_gradient_edge(leaves[i])))
         self.uses.append(use)
-
-    def _has_examples(self, tensor: Tensor) -> bool:
-        return tensor.dim() > 0 and tensor.shape[0] == self.num_examples
 
     def _leave_to_parent(self, module: nn.Module, wanted: list[Tensor]) -> None:
         if self._frames:
@@ -261,13 +307,12 @@ class Trace:
             retain_graph: whether another call follows.
         """
         assert self.edges is not None
-        unexplained = list(self.unexplained)
-        inputs: Any = [edge for _, _, edge in self.edges] + unexplained
+        inputs: Any = [edge for _, _, edge in self.edges] + self.unseen
         gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
         for (use, position, _), gradient in zip(self.edges, gradients[: len(self.edges)], strict=True):
             use.cotangents[position] = gradient
-        for p, gradient in zip(unexplained, gradients[len(self.edges) :], strict=True):
-            self.unexplained[p] = gradient is not None
+        pairs = zip(self.unseen, gradients[len(self.edges) :], strict=True)
+        self._seen_in_backward.update(p for p, gradient in pairs if gradient is not None)
 
     # -- read afterwards ---------------------------------------------------------------------------------
 
@@ -281,13 +326,43 @@ class Trace:
         """Whether no backward pass has come, but the graph is alive, so one still can."""
         return not self.received and self._graph() is not None
 
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if an input of the model was written in place: a replay would see other values."""
+        if _versions((self.args, self.kwargs)) != self.versions:
+            raise RuntimeError(
+                "an input of the model was modified in place since its forward pass began, which the deviation "
+                "repeats: use an out-of-place operation, or read the sensitivities before."
+            )
+
+    def check_replayed(self, outputs: list[Tensor]) -> None:
+        """Raises RuntimeError if repeating the pass gave other outputs than the recorded ones."""
+        leaves = tensor_leaves(self.output)
+        for position, output in zip(self.positions, outputs, strict=True):
+            recorded = leaves[position]
+            same = recorded._version == self.output_versions[position]
+            if same and not is_close(output, recorded, self.tolerance):
+                raise RuntimeError(
+                    "repeating the forward pass gave other outputs, so the deviation is not that of the recorded pass: "
+                    "the model uses weights or buffers that have changed since (of another optimizer, or updated by "
+                    "the pass itself), or random numbers that are not torch's default ones. Read the sensitivities "
+                    "before those change, or do without the deviation."
+                )
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference that rounding may make between a recorded value and the same computed again."""
+        # Under autocast some modules worked in a narrow type, a replay does not.
+        types = {cotangent.dtype for use in self.uses for cotangent in use.cotangents if cotangent is not None}
+        return max(1e-4, *(30 * torch.finfo(dtype).eps for dtype in types))
+
     def uses_of(self) -> dict[Tensor, list[Use]]:
         """The uses that the backward pass reached, by parameter."""
+        absent = set(self.unseen) - self._seen_in_backward
         found: dict[Tensor, list[Use]] = {}
         for use in self.uses:
             if use.reached:
                 for p in use.parameters:
-                    if self.unexplained.get(p, True):
+                    if p not in absent:
                         found.setdefault(p, []).append(use)
         return found
 
@@ -316,8 +391,9 @@ def record(model: nn.Module, tracked: Iterable[Tensor]) -> Iterator[Trace]:
     handles = []
     try:
         for module in paths:
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+            # First of all hooks: another one may change what the module itself is given or gives.
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))
         yield trace
     finally:
         for handle in handles:
@@ -334,6 +410,17 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):  # most outputs; the general walk costs ten times as much
         return [tree]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def is_close(replayed: Tensor, recorded: Tensor, tolerance: float) -> bool:
+    """Whether two computations of the same tensor agree, relative to its largest entry."""
+    if replayed.shape != recorded.shape:
+        return False
+    if recorded.numel() == 0:
+        return True
+    with torch.no_grad():
+        scale = recorded.abs().max().clamp_min(1e-30)
+        return bool((replayed - recorded).abs().max() <= tolerance * scale)
 
 
 def random_state(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -356,6 +443,15 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 def _accumulate(cotangents: list[Tensor | None], position: int, gradient: Tensor) -> None:
     earlier = cotangents[position]
     cotangents[position] = gradient.detach() if earlier is None else earlier + gradient.detach()
+
+
+def _versions(tree: Any) -> list[int]:
+    return [leaf._version for leaf in tensor_leaves(tree)]
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _detached(tree: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from vlearn.capture.replay import call_with
 from vlearn.posterior.base import Posterior, match
 
 
@@ -44,7 +44,6 @@ def predict(
     if draws < 1:
         raise ValueError(f"draws={draws}, but it must be positive: use 64.")
     names = match(model, posterior)
-    model_names = {p: name for name, p in model.named_parameters()}
     args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -52,8 +51,7 @@ def predict(
         total: Tensor | None = None
         for _ in range(draws):
             sample = posterior.sample(generator)
-            weights = {model_names[p]: sample[name] for name, p in names.items()}
-            prediction = link(functional_call(model, weights, args, kwargs))
+            prediction = link(call_with(model, {p: sample[name] for name, p in names.items()}, args, kwargs))
             total = prediction if total is None else total.add_(prediction)
         assert total is not None
         return total / draws

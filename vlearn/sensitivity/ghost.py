@@ -14,20 +14,25 @@ the size of G. Elsewhere G_n is formed for a few examples at a time, few enough 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.fallback import Weights, output_tangents, per_example_gradients
 from vlearn.capture.forms import Form
-from vlearn.capture.trace import Trace, Use, hooks_paused, random_state, set_random_state, tensor_leaves
+from vlearn.capture.layout import check_layout
+from vlearn.capture.replay import (
+    as_recorded,
+    call_with,
+    forward_mode,
+    same_random_numbers,
+    tangents_in_reverse,
+)
+from vlearn.capture.trace import Trace, Use, tensor_leaves
 from vlearn.posterior.covariance import Covariance
 
 CHUNK_ENTRIES = 2**20  # entries of G and of the rows worked on together, 4 MiB of float32: they stay in cache
@@ -62,6 +67,7 @@ def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: boo
         weights: the value of each parameter during the recorded pass.
         deviation: also form the tangents that `output_deviation` needs.
     """
+    check_layout(trace, weights)
     uses_of = {p: uses for p, uses in trace.uses_of().items() if covariance.covers(p)}
     for use in dict.fromkeys(use for uses in uses_of.values() for use in uses):
         use.check_unchanged()
@@ -76,45 +82,63 @@ def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: boo
     for uses, parameters in by_uses.items():
         _add_rows(result, uses, parameters, covariance)
     if dense:
-        _add_dense(result, {p: uses_of[p] for p in dense}, covariance, weights)
+        with as_recorded(trace):
+            _add_dense(result, {p: uses_of[p] for p in dense}, covariance, weights, trace.tolerance)
     return result
 
 
 def output_deviation(trace: Trace, moves: Moved, weights: Weights) -> list[Tensor]:
     """J_n Σ g_n of every example by one forward-mode pass, for each output tensor that required grad.
 
-    The pass repeats the recorded forward: same inputs, weights, mode and random state. Buffers stay as they are.
+    The pass repeats the recorded forward: same inputs, weights, modes and random numbers. Buffers stay as they are.
+    Where an operation has no forward derivative, two backward passes take its place.
     """
     root = trace.root
     assert moves.tangents is not None and root is not None
-    uses_of: dict[nn.Module, list[Use]] = {}
-    for use in trace.uses:
-        uses_of.setdefault(use.module, []).append(use)
-    pending = {module: iter(uses) for module, uses in uses_of.items()}
-
-    def add_tangents(module: nn.Module, args: Any, output: Any) -> Any:
-        use = next(pending[module])
-        tangents = moves.tangents.get(use) if moves.tangents else None
-        return output if tangents is None else _with_tangents(output, use.positions, tangents)
-
-    state = {name: weights[p] for name, p in root.named_parameters() if p in weights}
-    state |= {name: buffer.clone() for name, buffer in root.named_buffers()}
-    handles = [module.register_forward_hook(add_tangents) for module in uses_of]
+    trace.check_unchanged()
+    # A module called again is told apart by the number of the call.
+    uses_of: dict[tuple[nn.Module, int], list[Use]] = {}
+    for use in moves.tangents:
+        uses_of.setdefault((use.module, use.call), []).append(use)
     try:
-        with (
-            torch.no_grad(),
-            hooks_paused(),
-            _replayed_random_state(trace),
-            _forward_mode_kernels(root),
-            torch.autocast(moves.self_influence.device.type, enabled=False),
-            forward_ad.dual_level(),
-        ):
-            output = functional_call(root, state, trace.args, trace.kwargs)
-            leaves = tensor_leaves(output)
-            return [_tangent(leaves[position]) for position in trace.positions]
+        with forward_mode(root.modules()), forward_ad.dual_level():
+            pairs = [forward_ad.unpack_dual(leaf) for leaf in _replay(trace, weights, uses_of, moves.tangents, None)]
+            return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
+    except NotImplementedError:
+        size = moves.self_influence.new_zeros((), requires_grad=True)
+        return tangents_in_reverse(
+            _replay(trace, weights, uses_of, moves.tangents, size), [size], [torch.ones_like(size)]
+        )
+
+
+def _replay(
+    trace: Trace,
+    weights: Weights,
+    uses_of: dict[tuple[nn.Module, int], list[Use]],
+    tangents: dict[Use, list[Tensor]],
+    size: Tensor | None,
+) -> list[Tensor]:
+    """Outputs of the recorded pass, each use's moved along its tangents: by `size` of them, or as dual numbers."""
+    root = trace.root
+    assert root is not None
+    calls: dict[nn.Module, int] = {}
+
+    def move(module: nn.Module, args: Any, output: Any) -> Any:
+        call = calls[module] = calls.get(module, -1) + 1
+        for use in uses_of.get((module, call), ()):
+            output = _moved_along(output, use.positions, tangents[use], size)
+        return output
+
+    handles = [module.register_forward_hook(move, prepend=True) for module in dict.fromkeys(m for m, _ in uses_of)]
+    try:
+        with as_recorded(trace), same_random_numbers(trace):
+            leaves = tensor_leaves(call_with(root, weights, trace.args, trace.kwargs))
     finally:
         for handle in handles:
             handle.remove()
+    outputs = [leaves[position] for position in trace.positions]
+    trace.check_replayed(outputs)
+    return outputs
 
 
 def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], covariance: Covariance) -> None:
@@ -128,7 +152,7 @@ def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], co
             gradient = sum(form.dense() for form in forms) if len(forms) > 1 else None
             if gradient is not None:
                 direction = gradient * variance
-                result.self_influence[examples] += (gradient * direction).flatten(1).sum(1)
+                result.self_influence[examples] += _row_sums(gradient * direction)
             if result.tangents is None:
                 if gradient is None:
                     result.self_influence[examples] += forms[0].weighted_square(variance)
@@ -144,19 +168,25 @@ def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], co
             _add_row_tangent(result, use, examples, tangent)
 
 
-def _add_dense(result: Moved, uses_of: dict[Tensor, list[Use]], covariance: Covariance, weights: Weights) -> None:
+def _add_dense(
+    result: Moved, uses_of: dict[Tensor, list[Use]], covariance: Covariance, weights: Weights, tolerance: float
+) -> None:
     """Parameters whose gradients are formed: those of fallback modules, and those of a joint Σ."""
     uses = dict.fromkeys(use for found in uses_of.values() for use in found)
     entries = sum(p.numel() for p in uses_of)
     for examples in _chunks(result.self_influence.shape[0], entries, FALLBACK_ENTRIES):
         gradients: Weights = {}
         for use in uses:
-            for p, gradient in _dense_gradients(use, examples, weights).items():
+            if use.rule is None:
+                found = per_example_gradients(use, examples, weights, tolerance)
+            else:
+                found = {p: _form(use, p, examples).dense() for p in use.parameters if p in uses_of}
+            for p, gradient in found.items():
                 if p in uses_of:
                     gradients[p] = gradients[p] + gradient if p in gradients else gradient
         directions = covariance.multiply(gradients)
         for p, gradient in gradients.items():
-            result.self_influence[examples] += (gradient * directions[p]).flatten(1).sum(1)
+            result.self_influence[examples] += _row_sums(gradient * directions[p])
         if result.tangents is None:
             continue
         for use in uses:
@@ -167,12 +197,6 @@ def _add_dense(result: Moved, uses_of: dict[Tensor, list[Use]], covariance: Cova
             else:
                 for output, tangent in enumerate(output_tangents(use, examples, weights, moving)):
                     result.add(use, output, examples, tangent)
-
-
-def _dense_gradients(use: Use, examples: slice, weights: Weights) -> Weights:
-    if use.rule is None:
-        return per_example_gradients(use, examples, weights)
-    return {p: _form(use, p, examples).dense() for p in use.parameters}
 
 
 def _form(use: Use, p: Tensor, examples: slice) -> Form:
@@ -207,41 +231,20 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if torch.finfo(tensor.dtype).bits >= 32 else tensor.float()
 
 
-def _with_tangents(output: Any, positions: list[int], tangents: list[Tensor]) -> Any:
-    """The same output with more tangent on the tensors at the given positions."""
+def _moved_along(output: Any, positions: list[int], tangents: list[Tensor], size: Tensor | None) -> Any:
+    """The same output with the tensors at the given positions moved, see `_replay`."""
     leaves, structure = tree_flatten(output)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     for position, extra in zip(positions, tangents, strict=True):
-        primal, tangent = forward_ad.unpack_dual(leaves[where[position]])
-        extra = extra.to(primal.dtype)
-        leaves[where[position]] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)
+        leaf = leaves[where[position]]
+        extra = extra.to(leaf.dtype)
+        if size is not None:
+            leaves[where[position]] = leaf + size * extra
+        else:
+            primal, tangent = forward_ad.unpack_dual(leaf)
+            leaves[where[position]] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)
     return tree_unflatten(leaves, structure)
 
 
-def _tangent(leaf: Tensor) -> Tensor:
-    primal, tangent = forward_ad.unpack_dual(leaf)
-    return torch.zeros_like(primal) if tangent is None else tangent
-
-
-@contextmanager
-def _replayed_random_state(trace: Trace) -> Iterator[None]:
-    """Random numbers as in the recorded forward (dropout masks); the generators go on as if nothing was drawn."""
-    now = random_state(trace.tracked)
-    set_random_state(trace.random_state)
-    try:
-        yield
-    finally:
-        set_random_state(now)
-
-
-@contextmanager
-def _forward_mode_kernels(model: nn.Module) -> Iterator[None]:
-    """Kernels that have forward derivatives: attention's mathematics, no oneDNN for recurrent layers."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+def _row_sums(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[0], -1).sum(1)

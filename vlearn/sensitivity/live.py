@@ -78,7 +78,7 @@ def live_sensitivities(
 
 def prediction_error(residual: Tensor) -> Tensor:
     """‖residual‖/√2 ``[N]`` from ``[N, ...]``: in [0, 1] for hard-label cross-entropy."""
-    return residual.flatten(1).norm(dim=1) / math.sqrt(2)
+    return residual.reshape(residual.shape[0], -1).norm(dim=1) / math.sqrt(2)
 
 
 def as_output(trace: Trace, tensors: Sequence[Tensor | None]) -> Any:

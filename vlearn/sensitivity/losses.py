@@ -56,11 +56,12 @@ def curvature(residual: Tensor, output: Tensor) -> Tensor:
         residual: gradient of the summed losses with respect to `output`, made with create_graph=True.
         output: ``[N, ...]`` the leaf it was taken at.
     """
-    flat = residual.flatten(1)
+    flat = residual.reshape(residual.shape[0], -1)
     if not flat.requires_grad:  # a loss linear in the output
         return flat.new_zeros(flat.shape[0], flat.shape[1], flat.shape[1])
     rows = [
-        torch.autograd.grad(flat[:, c].sum(), output, retain_graph=True)[0].flatten(1) for c in range(flat.shape[1])
+        torch.autograd.grad(flat[:, c].sum(), output, retain_graph=True)[0].reshape(flat.shape)
+        for c in range(flat.shape[1])
     ]
     return torch.stack(rows, 1)
 
@@ -76,7 +77,7 @@ def curvature_root(hessian: Tensor, output: Tensor) -> Tensor:
         hessian: Λ ``[N, C, C]``.
         output: ``[N, ...]`` model outputs.
     """
-    p = output.detach().flatten(1).softmax(1)
+    p = output.detach().reshape(output.shape[0], -1).softmax(1)
     spread = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     trace = spread.diagonal(dim1=1, dim2=2).sum(1)
     scale = (hessian.diagonal(dim1=1, dim2=2).sum(1) / trace.clamp_min(torch.finfo(p.dtype).tiny)).clamp_min(0)

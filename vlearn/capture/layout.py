@@ -1,0 +1,83 @@
+"""Whether dimension 0 of what a module was given is the axis of the examples.
+
+Its size alone tells, unless another axis has the batch's size too: a sequence-first layer inside a model looks
+right where there are as many positions as examples. Then the model is run once more with one example less, and
+the axis that shrinks is the one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from vlearn.capture.replay import as_recorded, call_with, forward_mode, same_random_numbers
+from vlearn.capture.trace import Trace, Use, tensor_leaves
+
+Shapes = tuple[tuple[int, ...], ...]
+
+_known: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()  # what was found right, by root
+
+
+def check_layout(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
+    """Raise RuntimeError if a recorded use does not have the examples along dimension 0."""
+    total, root = trace.num_examples, trace.root
+    assert root is not None
+    unclear = {(use.module, use.call): use for use in trace.uses if use.reached and _is_unclear(use, total)}
+    key = tuple((use.path, use.call, _shapes(use.args, use.kwargs)) for use in unclear.values())
+    if total < 2 or not unclear or key in _known.setdefault(root, set()):
+        return
+    seen = _shapes_with_one_less(trace, weights, {module for module, _ in unclear})
+    for (module, call), use in unclear.items():
+        calls = seen.get(module, [])
+        before = _shapes(use.args, use.kwargs)
+        after = calls[call] if call < len(calls) else ()
+        shrunk = len(before) == len(after) and all(
+            new[:1] == (total - 1,) for old, new in zip(before, after, strict=True) if old[:1] == (total,)
+        )
+        if not shrunk:
+            raise RuntimeError(
+                f"{use.path} ({type(module).__name__}): an input of shape {before[0]} has several axes as long as the "
+                f"batch of {total}, and dimension 0 is not the one of the examples: use a layer with the examples "
+                "first (batch_first=True), or another batch size."
+            )
+    _known[root].add(key)
+
+
+def _is_unclear(use: Use, total: int) -> bool:
+    return bool(use.parameters) and any(total in shape[1:] for shape in _shapes(use.args, use.kwargs))
+
+
+def _shapes(args: Any, kwargs: Any) -> Shapes:
+    return tuple(tuple(leaf.shape) for leaf in tensor_leaves((args, kwargs)))
+
+
+def _shapes_with_one_less(
+    trace: Trace, weights: dict[Tensor, Tensor], modules: set[nn.Module]
+) -> dict[nn.Module, list[Shapes]]:
+    """Input shapes of each call of the modules, in a forward pass without the last example."""
+    seen: dict[nn.Module, list[Shapes]] = {}
+    total, root = trace.num_examples, trace.root
+    assert root is not None
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.setdefault(module, []).append(_shapes(args, kwargs))
+
+    def fewer(leaf: Any) -> Any:
+        return leaf[:-1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == total else leaf
+
+    handles = [module.register_forward_hook(note, with_kwargs=True, prepend=True) for module in modules]
+    try:
+        with as_recorded(trace), same_random_numbers(trace), forward_mode(root.modules()):
+            call_with(root, weights, *tree_map(fewer, (trace.args, trace.kwargs)))
+    except Exception as error:
+        raise RuntimeError(
+            f"several axes are as long as the batch of {total}, and the model does not run on one example less to "
+            "tell which is the one of the examples: use another batch size."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,126 @@
+"""Repeating a recorded forward pass, or a part of it: same modes, same random numbers, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from vlearn.capture.trace import Trace, hooks_paused, random_state, set_random_state
+
+
+def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kwargs: Any) -> Any:
+    """Call a module with other values of its parameters and with copies of its buffers.
+
+    Args:
+        weights: value of each parameter that has another than its own.
+    """
+    state: dict[str, Tensor] = {}
+    copies: dict[Tensor, Tensor] = {}
+    # Tied parameters under each of their names, but a module that is there twice once: torch's own tying
+    # (`tie_weights=True`) leaves such a module with the values it was called with.
+    for prefix, owner in module.named_modules():
+        lead = prefix + "." if prefix else ""
+        for name, p in owner._parameters.items():
+            if p is not None:
+                state[lead + name] = weights[p] if p in weights else p.detach()
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                state[lead + name] = copies.setdefault(buffer, buffer.clone())
+    return functional_call(module, state, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def as_recorded(trace: Trace) -> Iterator[None]:
+    """Modules are in the modes of the recorded pass inside; afterwards all their attributes are as before."""
+    before = [(module, dict(module.__dict__)) for module in trace.paths]
+    device = next(iter(trace.tracked)).device.type if trace.tracked else "cpu"
+    try:
+        training = set(trace.in_train_mode)
+        for module in trace.paths:
+            if module.training != (module in training):
+                module.training = module in training
+        with hooks_paused(), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, attributes in before:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+@contextmanager
+def same_random_numbers(trace: Trace) -> Iterator[None]:
+    """Random numbers as in the recorded forward (dropout masks); the generators go on as if nothing was drawn."""
+    now = random_state(trace.tracked)
+    set_random_state(trace.random_state)
+    try:
+        yield
+    finally:
+        set_random_state(now)
+
+
+@contextmanager
+def forward_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Forward derivatives that agree with backward ones.
+
+    Attention by its mathematics and recurrent layers without oneDNN, whose other kernels have no forward
+    derivative; and none through what is computed under `torch.no_grad()`, which forward mode would not stop at.
+    """
+    fastpath, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if recurrent:
+            torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags also resets its precision settings
+        with sdpa_kernel(SDPBackend.MATH), _NoGradStops():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch._C._set_mkldnn_enabled(onednn)
+
+
+def tangents_in_reverse(outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    """J v by two backward passes, where an operation has no forward derivative: J v = ∂/∂u ⟨Jᵀu, v⟩.
+
+    Args:
+        outputs: with their graph; it is freed.
+        inputs: what J is taken with respect to, `directions` v.
+    """
+    probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    reached = [i for i, output in enumerate(outputs) if output.requires_grad]
+    pulled = torch.autograd.grad(
+        [outputs[i] for i in reached], inputs, [probes[i] for i in reached], create_graph=True, allow_unused=True
+    )
+    pairs = [(g, v) for g, v in zip(pulled, directions, strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(output) for output in outputs]
+    found = torch.autograd.grad([g for g, _ in pairs], probes, [v for _, v in pairs], allow_unused=True)
+    return [torch.zeros_like(output) if t is None else t for output, t in zip(outputs, found, strict=True)]
+
+
+class _NoGradStops(TorchFunctionMode):
+    """Operations under `torch.no_grad()` see their inputs without tangents."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        originals: dict[int, Tensor] = {}
+
+        def plain(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            detached = leaf.detach()
+            originals[id(detached)] = leaf
+            return detached
+
+        plain_args, plain_kwargs = tree_map(plain, (args, kwargs or {}))
+        result = func(*plain_args, **plain_kwargs)
+        return originals.get(id(result), result)  # of an in-place operation: the same tensor, its tangent too
