@@ -93,7 +93,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._arrivals.listen(group["params"])
+        self._arrivals.listen(group["params"], self._hooked)
 
     @property
     def num_data(self) -> float:
@@ -126,7 +126,7 @@ class VariationalOptimizer(Sampler, Optimizer):
             self._updates, self._steps, self._watch = 0, None, None
             self._forget()
             for group in self.param_groups:
-                self._arrivals.listen(group["params"])
+                self._arrivals.listen(group["params"], self._hooked)
             if watch is not None:
                 self._watch = watch.bind(self)
 

@@ -32,12 +32,21 @@ class Sampler:
 
     def _forget(self) -> None:
         """Start without draw and watch; nothing of this is saved."""
-        self._draw: Draw | None = None  # waits for step()
+        self._arrivals = Arrivals()
+        self._hooked: dict[Tensor, Any] = {}
         self._average = Average()  # of earlier draws of the same step
         self._spent: Draw | None = None  # the last step's, kept while the watch has its captures
         self._in_context = ""  # or "training", "ensemble"
         self._in_closure = False
-        self._arrivals = Arrivals(self._gradient_arrived)
+
+    @property
+    def _draw(self) -> Draw | None:
+        """The draw that waits for step()."""
+        return self._arrivals.draw
+
+    @_draw.setter
+    def _draw(self, draw: Draw | None) -> None:
+        self._arrivals.draw = draw
 
     # -- what the optimizer adds -------------------------------------------------------------------------
 
@@ -73,7 +82,7 @@ class Sampler:
         try:
             with torch.inference_mode(False):
                 for index, group in enumerate(self.param_groups):
-                    self._arrivals.listen(group["params"])
+                    self._arrivals.listen(group["params"], self._hooked)
                     for block in blocks(p for p in group["params"] if p.requires_grad):
                         for slot in block:
                             slot.buffer.copy_(slot.weights)
@@ -174,12 +183,6 @@ class Sampler:
         gradients = [slot.of(g).to(mean.dtype) for (slot, g), mean in zip(found, exact, strict=True)]
         noise = [slot.sample - mean for slot, mean in zip(slots, exact, strict=True)]
         return list(zip(slots, gradients, self._statistic(group, noise, gradients), strict=True))
-
-    def _gradient_arrived(self, p: Tensor) -> bool:
-        if self._draw is None or not self._draw.active:
-            return False
-        self._draw.has_gradient = True
-        return True
 
     # -- contexts ----------------------------------------------------------------------------------------
 
