@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import finalize, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlearn.capture.graph import Span, nodes_of, survey
 from vlearn.capture.rules import RULES, Rule
 
+_HIDDEN = (
+    "a parameter of {name} got its gradient from a backward pass inside the backward pass, whose graph cannot be seen "
+    "(reentrant checkpointing): use checkpoint(..., use_reentrant=False)."
+)
+
 _paused = False
+# (used, used elsewhere) by root module and sequence of calls: walking a graph costs more than recording it.
+_surveyed: WeakKeyDictionary[nn.Module, dict[Any, tuple[set[Tensor], set[Tensor]]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -127,11 +134,9 @@ class Trace:
         self.output_versions: list[int] = []
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
-        self.unseen: list[Tensor] = []  # parameters that the graph does not show
         self.on_backward: Callable[[], None] = lambda: None
-        self._seen_in_backward: set[Tensor] = set()
         self._calls: dict[nn.Module, int] = {}
-        self._spans: dict[Use, Span] = {}
+        self._ends: dict[Use, tuple[list[Tensor], list[Tensor]]] = {}  # inputs and outputs, in the graph
         self._frames: list[_Frame] = []
         self._graph: Callable[[], _Graph | None] = lambda: None
 
@@ -181,14 +186,12 @@ class Trace:
         self.output = _detached(output)
         self.output_versions = _versions(output)
         self._cover_the_rest(frame, args, kwargs, output)
-        self._spans = {}
+        self._ends = {}
 
     def _cover_the_rest(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Parameters used in no module's own call, or also elsewhere: for these the whole model is the unit."""
         assert self.root is not None
-        used, elsewhere = survey(
-            nodes_of(tensor_leaves(output)), nodes_of(tensor_leaves((args, kwargs))), list(self._spans.values())
-        )
+        used, elsewhere = self._survey(args, kwargs, output)
         covered = {p for use in self.uses for p in use.parameters}
         own = [p for p in self.root.parameters() if p in self.tracked]
         for p in elsewhere.intersection(self.tracked).difference(own):
@@ -196,18 +199,31 @@ class Trace:
                 f"{self.paths[self.root]} ({type(self.root).__name__}) uses a parameter of shape {tuple(p.shape)} that "
                 "belongs to none of its modules: register the module that has it as a submodule."
             )
-        # A graph made by a nested backward pass (reentrant checkpointing) shows itself only then.
-        self.unseen = [p for p in own if p not in used and p not in covered and p.requires_grad]
-        if self.unseen and self.edges is None:
-            seen = self._seen_in_backward
-            handles = [p.register_hook(lambda gradient, p=p: seen.add(p)) for p in self.unseen]
-            finalize(self, _remove_all, handles)
-        rest = [p for p in own if p in elsewhere] + self.unseen
+        rest: list[Tensor] = [p for p in own if p in elsewhere]
         if rest:
             last = self.uses[-1] if self.uses else None
             if last is not None and last.module is self.root and last.rule is None:
                 rest = [*self.uses.pop().parameters, *rest]
             self._add_use(frame, self.root, rest, None, args, kwargs, output)
+        hidden = [p for p in own if p not in used and p not in covered and p.requires_grad]
+        if hidden and self.edges is None:
+            report = partial(self.problems.append, _HIDDEN.format(name=self.paths[self.root]))
+            handles = [p.register_hook(lambda gradient: report()) for p in hidden]
+            finalize(self, _remove_all, handles)
+
+    def _survey(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[set[Tensor], set[Tensor]]:
+        """`graph.survey`, once for every sequence of calls that this model makes."""
+        assert self.root is not None
+        calls = tuple((use.path, tuple(map(id, use.parameters))) for use in self.uses)
+        key = (calls, frozenset(map(id, self.tracked)), len(self.in_train_mode))
+        known = _surveyed.setdefault(self.root, {})
+        if key not in known:
+            spans = [
+                Span(use.parameters, nodes_of(inputs), nodes_of(outputs), closed=use.rule is not None)
+                for use, (inputs, outputs) in self._ends.items()
+            ]
+            known[key] = survey(nodes_of(tensor_leaves(output)), nodes_of(tensor_leaves((args, kwargs))), spans)
+        return known[key]
 
     def _receive(self, graph: _Graph, position: int, gradient: Tensor) -> None:
         if all(cotangent is None for cotangent in self.cotangents):
@@ -278,9 +294,7 @@ class Trace:
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
         )
-        self._spans[use] = Span(
-            use.parameters, nodes_of(tensor_leaves((args, kwargs))), nodes_of(leaves), closed=rule is not None
-        )
+        self._ends[use] = (tensor_leaves((args, kwargs)), leaves)
         if rule is None:
             use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
@@ -307,12 +321,10 @@ class Trace:
             retain_graph: whether another call follows.
         """
         assert self.edges is not None
-        inputs: Any = [edge for _, _, edge in self.edges] + self.unseen
+        inputs: Any = [edge for _, _, edge in self.edges]
         gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
-        for (use, position, _), gradient in zip(self.edges, gradients[: len(self.edges)], strict=True):
+        for (use, position, _), gradient in zip(self.edges, gradients, strict=True):
             use.cotangents[position] = gradient
-        pairs = zip(self.unseen, gradients[len(self.edges) :], strict=True)
-        self._seen_in_backward.update(p for p, gradient in pairs if gradient is not None)
 
     # -- read afterwards ---------------------------------------------------------------------------------
 
@@ -357,13 +369,10 @@ class Trace:
 
     def uses_of(self) -> dict[Tensor, list[Use]]:
         """The uses that the backward pass reached, by parameter."""
-        absent = set(self.unseen) - self._seen_in_backward
         found: dict[Tensor, list[Use]] = {}
         for use in self.uses:
-            if use.reached:
-                for p in use.parameters:
-                    if p not in absent:
-                        found.setdefault(p, []).append(use)
+            for p in use.parameters if use.reached else ():
+                found.setdefault(p, []).append(use)
         return found
 
 
@@ -407,8 +416,12 @@ def module_paths(model: nn.Module) -> dict[nn.Module, str]:
 
 def tensor_leaves(tree: Any) -> list[Tensor]:
     """The tensors of a nested structure of tuples, lists, dicts and registered dataclasses."""
-    if isinstance(tree, Tensor):  # most outputs; the general walk costs ten times as much
+    if isinstance(tree, Tensor):
         return [tree]
+    if type(tree) in (tuple, list):  # what calls are made of; the general walk costs ten times as much
+        return [leaf for item in tree for leaf in tensor_leaves(item)]
+    if not tree:
+        return []
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -457,6 +470,8 @@ def _remove_all(handles: list[Any]) -> None:
 def _detached(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree.detach()
+    if type(tree) in (tuple, list):
+        return type(tree)(map(_detached, tree))
     if not tree:
         return tree
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
