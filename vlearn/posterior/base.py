@@ -21,6 +21,9 @@ class Posterior(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
+    @property
+    def mean(self) -> Mapping[str, Tensor]: ...
+
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
 
     def at_mean(self) -> AbstractContextManager[None]: ...
@@ -32,7 +35,7 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     """The model's parameters by the posterior's names: the same objects, or else the same names.
 
     Raises:
-        ValueError: if none matches.
+        ValueError: if none matches, or one by name has another shape.
     """
     own = dict(model.named_parameters())
     same = {id(p): name for name, p in posterior.parameters.items()}
@@ -40,6 +43,12 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     if not found:
         clean = {name.replace("_orig_mod.", ""): p for name, p in own.items()}
         found = {name: clean[name] for name in posterior.names if name in clean}
+        for name, p in found.items():
+            if posterior.mean[name].shape != p.shape:
+                raise ValueError(
+                    f"the posterior's {name!r} has shape {tuple(posterior.mean[name].shape)}, but that of this "
+                    f"{type(model).__name__} has {tuple(p.shape)}: pass the model that was trained."
+                )
     if not found:
         raise ValueError(
             f"the posterior's parameters ({', '.join(posterior.names[:3])}, ...) are not those of this "

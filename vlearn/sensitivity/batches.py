@@ -42,16 +42,32 @@ def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
     """The loader's batches on a device; without an index, examples are numbered in loader order.
 
     Raises:
-        ValueError: if a batch is neither (x, y) nor (x, y, index).
+        ValueError: if a batch is neither (x, y) nor (x, y, index), or has no tensors, or not one index an example.
     """
     seen = 0
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
             found = f"{len(batch)} entries" if isinstance(batch, tuple | list) else type(batch).__name__
             raise ValueError(f"the loader gave a batch of {found}, but it must yield (x, y) or (x, y, index).")
-        x, target = (tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, b) for b in batch[:2])
+        x, target = (tree_map(lambda leaf: _on(device, leaf), part) for part in batch[:2])
+        sizes = [leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        if not sizes:
+            raise ValueError(
+                f"the loader gave inputs without a tensor ({type(batch[0]).__name__}): let it yield tensors, or tuples "
+                "or dicts of them, with the examples along dimension 0."
+            )
+        index = torch.as_tensor(batch[2]) if len(batch) == 3 else torch.arange(seen, seen + sizes[0])
+        if index.shape != (sizes[0],):
+            raise ValueError(
+                f"the loader gave {index.numel()} indices for {sizes[0]} examples, but it must give one for each."
+            )
+        seen += sizes[0]
         args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, tuple | list) else (x,), {})
-        count = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
-        index = torch.as_tensor(batch[2]) if len(batch) == 3 else torch.arange(seen, seen + count)
-        seen += count
         yield Batch(args, kwargs, target, index.cpu())
+
+
+def _on(device: torch.device, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.to(device)
+    return leaf.clone() if leaf.is_inference() else leaf  # autograd takes no tensors made under inference_mode

@@ -100,15 +100,16 @@ def output_deviation(trace: Trace, moves: Moved, weights: Weights) -> list[Tenso
     uses_of: dict[tuple[nn.Module, int], list[Use]] = {}
     for use in moves.tangents:
         uses_of.setdefault((use.module, use.call), []).append(use)
-    try:
-        with forward_mode(root.modules()), forward_ad.dual_level():
-            pairs = [forward_ad.unpack_dual(leaf) for leaf in _replay(trace, weights, uses_of, moves.tangents, None)]
-            return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
-    except NotImplementedError:
-        size = moves.self_influence.new_zeros((), requires_grad=True)
-        return tangents_in_reverse(
-            _replay(trace, weights, uses_of, moves.tangents, size), [size], [torch.ones_like(size)]
-        )
+    with as_recorded(trace):
+        try:
+            with forward_mode(root.modules()), forward_ad.dual_level():
+                outputs = _replay(trace, weights, uses_of, moves.tangents, None)
+                pairs = [forward_ad.unpack_dual(output) for output in outputs]
+                return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
+        except NotImplementedError:
+            size = moves.self_influence.new_zeros((), requires_grad=True)
+            outputs = _replay(trace, weights, uses_of, moves.tangents, size)
+            return tangents_in_reverse(outputs, [size], [torch.ones_like(size)])
 
 
 def _replay(
@@ -131,7 +132,7 @@ def _replay(
 
     handles = [module.register_forward_hook(move, prepend=True) for module in dict.fromkeys(m for m, _ in uses_of)]
     try:
-        with as_recorded(trace), same_random_numbers(trace):
+        with same_random_numbers(trace):
             leaves = tensor_leaves(call_with(root, weights, trace.args, trace.kwargs))
     finally:
         for handle in handles:

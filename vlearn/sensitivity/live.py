@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -39,6 +40,8 @@ class Sensitivities:
     step: int
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def live_sensitivities(
     trace: Trace,
     covariance: Covariance,
@@ -98,7 +101,11 @@ def select(tree: Any, output: Selector) -> Tensor:
     """
     if output is None:
         found = tensor_leaves(tree)
-        if len(found) != 1:
+        if not found:
+            raise ValueError(
+                "the loss depends on no tensor in the model's output: return tensors, or tuples or dicts of them."
+            )
+        if len(found) > 1:
             raise ValueError(
                 f"the model gives {len(found)} outputs that the loss depends on: select the one that residual and "
                 "deviation speak of with output=<key, index or callable>."

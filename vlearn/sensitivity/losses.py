@@ -49,6 +49,7 @@ def _argument_names(function: Callable[..., Any]) -> set[str]:
         return set()
 
 
+@torch.enable_grad()
 def curvature(residual: Tensor, output: Tensor) -> Tensor:
     """Λ_n = ∂²ℓ_n/∂f_n² ``[N, C, C]``, C all output entries of an example.
 

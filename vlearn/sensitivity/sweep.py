@@ -48,6 +48,8 @@ class SensitivityTable:
         return len(self.index)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def sweep(
     model: nn.Module,
     posterior: Posterior,
