@@ -561,3 +561,40 @@ def test_a_second_optimizer_over_the_same_parameters_takes_over_with_a_warning(e
     plain(second, model, x, y)
     with pytest.raises(RuntimeError, match="without a draw"):
         first.step()
+
+
+@family
+def test_an_interrupt_inside_an_eval_forward_leaves_a_model_that_trains_on(entry: Entry) -> None:
+    model, (x, y) = network(), data()
+    optimizer = entry.make(model)
+    loss_of(model, x, y).backward()
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(x)
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(x), network()(x))
+    plain(optimizer, model, x, y)
+    optimizer.sensitivities()
+
+
+@family
+def test_a_module_that_calls_itself_is_one_forward_pass(entry: Entry) -> None:
+    class Tree(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(6, 6, dtype=torch.float64)
+
+        def forward(self, x: torch.Tensor, depth: int = 2) -> torch.Tensor:
+            return x if depth == 0 else torch.tanh(self.cell(self(x, depth - 1)))
+
+    torch.manual_seed(0)
+    model, (x, y) = Tree(), data()
+    optimizer = entry.make(model)
+    plain(optimizer, model, x, y)
+    s = optimizer.sensitivities(deviation=True)
+    torch.testing.assert_close((s.residual * s.deviation).sum(1), s.self_influence)

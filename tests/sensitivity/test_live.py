@@ -462,10 +462,7 @@ def test_captures_go_with_the_next_training_pass_and_leave_no_hook_behind():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-INTERRUPTED = pytest.mark.xfail(strict=True, reason="torch calls no forward hook after an interrupt: stale watch")
-
-
-@pytest.mark.parametrize("error", [ValueError, pytest.param(KeyboardInterrupt, marks=INTERRUPTED)])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_pass_that_fails_leaves_nothing_to_read(error):
     def maybe(m, x):
         if m.fails:
@@ -693,17 +690,14 @@ def test_a_reentrant_checkpoint_is_refused():
         optimizer.sensitivities()
 
 
-LAST = pytest.mark.xfail(strict=True, reason="the watch's hooks run after those that were there: prepend=True")
-
-
 @pytest.mark.parametrize(
     ("kind", "when"),
     [
-        pytest.param("output of a layer", "before watching", marks=LAST),
+        ("output of a layer", "before watching"),
         ("output of a layer", "after watching"),
         ("input of a layer", "before watching"),
         ("input of a layer", "after watching"),
-        pytest.param("input of the model", "before watching", marks=LAST),
+        ("input of the model", "before watching"),
         ("input of the model", "after watching"),
     ],
 )

@@ -9,6 +9,7 @@ alone is at the mean and inert.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
@@ -100,8 +101,9 @@ class Watch:
             link = Link()
             self.links.append(link)
             self._handles += [
-                module.register_forward_pre_hook(link.before, with_kwargs=True),
-                module.register_forward_hook(link.after, with_kwargs=True, always_call=True),
+                # First of all hooks: others may compute weights from the parameters, or change inputs and outputs.
+                module.register_forward_pre_hook(link.before, with_kwargs=True, prepend=True),
+                module.register_forward_hook(link.after, with_kwargs=True, always_call=True, prepend=True),
                 module.register_state_dict_post_hook(StateDictMean(link)),
                 module.register_load_state_dict_pre_hook(_DropDraw(link)),
             ]
@@ -147,6 +149,8 @@ class Watch:
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if hooks_are_silent():
             return
+        if module in self._stack and not _calls_itself(module):
+            self._forget_calls()
         if not self._stack:
             self._enter(module)
         self._stack.append(module)
@@ -163,6 +167,12 @@ class Watch:
             self.trace.leave(module, args, kwargs, output)
         if not self._stack:
             self._leave(output)
+
+    def _forget_calls(self) -> None:
+        """After an interrupt, for which torch calls no forward hook, nothing of the interrupted pass goes on."""
+        self._stack.clear()
+        self.trace = None
+        self._peeked = False  # the next training forward shows its draw again
 
     def _enter(self, module: nn.Module) -> None:
         self._traced_now = False
@@ -247,6 +257,16 @@ class Watch:
         weights = {p: samples.get(p, p.data) for p in trace.tracked}
         covariance = optimizer.posterior().covariance({name: p for p, name in optimizer._names().items()})
         return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation)
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether a call of the module is running inside another call of it, rather than after one that broke off."""
+    running = 0
+    frame = sys._getframe()
+    while frame is not None:
+        running += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return running > 1
 
 
 def watchers(model: nn.Module) -> list[VariationalOptimizer]:
