@@ -20,7 +20,7 @@ class Full:
         num_data: number of training examples N.
 
     Raises:
-        ValueError: if the precision's shape does not fit, or it is not positive definite.
+        ValueError: if the precision's shape does not fit, or it is not symmetric and positive definite.
     """
 
     def __init__(self, mean: Mapping[str, Tensor], precision: Tensor, num_data: float):
@@ -30,6 +30,9 @@ class Full:
                 f"precision has shape {tuple(precision.shape)}, but the {count} entries of the mean need "
                 f"({count}, {count})."
             )
+        scale = precision.diagonal().abs().max()
+        if bool((precision - precision.mT).abs().max() > 1e-5 * scale):  # cholesky reads one triangle alone
+            raise ValueError("precision is not symmetric: use (S + S.mT) / 2 if it is so but for rounding.")
         factor, info = torch.linalg.cholesky_ex(precision)
         if int(info) != 0:
             raise ValueError("precision is not positive definite: add the prior precision to its diagonal.")

@@ -51,8 +51,13 @@ def predict(
         total: Tensor | None = None
         for _ in range(draws):
             sample = posterior.sample(generator)
-            prediction = link(call_with(model, {p: sample[name] for name, p in names.items()}, args, kwargs))
-            total = prediction if total is None else total.add_(prediction)
+            weights: dict[Tensor, Tensor] = {p: sample[name].to(p.dtype) for name, p in names.items()}
+            prediction = link(call_with(model, weights, args, kwargs))
+            if not (
+                prediction.is_floating_point() or prediction.is_complex()
+            ):  # decisions: their average is a frequency
+                prediction = prediction.to(torch.get_default_dtype())
+            total = prediction if total is None else total + prediction
         assert total is not None
         return total / draws
     finally:
