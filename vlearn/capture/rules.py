@@ -23,12 +23,14 @@ class Rule(NamedTuple):
         weight: (module, input, output gradient) -> form of the weight.
         rows: (module, output or its gradient) -> ``[N, G, T, O]``, a view where possible.
         from_rows: (module, rows ``[N, G, T, O]``, shape of the output) -> a tensor of that shape.
+        linear: (module, input) -> output without the bias, linear in the input.
         accepts: input -> whether dimension 0 is the example axis.
     """
 
     weight: Callable[[Any, Tensor, Tensor], Form]
     rows: Callable[[Any, Tensor], Tensor]
     from_rows: Callable[[Any, Tensor, tuple[int, ...]], Tensor]
+    linear: Callable[[Any, Tensor], Tensor]
     accepts: Callable[[Tensor], bool]
 
     def form(self, module: nn.Module, parameter: Tensor, x: Tensor, gradient: Tensor) -> Form:
@@ -53,7 +55,13 @@ def _linear_from_rows(module: nn.Linear, rows: Tensor, shape: tuple[int, ...]) -
     return rows.reshape(shape)
 
 
-RULES[nn.Linear] = Rule(_linear_weight, _linear_rows, _linear_from_rows, lambda x: x.dim() >= 2)
+RULES[nn.Linear] = Rule(
+    weight=_linear_weight,
+    rows=_linear_rows,
+    from_rows=_linear_from_rows,
+    linear=lambda module, x: F.linear(x, module.weight),
+    accepts=lambda x: x.dim() >= 2,
+)
 
 
 def _conv2d_rows(module: nn.Conv2d, y: Tensor) -> Tensor:
@@ -81,4 +89,10 @@ def _conv2d_from_rows(module: nn.Conv2d, rows: Tensor, shape: tuple[int, ...]) -
     return rows.mT.reshape(shape)
 
 
-RULES[nn.Conv2d] = Rule(_conv2d_weight, _conv2d_rows, _conv2d_from_rows, lambda x: x.dim() == 4)
+RULES[nn.Conv2d] = Rule(
+    weight=_conv2d_weight,
+    rows=_conv2d_rows,
+    from_rows=_conv2d_from_rows,
+    linear=lambda module, x: module._conv_forward(x, module.weight, None),
+    accepts=lambda x: x.dim() == 4,
+)

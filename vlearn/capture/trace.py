@@ -60,7 +60,8 @@ class Use:
         positions: which tensors of the output required grad.
         shapes: their shapes.
         cotangents: gradient of the backward pass with respect to each of those, None where it was not reached.
-        outputs: their values (fallback only), to check the recomputation against.
+        outputs: their values with their versions: for the fallback, to check the recomputation against; elsewhere
+            where they are cheap to keep, so that the deviation need not compute them again.
     """
 
     module: nn.Module
@@ -86,6 +87,14 @@ class Use:
     @property
     def reached(self) -> bool:
         return any(cotangent is not None for cotangent in self.cotangents)
+
+    @property
+    def intact_output(self) -> Tensor | None:
+        """The value of a use's single output, if it was kept and not written in place since."""
+        if len(self.outputs) != 1:
+            return None
+        output, version = self.outputs[0]
+        return output if output._version == version else None
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if an input was written in place after the call: a replay would see other values."""
@@ -135,7 +144,7 @@ class Trace:
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
         self.on_backward: Callable[[], None] = lambda: None
-        self._calls: dict[nn.Module, int] = {}
+        self.calls: dict[nn.Module, int] = {}  # how often each module was called
         self._ends: dict[Use, tuple[list[Tensor], list[Tensor]]] = {}  # inputs and outputs, in the graph
         self._frames: list[_Frame] = []
         self._graph: Callable[[], _Graph | None] = lambda: None
@@ -172,7 +181,7 @@ class Trace:
         self._cover(frame, args, kwargs, output)
         if not self._frames:
             self._leave_root(frame, args, kwargs, output)
-        self._calls[module] = self._calls.get(module, 0) + 1
+        self.calls[module] = self.calls.get(module, 0) + 1
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         leaves = tensor_leaves(output)
@@ -284,7 +293,7 @@ class Trace:
         use = Use(
             module=module,
             path=self.paths[module],
-            call=self._calls.get(module, 0),
+            call=self.calls.get(module, 0),
             parameters=list(dict.fromkeys(parameters)),
             rule=rule,
             args=_detached(args),
@@ -295,7 +304,8 @@ class Trace:
             cotangents=[None] * len(positions),
         )
         self._ends[use] = (tensor_leaves((args, kwargs)), leaves)
-        if rule is None:
+        # One row per example is little to keep; feature maps of the user's own pass would be much.
+        if rule is None or self.edges is not None or all(len(shape) == 2 for shape in use.shapes):
             use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
             if self.edges is None:

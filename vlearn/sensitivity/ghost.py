@@ -14,7 +14,9 @@ the size of G. Elsewhere G_n is formed for a few examples at a time, few enough 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from vlearn.capture.replay import (
     same_random_numbers,
     tangents_in_reverse,
 )
+from vlearn.capture.rules import RULES
 from vlearn.capture.trace import Trace, Use, tensor_leaves
 from vlearn.posterior.covariance import Covariance
 
@@ -132,7 +135,7 @@ def _replay(
 
     handles = [module.register_forward_hook(move, prepend=True) for module in dict.fromkeys(m for m, _ in uses_of)]
     try:
-        with same_random_numbers(trace):
+        with same_random_numbers(trace), _known_outputs(trace) if size is None else nullcontext():
             leaves = tensor_leaves(call_with(root, weights, trace.args, trace.kwargs))
     finally:
         for handle in handles:
@@ -140,6 +143,33 @@ def _replay(
     outputs = [leaves[position] for position in trace.positions]
     trace.check_replayed(outputs)
     return outputs
+
+
+@contextmanager
+def _known_outputs(trace: Trace) -> Iterator[None]:
+    """Layers whose outputs were kept carry tangents alone, which is half of the forward-mode pass."""
+    known: dict[nn.Module, list[Tensor | None]] = {}
+    for use in trace.uses:
+        known.setdefault(use.module, []).append(use.intact_output if use.rule is not None else None)
+    changed = {
+        module: module.__dict__.get("forward")
+        for module, outputs in known.items()
+        if len(outputs) == trace.calls[module] and all(output is not None for output in outputs)
+    }
+    try:
+        for module in changed:
+            module.forward = partial(_tangent_alone, module, iter(known[module]))  # pyright: ignore
+        yield
+    finally:
+        for module, forward in changed.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _tangent_alone(module: nn.Module, outputs: Iterator[Tensor], x: Tensor) -> Tensor:
+    output, tangent = next(outputs), forward_ad.unpack_dual(x).tangent
+    return output if tangent is None else forward_ad.make_dual(output, RULES[type(module)].linear(module, tangent))
 
 
 def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], covariance: Covariance) -> None:
