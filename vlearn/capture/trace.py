@@ -360,15 +360,18 @@ class Trace:
         """Raises RuntimeError if repeating the pass gave other outputs than the recorded ones."""
         leaves = tensor_leaves(self.output)
         for position, output in zip(self.positions, outputs, strict=True):
-            recorded = leaves[position]
-            same = recorded._version == self.output_versions[position]
-            if same and not is_close(output, recorded, self.tolerance):
-                raise RuntimeError(
-                    "repeating the forward pass gave other outputs, so the deviation is not that of the recorded pass: "
-                    "the model uses weights or buffers that have changed since (of another optimizer, or updated by "
-                    "the pass itself), or random numbers that are not torch's default ones. Read the sensitivities "
-                    "before those change, or do without the deviation."
-                )
+            if leaves[position]._version == self.output_versions[position]:
+                self.check_repeats(output, leaves[position])
+
+    def check_repeats(self, replayed: Tensor, recorded: Tensor) -> None:
+        """Raises RuntimeError if a value that was computed again differs."""
+        if not torch.equal(replayed, recorded) and not is_close(replayed, recorded, self.tolerance):
+            raise RuntimeError(
+                "repeating the forward pass gave other outputs, so the deviation is not that of the recorded pass: "
+                "the model uses weights or buffers that have changed since (of another optimizer, or updated by "
+                "the pass itself), or random numbers that are not torch's default ones. Read the sensitivities "
+                "before those change, or do without the deviation."
+            )
 
     @property
     def tolerance(self) -> float:

@@ -34,7 +34,6 @@ from vlearn.capture.replay import (
     same_random_numbers,
     tangents_in_reverse,
 )
-from vlearn.capture.rules import RULES
 from vlearn.capture.trace import Trace, Use, tensor_leaves
 from vlearn.posterior.covariance import Covariance
 
@@ -126,6 +125,7 @@ def _replay(
     root = trace.root
     assert root is not None
     calls: dict[nn.Module, int] = {}
+    dtype = next(iter(weights.values())).dtype
 
     def move(module: nn.Module, args: Any, output: Any) -> Any:
         call = calls[module] = calls.get(module, -1) + 1
@@ -135,7 +135,7 @@ def _replay(
 
     handles = [module.register_forward_hook(move, prepend=True) for module in dict.fromkeys(m for m, _ in uses_of)]
     try:
-        with same_random_numbers(trace), _known_outputs(trace) if size is None else nullcontext():
+        with same_random_numbers(trace), _known_outputs(trace, dtype) if size is None else nullcontext():
             leaves = tensor_leaves(call_with(root, weights, trace.args, trace.kwargs))
     finally:
         for handle in handles:
@@ -146,30 +146,38 @@ def _replay(
 
 
 @contextmanager
-def _known_outputs(trace: Trace) -> Iterator[None]:
+def _known_outputs(trace: Trace, dtype: torch.dtype) -> Iterator[None]:
     """Layers whose outputs were kept carry tangents alone, which is half of the forward-mode pass."""
-    known: dict[nn.Module, list[Tensor | None]] = {}
+    uses_of: dict[nn.Module, list[Use]] = {}
     for use in trace.uses:
-        known.setdefault(use.module, []).append(use.intact_output if use.rule is not None else None)
-    changed = {
-        module: module.__dict__.get("forward")
-        for module, outputs in known.items()
-        if len(outputs) == trace.calls[module] and all(output is not None for output in outputs)
-    }
+        uses_of.setdefault(use.module, []).append(use)
+
+    def is_known(use: Use) -> bool:
+        output = use.intact_output if use.rule is not None else None
+        return output is not None and output.dtype == dtype
+
+    known = {m: uses for m, uses in uses_of.items() if len(uses) == trace.calls[m] and all(map(is_known, uses))}
+    before = {module: module.__dict__.get("forward") for module in known}
     try:
-        for module in changed:
-            module.forward = partial(_tangent_alone, module, iter(known[module]))  # pyright: ignore
+        for module, uses in known.items():
+            module.forward = partial(_carry_tangent, trace, iter(uses))  # pyright: ignore
         yield
     finally:
-        for module, forward in changed.items():
+        for module, forward in before.items():
             del module.forward
             if forward is not None:
                 module.forward = forward
 
 
-def _tangent_alone(module: nn.Module, outputs: Iterator[Tensor], x: Tensor) -> Tensor:
-    output, tangent = next(outputs), forward_ad.unpack_dual(x).tangent
-    return output if tangent is None else forward_ad.make_dual(output, RULES[type(module)].linear(module, tangent))
+def _carry_tangent(trace: Trace, uses: Iterator[Use], x: Tensor) -> Tensor:
+    """Forward of a layer with a rule: the recorded output, and the linear image of the input's tangent."""
+    use = next(uses)
+    assert use.rule is not None and use.intact_output is not None
+    primal, tangent = forward_ad.unpack_dual(x)
+    trace.check_repeats(primal, use.input)
+    if tangent is None:
+        return use.intact_output
+    return forward_ad.make_dual(use.intact_output, use.rule.linear(use.module, tangent))
 
 
 def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], covariance: Covariance) -> None:
