@@ -616,6 +616,37 @@ def weight_handed_to_a_block() -> Case:
 
 
 @case
+def control_flow_that_depends_on_the_data() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.stack([m.low * row if float(row.detach().sum()) < 0 else m.high * row.square() for row in x])
+
+    block = Model(forward)
+    block.low, block.high = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+    return Case(nn.Sequential(nn.Linear(5, 4), block, nn.Linear(4, 3)), rows(5), labels())
+
+
+@case
+def blocks_that_give_several_outputs() -> Case:
+    block = Model(lambda m, x, *, scale: {"left": (m.gain * x).tanh(), "right": [scale * x, m.gain.sum() * x]})
+    block.gain = nn.Parameter(torch.randn(4))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        found = m.block(m.fc(x), scale=2.0)
+        return m.out(found["left"] * found["right"][1] + found["right"][0])
+
+    return Case(Model(forward, block=block, fc=nn.Linear(5, 4), out=nn.Linear(4, 3)), rows(5), labels())
+
+
+@case
+def block_given_a_table_for_all_examples() -> Case:
+    block = Model(lambda m, x, table: torch.tanh(m.gain * x) @ table)
+    block.gain = nn.Parameter(torch.randn(5))
+    model = Model(lambda m, x: m.out(m.block(x, m.table)), block=block, out=nn.Linear(6, 3))
+    model.register_buffer("table", torch.randn(5, 6))
+    return Case(model, rows(5), labels())
+
+
+@case
 def pruned_weight() -> Case:
     layer = prune.random_unstructured(nn.Linear(5, 4), "weight", amount=0.4)  # type: ignore
     return Case(nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 3)), rows(5), labels())

@@ -52,12 +52,12 @@ def per_example_gradients(use: Use, examples: slice, weights: Weights, tolerance
     def gradient_of_one(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         live = {name: value.detach().requires_grad_() for name, value in values.items()}
         outputs = call(live, leaves)
-        grads = torch.autograd.grad(
-            outputs,
-            list(live.values()),
-            [c.unsqueeze(0).to(o.dtype) for c, o in zip(cotangent, outputs, strict=True)],
-            allow_unused=True,
-        )
+        pulled = [(o, c.unsqueeze(0).to(o.dtype)) for c, o in zip(cotangent, outputs, strict=True) if o.requires_grad]
+        grads: Any = [None] * len(live)
+        if pulled:
+            grads = torch.autograd.grad(
+                [o for o, _ in pulled], list(live.values()), [c for _, c in pulled], allow_unused=True
+            )
         pairs = zip(live.items(), grads, strict=True)
         return {n: torch.zeros_like(v) if g is None else g for (n, v), g in pairs}, [o.detach() for o in outputs]
 

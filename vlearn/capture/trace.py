@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _get_sequence_nr  # counts the nodes that this thread's graphs have got so far
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -145,7 +146,9 @@ class Trace:
         self.cotangents: list[Tensor | None] = []
         self.on_backward: Callable[[], None] = lambda: None
         self.calls: dict[nn.Module, int] = {}  # how often each module was called
-        self._ends: dict[Use, tuple[list[Tensor], list[Tensor]]] = {}  # inputs and outputs, in the graph
+        # Inputs and outputs, in the graph, and how many nodes the graph had after the call.
+        self._ends: dict[Use, tuple[list[Tensor], list[Tensor], int]] = {}
+        self._first_node = 0
         self._frames: list[_Frame] = []
         self._graph: Callable[[], _Graph | None] = lambda: None
 
@@ -161,6 +164,7 @@ class Trace:
         self.versions = _versions((args, kwargs))
         self.in_train_mode = [each for each in self.paths if each.training]
         self.random_state = random_state(self.tracked)
+        self._first_node = _get_sequence_nr()
         sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
         self.num_examples = sizes[0] if sizes else 0
 
@@ -221,15 +225,20 @@ class Trace:
             finalize(self, _remove_all, handles)
 
     def _survey(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[set[Tensor], set[Tensor]]:
-        """`graph.survey`, once for every sequence of calls that this model makes."""
+        """`graph.survey`, once for every sequence of calls that this model makes, with as many nodes in between."""
         assert self.root is not None
-        calls = tuple((use.path, tuple(map(id, use.parameters))) for use in self.uses)
-        key = (calls, frozenset(map(id, self.tracked)), len(self.in_train_mode))
+        calls = tuple(
+            (use.path, use.rule is None, at, tuple(map(id, use.parameters))) for use, (_, _, at) in self._ends.items()
+        )
+        size = _get_sequence_nr() - self._first_node
+        key = (calls, size, frozenset(map(id, self.tracked)), len(self.in_train_mode))
         known = _surveyed.setdefault(self.root, {})
         if key not in known:
+            if len(known) >= 256:  # a model whose calls are drawn at random
+                known.clear()
             spans = [
                 Span(use.parameters, nodes_of(inputs), nodes_of(outputs), closed=use.rule is not None)
-                for use, (inputs, outputs) in self._ends.items()
+                for use, (inputs, outputs, _) in self._ends.items()
             ]
             known[key] = survey(nodes_of(tensor_leaves(output)), nodes_of(tensor_leaves((args, kwargs))), spans)
         return known[key]
@@ -261,7 +270,8 @@ class Trace:
         if rule is not None:
             fits = len(args) == 1 and not kwargs and rule.accepts(args[0]) and args[0].shape[0] == self.num_examples
             # Pruning and the older weight_norm make the weight from a parameter of another name.
-            rule = rule if fits and all(p is module.weight or p is module.bias for p in wanted) else None
+            plain = all(p is module.weight or p is module.bias for p in wanted) and "forward" not in module.__dict__
+            rule = rule if fits and plain else None
         rows_fit = all(leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in outputs) and any(
             leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in inputs
         )
@@ -303,7 +313,7 @@ class Trace:
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
         )
-        self._ends[use] = (tensor_leaves((args, kwargs)), leaves)
+        self._ends[use] = (tensor_leaves((args, kwargs)), leaves, _get_sequence_nr() - self._first_node)
         # One row per example is little to keep; feature maps of the user's own pass would be much.
         if rule is None or self.edges is not None or all(len(shape) == 2 for shape in use.shapes):
             use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
