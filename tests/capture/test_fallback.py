@@ -8,7 +8,7 @@ from torch import nn
 import vlearn
 from tests.oracles.networks import CASES, Case, Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
-from vlearn.capture import fallback
+from vlearn.capture import fallback, replay
 from vlearn.sensitivity import ghost
 
 
@@ -40,6 +40,17 @@ FALLBACKS = [
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
+def test_one_backward_pass_an_entry_gives_the_same_too(name, monkeypatch):
+    def refuses(*args, **kwargs):
+        raise NotImplementedError("no derivative")
+
+    monkeypatch.setattr(fallback, "jvp", refuses)
+    monkeypatch.setattr(torch.autograd.forward_ad, "make_dual", refuses)
+    monkeypatch.setattr(replay, "_pulled_twice", refuses)
+    assert_exact(CASES[name]())
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
 def test_one_example_after_the_other_gives_what_vmap_gives(name, monkeypatch):
     def refuses(*args, **kwargs):
         raise NotImplementedError("no batching rule")
@@ -53,10 +64,7 @@ def test_two_backward_passes_give_what_forward_mode_gives(name, monkeypatch):
     def refuses(*args, **kwargs):
         raise NotImplementedError("no forward derivative")
 
-    def missing(*args, **kwargs):
-        raise NotImplementedError("no jvp")
-
-    monkeypatch.setattr(fallback, "jvp", missing)
+    monkeypatch.setattr(fallback, "jvp", refuses)
     monkeypatch.setattr(torch.autograd.forward_ad, "make_dual", refuses)
     assert_exact(CASES[name]())
 

@@ -512,6 +512,19 @@ def gated_recurrent_network() -> Case:
 
 
 @case
+def recurrent_network_with_as_many_layers_as_examples() -> Case:
+    gru = nn.GRU(2, 3, num_layers=2, batch_first=True, bidirectional=True)  # final state [4, N, 3]
+    return Case(Model(lambda m, x: m.out(m.gru(x)[0][:, -1]), gru=gru, out=nn.Linear(6, 3)), rows(5, 2), labels())
+
+
+@case
+def final_state_of_a_recurrent_network() -> Case:
+    model = Model(lambda m, x: m.out(m.gru(x)[1].transpose(0, 1).flatten(1)), gru=nn.GRU(2, 3, batch_first=True))
+    model.out = nn.Linear(3, 3)
+    return Case(model, rows(5, 2), labels())
+
+
+@case
 def long_short_term_memory() -> Case:
     return Case(
         Model(lambda m, x: m.out(m.lstm(x)[0][:, -1]), lstm=nn.LSTM(2, 3, batch_first=True), out=nn.Linear(3, 3)),
@@ -569,6 +582,27 @@ def parameter_beside_an_activation_without_a_forward_derivative() -> Case:
     body = Model(lambda m, x: Swish.apply(m.fc(x) * m.gain) + m.shift, fc=nn.Linear(5, 4))
     body.gain, body.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
     return Case(nn.Sequential(body, nn.Tanh(), nn.Linear(4, 3)), rows(5), labels())
+
+
+class Once(Swish):
+    """And with a backward that autograd cannot see into."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return Swish.backward(ctx, gradient)
+
+
+@case
+def activation_that_is_differentiated_once() -> Case:
+    body = Model(lambda m, x: Once.apply(m.fc(x) * m.gain), fc=nn.Linear(5, 4))
+    body.gain = nn.Parameter(torch.randn(4))
+    return Case(nn.Sequential(body, nn.Linear(4, 3)), rows(5), labels())
+
+
+@case
+def bags_of_embeddings() -> Case:
+    return Case(nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3)), torch.randint(7, (EXAMPLES, 5)), labels())
 
 
 @case

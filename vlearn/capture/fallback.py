@@ -118,7 +118,10 @@ def _example_call(
         args, kwargs = tree_unflatten(filled, structure)
         now = {**weights, **{p: values[name] for name, p in names.items()}}
         output = call_with(use.module, now, args, kwargs)
-        return [tensor_leaves(output)[position] for position in use.positions]
+        outputs = [tensor_leaves(output)[position] for position in use.positions]
+        if any(o.shape != (1, *shape[1:]) for o, shape in zip(outputs, use.shapes, strict=True)):
+            raise RuntimeError(_refusal(use, "run on one example at a time it gives outputs of another shape"))
+        return outputs
 
     return names, call, batched
 

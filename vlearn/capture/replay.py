@@ -88,22 +88,59 @@ def forward_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def tangents_in_reverse(outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-    """J v by two backward passes, where an operation has no forward derivative: J v = ∂/∂u ⟨Jᵀu, v⟩.
+    """J v by backward passes, where an operation has no forward derivative.
+
+    Two of them, J v = ∂/∂u ⟨Jᵀu, v⟩; where an operation cannot be differentiated twice, one for each output entry of
+    an example.
 
     Args:
-        outputs: with their graph; it is freed.
-        inputs: what J is taken with respect to, `directions` v.
+        outputs: ``[n, ...]`` with their graph.
+        inputs: what J is taken with respect to, shared if n = 1, else ``[n, ...]`` one for each example.
+        directions: v, in the shapes of the inputs.
     """
-    probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-    reached = [i for i, output in enumerate(outputs) if output.requires_grad]
-    pulled = torch.autograd.grad(
-        [outputs[i] for i in reached], inputs, [probes[i] for i in reached], create_graph=True, allow_unused=True
-    )
-    pairs = [(g, v) for g, v in zip(pulled, directions, strict=True) if g is not None and g.requires_grad]
-    if not pairs:
+    reached = [output for output in outputs if output.requires_grad]
+    if not reached:
         return [torch.zeros_like(output) for output in outputs]
-    found = torch.autograd.grad([g for g, _ in pairs], probes, [v for _, v in pairs], allow_unused=True)
-    return [torch.zeros_like(output) if t is None else t for output, t in zip(outputs, found, strict=True)]
+    try:
+        found = _pulled_twice(reached, inputs, directions)
+    except RuntimeError:
+        found = None
+    if found is None:
+        found = [_by_entry(output, inputs, directions) for output in reached]
+    tangents = iter(found)
+    return [next(tangents) if output.requires_grad else torch.zeros_like(output) for output in outputs]
+
+
+def _pulled_twice(outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor]) -> list[Tensor] | None:
+    probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    pulled = torch.autograd.grad(outputs, inputs, probes, create_graph=True, allow_unused=True)
+    pairs = [(g, v) for g, v in zip(pulled, directions, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [g for g, _ in pairs], probes, [v for _, v in pairs], retain_graph=True, allow_unused=True
+    )
+    tangents = [torch.zeros_like(probe) if t is None else t for probe, t in zip(probes, found, strict=True)]
+    # A backward written in Python may hide from autograd that it depends on its argument (once_differentiable
+    # does), which only the other way round shows: ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ for any u.
+    numbers = [torch.arange(t.numel(), device=t.device, dtype=t.dtype).cos().reshape(t.shape) for t in tangents]
+    pulled = torch.autograd.grad(outputs, inputs, numbers, retain_graph=True, allow_unused=True)
+    there = sum(_rows(t * u).sum(1) for t, u in zip(tangents, numbers, strict=True))
+    count = len(outputs[0])
+    back = sum((g * v).reshape(count, -1).sum(1) for g, v in zip(pulled, directions, strict=True) if g is not None)
+    size = sum(_rows(t * u).abs().sum(1) for t, u in zip(tangents, numbers, strict=True))
+    return tangents if bool(((there - back).abs() <= 1e-3 * (size + abs(back))).all()) else None  # pyright: ignore
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def _by_entry(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
+    columns = []
+    for column in _rows(output).unbind(1):
+        pulled = torch.autograd.grad(column.sum(), inputs, retain_graph=True, allow_unused=True)
+        products = [g * v for g, v in zip(pulled, directions, strict=True) if g is not None]
+        columns.append(sum((p.reshape(len(column), -1).sum(1) for p in products), torch.zeros_like(column)))
+    return torch.stack(columns, 1).reshape(output.shape).detach()
 
 
 class _NoGradStops(TorchFunctionMode):

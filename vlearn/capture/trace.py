@@ -275,7 +275,7 @@ class Trace:
         rows_fit = all(leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in outputs) and any(
             leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in inputs
         )
-        if rule is None and not rows_fit:
+        if rule is None and (not rows_fit or isinstance(module, nn.RNNBase)):  # its final state is [layers, N, H]
             self._leave_to_parent(module, wanted)
             return
         if rule is None:

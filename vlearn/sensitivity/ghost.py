@@ -109,7 +109,7 @@ def output_deviation(trace: Trace, moves: Moved, weights: Weights) -> list[Tenso
                 pairs = [forward_ad.unpack_dual(output) for output in outputs]
                 return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
         except NotImplementedError:
-            size = moves.self_influence.new_zeros((), requires_grad=True)
+            size = torch.zeros_like(moves.self_influence, requires_grad=True)
             outputs = _replay(trace, weights, uses_of, moves.tangents, size)
             return tangents_in_reverse(outputs, [size], [torch.ones_like(size)])
 
@@ -278,7 +278,7 @@ def _moved_along(output: Any, positions: list[int], tangents: list[Tensor], size
         leaf = leaves[where[position]]
         extra = extra.to(leaf.dtype)
         if size is not None:
-            leaves[where[position]] = leaf + size * extra
+            leaves[where[position]] = leaf + size.reshape(-1, *[1] * (extra.dim() - 1)) * extra
         else:
             primal, tangent = forward_ad.unpack_dual(leaf)
             leaves[where[position]] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)
