@@ -116,6 +116,23 @@ def test_an_unwatched_model_and_a_clone_give_the_same():
     assert_close(swept(model, optimizer.posterior().clone()), before)
 
 
+@pytest.mark.parametrize("draw", [False, True])
+def test_a_clone_is_swept_at_its_own_mean(draw):
+    model = network(nn.Dropout(0.3))
+    optimizer = optimizer_of(model)
+    clone = optimizer.posterior().clone()
+    before = swept(model, clone)
+    F.cross_entropy(model(inputs()), LABELS).backward()
+    optimizer.step()
+    if draw:
+        F.cross_entropy(model(inputs()), LABELS).backward()
+    state = state_of(model)
+    assert_close(swept(model, clone), before)
+    assert_close(swept(model, clone.clone()), before)
+    assert_same(state, state_of(model))
+    assert relative_error(swept(model, optimizer.posterior()).deviation, before.deviation) > 1e-3
+
+
 def test_parameters_that_the_posterior_lacks_do_not_move():
     model = network()
     posterior = optimizer_of(list(model[3].named_parameters())).posterior()

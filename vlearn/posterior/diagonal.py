@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -109,14 +109,16 @@ class Diagonal:
         return total
 
     def clone(self) -> Diagonal:
-        """A copy that later steps of the optimizer do not change."""
+        """A copy that later steps of the optimizer do not change; a sweep with it runs at its mean."""
+        mean = {name: self.mean[name].detach().clone() for name in self.names}
         return Diagonal(
-            {name: self.mean[name].detach().clone() for name in self.names},
+            mean,
             {name: self._hessian[name].clone() for name in self.names},
             self._weight_decay,
             self._ess,
             self.num_data,
             parameters=self.parameters,
+            at_mean=lambda: _weights_at(self.parameters, mean, self.at_mean),
         )
 
     def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance:
@@ -128,6 +130,24 @@ class Diagonal:
 
     def __repr__(self) -> str:
         return f"Diagonal({len(self.names)} parameters, num_data={self.num_data:g})"
+
+
+@contextmanager
+def _weights_at(
+    parameters: Mapping[str, Tensor], mean: Mapping[str, Tensor], outer: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """The parameters hold the mean inside; an optimizer whose draw is in them steps aside first."""
+    with outer():
+        before = {p: p.data for p in parameters.values()}
+        try:
+            for name, p in parameters.items():
+                p.data = mean[name].to(p.dtype)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for p, data in before.items():
+                p.data = data
+            torch.clear_autocast_cache()
 
 
 class _ByName(Mapping[str, Tensor]):
