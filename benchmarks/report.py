@@ -35,6 +35,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def relative(path: Path) -> Path:
+    """A path as the reader would type it."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write numbers, rounded to 6 significant digits; NaN becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +60,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     # Not cut to 80 columns where the output goes to a file.
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
     for note in notes:
         console.print(note, style="dim", highlight=False)
