@@ -796,6 +796,55 @@ def in_place_activations() -> Case:
 
 
 @case
+def in_place_activation_of_a_view() -> Case:
+    """A linear layer on sequences gives a view, whose node leaves the graph when it is written in place."""
+    layers = nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ELU(inplace=True))
+    return Case(
+        Model(lambda m, x: m.out(m.layers(x).mean(1)), layers=layers, out=nn.Linear(4, 3)), rows(6, 5), labels()
+    )
+
+
+@case
+def in_place_write_to_a_part_of_a_view() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        h[:, 0] = 0
+        h[:, 1:3] *= 2.5
+        return m.out(h.mean(1))
+
+    return Case(Model(forward, fc=nn.Linear(5, 4), out=nn.Linear(4, 3)), rows(6, 5), labels())
+
+
+@case
+def in_place_sum_on_a_block_that_gives_a_view() -> Case:
+    block = Model(lambda m, x: (m.gain * x).transpose(1, 2))
+    block.gain = nn.Parameter(torch.randn(5))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.block(x)
+        h += x.transpose(1, 2)
+        return m.out(h.mean(2))
+
+    return Case(Model(forward, block=block, out=nn.Linear(5, 3)), rows(6, 5), labels())
+
+
+@case
+def in_place_product_with_the_own_weight() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        h *= F.linear(x, m.fc.weight)
+        return m.out(torch.tanh(h))
+
+    return Case(Model(forward, fc=nn.Linear(5, 4), out=nn.Linear(4, 3)), rows(5), labels())
+
+
+@case
+def logits_written_in_place() -> Case:
+    model = Model(lambda m, x: m.fc(x).mul_(0.5), fc=nn.Linear(5, 3))
+    return Case(model, rows(6, 5), torch.randn(EXAMPLES, 6, 3), F.mse_loss)
+
+
+@case
 def residual_connections() -> Case:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.into(x)

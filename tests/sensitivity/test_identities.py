@@ -9,7 +9,12 @@ import vlearn
 from tests.oracles.networks import CASES, Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
 
-OTHER_LOSSES = ("output_per_position", "output_without_class_axis", "penalty_in_the_model_output_only")
+OTHER_LOSSES = (
+    "output_per_position",
+    "output_without_class_axis",
+    "penalty_in_the_model_output_only",
+    "logits_written_in_place",
+)
 CROSS_ENTROPY = [name for name in CASES if name not in OTHER_LOSSES]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

@@ -725,6 +725,27 @@ def test_hooks_of_others_that_change_values_are_part_of_the_model(when, kind):
     assert relative_error(s.deviation, truth.deviation(covariance)) < 1e-10
 
 
+class Logits:
+    """Not one of the structures whose tensors can be found."""
+
+    def __init__(self, values):
+        self.values = values
+
+
+@pytest.mark.parametrize("how", ["hidden", "written in place"])
+def test_an_output_that_cannot_be_followed_is_refused(how):
+    hidden = how == "hidden"
+    model = Model(lambda m, x: Logits(m.fc(x)) if hidden else m.fc(x), fc=nn.Linear(D, C)).double()
+    optimizer = optimizer_of(model)
+    output = model(torch.randn(N, 2, D, dtype=torch.float64))
+    logits = output.values if hidden else output.mul_(2)
+    F.cross_entropy(logits.mean(1), LABELS).backward()
+    with pytest.raises(
+        ValueError, match="the loss depends on no tensor in the model's output: return tensors, or tuples"
+    ):
+        optimizer.sensitivities()
+
+
 def test_several_outputs_ask_for_a_choice():
     model = Model(lambda m, x: {"logits": m.fc(x), "aux": m.aux(x)}, fc=nn.Linear(D, C), aux=nn.Linear(D, 1)).double()
     optimizer = optimizer_of(model)

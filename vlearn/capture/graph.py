@@ -24,20 +24,18 @@ class Span:
     Attributes:
         parameters: whose effect the call is held to explain.
         inputs, outputs: the nodes that made its inputs and outputs.
-        closed: whether the call's intermediate values cannot be used outside it.
         nodes: those between inputs and outputs.
     """
 
     parameters: list[Tensor]
     inputs: set[Node]
     outputs: set[Node]
-    closed: bool
     nodes: set[Node] = field(default_factory=set)
 
 
-def nodes_of(tensors: Iterable[Tensor]) -> set[Node]:
+def nodes_of(tensors: Iterable[Tensor]) -> list[Node]:
     """The nodes that made these tensors, of those that require grad."""
-    return {t.grad_fn or get_gradient_edge(t).node for t in tensors if t.requires_grad}
+    return [t.grad_fn or get_gradient_edge(t).node for t in tensors if t.requires_grad]
 
 
 def survey(outputs: set[Node], inputs: set[Node], spans: list[Span]) -> tuple[set[Tensor], set[Tensor]]:
@@ -86,10 +84,10 @@ def survey(outputs: set[Node], inputs: set[Node], spans: list[Span]) -> tuple[se
         if not explained:
             elsewhere.add(p)
     for span in spans:
-        if not span.closed:
-            inner = span.nodes - span.outputs - derived
-            if any(user not in span.nodes for node in inner for user in users.get(node, ())):
-                elsewhere.update(span.parameters)
+        # A value left in an attribute; or an output that is a view and was written in place, whose node is gone.
+        inner = span.nodes - span.outputs - derived
+        if any(user not in span.nodes for node in inner for user in users.get(node, ())):
+            elsewhere.update(span.parameters)
     return set(leaves), elsewhere
 
 

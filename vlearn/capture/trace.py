@@ -19,7 +19,7 @@ from torch.autograd import _get_sequence_nr  # counts the nodes that this thread
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from vlearn.capture.graph import Span, nodes_of, survey
+from vlearn.capture.graph import Node, Span, nodes_of, survey
 from vlearn.capture.rules import RULES, Rule
 
 _HIDDEN = (
@@ -79,7 +79,8 @@ class Use:
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def receive(self, position: int, gradient: Tensor) -> None:
-        _accumulate(self.cotangents, position, gradient)
+        shape = self.shapes[position]
+        _accumulate(self.cotangents, position, gradient if gradient.shape == shape else gradient.reshape(shape))
 
     @property
     def input(self) -> Tensor:
@@ -146,8 +147,8 @@ class Trace:
         self.cotangents: list[Tensor | None] = []
         self.on_backward: Callable[[], None] = lambda: None
         self.calls: dict[nn.Module, int] = {}  # how often each module was called
-        # Inputs and outputs, in the graph, and how many nodes the graph had after the call.
-        self._ends: dict[Use, tuple[list[Tensor], list[Tensor], int]] = {}
+        # Nodes of its inputs and outputs, and how many nodes the graph had after the call.
+        self._ends: dict[Use, tuple[list[Node], list[Node], int]] = {}
         self._first_node = 0
         self._frames: list[_Frame] = []
         self._graph: Callable[[], _Graph | None] = lambda: None
@@ -237,10 +238,10 @@ class Trace:
             if len(known) >= 256:  # a model whose calls are drawn at random
                 known.clear()
             spans = [
-                Span(use.parameters, nodes_of(inputs), nodes_of(outputs), closed=use.rule is not None)
-                for use, (inputs, outputs, _) in self._ends.items()
+                Span(use.parameters, set(inputs), set(outputs)) for use, (inputs, outputs, _) in self._ends.items()
             ]
-            known[key] = survey(nodes_of(tensor_leaves(output)), nodes_of(tensor_leaves((args, kwargs))), spans)
+            ends = set(nodes_of(tensor_leaves(output))), set(nodes_of(tensor_leaves((args, kwargs))))
+            known[key] = survey(*ends, spans)
         return known[key]
 
     def _receive(self, graph: _Graph, position: int, gradient: Tensor) -> None:
@@ -313,15 +314,18 @@ class Trace:
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
         )
-        self._ends[use] = (tensor_leaves((args, kwargs)), leaves, _get_sequence_nr() - self._first_node)
+        sources = [_source(leaf) if rule is not None else leaf for leaf in leaves]
+        inputs = tensor_leaves((args, kwargs))
+        # Taken now: a tensor that is written in place later has another node then.
+        self._ends[use] = (nodes_of(inputs), nodes_of(sources), _get_sequence_nr() - self._first_node)
         # One row per example is little to keep; feature maps of the user's own pass would be much.
         if rule is None or self.edges is not None or all(len(shape) == 2 for shape in use.shapes):
             use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
             if self.edges is None:
-                leaves[i].register_hook(partial(use.receive, position))
+                sources[i].register_hook(partial(use.receive, position))
             else:
-                self.edges.append((use, position, get_gradient_edge(leaves[i])))
+                self.edges.append((use, position, get_gradient_edge(sources[i])))
         self.uses.append(use)
 
     def _leave_to_parent(self, module: nn.Module, wanted: list[Tensor]) -> None:
@@ -344,7 +348,7 @@ class Trace:
         inputs: Any = [edge for _, _, edge in self.edges]
         gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
         for (use, position, _), gradient in zip(self.edges, gradients, strict=True):
-            use.cotangents[position] = gradient
+            use.cotangents[position] = None if gradient is None else gradient.reshape(use.shapes[position])
 
     # -- read afterwards ---------------------------------------------------------------------------------
 
@@ -479,6 +483,18 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 def _accumulate(cotangents: list[Tensor | None], position: int, gradient: Tensor) -> None:
     earlier = cotangents[position]
     cotangents[position] = gradient.detach() if earlier is None else earlier + gradient.detach()
+
+
+def _source(leaf: Tensor) -> Tensor:
+    """The tensor to hook for a layer's output, the same but for its shape.
+
+    `nn.Linear` gives a view of its product when the input has more than two axes. Should an activation then write
+    the view in place, the view's node leaves the graph; that of the product stays.
+    """
+    base = leaf._base
+    if base is None or base.numel() != leaf.numel() or not (base.is_contiguous() and leaf.is_contiguous()):
+        return leaf
+    return base
 
 
 def _versions(tree: Any) -> list[int]:

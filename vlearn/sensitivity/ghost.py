@@ -157,20 +157,23 @@ def _known_outputs(trace: Trace, dtype: torch.dtype) -> Iterator[None]:
         return output is not None and output.dtype == dtype
 
     known = {m: uses for m, uses in uses_of.items() if len(uses) == trace.calls[m] and all(map(is_known, uses))}
-    before = {module: module.__dict__.get("forward") for module in known}
+    called: list[nn.Module] = []
+    handles = [module.register_forward_pre_hook(lambda m, args: called.append(m)) for module in known]
     try:
         for module, uses in known.items():
-            module.forward = partial(_carry_tangent, trace, iter(uses))  # pyright: ignore
+            module.forward = partial(_carry_tangent, trace, module, iter(uses), called)  # pyright: ignore
         yield
     finally:
-        for module, forward in before.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        for module, handle in zip(known, handles, strict=True):
+            handle.remove()
+            module.__dict__.pop("forward", None)  # a layer with a rule has none of its own
 
 
-def _carry_tangent(trace: Trace, uses: Iterator[Use], x: Tensor) -> Tensor:
+def _carry_tangent(trace: Trace, module: nn.Module, uses: Iterator[Use], called: list[nn.Module], x: Tensor) -> Tensor:
     """Forward of a layer with a rule: the recorded output, and the linear image of the input's tangent."""
+    if not called:  # by module.forward(x), which no hook has recorded
+        return type(module).forward(module, x)
+    called.pop()
     use = next(uses)
     assert use.rule is not None and use.intact_output is not None
     primal, tangent = forward_ad.unpack_dual(x)

@@ -103,7 +103,8 @@ def select(tree: Any, output: Selector) -> Tensor:
         found = tensor_leaves(tree)
         if not found:
             raise ValueError(
-                "the loss depends on no tensor in the model's output: return tensors, or tuples or dicts of them."
+                "the loss depends on no tensor in the model's output: return tensors, or tuples or dicts of them, and "
+                "do not write them in place."
             )
         if len(found) > 1:
             raise ValueError(
