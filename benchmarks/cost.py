@@ -232,12 +232,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"optimizers, {threads} threads ...", file=sys.stderr)
         label = f"{millions} million parameters, threads={threads}"
         found["optimizers"][label] = optimizer_cost(millions, max(2, rounds // 3), threads)
-    for title, table in (
-        (f"Multiples of one plain forward + backward pass, batch {BATCH}", found["sensitivities"]),
-        *((f"Sample + update, {label}", rows) for label, rows in found["optimizers"].items()),
-    ):
-        header = ["", *next(iter(table.values()))]
-        print_table(title, header, [[name, *(f"{v:.2f}" for v in row.values())] for name, row in table.items()])
+    tables = {f"Multiples of one plain forward + backward pass, batch {BATCH}": found["sensitivities"]}
+    tables |= {f"Sample + update, {label}": rows for label, rows in found["optimizers"].items()}
+    for title, table in tables.items():
+        quantities = next(iter(table.values()))
+        rows = [[quantity, *(f"{column[quantity]:.2f}" for column in table.values())] for quantity in quantities]
+        print_table(title, ["", *table], rows)
     if not arguments.smoke:
         write_json(RESULTS / "cost.json", {**provenance("python -m benchmarks.cost", 0), **found})
         draw(found, RESULTS / "cost.png")
