@@ -29,15 +29,20 @@ class Logistic:
     classes: int
     prior_precision: float
 
+    def _value(self, weight: Tensor, keep: Tensor) -> Tensor:
+        loss = F.cross_entropy(self.x[keep] @ weight.mT, self.y[keep], reduction="sum")
+        return loss + 0.5 * self.prior_precision * weight.square().sum()
+
     def _terms(self, weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(value, gradient [CD], Hessian [CD, CD])."""
         x, y = self.x[keep], self.y[keep]
         logits = x @ weight.mT
         p = logits.softmax(1)
-        value = F.cross_entropy(logits, y, reduction="sum") + 0.5 * self.prior_precision * weight.square().sum()
+        value = self._value(weight, keep)
         gradient = (p - F.one_hot(y, self.classes)).mT @ x + self.prior_precision * weight
         curvature = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-        hessian = torch.einsum("ncd,ni,nj->cidj", curvature, x, x).reshape(weight.numel(), weight.numel())
+        weighted = torch.einsum("ncd,ni->cidn", curvature, x)
+        hessian = (weighted @ x).reshape(weight.numel(), weight.numel())
         return value, gradient.flatten(), hessian + self.prior_precision * torch.eye(weight.numel(), dtype=x.dtype)
 
     def fit(self, keep: Tensor | None = None, start: Tensor | None = None) -> Tensor:
@@ -49,7 +54,7 @@ class Logistic:
             if float(gradient.abs().max()) < 1e-12 * len(self.x):
                 return weight
             step, size = torch.linalg.solve(hessian, gradient).reshape(weight.shape), 1.0
-            while size > 1e-8 and float(self._terms(weight - size * step, keep)[0]) > float(value) + 1e-12:
+            while size > 1e-8 and float(self._value(weight - size * step, keep)) > float(value) + 1e-12:
                 size /= 2
             weight = weight - size * step
         raise ArithmeticError("Newton's method did not converge")

@@ -111,7 +111,7 @@ def test_logistic_regression_predicts_its_refits():
     assert relative_error(mean_centred(refined), moved) < 0.07
 
 
-@pytest.mark.parametrize(("prior_precision", "shortcut_loss"), [(1.0, 2.03), (0.1, 15.2), (0.01, 152.2)])
+@pytest.mark.parametrize(("prior_precision", "shortcut_loss"), [(1.0, 2.03), (0.01, 152.2)])
 def test_a_diagonal_over_classes_is_far_off(prior_precision, shortcut_loss):
     """V has a huge a·11ᵀ: V e cancels it, diag(V)∘e keeps it."""
     oracle, model, posterior = logistic(prior_precision)
