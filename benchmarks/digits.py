@@ -8,9 +8,8 @@ every posterior goes through the same equation, LOO = Σ_i ℓ(y_i, f_i + V_i e_
 the end 50 examples are left out in turn: the network is trained to convergence without each, and the increase of the
 example's own loss is held against the predicted one.
 
-Both learning rates are 0.2. `--tune` prints the loss on held-out training data for six of them: from 0.2 upwards it
-stays within its standard error (0.03) for either optimizer. The other settings are IVON's usual ones for a short run.
-Laplace approximations are derived at a minimum, which SGD's first epochs are not.
+Laplace approximations are derived at a minimum, which SGD's first epochs are not. How the settings were chosen, and how
+much hangs on each, is what `python -m benchmarks.digits_settings` shows.
 """
 
 from __future__ import annotations
@@ -40,9 +39,11 @@ from benchmarks.training import (
     KRONECKER,
     SMOKE,
     STRUCTURES,
+    TRAINED_BY,
     Digits,
     Settings,
     laplace_posterior,
+    losses,
     sweep,
     train_ivon,
     train_sgd,
@@ -50,7 +51,6 @@ from benchmarks.training import (
 from vlearn.posterior import Diagonal
 from vlearn.sensitivity.sweep import SensitivityTable
 
-TRAINED_BY = {IVON: "IVON", DIAGONAL: "SGD", KRONECKER: "SGD"}
 RESULTS = Path(__file__).parent / "results" / "digits"
 
 
@@ -134,19 +134,10 @@ def time_laplace(model: nn.Module, data: Digits, settings: Settings) -> dict[str
 
 def summary(curves: Curves, method: str, found: dict[str, Any]) -> dict[str, float]:
     """One row of the table."""
-    loo, test = np.array(curves.loo_loss[method]), np.array(curves.test_loss)
     truth = found["retrained"][TRAINED_BY[method]]
     pearson, slope = agreement(found["predicted"][method], truth)
     trained_pearson, trained_slope = agreement(found["trained"][method], truth)
-    return {
-        "mean_absolute_gap": np.abs(loo - test).mean(),
-        "mean_relative_gap": (np.abs(loo - test) / test).mean(),
-        "pearson_over_epochs": agreement(loo, test)[0],
-        "train_loss": curves.train_loss[-1],
-        "loo_loss": loo[-1],
-        "test_loss": test[-1],
-        "test_loss_standard_error": curves.test_error[-1],
-        "test_accuracy": curves.test_accuracy[-1],
+    return losses(curves, method) | {
         "retraining_pearson": pearson,
         "retraining_slope": slope,
         "retraining_pearson_before_polishing": trained_pearson,
@@ -277,23 +268,9 @@ def notes(settings: Settings, curves: Curves, seconds: dict[str, Any], found: di
     return lines
 
 
-def tune(settings: Settings) -> None:
-    """Loss on 200 held-out training examples after training on the other 800, for each learning rate."""
-    settings = dataclasses.replace(settings, num_data=800, num_test=200)
-    data = Digits.load(settings)
-    lines = []
-    for lr in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
-        chosen = dataclasses.replace(settings, lr=lr, sgd_lr=lr)
-        ivon = train_ivon(chosen, data, None, None, lambda: None)[2]
-        sgd = train_sgd(chosen, data, (), lambda: None)[1]
-        lines.append((f"{lr:g}", f"{ivon.test_loss[-1]:.4f}", f"{sgd.test_loss[-1]:.4f}"))
-    report.print_table("Loss on held-out training data", ("learning rate", "IVON", "SGD"), lines)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few seconds on little data, not written to results/")
-    parser.add_argument("--tune", action="store_true", help="print the held-out loss of each learning rate and stop")
     parser.add_argument("--epochs", type=int, help="default 100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="figures and numbers; default benchmarks/results/digits")
@@ -314,10 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.epochs is not None:
         settings = dataclasses.replace(settings, epochs=arguments.epochs)
     try:
-        if arguments.tune:
-            tune(settings)
-        else:
-            run_benchmark(settings, arguments.out, arguments.runs)
+        run_benchmark(settings, arguments.out, arguments.runs)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -11,19 +11,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
 from benchmarks import laplace
-from benchmarks.pictures import LOOKS, Curves
+from benchmarks.pictures import LOOKS, Curves, agreement
 from vlearn.integrations.wandb import GeneralizationLogger
 from vlearn.posterior import Diagonal
 from vlearn.posterior.base import Posterior
 from vlearn.sensitivity.sweep import SensitivityTable
 
 IVON, DIAGONAL, KRONECKER = LOOKS
+TRAINED_BY = {IVON: "IVON", DIAGONAL: "SGD", KRONECKER: "SGD"}
 STRUCTURES = {DIAGONAL: "diag", KRONECKER: "kron"}
 
 
@@ -221,3 +223,18 @@ def sweep(model: nn.Module, posterior: Posterior, data: Digits) -> SensitivityTa
     batches = list(zip(data.x.to(dtype).split(250), data.y.split(250), strict=True))
     generator = torch.Generator().manual_seed(0)
     return vlearn.sweep(model, posterior, batches, F.cross_entropy, progress=False, generator=generator)
+
+
+def losses(curves: Curves, method: str) -> dict[str, float]:
+    """Leave-one-out against test loss, over the epochs and at the end."""
+    loo, test = np.array(curves.loo_loss[method]), np.array(curves.test_loss)
+    return {
+        "mean_absolute_gap": np.abs(loo - test).mean(),
+        "mean_relative_gap": (np.abs(loo - test) / test).mean(),
+        "pearson_over_epochs": agreement(loo, test)[0],
+        "train_loss": curves.train_loss[-1],
+        "loo_loss": loo[-1],
+        "test_loss": test[-1],
+        "test_loss_standard_error": curves.test_error[-1],
+        "test_accuracy": curves.test_accuracy[-1],
+    }

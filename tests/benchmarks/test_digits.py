@@ -8,7 +8,7 @@ pytest.importorskip("laplace")
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
-from benchmarks import digits, tracking
+from benchmarks import digits, digits_settings, tracking
 from vlearn import MemoryMap
 
 METHODS = ["IVON", "Laplace, diagonal", "Laplace, Kronecker"]
@@ -80,3 +80,15 @@ def test_both_optimizers_see_the_same_minibatches_and_start():
     first, second = (list(data.minibatches(settings)) for _ in range(2))
     assert all(a.equal(b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True))
     assert sorted(int(i) for index in first[0] for i in index) == list(range(settings.num_data))
+
+
+def test_a_changed_setting_is_compared_with_the_benchmarked_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(digits_settings, "VARIATIONS", ({}, {"hess_init": 0.5}))
+    digits_settings.vary(digits.SMOKE, tmp_path)
+    usual, changed = json.loads((tmp_path / "settings.json").read_text())["variations"]
+    assert changed["changed"] == {"hess_init": 0.5}
+    # A larger Hessian is a smaller covariance: less is predicted. Nothing changes for SGD.
+    gap, smaller = (row["IVON"]["loo_loss"] - row["IVON"]["train_loss"] for row in (usual, changed))
+    assert 0 < smaller < gap
+    assert "Laplace, diagonal" in usual and "Laplace, diagonal" not in changed
+    assert "as benchmarked" in capsys.readouterr().out
