@@ -11,7 +11,7 @@ from torch import nn
 import vlearn
 from tests.oracles.networks import CASES, Case, Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
-from vlearn.capture.trace import hooks_are_silent, hooks_paused, module_paths, record, tensor_leaves
+from vlearn.capture.trace import hooks_are_silent, hooks_paused, is_close, module_paths, record, tensor_leaves
 
 
 def recorded(case):
@@ -217,6 +217,35 @@ def test_nothing_keeps_a_model_alive(used):
     del case, optimizer
     gc.collect()
     assert [reference() for reference in gone] == [None, None, None]
+
+
+# -- repeated values --------------------------------------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("replayed", "recorded", "close"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 2.00001], [1.0, 2.0], True),
+        ([1.0, 2.001], [1.0, 2.0], False),
+        ([1e-9, 2.0], [0.0, 2.0], True),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([1e-9, 0.0], [0.0, 0.0], False),
+        ([-INF, 2.0], [-INF, 2.0], True),
+        ([-INF, 2.1], [-INF, 2.0], False),
+        ([1.0, 2.0], [-INF, 2.0], False),
+        ([INF, 2.0], [-INF, 2.0], False),
+        ([NAN, 2.0], [NAN, 2.0], True),
+        ([NAN, 2.0], [1.0, 2.0], False),
+        ([1.0, 2.0], [NAN, 2.0], False),
+        ([1.0, 2.0, 3.0], [1.0, 2.0], False),
+        ([], [], True),
+    ],
+)
+def test_values_repeat_up_to_rounding(replayed, recorded, close):
+    assert is_close(torch.tensor(replayed), torch.tensor(recorded), 1e-4) is close
 
 
 # -- names and leaves -------------------------------------------------------------------------------------------------

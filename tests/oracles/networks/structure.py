@@ -164,6 +164,15 @@ def logits_written_in_place() -> Case:
 
 
 @case
+def logits_of_masked_classes() -> Case:
+    masked = torch.tensor([[False, False, True], [False, False, True], [True, False, False], [False, True, True]])
+    model = Model(lambda m, x: m.net(x).masked_fill(m.masked[: len(x)], -torch.inf))
+    model.net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model.register_buffer("masked", masked)
+    return Case(model, rows(5), labels())
+
+
+@case
 def residual_connections() -> Case:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.into(x)
