@@ -47,7 +47,7 @@ class Outer:
 
     def weighted_square(self, variance: Tensor) -> Tensor:
         if self.b.shape[2] == 1:
-            return (self.b.square() * self._weighted_inputs(variance)).flatten(1).sum(1)
+            return self._weighted_inputs(variance).mul_(self.b).mul_(self.b).flatten(1).sum(1)
         return (self.b.mT @ self.a).square_().flatten(1) @ variance.flatten()
 
     def output_tangent(self, variance: Tensor) -> Tensor:

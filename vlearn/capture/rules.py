@@ -36,7 +36,8 @@ class Rule(NamedTuple):
     def form(self, module: nn.Module, parameter: Tensor, x: Tensor, gradient: Tensor) -> Form:
         """Per-example gradient of the module's weight or bias from one use."""
         if parameter is module.bias:
-            return Shift(self.rows(module, gradient).sum(2, keepdim=True), parameter.shape)
+            rows = self.rows(module, gradient)
+            return Shift(rows if rows.shape[2] == 1 else rows.sum(2, keepdim=True), parameter.shape)
         return self.weight(module, x, gradient)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
@@ -28,8 +28,22 @@ _HIDDEN = (
 )
 
 _paused = False
-# (used, used elsewhere) by root module and sequence of calls: walking a graph costs more than recording it.
-_surveyed: WeakKeyDictionary[nn.Module, dict[Any, tuple[set[Tensor], set[Tensor]]]] = WeakKeyDictionary()
+# By root module and sequence of calls: walking a graph costs more than recording it.
+_surveyed: WeakKeyDictionary[nn.Module, dict[Any, Uncovered]] = WeakKeyDictionary()
+
+
+class Uncovered(NamedTuple):
+    """Tracked parameters that the recorded calls do not explain.
+
+    Attributes:
+        foreign: used, but of a module that is not in the model.
+        elsewhere: of the model, and used outside its module's own call.
+        hidden: of the model, and not seen in the graph.
+    """
+
+    foreign: list[Tensor]
+    elsewhere: list[Tensor]
+    hidden: list[Tensor]
 
 
 @contextmanager
@@ -205,28 +219,24 @@ class Trace:
     def _cover_the_rest(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Parameters used in no module's own call, or also elsewhere: for these the whole model is the unit."""
         assert self.root is not None
-        used, elsewhere = self._survey(args, kwargs, output)
-        covered = {p for use in self.uses for p in use.parameters}
-        own = [p for p in self.root.parameters() if p in self.tracked]
-        for p in elsewhere.intersection(self.tracked).difference(own):
+        uncovered = self._survey(args, kwargs, output)
+        for p in uncovered.foreign:
             self.problems.append(
                 f"{self.paths[self.root]} ({type(self.root).__name__}) uses a parameter of shape {tuple(p.shape)} that "
                 "belongs to none of its modules: register the module that has it as a submodule."
             )
-        rest: list[Tensor] = [p for p in own if p in elsewhere]
-        if rest:
-            last = self.uses[-1] if self.uses else None
+        if uncovered.elsewhere:
+            rest, last = uncovered.elsewhere, self.uses[-1] if self.uses else None
             if last is not None and last.module is self.root and last.rule is None:
                 rest = [*self.uses.pop().parameters, *rest]
             self._add_use(frame, self.root, rest, None, args, kwargs, output)
-        hidden = [p for p in own if p not in used and p not in covered and p.requires_grad]
-        if hidden and self.edges is None:
+        if uncovered.hidden and self.edges is None:
             report = partial(self.problems.append, _HIDDEN.format(name=self.paths[self.root]))
-            handles = [p.register_hook(lambda gradient: report()) for p in hidden]
+            handles = [p.register_hook(lambda gradient: report()) for p in uncovered.hidden if p.requires_grad]
             finalize(self, _remove_all, handles)
 
-    def _survey(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[set[Tensor], set[Tensor]]:
-        """`graph.survey`, once for every sequence of calls that this model makes, with as many nodes in between."""
+    def _survey(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Uncovered:
+        """What `graph.survey` finds, once for every sequence of calls that this model makes, with as many nodes."""
         assert self.root is not None
         calls = tuple(
             (use.path, use.rule is None, at, tuple(map(id, use.parameters))) for use, (_, _, at) in self._ends.items()
@@ -241,7 +251,14 @@ class Trace:
                 Span(use.parameters, set(inputs), set(outputs)) for use, (inputs, outputs, _) in self._ends.items()
             ]
             ends = set(nodes_of(tensor_leaves(output))), set(nodes_of(tensor_leaves((args, kwargs))))
-            known[key] = survey(*ends, spans)
+            used, elsewhere = survey(*ends, spans)
+            covered = {p for use in self.uses for p in use.parameters}
+            own: list[Tensor] = [p for p in self.root.parameters() if p in self.tracked]
+            known[key] = Uncovered(
+                foreign=list(elsewhere.intersection(self.tracked).difference(own)),
+                elsewhere=[p for p in own if p in elsewhere],
+                hidden=[p for p in own if p not in used and p not in covered],
+            )
         return known[key]
 
     def _receive(self, graph: _Graph, position: int, gradient: Tensor) -> None:
@@ -265,7 +282,6 @@ class Trace:
         if not wanted:
             return
         outputs = [leaf for leaf in tensor_leaves(output) if leaf.requires_grad]
-        inputs = tensor_leaves((args, kwargs))
         if not outputs:
             return
         if rule is not None:
@@ -273,13 +289,13 @@ class Trace:
             # Pruning and the older weight_norm make the weight from a parameter of another name.
             plain = all(p is module.weight or p is module.bias for p in wanted) and "forward" not in module.__dict__
             rule = rule if fits and plain else None
-        rows_fit = all(leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in outputs) and any(
-            leaf.dim() > 0 and leaf.shape[0] == self.num_examples for leaf in inputs
-        )
-        if rule is None and (not rows_fit or isinstance(module, nn.RNNBase)):  # its final state is [layers, N, H]
-            self._leave_to_parent(module, wanted)
-            return
         if rule is None:
+            rows_fit = all(map(self._has_row_per_example, outputs)) and any(
+                map(self._has_row_per_example, tensor_leaves((args, kwargs)))
+            )
+            if not rows_fit or isinstance(module, nn.RNNBase):  # its final state is [layers, N, H]
+                self._leave_to_parent(module, wanted)
+                return
             # What this module's forward may use without calling its owner (MultiheadAttention's out_proj).
             for child in module.modules():
                 if child is not module and child not in frame.called:
@@ -327,6 +343,9 @@ class Trace:
             else:
                 self.edges.append((use, position, get_gradient_edge(sources[i])))
         self.uses.append(use)
+
+    def _has_row_per_example(self, tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and tensor.shape[0] == self.num_examples
 
     def _leave_to_parent(self, module: nn.Module, wanted: list[Tensor]) -> None:
         if self._frames:

@@ -63,17 +63,17 @@ class Diagonal:
     @property
     def precision(self) -> Mapping[str, Tensor]:
         """Diagonal of Σ⁻¹ by parameter name, summed over num_data, prior included."""
-        return _ByName(self, lambda name: self._mean_precision(name).mul_(self.num_data))
+        return _ByName(self, self._precision)
 
     @property
     def variance(self) -> Mapping[str, Tensor]:
         """Diagonal of Σ by parameter name, on the num_data scale that sensitivities use."""
-        return _ByName(self, lambda name: self._mean_precision(name).mul_(self.num_data).reciprocal_())
+        return _ByName(self, lambda name: self._precision(name).reciprocal_())
 
     @property
     def draw_variance(self) -> Mapping[str, Tensor]:
         """Variance of the draws by parameter name, on the ess scale."""
-        return _ByName(self, lambda name: self._mean_precision(name).mul_(self._ess[name]).reciprocal_())
+        return _ByName(self, lambda name: self._precision(name, self._ess[name]).reciprocal_())
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw of every parameter by name, on the ess scale."""
@@ -125,8 +125,11 @@ class Diagonal:
         """Σ keyed by the given parameters, for those of the names that this posterior has."""
         return Covariance({p: self.variance[name] for name, p in parameters.items() if name in self._weight_decay})
 
-    def _mean_precision(self, name: str) -> Tensor:
-        return self._hessian[name] + self._weight_decay[name]
+    def _precision(self, name: str, count: float | None = None) -> Tensor:
+        """count·(h + wd) in one pass over h; count is num_data unless given."""
+        count = self.num_data if count is None else count
+        hessian = self._hessian[name]
+        return torch.add(hessian.new_full((), count * self._weight_decay[name]), hessian, alpha=count)
 
     def __repr__(self) -> str:
         return f"Diagonal({len(self.names)} parameters, num_data={self.num_data:g})"

@@ -264,6 +264,8 @@ def _chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[sl
 
 def _entries(uses: tuple[Use, ...], parameters: list[Tensor]) -> int:
     """Entries per example that a chunk holds; 0 where no gradient is formed and all examples go at once."""
+    if len(uses) == 1 and len(uses[0].shapes[0]) == 2:  # one row per example
+        return 0
     forms = [_form(use, p, slice(0, 1)) for use in uses for p in parameters]
     formed = sum(p.numel() for p in parameters) if len(uses) > 1 else 0
     return sum(form.entries for form in forms) + formed
