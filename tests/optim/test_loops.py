@@ -120,9 +120,44 @@ def test_a_closure_shares_the_pending_draw_of_a_watched_model(entry: Entry, mc_s
         seen.append(weights(model))
 
     closure()
+    if mc_samples > 1:
+        optimizer.zero_grad()
     optimizer.step(closure)
     assert equal(seen[0], seen[1]) and len(seen) == 1 + mc_samples
     assert all(not equal(seen[1], other) for other in seen[2:])
+
+
+@family
+def test_gradients_accumulated_before_a_closure_of_several_draws_are_refused(entry: Entry) -> None:
+    """They would count for the first draw alone."""
+    model, (x, y) = network(), data()
+    optimizer = entry.make(model, mc_samples=3)
+    loss_of(model, x, y).backward()
+    with pytest.raises(RuntimeError, match="mc_samples=3, but gradients were accumulated before step.*call zero_grad"):
+        optimizer.step(lambda: loss_of(model, x, y).backward())
+    assert equal(weights(model), weights(network()))
+
+
+@family
+def test_a_closure_after_contexts_may_do_nothing_but_not_train(entry: Entry) -> None:
+    """Lightning hands step() a closure that does nothing where a manual loop has none."""
+    x, y = data()
+    results = []
+    for closure in (None, lambda: None):
+        model = network()
+        optimizer = entry.make(model.parameters())
+        torch.manual_seed(3)
+        for _ in range(2):
+            with optimizer.sampled_params(train=True):
+                loss_of(model, x, y).backward()
+        optimizer.step(closure)
+        results.append(weights(model))
+    assert equal(*results)
+    with optimizer.sampled_params(train=True):
+        loss_of(model, x, y).backward()
+    with pytest.raises(RuntimeError, match="while a draw of sampled_params"):
+        optimizer.step(lambda: loss_of(model, x, y).backward())
+    assert equal(weights(model), results[0])
 
 
 @family

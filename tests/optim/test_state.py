@@ -221,6 +221,24 @@ def test_frozen_and_unused_parameters_are_left_alone(entry: Entry) -> None:
 
 
 @family
+@pytest.mark.parametrize("loop", ["plain", "modes"])
+def test_a_parameter_unfrozen_before_any_gradient_joins_the_draw(entry: Entry, loop: str) -> None:
+    """As when two optimizers take turns and each freezes the other's parameters."""
+    model, (x, y) = network(), data()
+    optimizer = made(entry, loop, model)
+    before = weights(model)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    if loop == "modes":
+        optimizer.train()
+    model(x)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    LOOPS[loop](optimizer, model, x, y)
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+@family
 def test_mixed_dtypes_train_in_one_optimizer(entry: Entry) -> None:
     x, y = data(dtype=torch.float32)
     first, second = network(dtype=torch.float32)[0], nn.Linear(5, 3, dtype=torch.float64)

@@ -185,6 +185,16 @@ def test_only_the_part_that_is_called_is_captured():
     assert relative_error(s.deviation, truth.deviation(covariance)) < 1e-10
 
 
+def test_a_loss_that_is_a_submodule_is_no_pass_of_its_own():
+    """As a LightningModule has it, which is then watched as a whole."""
+    model = nn.ModuleDict({"net": network(), "loss": nn.CrossEntropyLoss()})
+    optimizer = optimizer_of(model)
+    model["loss"](model["net"](inputs()), LABELS).backward()
+    truth = truth_at(weights_of(model["net"]), network(), inputs())
+    s = optimizer.sensitivities(deviation=True)
+    assert relative_error(s.deviation, truth.deviation(covariance_of(optimizer, model))) < 1e-10
+
+
 @pytest.mark.parametrize("where", ["before backward", "after backward", "after step"])
 @pytest.mark.parametrize("how", ["eval", "no_grad", "eval with gradients"])
 def test_passes_that_do_not_train_change_nothing(where, how):

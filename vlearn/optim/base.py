@@ -145,9 +145,20 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def __del__(self) -> None:
         # An optimizer that goes while its draw is in the weights leaves the mean.
-        with suppress(Exception):
-            self.unwatch()
-            self._drop_draws()
+        if self._itself is self:
+            with suppress(Exception):
+                self.unwatch()
+                self._drop_draws()
+
+    @property
+    def _itself(self) -> VariationalOptimizer:
+        """The optimizer, also where self is Lightning's wrapper, which runs our methods on a class made of ours."""
+        return vars(self).get("_optimizer", self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The wrapper hands reads on to the optimizer, but not writes.
+        owner = self._itself
+        object.__setattr__(owner if owner is self or name in vars(owner) else self, name, value)
 
     def _names(self) -> dict[Tensor, str]:
         """Name of every parameter: as given, else as in the watched model, else by position."""
@@ -223,9 +234,8 @@ class VariationalOptimizer(Sampler, Optimizer):
     def _run(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
         """(average loss, False if the step is to be skipped for a gradient that is not finite)."""
         if self._draw is not None and self._draw.origin == "context":
-            raise RuntimeError(
-                "step(closure) while a draw of sampled_params(train=True) waits: call step() without it."
-            )
+            return self._run_after_contexts(closure), True
+        self._check_first_gradients()
         losses: list[Any] = []
         self._in_closure = True
         try:
@@ -245,6 +255,27 @@ class VariationalOptimizer(Sampler, Optimizer):
         finally:
             self._in_closure = False
         return _average_loss(losses), True
+
+    def _run_after_contexts(self, closure: Callable[[], Any]) -> Any:
+        """The draws are made; Lightning still passes a closure, one that does nothing, where users call step()."""
+        with torch.enable_grad():
+            loss = closure()
+        if self._arrivals.stray is not None:
+            raise RuntimeError(
+                "step(closure) while a draw of sampled_params(train=True) waits: call step() without it."
+            )
+        return loss
+
+    def _check_first_gradients(self) -> None:
+        """Gradients from before step(closure), as accumulation leaves them, belong to the first of its draws alone."""
+        draw = self._draw
+        if self._mc_samples() > 1 and draw is not None and draw.has_gradient:
+            if any(p.grad is not None for p in draw.parameters):
+                raise RuntimeError(
+                    f"mc_samples={self._mc_samples()}, but gradients were accumulated before step(closure), and only "
+                    "the first draw would have them: use mc_samples=1 with accumulation and where you call backward() "
+                    "yourself, or call zero_grad() first."
+                )
 
     def _mc_samples(self) -> int:
         return max(group["mc_samples"] for group in self.param_groups)
@@ -354,13 +385,13 @@ class VariationalOptimizer(Sampler, Optimizer):
         watch = Watch(model, loss_reduction, loss_scale, every)
         self.unwatch()
         self._unwatch_rivals(model)
-        self._watch = watch.bind(self)
+        self._watch = watch.bind(self._itself)
 
     def _unwatch_rivals(self, model: nn.Module) -> None:
         """Two optimizers that both draw the same parameters would draw on top of each other."""
         own = {p for group in self.param_groups for p in group["params"]}
         for other in watchers(model):
-            if other is not self and any(p in own for group in other.param_groups for p in group["params"]):
+            if other is not self._itself and any(p in own for group in other.param_groups for p in group["params"]):
                 other.unwatch()
                 warnings.warn(
                     f"these parameters were watched by another {type(other).__name__}, which is unwatched now.",

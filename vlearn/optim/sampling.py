@@ -66,6 +66,10 @@ class Sampler:
         """Name of every parameter."""
         raise NotImplementedError
 
+    def moving(self) -> list[Tensor]:
+        """The parameters that are drawn."""
+        raise NotImplementedError
+
     def _exact_mean(self, slot: Slot) -> Tensor:
         """The mean of a slot in the precision of the state: the master copy where the weights are narrower."""
         master = self.state[slot.parameter].get("mean")
@@ -144,12 +148,19 @@ class Sampler:
         if draw is None:
             self._begin("automatic")
         elif draw.origin in ("automatic", "train"):
-            draw.resume()
+            self._resume(draw)
         else:
             raise RuntimeError(
                 "a training forward pass outside sampled_params(train=True), but a draw made there waits for step(): "
                 "call step() first, or run this pass inside the context."
             )
+
+    def _resume(self, draw: Draw) -> None:
+        """Put a draw back; a new one if it lacks parameters that were unfrozen since and nothing hangs on it yet."""
+        if draw.has_gradient or all(p in draw.slots_of for p in self.moving()):
+            draw.resume()
+        else:
+            self._begin(draw.origin)
 
     def _gradient_of(self, draw: Draw, p: Tensor) -> Tensor | None:
         if not p.requires_grad:
@@ -270,7 +281,7 @@ class Sampler:
         if self._draw is None:
             self._begin("train")
         else:
-            self._draw.resume()
+            self._resume(self._draw)
 
     def eval(self) -> None:
         """Put the mean into the weights; a draw made by `train()` or automatically waits for `step()`."""

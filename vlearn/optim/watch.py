@@ -149,6 +149,8 @@ class Watch:
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if hooks_are_silent():
             return
+        if not self._stack and next(module.parameters(), None) is None:
+            return  # a loss or a metric that the model has as a submodule: no pass of its own
         if module in self._stack and not _calls_itself(module):
             self._forget_calls()
         if not self._stack:
