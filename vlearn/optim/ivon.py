@@ -241,7 +241,7 @@ def _plain_draw(
 ) -> None:
     """Mean to draw: weights ← weights + noise/√(ess·(h + wd)), one tensor at a time."""
     for weight, hessian, epsilon in zip(weights, hessians, noise, strict=True):
-        weight.addcdiv_(epsilon, hessian.add(weight_decay).mul_(ess).sqrt_())
+        weight.addcmul_(epsilon, hessian.add(weight_decay).mul_(ess).rsqrt_())
 
 
 def _foreach_draw(
@@ -250,8 +250,8 @@ def _foreach_draw(
     """As `_plain_draw`, all tensors of a block at once."""
     scales = torch._foreach_add(hessians, weight_decay)
     torch._foreach_mul_(scales, ess)
-    torch._foreach_sqrt_(scales)
-    torch._foreach_addcdiv_(weights, noise, scales)
+    torch._foreach_rsqrt_(scales)
+    torch._foreach_addcmul_(weights, noise, scales)
 
 
 def _plain_ivon(
@@ -270,18 +270,23 @@ def _plain_ivon(
     lr: float,
     corrections: list[float],
 ) -> None:
-    """One update, one tensor at a time; `statistics` (the mean of noise∘gradient or gradient²) is overwritten."""
+    """One update, one tensor at a time; `statistics` is the mean of noise∘gradient, or of gradient²."""
     for i, (mean, momentum, hessian) in enumerate(zip(means, momenta, hessians, strict=True)):
         precision = hessian + weight_decay
-        estimate = statistics[i].mul_(precision).mul_(ess) if price else statistics[i].mul_(ess)  # ĥ
-        difference = estimate.sub_(hessian)
-        momentum.lerp_(gradients[i], 1 - beta1)
-        hessian.add_(difference, alpha=1 - beta2)
+        if price:
+            difference = torch.addcmul(hessian, statistics[i], precision, value=-ess)  # h - ĥ
+        else:
+            difference = torch.sub(hessian, statistics[i], alpha=ess)
+        hessian.sub_(difference, alpha=1 - beta2)
         hessian.addcdiv_(difference.square_(), precision, value=0.5 * (1 - beta2) ** 2)
-        direction = (momentum / corrections[i]).add_(mean, alpha=weight_decay).div_(hessian + weight_decay)
+        momentum.lerp_(gradients[i], 1 - beta1)
+        # Direction and step are c times too long and too short, c the correction: a pass less.
+        direction = torch.add(momentum, mean, alpha=weight_decay * corrections[i])
         if clip_radius < math.inf:
-            direction.clamp_(-clip_radius, clip_radius)
-        mean.add_(direction, alpha=-lr)
+            limit = clip_radius * corrections[i]
+            mean.sub_(direction.div_(hessian + weight_decay).clamp_(-limit, limit), alpha=lr / corrections[i])
+        else:
+            mean.addcdiv_(direction, hessian + weight_decay, value=-lr / corrections[i])
 
 
 def _foreach_ivon(
@@ -303,17 +308,22 @@ def _foreach_ivon(
     """As `_plain_ivon`, all tensors of a block at once."""
     precisions = torch._foreach_add(hessians, weight_decay)
     if price:
-        torch._foreach_mul_(statistics, precisions)
-    torch._foreach_mul_(statistics, ess)  # ĥ
-    torch._foreach_sub_(statistics, hessians)
+        differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)
+    else:
+        differences = torch._foreach_sub(hessians, statistics, alpha=ess)
+    torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
+    torch._foreach_mul_(differences, differences)
+    torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
-    torch._foreach_add_(hessians, statistics, alpha=1 - beta2)
-    torch._foreach_mul_(statistics, statistics)
-    torch._foreach_addcdiv_(hessians, statistics, precisions, value=0.5 * (1 - beta2) ** 2)
-    directions = torch._foreach_div(momenta, corrections)
-    torch._foreach_add_(directions, means, alpha=weight_decay)
-    torch._foreach_div_(directions, torch._foreach_add(hessians, weight_decay))
+    directions = torch._foreach_mul(means, [weight_decay * c for c in corrections])
+    torch._foreach_add_(directions, momenta)
+    precisions = torch._foreach_add(hessians, weight_decay)
     if clip_radius < math.inf:
-        torch._foreach_clamp_max_(directions, clip_radius)
-        torch._foreach_clamp_min_(directions, -clip_radius)
-    torch._foreach_add_(means, directions, alpha=-lr)
+        torch._foreach_div_(directions, precisions)
+        limits = [clip_radius * c for c in corrections]
+        torch._foreach_clamp_max_(directions, limits)
+        torch._foreach_clamp_min_(directions, [-limit for limit in limits])
+        torch._foreach_mul_(directions, [-lr / c for c in corrections])
+        torch._foreach_add_(means, directions)
+    else:
+        torch._foreach_addcdiv_(means, directions, precisions, [-lr / c for c in corrections])
