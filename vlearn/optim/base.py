@@ -356,6 +356,8 @@ class VariationalOptimizer(Sampler, Optimizer):
             draw.drop()
             mark_changed(draw.parameters)
             self._draw, self._average, self._spent = None, Average(), draw if keep else None
+            if not keep:
+                self._buffers = draw.reusable_buffers()
             self._updates += 1
             self._steps = None if self._steps is None else self._steps + 1
 

@@ -158,6 +158,10 @@ class Draw:
         """The mean of every parameter, as one tensor each."""
         return {p: p.data if slots[0].mean_in_weights else slots[0].whole_buffer for p, slots in self.slots_of.items()}
 
+    def reusable_buffers(self) -> dict[Tensor, Tensor]:
+        """Buffers for another draw, where memory that is freed goes back to the system page by page: on the CPU."""
+        return {p: slots[0].whole_buffer for p, slots in self.slots_of.items() if p.device.type == "cpu"}
+
     def _not_showing(self, draw: bool) -> list[Tensor]:
         return list(dict.fromkeys(s.parameter for s in self.slots if s.mean_in_weights is draw))
 
@@ -180,13 +184,13 @@ def mark_changed(parameters: Iterable[Tensor]) -> None:
         torch.clear_autocast_cache()
 
 
-def blocks(parameters: Iterable[Tensor]) -> Iterator[list[Slot]]:
-    """Slots with empty buffers, in blocks of one device and dtype; the order is that of the parameters."""
+def blocks(parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor]) -> Iterator[list[Slot]]:
+    """Slots in blocks of one device and dtype, in the order of the parameters; `buffers` that fit are used up."""
     open_block: list[Slot] = []
     filled = 0
     for parameter in parameters:
         limit = CPU_BLOCK if parameter.device.type == "cpu" else ACCELERATOR_BLOCK
-        for slot in _slots(parameter, limit):
+        for slot in _slots(parameter, buffers.pop(parameter, None), limit):
             size = slot.weights.numel()
             if open_block and (filled + size > limit or not _alike(open_block[0].weights, slot.weights)):
                 yield open_block
@@ -197,8 +201,10 @@ def blocks(parameters: Iterable[Tensor]) -> Iterator[list[Slot]]:
         yield open_block
 
 
-def _slots(parameter: Tensor, limit: int) -> Iterator[Slot]:
-    data, buffer = parameter.data, torch.empty_like(parameter.data)
+def _slots(parameter: Tensor, buffer: Tensor | None, limit: int) -> Iterator[Slot]:
+    data = parameter.data
+    if buffer is None or buffer.shape != data.shape or buffer.stride() != data.stride() or not _alike(buffer, data):
+        buffer = torch.empty_like(data)
     if parameter.numel() <= limit or parameter.dim() == 0:
         yield Slot(parameter, data, buffer, buffer)
         return

@@ -36,6 +36,7 @@ class Sampler:
         self._hooked: dict[Tensor, Any] = {}
         self._average = Average()  # of earlier draws of the same step
         self._spent: Draw | None = None  # the last step's, kept while the watch has its captures
+        self._buffers: dict[Tensor, Tensor] = {}  # of draws that are over, for the next
         self._in_context = ""  # or "training", "ensemble"
         self._in_closure = False
 
@@ -87,7 +88,7 @@ class Sampler:
             with torch.inference_mode(False):
                 for index, group in enumerate(self.param_groups):
                     self._arrivals.listen(group["params"], self._hooked)
-                    for block in blocks(p for p in group["params"] if p.requires_grad):
+                    for block in blocks((p for p in group["params"] if p.requires_grad), self._buffers):
                         for slot in block:
                             slot.buffer.copy_(slot.weights)
                             slot.mean_in_weights = False
@@ -114,7 +115,7 @@ class Sampler:
         draw, self._draw = self._draw, None
         if draw is not None:
             draw.drop()
-        self._average, self._spent = Average(), None
+        self._average, self._spent, self._buffers = Average(), None, {}
         if self._watch is not None:
             self._watch.trace = None  # its weights are gone
 
@@ -142,7 +143,9 @@ class Sampler:
     def _begin_automatic(self) -> None:
         """What a training forward of a watched model needs: an active draw."""
         draw = self._draw
-        self._spent = None
+        if self._spent is not None:
+            self._buffers = self._spent.reusable_buffers()
+            self._spent = None
         if self._in_context or self._in_closure:
             return
         if draw is None:
@@ -269,6 +272,7 @@ class Sampler:
             finally:
                 if draw is not None:
                     draw.drop()
+                    self._buffers = draw.reusable_buffers()
 
     def train(self) -> None:
         """Put a draw into the weights, or the one that waits for `step()` again: micro-batches share it."""
