@@ -69,6 +69,16 @@ class VariationalOptimizer(Sampler, Optimizer):
         """Update the state and the exact means of a block from averages over the step's draws."""
         raise NotImplementedError
 
+    def _update_compiled(self, draw: Draw, group: dict[str, Any], block: list[Slot], keep: bool) -> bool:
+        """As `_update` for a block of one slot and the step's only draw, in one kernel that also shows the mean.
+
+        Args:
+            keep: the draw is wanted afterwards, in the buffer.
+        Returns:
+            False if nothing was done because the block does not fit.
+        """
+        return False
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError if a parameter group's settings break a rule."""
         raise NotImplementedError
@@ -343,6 +353,9 @@ class VariationalOptimizer(Sampler, Optimizer):
         try:
             for index, block in draw.blocks:
                 group = self.param_groups[index]
+                single = not synchronised and not self._average.count and group.get("compiled", False)
+                if single and self._update_compiled(draw, group, block, keep):
+                    continue
                 last = None if synchronised else self._contributions(draw, group, block)
                 slots, gradients, statistics = self._average.of(block, last)
                 if slots:

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from vlearn.optim.compiled import SMALLEST
+
 CPU_BLOCK = 2**17  # entries; the best of 2**14 ... 2**20 on one and two threads
+COMPILED_CPU_BLOCK = 2**20  # one kernel has no temporaries but the noise
 ACCELERATOR_BLOCK = 2**25  # there it only bounds the temporaries
 
 
@@ -184,14 +187,24 @@ def mark_changed(parameters: Iterable[Tensor]) -> None:
         torch.clear_autocast_cache()
 
 
-def blocks(parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor]) -> Iterator[list[Slot]]:
-    """Slots in blocks of one device and dtype, in the order of the parameters; `buffers` that fit are used up."""
+def blocks(parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor], compiled: bool) -> Iterator[list[Slot]]:
+    """Slots in blocks of one device and dtype.
+
+    Args:
+        parameters: in the order of the blocks.
+        buffers: by parameter; those that fit are used up.
+        compiled: give each slot that is large enough for a kernel of its own a block of its own.
+    """
     open_block: list[Slot] = []
     filled = 0
     for parameter in parameters:
-        limit = CPU_BLOCK if parameter.device.type == "cpu" else ACCELERATOR_BLOCK
+        on_cpu = COMPILED_CPU_BLOCK if compiled else CPU_BLOCK
+        limit = on_cpu if parameter.device.type == "cpu" else ACCELERATOR_BLOCK
         for slot in _slots(parameter, buffers.pop(parameter, None), limit):
             size = slot.weights.numel()
+            if compiled and size >= SMALLEST:
+                yield [slot]
+                continue
             if open_block and (filled + size > limit or not _alike(open_block[0].weights, slot.weights)):
                 yield open_block
                 open_block, filled = [], 0

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.optim.base import VariationalOptimizer
-from vlearn.optim.draw import Slot
+from vlearn.optim.compiled import flat, kernel
+from vlearn.optim.draw import Draw, Slot
 from vlearn.optim.nonfinite import is_narrow
 from vlearn.optim.sampling import MeanView
 from vlearn.posterior import Diagonal
@@ -50,6 +51,8 @@ class IVON(VariationalOptimizer):
         num_data: number of training examples N, the scale of sensitivities; default ess.
         generator: of the noise; default torch's global one.
         foreach: multi-tensor operations; default wherever a block has several tensors.
+        compiled: one kernel of torch.compile for each large tensor; the first step compiles it, for up to a minute,
+            and later processes find it in torch's cache.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
 
@@ -85,6 +88,7 @@ class IVON(VariationalOptimizer):
         num_data: float | None = None,
         generator: torch.Generator | None = None,
         foreach: bool | None = None,
+        compiled: bool = False,
         nonfinite: str = "raise",
     ):
         defaults = {
@@ -103,6 +107,7 @@ class IVON(VariationalOptimizer):
             "rescale_lr": rescale_lr,
             "num_data": num_data,
             "foreach": foreach,
+            "compiled": compiled,
             "nonfinite": nonfinite,
         }
         self._check_group(defaults)
@@ -158,6 +163,9 @@ class IVON(VariationalOptimizer):
         samples = [self._exact_mean(slot).clone() if narrow else slot.weights for slot in block]
         hessians = [slot.of(self.state[slot.parameter]["hessian"]) for slot in block]
         noise = _normal(hessians, self.generator)
+        if group["compiled"] and len(block) == 1 and (tensors := flat(samples[0], hessians[0], noise[0])):
+            kernel(_draw)(*tensors, float(group["ess"]), float(group["weight_decay"]))
+            return
         draw = _foreach_draw if _use_foreach(group, block) else _plain_draw
         draw(samples, hessians, noise, ess=group["ess"], weight_decay=group["weight_decay"])
         if narrow:
@@ -173,13 +181,6 @@ class IVON(VariationalOptimizer):
     def _update(
         self, group: dict[str, Any], block: list[Slot], gradients: list[Tensor], statistics: list[Tensor]
     ) -> None:
-        steps = []
-        for slot in block:
-            step = self.state[slot.parameter]["step"]
-            if slot.rows is None or slot.rows[0] == 0:
-                step += 1
-            steps.append(float(step))
-        beta1, beta2 = group["beta1"], group["beta2"] = group["betas"]
         update = _foreach_ivon if _use_foreach(group, block) else _plain_ivon
         update(
             [self._exact_mean(slot) for slot in block],
@@ -187,15 +188,50 @@ class IVON(VariationalOptimizer):
             [slot.of(self.state[slot.parameter]["hessian"]) for slot in block],
             gradients,
             statistics,
-            price=group["hess_approx"] == "price",
-            ess=group["ess"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            clip_radius=group["clip_radius"],
-            lr=group["lr"] * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
-            corrections=[1 - beta1**t if group["debias"] else 1.0 for t in steps],
+            **self._settings(group),
+            corrections=[self._correction(group, slot) for slot in block],
         )
+
+    def _update_compiled(self, draw: Draw, group: dict[str, Any], block: list[Slot], keep: bool) -> bool:
+        slot, gradient = block[0], self._gradient_of(draw, block[0].parameter)
+        if len(block) > 1 or gradient is None:
+            return False
+        state = self.state[slot.parameter]
+        tensors = flat(
+            slot.weights, slot.buffer, slot.of(gradient), slot.of(state["momentum"]), slot.of(state["hessian"])
+        )
+        if tensors is None:
+            return False
+        mean_in_weights = slot.mean_in_weights
+        kernel(_ivon)(
+            *tensors, mean_in_weights, keep, **self._settings(group), correction=self._correction(group, slot)
+        )
+        if keep:
+            slot.show_mean()
+        else:
+            slot.mean_in_weights = True
+        return True
+
+    @staticmethod
+    def _settings(group: dict[str, Any]) -> dict[str, Any]:
+        """What the update rule takes from a parameter group."""
+        group["beta1"], group["beta2"] = group["betas"]
+        return {
+            "price": group["hess_approx"] == "price",
+            "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
+            "beta1": float(group["beta1"]),
+            "beta2": float(group["beta2"]),
+            "weight_decay": float(group["weight_decay"]),
+            "clip_radius": float(group["clip_radius"]),
+            "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
+        }
+
+    def _correction(self, group: dict[str, Any], slot: Slot) -> float:
+        """1 - β₁ᵗ; counts the step at the first rows of a parameter."""
+        step = self.state[slot.parameter]["step"]
+        if slot.rows is None or slot.rows[0] == 0:
+            step += 1
+        return 1 - group["beta1"] ** float(step) if group["debias"] else 1.0
 
     def posterior(self) -> Diagonal:
         """The posterior N(m, 1/(num_data·(h + wd))) as a view of the state: no copy, stale after the next step."""
@@ -234,6 +270,47 @@ def _normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tenso
     noise = torch.randn(count, dtype=first.dtype, device=first.device, generator=generator)
     parts = noise.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _draw(weights: Tensor, hessian: Tensor, noise: Tensor, ess: float, weight_decay: float) -> None:
+    """`_plain_draw` of one tensor as one expression, to be compiled."""
+    weights.add_(noise * (ess * (hessian + weight_decay)).rsqrt())
+
+
+def _ivon(
+    weights: Tensor,
+    buffer: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    hessian: Tensor,
+    mean_in_weights: bool,
+    keep: bool,
+    *,
+    price: bool,
+    ess: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    clip_radius: float,
+    lr: float,
+    correction: float,
+) -> None:
+    """The update of one tensor as the class states it, to be compiled; the new mean goes into the weights.
+
+    Where the draw is to be kept and is in the weights, the mean stays in the buffer.
+    """
+    mean, sample = (weights, buffer) if mean_in_weights else (buffer, weights)
+    precision = hessian + weight_decay
+    estimate = ess * precision * (sample - mean) * gradient if price else ess * gradient * gradient  # ĥ
+    difference = hessian - estimate
+    moved = hessian - (1 - beta2) * difference + 0.5 * (1 - beta2) ** 2 * difference * difference / precision
+    averaged = beta1 * momentum + (1 - beta1) * gradient
+    direction = (averaged / correction + weight_decay * mean) / (moved + weight_decay)
+    if clip_radius < math.inf:
+        direction = direction.clamp(-clip_radius, clip_radius)
+    hessian.copy_(moved)
+    momentum.copy_(averaged)
+    (mean if keep else weights).copy_(mean - lr * direction)
 
 
 def _plain_draw(

@@ -88,7 +88,8 @@ class Sampler:
             with torch.inference_mode(False):
                 for index, group in enumerate(self.param_groups):
                     self._arrivals.listen(group["params"], self._hooked)
-                    for block in blocks((p for p in group["params"] if p.requires_grad), self._buffers):
+                    moving = [p for p in group["params"] if p.requires_grad]
+                    for block in blocks(moving, self._buffers, group.get("compiled", False)):
                         for slot in block:
                             slot.buffer.copy_(slot.weights)
                             slot.mean_in_weights = False
