@@ -132,6 +132,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         whole = "generator" in state  # load_state_dict passes state and param_groups alone
         watch = state.pop("watch", None)
         super().__setstate__(state)
+        for group in self.param_groups:  # it may have been saved before a setting existed
+            group.update({**self.defaults, **_with_betas(group, self.defaults)})
         if whole:
             self._updates, self._steps, self._watch = 0, None, None
             self._forget()
@@ -144,12 +146,32 @@ class VariationalOptimizer(Sampler, Optimizer):
         self._drop_draws()
         self._updates += 1
         self._steps = None
-        super().load_state_dict(state_dict)
-        # torch casts the float32 state of a narrower parameter to the parameter's dtype: take it as it was saved.
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        loaded: dict[str, Any] = {}  # what the user's hooks, which come before ours, have made of it
+
+        def check(_: Optimizer, state: dict[str, Any]) -> None:
+            numbers = {number for group in state["param_groups"] for number in group["params"]}
+            foreign = [key for key in state["state"] if key not in numbers]
+            if foreign:
+                raise ValueError(
+                    f"state_dict['state'] has {foreign[0]!r}, which is no parameter, so it is another optimizer's: load "
+                    "the model's weights alone and start a new optimizer."
+                )
+            loaded.update(state)
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: self._keep_wide(loaded), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _keep_wide(self, loaded: dict[str, Any]) -> None:
+        """torch casts the float32 state of a narrower parameter to the parameter's dtype: take it as it was saved."""
+        saved = [number for group in loaded["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(saved, parameters, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
+            for key, value in loaded["state"].get(number, {}).items():
                 if is_narrow(p) and value.dtype != self.state[p][key].dtype:
                     self.state[p][key] = value.to(device=p.device, copy=True)
 
@@ -201,8 +223,13 @@ class VariationalOptimizer(Sampler, Optimizer):
                 for p in group["params"]:
                     if p.requires_grad and not self.state[p]:
                         self._init_state(p, group)
+                    # The model may have been cast, or the state saved by a run of another dtype.
+                    if self.state.get(p) and is_narrow(p) != ("mean" in self.state[p]):
                         if is_narrow(p):
-                            self.state[p]["mean"] = p.detach().float()
+                            mean = p if self._draw is None else self._draw.means().get(p, p)
+                            self.state[p]["mean"] = mean.detach().float()
+                        else:
+                            del self.state[p]["mean"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; gradients of finished draws of this step stay counted."""
@@ -212,6 +239,16 @@ class VariationalOptimizer(Sampler, Optimizer):
                 if p.grad is gradient:
                     p.grad = None  # the draw keeps it; zeroing in place would lose it
         super().zero_grad(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler reads before it unscales and steps: we leave the unscaling to it, if it can."""
+        if self._average.count:
+            raise RuntimeError(
+                f"a gradient scaler unscales the last of {self._average.count + 1} draws alone: with it, enter "
+                "sampled_params(train=True) once per step, or use loop (a) or (d)."
+            )
+        return False
 
     # -- the loops ---------------------------------------------------------------------------------------
 
@@ -298,6 +335,12 @@ class VariationalOptimizer(Sampler, Optimizer):
             if self._watch is not None and not self._watch.model.training:
                 mode = " The watched model is in eval mode, where it predicts with the mean: call model.train()."
             raise RuntimeError(f"step() without a draw of the weights.{mode} {loops}")
+        for p, (gradient, version) in draw.gradients.items() if self._average.count else ():
+            if p.grad is not None and (p.grad is not gradient or gradient._version != version):
+                raise RuntimeError(
+                    f"the gradient of {self._names()[p]!r} was changed after its sampled_params(train=True), but those "
+                    f"of {self._average.count} earlier draws were not: clip inside each context."
+                )
         if stray is not None:
             raise RuntimeError(
                 f"the gradient of {self._names()[stray]!r} comes from a backward pass outside any draw, so it is "

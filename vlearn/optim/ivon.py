@@ -114,6 +114,8 @@ class IVON(VariationalOptimizer):
         super().__init__(params, defaults, generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"lr={group['lr']}, but it must be one number: use a parameter group for each rate.")
         for name, value, rule, remedy in (
             ("lr", group["lr"], group["lr"] >= 0, "must not be negative: try 0.1"),
             ("ess", group["ess"], group["ess"] > 0, "must be positive: use the number of training examples"),

@@ -105,11 +105,9 @@ class Sampler:
         return draw
 
     def _follow_edit(self, slot: Slot) -> None:
-        """Where the weights are not the rounded master mean, the user has written them: they win."""
         master = self.state[slot.parameter].get("mean")
         if master is not None:
-            rows = slot.of(master)
-            rows.copy_(torch.where(rows.to(slot.buffer.dtype) == slot.buffer, rows, slot.buffer.float()))
+            slot.of(master).copy_(_followed(slot.of(master), slot.buffer))
 
     def _drop_draws(self) -> None:
         """Forget every draw of this step and put the mean into the weights."""
@@ -207,7 +205,8 @@ class Sampler:
 
         Args:
             train: the draw and the gradients computed inside belong to the next `step()`. Entered k times before
-                it, k draws are averaged. False: a draw for predicting; nothing is recorded, a draw that waits
+                it, k draws are averaged (do not divide their losses by k); clip gradients inside each, and use no
+                gradient scaler with k > 1. False: a draw for predicting; nothing is recorded, a draw that waits
                 for `step()` is put back as it was.
 
         Raises:
@@ -309,16 +308,20 @@ class MeanView(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         p = self._parameters[name]
         master = self._optimizer.state[p].get("mean")
-        if master is not None:
-            return master
         draw = self._optimizer._draw
-        return p.data if draw is None else draw.means().get(p, p.data)
+        mean = p.data if draw is None else draw.means().get(p, p.data)
+        return mean if master is None else _followed(master, mean)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+
+def _followed(master: Tensor, mean: Tensor) -> Tensor:
+    """The master mean; but where the weights are not it, rounded, the user has written them, and they win."""
+    return torch.where(master.to(mean.dtype) == mean, master, mean.float())
 
 
 def _made_by(draw: Draw) -> str:
