@@ -20,6 +20,9 @@ class Entry:
     name: str
     make: Callable[..., Any]
     bad: tuple[tuple[dict[str, Any], str], ...] = field(default=())
+    # Settings that one parameter group may have beside another with the entry's own.
+    overrides: tuple[dict[str, Any], ...] = ({"lr": 0.02}, {"weight_decay": 0.1}, {"hess_init": 2.0}, {"ess": 30})
+    bytes_per_parameter: int = 8  # of a float32 parameter's state; 4 more for the master mean of a narrower one
 
     def __str__(self) -> str:
         return self.name
@@ -62,6 +65,12 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
+
+
+def states(optimizer: Any) -> list[Tensor]:
+    """Copies of every state tensor, in the order of the parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [value.clone() for p in parameters for _, value in sorted(optimizer.state.get(p, {}).items())]
 
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:

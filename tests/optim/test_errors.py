@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from tests.optim.table import FAMILY, Entry, data, equal, loss_of, network, plain, weights
+from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, loss_of, made, network, plain, states, weights
 
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 bad = pytest.mark.parametrize(
@@ -32,27 +33,6 @@ def test_a_bad_group_setting_is_refused_and_not_added(entry: Entry, settings: di
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.add_param_group({"params": list(model[2].parameters()), **settings})
     assert len(optimizer.param_groups) == 1
-
-
-@family
-def test_unknown_arguments_empty_lists_and_wrong_types_are_refused_as_torch_does(entry: Entry) -> None:
-    with pytest.raises(TypeError, match="maximize"):
-        entry.make(network(), maximize=True)
-    with pytest.raises(ValueError, match="empty parameter list"):
-        entry.make([])
-    with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
-        entry.make(torch.ones(3))
-    with pytest.raises(TypeError, match="complex"):
-        entry.make([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
-
-
-@family
-def test_sparse_gradients_are_refused(entry: Entry) -> None:
-    model = nn.Embedding(5, 2, sparse=True)
-    optimizer = entry.make(model)
-    model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="does not support sparse gradients \\('weight'\\)"):
-        optimizer.step()
 
 
 @family
@@ -84,6 +64,24 @@ def test_nonfinite_gradients_can_be_skipped_or_ignored(entry: Entry) -> None:
         optimizer.step()
         assert optimizer.nonfinite_count == count
         assert bool(model[2].weight.isnan().any()) == (rule == "ignore")
+
+
+@family
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("rule", ["raise", "skip"])
+def test_a_nonfinite_gradient_changes_nothing_in_any_loop(entry: Entry, loop: str, rule: str) -> None:
+    model, (x, y) = network(), data()
+    optimizer = made(entry, loop, model, nonfinite=rule)
+    LOOPS[loop](optimizer, model, x, y)
+    before = weights(model) + states(optimizer)
+    handle = model[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="not finite") if rule == "raise" else nullcontext():
+        LOOPS[loop](optimizer, model, x, y)
+    handle.remove()
+    assert equal(weights(model) + states(optimizer), before)
+    assert optimizer.nonfinite_count == (rule == "skip")
+    LOOPS[loop](optimizer, model, x, y)
+    assert not equal(weights(model), before[:4])
 
 
 @family

@@ -532,48 +532,6 @@ def test_clipping_and_unscaling_between_backward_and_step_count(entry: Entry) ->
 
 
 @family
-def test_gradient_scaler_with_its_skipped_step_matches_training_without_it(entry: Entry) -> None:
-    x, y = data(dtype=torch.float32)
-
-    def train(scaled: bool, loop: str) -> list[torch.Tensor]:
-        model = network(dtype=torch.float32)
-        optimizer = made(entry, loop, model)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
-        torch.manual_seed(2)
-        for k in range(4):
-            if scaled and k == 2:
-                state = torch.get_rng_state()
-                one_step(model, optimizer, scaler, loop, overflow=True)
-                # a context's skipped draw is dropped when the next one starts; the other loops keep theirs
-                if loop == "context":
-                    torch.set_rng_state(state)
-            one_step(model, optimizer, scaler, loop, overflow=False)
-        if scaled and loop == "context":
-            assert optimizer.nonfinite_count == 1
-        return weights(model)
-
-    def one_step(model: nn.Module, optimizer, scaler, loop: str, overflow: bool) -> None:  # type: ignore[no-untyped-def]
-        optimizer.zero_grad()
-        if loop == "modes":
-            optimizer.train()
-        if loop == "context":
-            with optimizer.sampled_params(train=True):
-                scaler.scale(loss_of(model, x, y)).backward()
-        else:
-            scaler.scale(loss_of(model, x, y)).backward()
-        if overflow:
-            next(model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6, error_if_nonfinite=False)
-        scaler.step(optimizer)
-        scaler.update(1024.0)
-
-    for loop in ("plain", "context", "modes"):
-        for a, b in zip(train(True, loop), train(False, loop), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@family
 def test_an_optimizer_that_goes_leaves_the_mean_and_no_hooks(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)

@@ -25,33 +25,6 @@ def through_disk(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @family
-@loops
-def test_resuming_is_bitwise_the_uninterrupted_run(entry: Entry, loop: str) -> None:
-    x, y = data()
-    model = network()
-    optimizer = made(entry, loop, model)
-    torch.manual_seed(9)
-    for _ in range(4):
-        LOOPS[loop](optimizer, model, x, y)
-    saved = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    random_state = torch.get_rng_state()
-    for _ in range(4):
-        LOOPS[loop](optimizer, model, x, y)
-
-    resumed = network(seed=3)
-    again = made(entry, loop, resumed, lr=0.7, hess_init=3.0)
-    again.load_state_dict(saved["optimizer"])
-    resumed.load_state_dict(saved["model"])
-    torch.set_rng_state(random_state)
-    for _ in range(4):
-        LOOPS[loop](again, resumed, x, y)
-    assert equal(weights(resumed), weights(model))
-    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
-        for key, value in optimizer.state[p].items():
-            assert torch.equal(value, again.state[q][key]), key
-
-
-@family
 def test_state_dict_holds_tensors_and_scalars_alone(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)
@@ -149,52 +122,6 @@ def test_unwatching_removes_every_hook(entry: Entry) -> None:
 
 
 @family
-def test_schedulers_work_at_their_defaults(entry: Entry) -> None:
-    x, y = data()
-    schedulers = torch.optim.lr_scheduler
-    for make in (
-        lambda o: schedulers.OneCycleLR(o, max_lr=0.2, total_steps=6),
-        lambda o: schedulers.CosineAnnealingLR(o, 6),
-        lambda o: schedulers.StepLR(o, 2),
-        lambda o: schedulers.LambdaLR(o, lambda t: 0.9**t),
-        lambda o: schedulers.CyclicLR(o, 0.01, 0.2, cycle_momentum=False),
-    ):
-        model = network()
-        optimizer = entry.make(model)
-        scheduler = make(optimizer)
-        rates = set()
-        for _ in range(5):
-            plain(optimizer, model, x, y)
-            scheduler.step()
-            rates.add(optimizer.param_groups[0]["lr"])
-        assert len(rates) > 1
-    scheduler = schedulers.ReduceLROnPlateau(entry.make(network()))
-    scheduler.step(1.0)
-
-
-@family
-def test_one_cycle_momentum_reaches_the_update(entry: Entry) -> None:
-    model, (x, y) = network(), data()
-    optimizer = entry.make(model)
-    optimizer.param_groups[0]["betas"] = (0.5, 0.9)
-    plain(optimizer, model, x, y)
-    assert (optimizer.param_groups[0]["beta1"], optimizer.param_groups[0]["beta2"]) == (0.5, 0.9)
-
-
-@family
-def test_groups_have_their_own_settings_and_new_ones_can_be_added(entry: Entry) -> None:
-    model, (x, y) = network(), data()
-    optimizer = entry.make([{"params": model[0].parameters(), "lr": 0.0, "hess_init": 2.0}])
-    optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.3})
-    optimizer.watch(model)
-    before = weights(model)
-    plain(optimizer, model, x, y)
-    after = weights(model)
-    assert equal(after[:2], before[:2])
-    assert not any(torch.equal(a, b) for a, b in zip(after[2:], before[2:], strict=True))
-
-
-@family
 def test_groups_that_differ_in_ess_need_num_data(entry: Entry) -> None:
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "ess": 70}]
@@ -202,22 +129,6 @@ def test_groups_that_differ_in_ess_need_num_data(entry: Entry) -> None:
         entry.make(groups)
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "ess": 70}]
     assert entry.make(groups, num_data=60).num_data == 60
-
-
-@family
-def test_frozen_and_unused_parameters_are_left_alone(entry: Entry) -> None:
-    model, (x, y) = network(), data()
-    unused = nn.Parameter(torch.ones(2))
-    model.register_parameter("unused", unused)
-    optimizer = entry.make(model)
-    plain(optimizer, model, x, y)
-    model[0].weight.requires_grad_(False)
-    frozen = model[0].weight.detach().clone()
-    loss_of(model, x, y).backward()
-    assert torch.equal(model[0].weight, frozen)  # no noise either
-    optimizer.step()
-    assert torch.equal(model[0].weight, frozen)
-    assert torch.equal(unused, torch.ones(2))
 
 
 @family
@@ -236,60 +147,6 @@ def test_a_parameter_unfrozen_before_any_gradient_joins_the_draw(entry: Entry, l
         p.requires_grad_(True)
     LOOPS[loop](optimizer, model, x, y)
     assert not any(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
-
-
-@family
-def test_mixed_dtypes_train_in_one_optimizer(entry: Entry) -> None:
-    x, y = data(dtype=torch.float32)
-    first, second = network(dtype=torch.float32)[0], nn.Linear(5, 3, dtype=torch.float64)
-    model = nn.ModuleList([first, second])
-    optimizer = entry.make(model)
-    for _ in range(3):
-        optimizer.zero_grad()
-        hidden = model[0](x)
-        torch.nn.functional.cross_entropy(model[1](hidden.double()), y).backward()
-        optimizer.step()
-    assert optimizer.state[second.weight]["hessian"].dtype == torch.float64
-
-
-@family
-def test_bfloat16_parameters_keep_a_float32_state_that_moves_and_resumes(entry: Entry) -> None:
-    x, y = data(dtype=torch.bfloat16)
-    model = network(dtype=torch.bfloat16)
-    optimizer = entry.make(model, beta2=0.99999)
-    for _ in range(20):
-        plain(optimizer, model, x, y)
-    p = model[0].weight
-    state = optimizer.state[p]
-    assert all(state[key].dtype == torch.float32 for key in ("hessian", "momentum", "mean"))
-    assert float((state["hessian"] != 0.5).float().mean()) > 0.9
-    assert torch.equal(state["mean"].bfloat16(), p)
-    other = network(seed=2, dtype=torch.bfloat16)
-    again = entry.make(other)
-    again.load_state_dict(through_disk(optimizer.state_dict()))
-    other.load_state_dict(model.state_dict())
-    for m, o in ((model, optimizer), (other, again)):
-        torch.manual_seed(1)
-        plain(o, m, x, y)
-        plain(o, m, x, y)
-    assert equal(weights(model), weights(other))
-    with torch.no_grad():
-        p.add_(1)  # the user's edit wins over the master copy
-    edited = p.detach().clone()
-    plain(optimizer, model, x, y)
-    assert float((p.detach() - edited).abs().max()) < 0.5
-
-
-@family
-def test_step_hooks_and_the_generic_optimizer_interface_work(entry: Entry) -> None:
-    model, (x, y) = network(), data()
-    optimizer = entry.make(model)
-    seen = []
-    optimizer.register_step_pre_hook(lambda *args: seen.append("before"))
-    optimizer.register_step_post_hook(lambda *args: seen.append("after"))
-    plain(optimizer, model, x, y)
-    assert seen == ["before", "after"]
-    assert entry.name in repr(optimizer) and "lr: 0.1" in repr(optimizer)
 
 
 @family

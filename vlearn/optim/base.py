@@ -131,9 +131,10 @@ class VariationalOptimizer(Sampler, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         whole = "generator" in state  # load_state_dict passes state and param_groups alone
         watch = state.pop("watch", None)
+        # What is loaded may have been saved before a setting existed.
+        for own, loaded in zip(getattr(self, "param_groups", ()), state["param_groups"], strict=False):
+            loaded.update({**own, **_with_betas(loaded, own)})
         super().__setstate__(state)
-        for group in self.param_groups:  # it may have been saved before a setting existed
-            group.update({**self.defaults, **_with_betas(group, self.defaults)})
         if whole:
             self._updates, self._steps, self._watch = 0, None, None
             self._forget()
@@ -153,8 +154,8 @@ class VariationalOptimizer(Sampler, Optimizer):
             foreign = [key for key in state["state"] if key not in numbers]
             if foreign:
                 raise ValueError(
-                    f"state_dict['state'] has {foreign[0]!r}, which is no parameter, so it is another optimizer's: load "
-                    "the model's weights alone and start a new optimizer."
+                    f"state_dict['state'] has {foreign[0]!r}, which is no parameter, so it is another optimizer's: "
+                    "load the model's weights alone and start a new optimizer."
                 )
             loaded.update(state)
 
@@ -226,8 +227,8 @@ class VariationalOptimizer(Sampler, Optimizer):
                     # The model may have been cast, or the state saved by a run of another dtype.
                     if self.state.get(p) and is_narrow(p) != ("mean" in self.state[p]):
                         if is_narrow(p):
-                            mean = p if self._draw is None else self._draw.means().get(p, p)
-                            self.state[p]["mean"] = mean.detach().float()
+                            means = {} if self._draw is None else self._draw.means()
+                            self.state[p]["mean"] = (means[p] if p in means else p).detach().float()
                         else:
                             del self.state[p]["mean"]
 
