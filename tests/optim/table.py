@@ -22,6 +22,7 @@ class Entry:
     bad: tuple[tuple[dict[str, Any], str], ...] = field(default=())
     # Settings that one parameter group may have beside another with the entry's own.
     overrides: tuple[dict[str, Any], ...] = ({"lr": 0.02}, {"weight_decay": 0.1}, {"hess_init": 2.0}, {"ess": 30})
+    captures: bool = False  # the update rule needs a watched model in every loop
     bytes_per_parameter: int = 8  # of a float32 parameter's state; 4 more for the master mean of a narrower one
 
     def __str__(self) -> str:
@@ -119,4 +120,7 @@ LOOPS = {"plain": plain, "context": context, "closure": closure, "modes": modes}
 
 def made(entry: Entry, loop: str, model: nn.Module, **kwargs: Any) -> Any:
     """The optimizer as the loop wants it: over the model for (a), over its parameters else."""
-    return entry.make(model if loop == "plain" else model.parameters(), **kwargs)
+    optimizer = entry.make(model if loop == "plain" else model.parameters(), **kwargs)
+    if entry.captures and loop != "plain":
+        optimizer.watch(model)
+    return optimizer

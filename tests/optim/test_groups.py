@@ -21,9 +21,11 @@ overrides = pytest.mark.parametrize(
 accelerator = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 
 
-def train(optimizers: list[Any], model: nn.Module, count: int = 4) -> list[Tensor]:
+def train(entry: Entry, optimizers: list[Any], model: nn.Module, count: int = 4) -> list[Tensor]:
     """Weights and state after some steps at draws that all optimizers make in turn."""
     x, y = data()
+    for optimizer in optimizers if entry.captures else ():
+        optimizer.watch(model)
     torch.manual_seed(6)
     for _ in range(count):
         with ExitStack() as contexts:
@@ -40,12 +42,12 @@ def train(optimizers: list[Any], model: nn.Module, count: int = 4) -> list[Tenso
 def test_a_group_with_its_own_settings_is_an_optimizer_with_them(entry: Entry, settings: dict[str, Any]) -> None:
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **settings}]
-    together = train([entry.make(groups, num_data=50)], model)
+    together = train(entry, [entry.make(groups, num_data=50)], model)
     other = network()
     apart = [entry.make(other[0].parameters()), entry.make(other[2].parameters(), **settings)]
-    assert equal(together, train(apart, other))
+    assert equal(together, train(entry, apart, other))
     same = network()
-    assert not equal(together, train([entry.make(same.parameters())], same))
+    assert not equal(together, train(entry, [entry.make(same.parameters())], same))
 
 
 @overrides
@@ -53,11 +55,11 @@ def test_a_group_added_after_steps_is_a_new_optimizer_over_it(entry: Entry, sett
     model, other = network(), network()
     optimizer = entry.make(model[0].parameters(), num_data=50)
     apart = [entry.make(other[0].parameters())]
-    train([optimizer], model)
-    train(apart, other)
+    train(entry, [optimizer], model)
+    train(entry, apart, other)
     optimizer.add_param_group({"params": list(model[2].parameters()), **settings})
     apart.append(entry.make(other[2].parameters(), **settings))
-    assert equal(train([optimizer], model), train(apart, other))
+    assert equal(train(entry, [optimizer], model), train(entry, apart, other))
 
 
 @family

@@ -50,7 +50,7 @@ def test_contexts_average_their_draws_whether_or_not_gradients_are_zeroed(entry:
 
     def train(zero: str) -> list[torch.Tensor]:
         model = network()
-        optimizer = entry.make(model.parameters())
+        optimizer = made(entry, "context", model)
         torch.manual_seed(3)
         for _ in range(3):
             optimizer.zero_grad()
@@ -77,7 +77,7 @@ def test_contexts_average_their_draws_whether_or_not_gradients_are_zeroed(entry:
 def test_closure_draws_mc_samples_times_as_that_many_contexts_do(entry: Entry) -> None:
     x, y = data()
     first, second = network(), network()
-    by_closure, by_context = entry.make(first.parameters(), mc_samples=3), entry.make(second.parameters())
+    by_closure, by_context = made(entry, "context", first, mc_samples=3), made(entry, "context", second)
     torch.manual_seed(3)
     losses = []
 
@@ -103,7 +103,7 @@ def test_closure_draws_mc_samples_times_as_that_many_contexts_do(entry: Entry) -
 @family
 def test_closure_may_return_none_and_need_not_zero_gradients(entry: Entry) -> None:
     model, (x, y) = network(), data()
-    optimizer = entry.make(model.parameters(), mc_samples=2)
+    optimizer = made(entry, "context", model, mc_samples=2)
     assert optimizer.step(lambda: loss_of(model, x, y).backward()) is None
 
 
@@ -145,7 +145,7 @@ def test_a_closure_after_contexts_may_do_nothing_but_not_train(entry: Entry) -> 
     results = []
     for closure in (None, lambda: None):
         model = network()
-        optimizer = entry.make(model.parameters())
+        optimizer = made(entry, "context", model)
         torch.manual_seed(3)
         for _ in range(2):
             with optimizer.sampled_params(train=True):
@@ -165,7 +165,7 @@ def test_a_closure_call_with_a_nonfinite_gradient_raises_or_skips_the_whole_step
     x, y = data()
     for rule in ("raise", "skip"):
         model = network()
-        optimizer = entry.make(model.parameters(), mc_samples=3, nonfinite=rule)
+        optimizer = made(entry, "context", model, mc_samples=3, nonfinite=rule)
         calls = []
 
         def closure(model=model, optimizer=optimizer, calls=calls) -> torch.Tensor:  # type: ignore[no-untyped-def]
@@ -223,7 +223,7 @@ class StopError(Exception):
 @pytest.mark.parametrize("train", [True, False])
 def test_leaving_a_context_by_any_exit_restores_the_mean(entry: Entry, error: type, train: bool) -> None:
     model, (x, y) = network(), data()
-    optimizer = entry.make(model.parameters())
+    optimizer = made(entry, "context", model)
     mean = weights(model)
     with pytest.raises(error):
         with optimizer.sampled_params(train=train):
@@ -241,7 +241,7 @@ def test_leaving_a_context_by_any_exit_restores_the_mean(entry: Entry, error: ty
 @family
 def test_closing_a_generator_inside_a_context_restores_the_mean(entry: Entry) -> None:
     model = network()
-    optimizer = entry.make(model.parameters())
+    optimizer = made(entry, "context", model)
     mean = weights(model)
 
     def generate():  # type: ignore[no-untyped-def]
@@ -345,7 +345,7 @@ def test_backward_through_an_eval_forward_made_under_a_draw_is_refused(entry: En
 @family
 def test_backward_after_the_context_is_refused_by_autograd(entry: Entry) -> None:
     model, (x, y) = network(), data()
-    optimizer = entry.make(model.parameters())
+    optimizer = made(entry, "context", model)
     with optimizer.sampled_params(train=True):
         loss = loss_of(model, x, y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -358,7 +358,7 @@ def test_gradients_written_by_hand_inside_a_context_count(entry: Entry) -> None:
     results = []
     for by_hand in (True, False):
         model = network()
-        optimizer = entry.make(model.parameters())
+        optimizer = made(entry, "context", model)
         torch.manual_seed(1)
         for _ in range(2):
             with optimizer.sampled_params(train=True):
@@ -377,7 +377,7 @@ def test_gradients_written_by_hand_inside_a_context_count(entry: Entry) -> None:
 @family
 def test_eval_and_train_put_the_same_draw_away_and_back(entry: Entry) -> None:
     model, (x, y) = network(), data()
-    optimizer = entry.make(model.parameters())
+    optimizer = made(entry, "context", model)
     mean = weights(model)
     optimizer.train()
     draw = weights(model)
@@ -418,7 +418,7 @@ def test_an_ensemble_draw_leaves_a_waiting_draw_as_it_was(entry: Entry) -> None:
 @family
 def test_misuse_names_the_remedy_and_changes_nothing(entry: Entry) -> None:
     model, (x, y) = network(), data()
-    optimizer = entry.make(model.parameters())
+    optimizer = made(entry, "context", model)
     mean = weights(model)
     with pytest.raises(RuntimeError, match="(?s)without a draw.*\\(a\\).*\\(b\\).*\\(c\\).*\\(d\\)"):
         optimizer.step()
