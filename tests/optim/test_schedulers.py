@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,36 @@ def test_a_scheduled_run_is_the_run_with_the_same_rates_and_momenta_set_by_hand(
         LOOPS[loop](other, by_hand, x, y)
         assert (other.param_groups[0]["beta1"], other.param_groups[0]["beta2"]) == betas
     assert equal(weights(model) + states(optimizer), weights(by_hand) + states(other))
+
+
+@family
+@pytest.mark.parametrize("how", ["itself", "copied", "loaded"])
+def test_beta1_and_betas_are_one_setting_that_either_may_be_written(entry: Entry, how: str) -> None:
+    x, y = data()
+
+    def copied(model: Any, optimizer: Any) -> tuple[Any, Any]:
+        if how == "loaded":
+            optimizer.unwatch()
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = entry.make(model.parameters(), beta1=0.3)
+            optimizer.load_state_dict(state)
+            optimizer.watch(model)
+        return copy.deepcopy((model, optimizer)) if how == "copied" else (model, optimizer)
+
+    results = []
+    for write in ({"betas": (0.5, 0.98)}, {"beta1": 0.5, "beta2": 0.98}, {"betas": (0.5, 0.98), "beta1": 0.1}):
+        model = network()
+        optimizer = entry.make(model)
+        torch.manual_seed(3)
+        plain(optimizer, model, x, y)
+        model, optimizer = copied(model, optimizer)
+        optimizer.param_groups[0].update(write)
+        for _ in range(2):
+            plain(optimizer, model, x, y)
+            group = optimizer.param_groups[0]
+            assert (group["beta1"], group["beta2"]) == group["betas"] == (0.5, 0.98)
+        results.append(weights(model) + states(optimizer))
+    assert equal(results[0], results[1]) and equal(results[0], results[2])
 
 
 @family

@@ -51,6 +51,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         self._updates = 0  # of the state, by steps and loads: what a posterior view was read at
         self._steps: int | None = None  # taken so far; None: to be read from the state
         self._watch: Watch | None = None
+        self._betas: dict[int, Any] = {}  # of each parameter group, as the last step had them
         self._forget()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(list(model.named_parameters()) if model is not None else params, defaults)  # pyright: ignore
@@ -92,6 +93,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         self._drop_draws()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._betas[len(self.param_groups) - 1] = group["betas"]
         for p in group["params"]:
             if p.is_complex():
                 self.param_groups.pop()
@@ -135,6 +137,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         for own, loaded in zip(getattr(self, "param_groups", ()), state["param_groups"], strict=False):
             loaded.update({**own, **_with_betas(loaded, own)})
         super().__setstate__(state)
+        groups = enumerate(self.param_groups)
+        self._betas = {n: g["betas"] for n, g in groups if (g["beta1"], g["beta2"]) == g["betas"]}
         if whole:
             self._updates, self._steps, self._watch = 0, None, None
             self._forget()
@@ -388,6 +392,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         return True
 
     def _apply(self, draw: Draw) -> None:
+        self._follow_betas()
         keep = self._watch is not None and self._watch.needs_sample
         synchronised = any(group["sync"] for group in self.param_groups) and torch.distributed.is_initialized()
         if synchronised:
@@ -417,6 +422,16 @@ class VariationalOptimizer(Sampler, Optimizer):
                 self._buffers = draw.reusable_buffers()
             self._updates += 1
             self._steps = None if self._steps is None else self._steps + 1
+
+    def _follow_betas(self) -> None:
+        """`betas`, which torch's schedulers write, and beta1 and beta2, which users of ivon-opt write, are one setting.
+
+        Whichever was written since the last step counts; `betas` if both were.
+        """
+        for number, group in enumerate(self.param_groups):
+            if group["betas"] is self._betas.get(number):
+                group["betas"] = (group["beta1"], group["beta2"])
+            group["beta1"], group["beta2"] = self._betas[number] = group["betas"]
 
     # -- the posterior and what is read from it ------------------------------------------------------------
 
