@@ -217,7 +217,6 @@ class IVON(VariationalOptimizer):
     @staticmethod
     def _settings(group: dict[str, Any]) -> dict[str, Any]:
         """What the update rule takes from a parameter group."""
-        group["beta1"], group["beta2"] = group["betas"]
         return {
             "price": group["hess_approx"] == "price",
             "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
