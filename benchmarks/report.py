@@ -7,8 +7,10 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,18 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.print(table)
     for note in notes:
         console.print(note, style="dim", highlight=False)
+
+
+def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turn so that drift of the machine meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(rounds + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _plain(value: Any) -> Any:
