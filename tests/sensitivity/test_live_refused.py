@@ -267,6 +267,9 @@ def test_several_outputs_ask_for_a_choice():
     (F.cross_entropy(output["logits"], LABELS) + output["aux"].square().mean()).backward()
     with pytest.raises(ValueError, match=r"the model gives 2 outputs that the loss depends on: .* with output="):
         optimizer.sensitivities()
+    for name, chosen in (("logits", C), ("aux", 1)):
+        s = optimizer.sensitivities(deviation=True, output=name)
+        assert s.residual.shape == s.deviation.shape == (N, chosen)
 
 
 def test_an_output_that_the_loss_does_not_use_needs_no_choice():

@@ -28,7 +28,7 @@ from vlearn.optim.nonfinite import first_nonfinite, is_narrow
 from vlearn.optim.sampling import Sampler
 from vlearn.optim.watch import Watch, watchers
 from vlearn.posterior import Diagonal
-from vlearn.sensitivity.live import Sensitivities
+from vlearn.sensitivity.live import Selector, Sensitivities
 
 LOOPS = (
     "Use one of the four loops: (a) {name}(model, ...) or optimizer.watch(model), then, with the model in train mode, "
@@ -450,7 +450,8 @@ class VariationalOptimizer(Sampler, Optimizer):
 
         Args:
             model: called in the training loop; every submodule gets hooks, so it may also be called in parts.
-            loss_reduction: how the loss that `backward()` starts from reduces the examples' own losses: "mean",
+            loss_reduction: how the loss that `backward()` starts from reduces the examples' own losses: "mean" (over
+                the minibatch, or over the `num_items_in_batch` that Hugging Face's Trainer calls the model with),
                 "sum", or a callable that gives the denominator (class weights, unignored targets).
             loss_scale: what that loss is multiplied with beyond this: `1 / k` when it is divided for accumulation,
                 `scaler.get_scale`. A callable is read at backward.
@@ -479,7 +480,7 @@ class VariationalOptimizer(Sampler, Optimizer):
             self._watch.remove()
             self._watch = None
 
-    def sensitivities(self, deviation: bool = False) -> Sensitivities:
+    def sensitivities(self, deviation: bool = False, output: Selector = None) -> Sensitivities:
         """Each example's sensitivity, from the training step's own forward and backward pass.
 
         Σ is the state at the call, the weights are the step's draw. Nothing is computed unless this is called.
@@ -487,6 +488,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         Args:
             deviation: also the change of the model's output if the example were removed, by one more
                 forward pass.
+            output: which of a model's several outputs residual and deviation speak of: a key, an index or a
+                callable. Self-influence is of the whole loss.
         Returns:
             One row per example of the last minibatch.
         Raises:
@@ -498,7 +501,7 @@ class VariationalOptimizer(Sampler, Optimizer):
                 f"sensitivities() needs a watched model: use {type(self).__name__}(model, ...) or "
                 "optimizer.watch(model)."
             )
-        return self._watch.sensitivities(deviation)
+        return self._watch.sensitivities(deviation, output)
 
 
 def _average_loss(losses: list[Any]) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.trace import Trace, hooks_are_silent, module_paths, tensor_leaves
-from vlearn.sensitivity.live import Sensitivities, live_sensitivities
+from vlearn.sensitivity.live import Selector, Sensitivities, live_sensitivities
 
 if TYPE_CHECKING:
     from vlearn.optim.base import VariationalOptimizer
@@ -237,11 +237,14 @@ class Watch:
         assert self.trace is not None
         if callable(self.loss_reduction):
             denominator = float(self.loss_reduction())
-        else:
-            denominator = self.trace.num_examples if self.loss_reduction == "mean" else 1.0
+        elif self.loss_reduction == "sum":
+            denominator = 1.0
+        else:  # Hugging Face's Trainer tells its models what to divide the summed loss by: all tokens of the step
+            told = self.trace.kwargs.get("num_items_in_batch")
+            denominator = self.trace.num_examples if told is None else told
         self._scale = denominator / float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
 
-    def sensitivities(self, deviation: bool) -> Sensitivities:
+    def sensitivities(self, deviation: bool, output: Selector) -> Sensitivities:
         trace, optimizer = self.trace, self.optimizer
         if trace is None:
             last = f"; the last captured step is {self.trace_step}" if self.trace_step else ""
@@ -258,7 +261,7 @@ class Watch:
         samples = draw.samples() if draw is not None else {}
         weights = {p: samples.get(p, p.data) for p in trace.tracked}
         covariance = optimizer.posterior().covariance({name: p for p, name in optimizer._names().items()})
-        return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation)
+        return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation, output)
 
 
 def _calls_itself(module: nn.Module) -> bool:

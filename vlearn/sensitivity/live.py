@@ -94,13 +94,13 @@ def as_output(trace: Trace, tensors: Sequence[Tensor | None]) -> Any:
 
 
 def select(tree: Any, output: Selector) -> Tensor:
-    """The tensor that `output` names in a model's output.
+    """The tensor that `output` names in a model's output; None: the only one with rows, a loss beside it has none.
 
     Raises:
         ValueError: if it names none, or several are there and it is None.
     """
     if output is None:
-        found = tensor_leaves(tree)
+        found = [leaf for leaf in tensor_leaves(tree) if leaf.dim() > 0]
         if not found:
             raise ValueError(
                 "the loss depends on no tensor in the model's output: return tensors, or tuples or dicts of them, and "
