@@ -48,18 +48,24 @@ class Uncovered(NamedTuple):
 
 @contextmanager
 def hooks_paused() -> Iterator[None]:
-    """Inside, no hook of vlearn draws, swaps or records: for passes that vlearn itself makes."""
+    """Inside, no hook of vlearn draws, swaps or records and nothing compiles: for passes that vlearn itself makes."""
     global _paused
     before, _paused = _paused, True
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         _paused = before
 
 
 def hooks_are_silent() -> bool:
     """Whether hooks must do nothing: a pass of our own, or a forward that checkpointing recomputes."""
-    return _paused or torch._C._current_graph_task_id() != -1
+    return _paused or is_recomputed()
+
+
+def is_recomputed() -> bool:
+    """Whether a forward pass that runs now is one that checkpointing makes inside the backward pass."""
+    return not _paused and torch._C._current_graph_task_id() != -1
 
 
 @dataclass(eq=False)
@@ -449,7 +455,8 @@ def record(model: nn.Module, tracked: Iterable[Tensor]) -> Iterator[Trace]:
             # First of all hooks: another one may change what the module itself is given or gives.
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))
-        yield trace
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not call hooks that came later
+            yield trace
     finally:
         for handle in handles:
             handle.remove()

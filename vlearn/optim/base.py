@@ -26,7 +26,7 @@ from vlearn.optim.average import Average
 from vlearn.optim.draw import Draw, Slot, mark_changed
 from vlearn.optim.nonfinite import first_nonfinite, is_narrow
 from vlearn.optim.sampling import Sampler
-from vlearn.optim.watch import Watch, watchers
+from vlearn.optim.watch import COMPILED, Watch, compiles, watchers
 from vlearn.posterior import Diagonal
 from vlearn.sensitivity.live import Selector, Sensitivities
 
@@ -336,10 +336,12 @@ class VariationalOptimizer(Sampler, Optimizer):
         draw, stray = self._draw, self._arrivals.stray
         loops = LOOPS.format(name=type(self).__name__)
         if draw is None:
-            mode = ""
+            why = ""
             if self._watch is not None and not self._watch.model.training:
-                mode = " The watched model is in eval mode, where it predicts with the mean: call model.train()."
-            raise RuntimeError(f"step() without a draw of the weights.{mode} {loops}")
+                why = " The watched model is in eval mode, where it predicts with the mean: call model.train()."
+            elif self._watch is not None and compiles():
+                why = COMPILED
+            raise RuntimeError(f"step() without a draw of the weights.{why} {loops}")
         for p, (gradient, version) in draw.gradients.items() if self._average.count else ():
             if p.grad is not None and (p.grad is not gradient or gradient._version != version):
                 raise RuntimeError(

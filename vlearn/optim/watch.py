@@ -17,11 +17,22 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.trace import Trace, hooks_are_silent, module_paths, tensor_leaves
+from vlearn.capture.trace import Trace, hooks_are_silent, is_recomputed, module_paths, tensor_leaves
 from vlearn.sensitivity.live import Selector, Sensitivities, live_sensitivities
 
 if TYPE_CHECKING:
     from vlearn.optim.base import VariationalOptimizer
+
+
+COMPILED = (
+    " If the model is compiled, its compiled code calls no hooks that came later: make the optimizer before the first "
+    "call, or give it what torch.compile returned."
+)
+_REENTRANT = (
+    "{name} is computed again inside the backward pass, but its forward pass had no graph and so was at the mean: the "
+    "gradient would be that of other weights (reentrant checkpointing around a watched model). Use "
+    "checkpoint(..., use_reentrant=False), or sampled_params(train=True)."
+)
 
 
 class Link:
@@ -30,13 +41,17 @@ class Link:
     def __init__(self) -> None:
         self.watch: Watch | None = None
 
+    # A compiled model calls the hooks between its graphs; traced into them they would change weights at every call
+    # but flags only once.
+    @torch.compiler.disable
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.watch is not None:
-            self.watch.before(module, args, kwargs)  # pyright: ignore
+            self.watch.before(module, args, kwargs)
 
+    @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.watch is not None:
-            self.watch.after(module, args, kwargs, output)  # pyright: ignore
+            self.watch.after(module, args, kwargs, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         # The module's parameters are copied before its hooks: put the mean into the copies.
@@ -98,7 +113,7 @@ class Watch:
         self.links: list[Link] = []
         self._handles: list[Any] = []
         for module in dict.fromkeys(model.modules()):
-            link = Link()
+            link: Any = Link()  # the type of what torch.compiler.disable makes of its methods is lost
             self.links.append(link)
             self._handles += [
                 # First of all hooks: others may compute weights from the parameters, or change inputs and outputs.
@@ -120,6 +135,9 @@ class Watch:
         self._scale = 1.0
         self._stack: list[nn.Module] = []
         self._peeked = False
+        # Whether the outermost calls since the last step left a graph.
+        self._left_graph: dict[nn.Module, bool] = {}
+        self._left_graph_step = 0
         self._saved: tuple[Callable[[], Any], dict[Tensor, Tensor]] | None = None
         for link in self.links:
             link.watch = self
@@ -145,9 +163,10 @@ class Watch:
 
     # -- hooks -------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if hooks_are_silent():
+            if is_recomputed() and torch.is_grad_enabled() and not self._left_graph.get(module, True):
+                raise RuntimeError(_REENTRANT.format(name=self.paths[module]))
             return
         if not self._stack and next(module.parameters(), None) is None:
             return  # a loss or a metric that the model has as a submodule: no pass of its own
@@ -159,7 +178,6 @@ class Watch:
         if self._traced_now and self.trace is not None:
             self.trace.enter(module, args, kwargs)
 
-    @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if hooks_are_silent() or module not in self._stack:
             return
@@ -179,6 +197,7 @@ class Watch:
     def _enter(self, module: nn.Module) -> None:
         self._traced_now = False
         optimizer = self.optimizer
+        self._note_graph(module)
         if optimizer._in_context == "ensemble":
             return
         if module.training and torch.is_grad_enabled():
@@ -192,6 +211,15 @@ class Watch:
         elif not optimizer._in_context and optimizer._draw is not None and optimizer._draw.active:
             self._peeked = True
             optimizer._draw.peek_mean()
+
+    def _note_graph(self, module: nn.Module) -> None:
+        step = self.optimizer.next_step()
+        if step != self._left_graph_step:
+            self._left_graph, self._left_graph_step = {}, step
+        if torch.is_grad_enabled() or self.optimizer._in_context:
+            self._left_graph[module] = True
+        else:
+            self._left_graph.setdefault(module, False)
 
     def _leave(self, output: Any) -> None:
         self._traced_now = False
@@ -250,7 +278,7 @@ class Watch:
             last = f"; the last captured step is {self.trace_step}" if self.trace_step else ""
             raise RuntimeError(
                 f"sensitivities() has no captured training step{last} (every={self.every}): run forward and backward "
-                "in train mode first."
+                f"in train mode first.{COMPILED if not last and compiles() else ''}"
             )
         if self._overlap:
             raise RuntimeError(
@@ -280,6 +308,13 @@ def watchers(model: nn.Module) -> list[VariationalOptimizer]:
     links = (getattr(hook, "__self__", None) for hook in hooks)
     watches = dict.fromkeys(link.watch for link in links if isinstance(link, Link) and link.watch is not None)
     return [watch.optimizer for watch in watches]
+
+
+def compiles() -> bool:
+    """Whether torch.compile has been at work in this process."""
+    from torch._dynamo.utils import counters
+
+    return bool(counters["stats"])
 
 
 def _weak(state_dict: dict[str, Any]) -> Callable[[], Any]:
