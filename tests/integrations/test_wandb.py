@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vlearn.integrations.wandb import GeneralizationLogger
+from vlearn.optim.diagnostics import Diagnostics
 
 wandb = pytest.importorskip("wandb")
 
@@ -38,19 +39,15 @@ def history(run):
     return [record["history"]["item"] for record in records(run) if record["type"] == "history"]
 
 
-def optimizer(step=1000, size=4, beta2=0.999, **s):
-    parameters = [torch.zeros(size), torch.zeros(2, size), torch.zeros(3)]
-    state = {
-        parameters[0]: {"hessian": torch.arange(size) + 1.0, "step": torch.tensor(float(step))},
-        parameters[1]: {"hessian": torch.full((2, size), 0.5), "step": torch.tensor(float(step))},
-    }
+def optimizer(step=1000, **s):
+    """Stands for an optimizer: what the logger reads of one."""
+    health = Diagnostics(step, 0.999**step, 0.5, 0.75, 4.0, 0.1, float("inf"), 0.0, 2)
     s = {
         "self_influence": torch.tensor([0.1, 0.3, 0.0]),
         "prediction_error": torch.tensor([0.2, 0.4, 0.6]),
     } | s
-    groups = [{"params": parameters[:1], "beta2": beta2}, {"params": parameters[1:], "beta2": 0.5}]
     sensitivities = SimpleNamespace(step=step, **s)
-    return SimpleNamespace(state=state, param_groups=groups, sensitivities=lambda: sensitivities)
+    return SimpleNamespace(diagnostics=lambda: health, sensitivities=lambda: sensitivities)
 
 
 def table(**replaced):
@@ -83,7 +80,9 @@ def test_a_training_run_reads_back_with_losses_table_images_and_scores(run):
         float(sweep.loo_loss.double().mean() - sweep.loss.double().mean())
     )
     assert row["vlearn/hess_init_weight"] == pytest.approx(0.999**1000)
-    assert [row[f"vlearn/hessian_{name}"] for name in ("min", "median", "max")] == [0.5, 0.5, 4.0]
+    assert [row[f"vlearn/hessian_{name}"] for name in ("min", "median", "max")] == [0.5, 0.75, 4.0]
+    assert row["vlearn/nonfinite_count"] == 2
+    assert "vlearn/signal_to_noise" not in row  # infinite
     assert row["vlearn/live_self_influence"] == pytest.approx(0.4 / 3)
     assert row["vlearn/live_prediction_error"] == pytest.approx(0.4)
     assert sum(row["vlearn/live_self_influence_log10.values"]) == 2
@@ -174,9 +173,9 @@ def test_an_optimizer_without_sensitivities_warns_once_and_logs_its_hessian(run)
     assert "vlearn/hessian_min" in history(run)[0]
 
 
-def test_an_optimizer_without_a_hessian_logs_its_sensitivities(run):
+def test_an_optimizer_without_diagnostics_logs_its_sensitivities(run):
     plain = optimizer(step=7)
-    plain.state = {}
+    del plain.diagnostics
     GeneralizationLogger(run).log_step(plain)
     (row,) = history(run)
     assert row["vlearn/step"] == 7
@@ -188,13 +187,6 @@ def test_non_finite_and_half_precision_values_are_logged(run):
     GeneralizationLogger(run).log_step(optimizer(self_influence=values, prediction_error=values))
     (row,) = history(run)
     assert sum(row["vlearn/live_self_influence_log10.values"]) == 1
-
-
-def test_a_large_hessian_is_read_by_an_even_subsample(run, monkeypatch):
-    monkeypatch.setattr("vlearn.integrations.wandb.SUBSAMPLE", 30)
-    GeneralizationLogger(run).log_step(optimizer(size=1000))
-    (row,) = history(run)
-    assert row["vlearn/hessian_max"] == 901  # entries 1, 101, ..., 901 of the first parameter
 
 
 def test_images_of_too_few_examples_are_refused(run):

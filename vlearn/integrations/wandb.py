@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,6 @@ from vlearn._extras import require
 from vlearn.plot import thumbnails
 
 COLUMNS = ("loss", "loo_loss", "self_influence", "leverage", "prediction_error")
-SUBSAMPLE = 1_000_000  # entries that a summary of the Hessian reads at most
 BINS = 64
 
 
@@ -29,8 +30,7 @@ class GeneralizationLogger:
     ``live_prediction_error``               mean over the minibatch, at sampled weights
     ``live_self_influence``                 mean over the minibatch, at sampled weights
     ``live_self_influence_log10``           histogram over the minibatch
-    ``hess_init_weight``                    β2^T, what is left of hess_init in the Hessian; largest group
-    ``hessian_min``, ``_median``, ``_max``  of an even subsample of at most a million entries
+    ``hess_init_weight``, ``hessian_min``   and the other fields of ``optimizer.diagnostics()``
     ======================================  ================================================================
 
     Args:
@@ -88,7 +88,7 @@ class GeneralizationLogger:
         self._calls += 1
         if (self._calls - 1) % self._every:
             return
-        step, values = _hessian_summary(optimizer)
+        step, values = _health(optimizer)
         try:
             s = optimizer.sensitivities()
         except RuntimeError as error:
@@ -195,26 +195,12 @@ class GeneralizationLogger:
         return self._wandb.Table(columns=list(columns), data=rows)
 
 
-def _hessian_summary(optimizer: Any) -> tuple[int | None, dict[str, Any]]:
-    """Step, remaining weight of hess_init and quantiles of the Hessian, read from the optimizer's state."""
-    hessians, steps, weights = [], [], []
-    for group in optimizer.param_groups:
-        states = [optimizer.state[p] for p in group["params"] if "hessian" in optimizer.state.get(p, {})]
-        if states:
-            hessians += [state["hessian"] for state in states]
-            steps.append(max(int(state["step"]) for state in states))
-            weights.append(float(group["beta2"]) ** steps[-1])
-    if not hessians:
+def _health(optimizer: Any) -> tuple[int | None, dict[str, Any]]:
+    """Step and diagnostics of an optimizer that has them."""
+    if not hasattr(optimizer, "diagnostics"):
         return None, {}
-    stride = max(1, -(-sum(hessian.numel() for hessian in hessians) // SUBSAMPLE))
-    entries = np.concatenate([_as_array(hessian.reshape(-1)[::stride]) for hessian in hessians])
-    values: dict[str, Any] = {"vlearn/hess_init_weight": max(weights)}
-    entries = entries[np.isfinite(entries)]
-    if len(entries):
-        values["vlearn/hessian_min"] = float(entries.min())
-        values["vlearn/hessian_median"] = float(np.median(entries))
-        values["vlearn/hessian_max"] = float(entries.max())
-    return max(steps), values
+    found = asdict(optimizer.diagnostics())
+    return found.pop("step"), {f"vlearn/{name}": value for name, value in found.items() if math.isfinite(value)}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlearn.optim.base import VariationalOptimizer
 from vlearn.optim.compiled import flat, kernel
+from vlearn.optim.diagnostics import Diagnostics, diagnose
 from vlearn.optim.draw import Draw, Slot
 from vlearn.optim.nonfinite import is_narrow
 from vlearn.optim.sampling import MeanView
@@ -233,6 +234,19 @@ class IVON(VariationalOptimizer):
         if slot.rows is None or slot.rows[0] == 0:
             step += 1
         return 1 - group["beta1"] ** float(step) if group["debias"] else 1.0
+
+    def diagnostics(self) -> Diagnostics:
+        """Whether the posterior learns: range of its Hessian, how much of it is still hess_init, signal to noise.
+
+        Raises:
+            ValueError: if no parameter requires grad.
+        """
+        means, names = self.posterior().mean, self._names()
+        groups = [
+            (group, [(means[names[p]], self.state[p]) for p in group["params"] if p in self.state])
+            for group in self.param_groups
+        ]
+        return diagnose(groups, self.nonfinite_count)
 
     def posterior(self) -> Diagonal:
         """The posterior N(m, 1/(num_data·(h + wd))) as a view of the state: no copy, stale after the next step."""
