@@ -238,6 +238,7 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; gradients of finished draws of this step stay counted."""
+        self._settle()
         self._arrivals.clear()
         if self._draw is not None and self._draw.gradients:
             for p, (gradient, _) in self._draw.gradients.items():
@@ -272,6 +273,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         """
         if self._in_context:
             raise RuntimeError("step() inside sampled_params: leave the context first.")
+        self._settle()
         try:
             loss, finite = self._run(closure) if closure is not None else (None, True)
             if finite:

@@ -31,8 +31,8 @@ ACCELERATOR_BLOCK = 2**25  # there it only bounds the temporaries
 class Slot:
     """Some rows of one parameter: its weights, and the buffer that belongs to them.
 
-    `mean_in_weights` says where the mean is. It is set so that an interrupt between any two lines of
-    `show_mean` and `show_draw` leaves the mean in the place it names.
+    `mean_in_weights` says where the mean is. It is set so that an interrupt after any copy of `show_mean` and
+    `show_draw` leaves the mean in the place it names and the draw in the other.
     """
 
     parameter: Tensor
@@ -57,16 +57,20 @@ class Slot:
     def show_mean(self) -> None:
         if not self.mean_in_weights:
             sample = self.weights.clone()
-            self.weights.copy_(self.buffer)
-            self.mean_in_weights = True
-            self.buffer.copy_(sample)
+            try:
+                self.weights.copy_(self.buffer)
+                self.mean_in_weights = True
+            finally:
+                self.sample.copy_(sample)
 
     def show_draw(self) -> None:
         if self.mean_in_weights:
             sample = self.buffer.clone()
-            self.buffer.copy_(self.weights)
-            self.mean_in_weights = False
-            self.weights.copy_(sample)
+            try:
+                self.buffer.copy_(self.weights)
+                self.mean_in_weights = False
+            finally:
+                self.sample.copy_(sample)
 
     def drop_draw(self) -> None:
         if not self.mean_in_weights:
@@ -84,6 +88,8 @@ class Draw:
             (`sampled_params()`).
         blocks: (index of the parameter group, slots of one device and dtype).
         active: whether the draw is, or is to be put back, in the weights.
+        mean_shown: whether the mean is in the weights, or an interrupt may have left it in some of them.
+        dropped: whether nobody waits for the draw any more.
         has_gradient: whether a backward pass has reached a parameter under this draw.
         gradients: what `p.grad` was when the draw was finished by leaving its context.
     """
@@ -91,8 +97,11 @@ class Draw:
     origin: str
     blocks: list[tuple[int, list[Slot]]] = field(default_factory=list)
     active: bool = True
+    mean_shown: bool = False
+    dropped: bool = False
     has_gradient: bool = False
     gradients: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
+    _versions: dict[Tensor, int] = field(default_factory=dict)  # of the parameters, before the mean was shown
 
     @property
     def slots(self) -> Iterator[Slot]:
@@ -112,21 +121,34 @@ class Draw:
 
     def finish(self) -> None:
         """Put the mean into the weights and keep the draw in the buffers."""
-        self._show(draw=False)
-        self.active = False
+        if self.active:
+            self.peek_mean()
+            mark_changed(self.parameters)
+            self.active = False
 
     def resume(self) -> None:
         """Put the draw back into the weights."""
-        self.active = True
-        self._show(draw=True)
+        if not self.active:
+            mark_changed(self.parameters)
+            self.active = True
+        self.unpeek()
 
     def drop(self) -> None:
         """Put the mean into the weights; the draw is not needed any more. Safe at any time."""
-        self.active = False
-        changed = self._not_showing(draw=False)
+        self.dropped = self.mean_shown = True
+        changed = self.parameters if self.active else []
+        try:
+            self._drop_slots()
+        except BaseException:  # an interrupt comes once, and nobody may be left to call this again
+            self._drop_slots()
+            raise
+        finally:
+            self.active = False
+            mark_changed(changed)
+
+    def _drop_slots(self) -> None:
         for slot in self.slots:
             slot.drop_draw()
-        mark_changed(changed)
 
     @contextmanager
     def at_mean(self) -> Iterator[None]:
@@ -137,21 +159,27 @@ class Draw:
             self.peek_mean()
             yield
         finally:
-            self.active = active
+            self.active = active and not self.dropped
             self.unpeek()
 
     def peek_mean(self) -> None:
-        """Show the mean for a while. The version counters stay: the training graph finds its draw again."""
+        """Show the mean for a while, during which the training graph refuses to run backward."""
+        if not self.mean_shown:
+            self._versions = {p: p._version for p in self.parameters}
+            self.mean_shown = True
+            increment_version(self.parameters)
         for slot in self.slots:
             slot.show_mean()
         torch.clear_autocast_cache()
 
     def unpeek(self) -> None:
-        """Put an active draw back."""
-        if self.active:
+        """Put an active draw back, with the version counters that the training graph knows."""
+        if self.active and self.mean_shown and not self.dropped:
             for slot in self.slots:
                 slot.show_draw()
             torch.clear_autocast_cache()
+            _take_back(self._versions)
+            self.mean_shown = False
 
     def samples(self) -> dict[Tensor, Tensor]:
         """θ of every parameter, as one tensor each."""
@@ -165,15 +193,6 @@ class Draw:
         """Buffers for another draw, where memory that is freed goes back to the system page by page: on the CPU."""
         return {p: slots[0].whole_buffer for p, slots in self.slots_of.items() if p.device.type == "cpu"}
 
-    def _not_showing(self, draw: bool) -> list[Tensor]:
-        return list(dict.fromkeys(s.parameter for s in self.slots if s.mean_in_weights is draw))
-
-    def _show(self, draw: bool) -> None:
-        changed = self._not_showing(draw)
-        for slot in self.slots:
-            slot.show_draw() if draw else slot.show_mean()
-        mark_changed(changed)
-
 
 def mark_changed(parameters: Iterable[Tensor]) -> None:
     """Tell autograd that weights were written through `.data`.
@@ -185,6 +204,12 @@ def mark_changed(parameters: Iterable[Tensor]) -> None:
     if parameters:
         increment_version(parameters)
         torch.clear_autocast_cache()
+
+
+def _take_back(versions: dict[Tensor, int]) -> None:
+    """Undo one increment where nothing else has been written since: the tensor is as it was at that version."""
+    same = {p: version for p, version in versions.items() if p._version == version + 1}
+    torch._C._autograd._unsafe_set_version_counter(tuple(same), tuple(same.values()))  # pyright: ignore
 
 
 def blocks(parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor], compiled: bool) -> Iterator[list[Slot]]:

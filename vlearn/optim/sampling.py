@@ -111,12 +111,21 @@ class Sampler:
 
     def _drop_draws(self) -> None:
         """Forget every draw of this step and put the mean into the weights."""
-        draw, self._draw = self._draw, None
-        if draw is not None:
-            draw.drop()
-        self._average, self._spent, self._buffers = Average(), None, {}
+        if self._draw is not None:
+            self._draw.drop()
+        self._draw, self._average, self._spent, self._buffers = None, Average(), None, {}
         if self._watch is not None:
+            self._watch.forget_calls()
             self._watch.trace = None  # its weights are gone
+
+    def _settle(self) -> None:
+        """Make good what an interrupt broke off: after one, torch calls no forward hook."""
+        if self._watch is not None:
+            self._watch.forget_calls()
+        if self._draw is not None and self._draw.dropped:
+            self._drop_draws()
+        elif self._draw is not None:
+            self._draw.unpeek()
 
     def _begin(self, origin: str) -> None:
         """A new draw that waits for step(), beside finished ones of the same step."""
@@ -135,8 +144,8 @@ class Sampler:
             for p in draw.gradients:
                 p.grad = None
         if draw is not None:
-            self._draw = None
             draw.drop()
+            self._draw = None
         self._draw = self._make_draw(origin)
 
     def _begin_automatic(self) -> None:
@@ -217,12 +226,14 @@ class Sampler:
             raise RuntimeError("sampled_params inside sampled_params: leave the first context before entering another.")
         if self._in_closure and train:
             raise RuntimeError("sampled_params(train=True) inside step(closure), which draws itself: use one of them.")
+        self._settle()
         with self._training_context() if train else self._ensemble_context():
             self._in_context = "training" if train else "ensemble"
             try:
                 yield
             finally:
                 self._in_context = ""
+                self._settle()
 
     @contextmanager
     def _training_context(self) -> Iterator[None]:
@@ -247,17 +258,17 @@ class Sampler:
             self._keep_gradients(draw)
             draw.finish()
         else:
-            self._draw = None
             draw.drop()
+            self._draw = None
 
     def _abandon(self, draw: Draw) -> None:
         """After an exception: the draw goes, and gradients it left are not a step's."""
         if draw.has_gradient:
             for p in draw.parameters:
                 self._arrivals.mark(p)
+        draw.drop()
         if self._draw is draw:
             self._draw = None
-        draw.drop()
         if self._watch is not None:
             self._watch.trace = None
 
@@ -282,6 +293,7 @@ class Sampler:
             raise RuntimeError(
                 "train() while a draw of sampled_params(train=True) waits for step(): call step() first."
             )
+        self._settle()
         if self._draw is None:
             self._begin("train")
         else:
@@ -291,6 +303,7 @@ class Sampler:
         """Put the mean into the weights; a draw made by `train()` or automatically waits for `step()`."""
         if self._in_context:
             raise RuntimeError("eval() inside sampled_params: leave the context, which restores the mean.")
+        self._settle()
         if self._draw is not None:
             self._draw.finish()
 

@@ -24,7 +24,7 @@ class Arrivals:
 
     def __call__(self, p: Tensor) -> None:
         """Hook: a gradient has been accumulated into p."""
-        if self.draw is not None and self.draw.active:
+        if self.draw is not None and self.draw.active and not self.draw.mean_shown:
             self.draw.has_gradient = True
         else:
             self.mark(p)

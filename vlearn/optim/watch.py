@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
+from threading import get_ident
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
@@ -22,6 +25,8 @@ from vlearn.sensitivity.live import Selector, Sensitivities, live_sensitivities
 
 if TYPE_CHECKING:
     from vlearn.optim.base import VariationalOptimizer
+
+_MODULE_GLOBALS = vars(nn.modules.module)
 
 
 COMPILED = (
@@ -117,8 +122,8 @@ class Watch:
             self.links.append(link)
             self._handles += [
                 # First of all hooks: others may compute weights from the parameters, or change inputs and outputs.
-                module.register_forward_pre_hook(link.before, with_kwargs=True, prepend=True),
-                module.register_forward_hook(link.after, with_kwargs=True, always_call=True, prepend=True),
+                module.register_forward_pre_hook(link.before, with_kwargs=True, prepend=True),  # pyright: ignore
+                module.register_forward_hook(link.after, with_kwargs=True, always_call=True, prepend=True),  # pyright: ignore
                 module.register_state_dict_post_hook(StateDictMean(link)),
                 module.register_load_state_dict_pre_hook(_DropDraw(link)),
             ]
@@ -133,8 +138,8 @@ class Watch:
         self._traced_now = False
         self._overlap = False
         self._scale = 1.0
-        self._stack: list[nn.Module] = []
-        self._peeked = False
+        self._calls: list[tuple[nn.Module, int]] = []  # that are open, with the id of the frame that runs each
+        self._thread = 0
         # Whether the outermost calls since the last step left a graph.
         self._left_graph: dict[nn.Module, bool] = {}
         self._left_graph_step = 0
@@ -168,35 +173,50 @@ class Watch:
             if is_recomputed() and torch.is_grad_enabled() and not self._left_graph.get(module, True):
                 raise RuntimeError(_REENTRANT.format(name=self.paths[module]))
             return
-        if not self._stack and next(module.parameters(), None) is None:
-            return  # a loss or a metric that the model has as a submodule: no pass of its own
-        if module in self._stack and not _calls_itself(module):
-            self._forget_calls()
-        if not self._stack:
+        frame = _frame_of_call()
+        if self._calls:
+            self._close_calls_that_ended(frame)
+        if not self._calls:
+            if next(module.parameters(), None) is None:
+                return  # a loss or a metric that the model has as a submodule: no pass of its own
             self._enter(module)
-        self._stack.append(module)
+        self._calls.append((module, id(frame)))
         if self._traced_now and self.trace is not None:
             self.trace.enter(module, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if hooks_are_silent() or module not in self._stack:
+        if hooks_are_silent() or all(module is not called for called, _ in self._calls):
             return
-        while self._stack.pop() is not module:  # calls that an exception left open
+        while self._calls.pop()[0] is not module:  # calls that an exception left open
             pass
         if self._traced_now and self.trace is not None and output is not None:
             self.trace.leave(module, args, kwargs, output)
-        if not self._stack:
+        if not self._calls:
             self._leave(output)
 
-    def _forget_calls(self) -> None:
-        """After an interrupt, for which torch calls no forward hook, nothing of the interrupted pass goes on."""
-        self._stack.clear()
-        self.trace = None
-        self._peeked = False  # the next training forward shows its draw again
+    def _close_calls_that_ended(self, frame: FrameType) -> None:
+        """An interrupt ends calls for which torch then runs no forward hook: their frames are not below the new one."""
+        innermost, running = self._calls[-1][1], set()
+        below = frame.f_back
+        while below is not None:
+            if id(below) == innermost:
+                return
+            running.add(id(below))
+            below = below.f_back
+        if get_ident() == self._thread:
+            while self._calls and self._calls[-1][1] not in running:
+                self._calls.pop()
+
+    def forget_calls(self) -> None:
+        """Nothing of a forward pass that is still open goes on."""
+        self._calls.clear()
+        if self._traced_now:
+            self.trace, self._traced_now = None, False
 
     def _enter(self, module: nn.Module) -> None:
-        self._traced_now = False
         optimizer = self.optimizer
+        optimizer._settle()
+        self._thread = get_ident()
         self._note_graph(module)
         if optimizer._in_context == "ensemble":
             return
@@ -209,7 +229,6 @@ class Watch:
                 self.trace, self.trace_step, self._traced_now = Trace(self.paths, optimizer.moving()), step, True
                 self.trace.on_backward = self._read_scale
         elif not optimizer._in_context and optimizer._draw is not None and optimizer._draw.active:
-            self._peeked = True
             optimizer._draw.peek_mean()
 
     def _note_graph(self, module: nn.Module) -> None:
@@ -223,14 +242,15 @@ class Watch:
 
     def _leave(self, output: Any) -> None:
         self._traced_now = False
-        if self._peeked:
-            self._peeked = False
-            draw = self.optimizer._draw
-            if draw is not None:
-                draw.unpeek()
-                for leaf in tensor_leaves(output):
-                    if leaf.requires_grad:
-                        leaf.register_hook(_refuse_backward)
+        draw = self.optimizer._draw
+        if draw is None or not draw.active:
+            return
+        # An eval forward between this pass and its backward may be interrupted and leave the mean in the weights.
+        hook = _refuse_backward if draw.mean_shown else partial(_settle, ref(self))
+        draw.unpeek()
+        for leaf in tensor_leaves(output):
+            if leaf.requires_grad:
+                leaf.register_hook(hook)
 
     def put_mean(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Replace a module's entries by copies of the mean while a draw is in the weights; tied ones share one."""
@@ -262,7 +282,8 @@ class Watch:
 
     def _read_scale(self) -> None:
         """The own-loss gradient is the captured one times denominator / loss scale; read as backward begins."""
-        assert self.trace is not None
+        if self.trace is None:  # of a pass that is not wanted any more
+            return
         if callable(self.loss_reduction):
             denominator = float(self.loss_reduction())
         elif self.loss_reduction == "sum":
@@ -292,14 +313,13 @@ class Watch:
         return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation, output)
 
 
-def _calls_itself(module: nn.Module) -> bool:
-    """Whether a call of the module is running inside another call of it, rather than after one that broke off."""
-    running = 0
-    frame = sys._getframe()
-    while frame is not None:
-        running += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+def _frame_of_call() -> FrameType:
+    """The frame of torch that runs a module's hooks and its forward."""
+    frame = sys._getframe(2)
+    while frame.f_globals is not _MODULE_GLOBALS:
+        assert frame.f_back is not None
         frame = frame.f_back
-    return running > 1
+    return frame
 
 
 def watchers(model: nn.Module) -> list[VariationalOptimizer]:
@@ -340,3 +360,11 @@ def _refuse_backward(gradient: Tensor) -> None:
         "backward through an eval-mode forward pass that was made while a draw was active: its graph belongs to the "
         "mean, but the weights are the draw again. Call optimizer.eval() before that forward pass."
     )
+
+
+def _settle(watch: Callable[[], Watch | None], gradient: Tensor) -> None:
+    """Hook of a training forward's outputs, the first to run in its backward. Weak: a graph may outlive all else."""
+    found = watch()
+    optimizer = found._optimizer() if found is not None else None
+    if optimizer is not None:
+        optimizer._settle()

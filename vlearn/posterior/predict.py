@@ -49,15 +49,14 @@ def predict(
     model.eval()
     try:
         total: Tensor | None = None
-        for _ in range(draws):
-            sample = posterior.sample(generator)
-            weights: dict[Tensor, Tensor] = {p: sample[name].to(p.dtype) for name, p in names.items()}
-            prediction = link(call_with(model, weights, args, kwargs))
-            if not (
-                prediction.is_floating_point() or prediction.is_complex()
-            ):  # decisions: their average is a frequency
-                prediction = prediction.to(torch.get_default_dtype())
-            total = prediction if total is None else total + prediction
+        with posterior.at_mean():  # an active draw steps aside once, not in every pass
+            for _ in range(draws):
+                sample = posterior.sample(generator)
+                weights: dict[Tensor, Tensor] = {p: sample[name].to(p.dtype) for name, p in names.items()}
+                prediction = link(call_with(model, weights, args, kwargs))
+                if not (prediction.is_floating_point() or prediction.is_complex()):
+                    prediction = prediction.to(torch.get_default_dtype())  # decisions: their average is a frequency
+                total = prediction if total is None else total + prediction
         assert total is not None
         return total / draws
     finally:
