@@ -1,5 +1,8 @@
 """What has no sensitivities, and models with hooks, checkpoints and several outputs."""
 
+import copy
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.oracles.networks import Model
-from tests.oracles.per_example import relative_error
+from tests.oracles.per_example import per_example, relative_error
 from tests.sensitivity.small import (
     LABELS,
     C,
@@ -19,9 +22,11 @@ from tests.sensitivity.small import (
     loss_of,
     network,
     optimizer_of,
+    rows,
     truth_at,
     weights_of,
 )
+from vlearn.capture.trace import tensor_leaves
 
 # -- what has no sensitivities -------------------------------------------------------------------------------------
 
@@ -267,9 +272,55 @@ def test_several_outputs_ask_for_a_choice():
     (F.cross_entropy(output["logits"], LABELS) + output["aux"].square().mean()).backward()
     with pytest.raises(ValueError, match=r"the model gives 2 outputs that the loss depends on: .* with output="):
         optimizer.sensitivities()
-    for name, chosen in (("logits", C), ("aux", 1)):
-        s = optimizer.sensitivities(deviation=True, output=name)
-        assert s.residual.shape == s.deviation.shape == (N, chosen)
+    for output in ("logit", 0, lambda whole: whole):
+        with pytest.raises(ValueError, match=r"output=.* selects no tensor that the loss depends on"):
+            optimizer.sensitivities(output=output)
+
+
+def test_an_index_into_a_single_output_is_refused():
+    model = network()
+    optimizer = optimizer_of(model)
+    loss_of(model, inputs()).backward()
+    with pytest.raises(ValueError, match="output=0 selects no tensor"):
+        optimizer.sensitivities(output=0)
+
+
+class Pair(NamedTuple):
+    logits: torch.Tensor
+    aux: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("make", "output"),
+    [
+        (lambda logits, aux: {"aux": aux, "logits": logits}, "logits"),
+        (lambda logits, aux: (aux, logits), 1),
+        (lambda logits, aux: (aux, logits), -1),
+        (Pair, "logits"),
+        (lambda logits, aux: (aux, {"nested": [logits]}), lambda whole: whole[1]["nested"][0]),
+    ],
+    ids=["key", "index", "index from the end", "attribute", "callable"],
+)
+def test_one_of_several_outputs_is_selected(make, output):
+    parts = {"net": network(), "aux": nn.Linear(D, 1)}
+    model = Model(lambda m, x: make(m.net(x), m.aux(x)), **parts).double()
+    optimizer = optimizer_of(model)
+    twin = copy.deepcopy(model)
+    aux, logits = sorted(tensor_leaves(model(inputs())), key=lambda leaf: leaf.shape[1])
+
+    def loss(logits, aux):
+        return F.cross_entropy(logits, LABELS, reduction="none") + aux.square().squeeze(1)
+
+    loss(logits, aux).mean().backward()
+    twin.load_state_dict(weights_of(model))
+    truth = per_example(
+        twin, lambda m: m.net(inputs()), rows, whole_loss=lambda m: loss(m.net(inputs()), m.aux(inputs()))
+    )
+    covariance = covariance_of(optimizer, model)
+    s = optimizer.sensitivities(deviation=True, output=output)
+    assert relative_error(s.residual, truth.residual) < 1e-10
+    assert relative_error(s.self_influence, truth.self_influence(covariance)) < 1e-10
+    assert relative_error(s.deviation, truth.deviation(covariance)) < 1e-10
 
 
 def test_an_output_that_the_loss_does_not_use_needs_no_choice():

@@ -492,13 +492,14 @@ class VariationalOptimizer(Sampler, Optimizer):
         Args:
             deviation: also the change of the model's output if the example were removed, by one more
                 forward pass.
-            output: which of a model's several outputs residual and deviation speak of: a key, an index or a
-                callable. Self-influence is of the whole loss.
+            output: which of several outputs residual, prediction error and deviation speak of: a key, an index or
+                a callable of the whole output. The self-influence is that of the whole loss.
         Returns:
             One row per example of the last minibatch.
         Raises:
             RuntimeError: if the model is not watched, no backward pass has come since its last training forward
                 pass, or examples have no gradient of their own.
+            ValueError: if `output` selects no tensor that the loss depends on, or is None and there are several.
         """
         if self._watch is None:
             raise RuntimeError(

@@ -114,10 +114,15 @@ def select(tree: Any, output: Selector) -> Tensor:
         return found[0]
     if callable(output):
         chosen = output(tree)
+    elif isinstance(tree, Tensor):  # an index would name an example
+        chosen = None
     elif isinstance(output, str) and not isinstance(tree, dict):
         chosen = getattr(tree, output, None)
     else:
-        chosen = tree[output]
+        try:
+            chosen = tree[output]
+        except (LookupError, TypeError):
+            chosen = None
     if not isinstance(chosen, Tensor):
         raise ValueError(f"output={output!r} selects no tensor that the loss depends on.")
     return chosen
