@@ -107,6 +107,18 @@ def test_a_training_run_reads_back_with_losses_table_images_and_scores(run):
     assert len([entry for entry in contents if entry["path"].endswith(".png")]) == 5
 
 
+def test_without_a_run_it_logs_to_the_active_one(run):
+    GeneralizationLogger(every=3).log_step(optimizer())
+    assert history(run)[0]["vlearn/step"] == 1000
+
+
+def test_without_a_run_and_none_active_it_says_so():
+    assert wandb.run is None
+    with pytest.raises(RuntimeError) as error:
+        GeneralizationLogger()
+    assert str(error.value) == "GeneralizationLogger() without a run, but no run is active: call wandb.init() first."
+
+
 def test_only_every_nth_step_is_logged_from_the_first_on(run):
     logger = GeneralizationLogger(run, every=3)
     for step in range(1, 9):

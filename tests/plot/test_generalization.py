@@ -38,6 +38,14 @@ def test_several_leave_one_out_curves_are_told_apart():
     assert len({line.get_marker() for line in drawn.values()}) == 3
 
 
+def test_other_estimates_are_drawn_beside_a_memorys_train_and_test_loss(tmp_path):
+    memory = MemoryMap(num_data=4, path=tmp_path)
+    for step in STEPS:
+        memory.record_sweep(step, SimpleNamespace(index=[0, 3], loss=[1.0, 0.0], loo_loss=[2, 2]), test_loss=1.5)
+    curves = {"diagonal": memory.column("loo_loss")[:, [0, 3]].mean(1), "Kronecker": [2, 1, 0.8]}
+    assert list(lines(plot.generalization(memory, loo_loss=curves))) == ["train", "test", "diagonal", "Kronecker"]
+
+
 def test_the_legend_lists_the_curves_as_they_end():
     ax = plot.generalization(steps=STEPS, train_loss=[3, 1, 0.1], loo_loss=[1, 1, np.nan], test_loss=[3, 2, 2])
     names = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -81,6 +89,7 @@ def test_a_memory_without_sweeps_is_refused(tmp_path):
         ({}, "^There is no loss to draw: give a memory with sweeps, or steps and one"),
         ({"test_loss": [np.nan] * 3}, "^There is no loss to draw"),
         ({"test_loss": [1, 2]}, r"^test loss has shape \[2\], but steps has \[3\]: give one value per step"),
+        ({"loo_loss": {"test": [1, 2, 3]}}, "^loo_loss has a curve 'test', but that is the test loss's own name"),
         ({"loo_loss": {"diagonal": [[1, 2, 3]]}}, r"^diagonal loss has shape \[1, 3\], but steps"),
     ],
 )

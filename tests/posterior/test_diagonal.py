@@ -46,6 +46,62 @@ def as_distribution(posterior, variance):
     return Independent(Normal(means, variances.sqrt()), 1)
 
 
+# -- from numbers of any origin -----------------------------------------------------------------------------------
+
+
+def test_from_precision_is_the_posterior_of_that_mean_and_precision():
+    expected = small()
+    posterior = Diagonal.from_precision(expected.mean, expected.precision, NUM_DATA)
+    assert posterior.num_data == NUM_DATA and posterior.names == ("a", "b")
+    for name in posterior.names:
+        assert torch.equal(posterior.mean[name], expected.mean[name])
+        assert torch.allclose(posterior.variance[name], expected.variance[name], rtol=1e-14)
+        assert torch.allclose(posterior.draw_variance[name], expected.variance[name], rtol=1e-14)
+
+
+def test_from_precision_has_the_divergence_from_its_prior():
+    mean = {"a": torch.tensor([1.0, -2.0]).double()}
+    posterior = Diagonal.from_precision(mean, {"a": torch.tensor([5.0, 3.0]).double()}, 10, prior_precision=2.0)
+    prior = Independent(Normal(torch.zeros(2).double(), torch.full((2,), 0.5).double().sqrt()), 1)
+    expected = kl_divergence(as_distribution(posterior, posterior.variance), prior)
+    assert posterior.kl() == pytest.approx(float(expected), rel=1e-12)
+    with pytest.raises(ValueError, match="its prior is improper"):
+        Diagonal.from_precision(mean, {"a": torch.ones(2)}, 10).kl()
+
+
+def test_from_precision_gives_the_sweep_and_the_prediction_of_the_optimizer_it_was_read_from():
+    model = network()
+    posterior = trained(model, ess=NUM_DATA).posterior()
+    again = Diagonal.from_precision(posterior.mean, posterior.precision, NUM_DATA)
+    data = [(torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1]))]
+    one, two = (vlearn.sweep(model, p, data, loss_fn=F.cross_entropy) for p in (posterior, again))
+    assert torch.allclose(one.deviation, two.deviation, rtol=1e-12)
+    one, two = (
+        vlearn.predict(model, p, data[0][0], 3, generator=torch.Generator().manual_seed(1)) for p in (posterior, again)
+    )
+    assert torch.allclose(one, two, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mean", "precision", "num_data", "message"),
+    [
+        ({"a": (2,)}, {"a": torch.ones(2)}, 0, "num_data=0, but it must be positive: use the number of training"),
+        ({"a": (2,)}, {"b": torch.ones(2)}, 5, "'a' is in only one of mean and precision: give both by the same names"),
+        ({"a": (2,)}, {"a": torch.ones(3)}, 5, r"precision\['a'\] has shape \(3,\), but the mean has \(2,\)"),
+        (
+            {"a": (2,)},
+            {"a": torch.tensor([1.0, 0.0])},
+            5,
+            r"precision\['a'\] is not positive and finite: add the prior",
+        ),
+        ({"a": (1,)}, {"a": torch.tensor([float("nan")])}, 5, r"precision\['a'\] is not positive and finite"),
+    ],
+)
+def test_from_precision_refuses_what_is_no_posterior(mean, precision, num_data, message):
+    with pytest.raises(ValueError, match=message):
+        Diagonal.from_precision({name: torch.zeros(shape) for name, shape in mean.items()}, precision, num_data)
+
+
 # -- scales -------------------------------------------------------------------------------------------------------
 
 

@@ -147,6 +147,24 @@ def test_opening_a_path_without_a_record_is_refused(tmp_path):
         MemoryMap.open(tmp_path)
 
 
+@pytest.mark.parametrize("num_data", [N, 3, 11])
+def test_overwriting_starts_anew_with_any_number_of_examples(memory, num_data):
+    memory.record_sweep(0, sweep())
+    memory.record_sweep(5, sweep())
+    memory.path.joinpath("notes.txt").write_text("mine")
+    fresh = MemoryMap(num_data, memory.path, overwrite=True)
+    assert len(fresh) == 0 and fresh.column("loss").shape == (0, num_data)
+    assert sorted(content(memory.path)) == ["memory.json", "notes.txt"]
+    fresh.record_sweep(1, sweep(range(num_data)))
+    np.testing.assert_allclose(fresh.column("loss"), [np.arange(num_data) + 0.1], rtol=1e-6)
+    assert len(MemoryMap(num_data, memory.path)) == 1
+
+
+def test_another_version_can_be_overwritten(memory):
+    memory.path.joinpath("memory.json").write_text(json.dumps({"version": 99}))
+    assert len(MemoryMap(N, memory.path, overwrite=True)) == 0
+
+
 def test_another_version_is_refused(memory):
     (memory.path / "memory.json").write_text(json.dumps({"version": 99}))
     with pytest.raises(ValueError, match="record version 99, but this vlearn reads version 1"):

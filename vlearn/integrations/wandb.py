@@ -34,7 +34,7 @@ class GeneralizationLogger:
     ======================================  ================================================================
 
     Args:
-        run: what ``wandb.init`` returned.
+        run: what ``wandb.init`` returned; default the run that is active, ``wandb.run``.
         every: :meth:`log_step` logs at its first call and then at every ``every``-th; the rest cost nothing.
         images: ``[N, H, W]``, ``[N, 1, H, W]``, ``[N, 3, H, W]`` or ``[N, H, W, 3]`` training images, for the
             table.
@@ -45,6 +45,7 @@ class GeneralizationLogger:
     Raises:
         ImportError: if wandb is not installed.
         ValueError: if ``every``, ``top`` or ``table_every`` is not positive.
+        RuntimeError: if no run is given and none is active.
 
     Example::
 
@@ -57,7 +58,7 @@ class GeneralizationLogger:
 
     def __init__(
         self,
-        run: Any,
+        run: Any = None,
         every: int = 100,
         images: Any = None,
         labels: Any = None,
@@ -68,6 +69,9 @@ class GeneralizationLogger:
             if value < 1:
                 raise ValueError(f"{name}={value}, but it must be positive: 1 logs the most often.")
         self._wandb = require("wandb", extra="wandb", feature="vlearn.integrations.wandb")
+        run = self._wandb.run if run is None else run
+        if run is None:
+            raise RuntimeError("GeneralizationLogger() without a run, but no run is active: call wandb.init() first.")
         self._run, self._every, self._images, self._labels = run, every, images, labels
         self._top, self._table_every = top, table_every
         self._calls = self._sweeps = 0

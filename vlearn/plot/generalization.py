@@ -41,7 +41,7 @@ def generalization(
         The axes; the loss is on a log scale if it spans more than a factor of 20.
 
     Raises:
-        ValueError: if the record has no sweep, nothing is given, or lengths differ.
+        ValueError: if the record has no sweep, nothing is given, lengths differ, or two curves share a name.
     """
     if memory is not None:
         swept = np.flatnonzero(memory.kinds == "sweep")
@@ -53,6 +53,8 @@ def generalization(
         test_loss = memory.test_loss[swept] if test_loss is None else test_loss
     if not isinstance(loo_loss, Mapping):
         loo_loss = {"leave-one-out (no test data)": loo_loss}
+    for name in {"train", "test"} & loo_loss.keys():
+        raise ValueError(f"loo_loss has a curve {name!r}, but that is the {name} loss's own name: choose another.")
     steps = np.asarray(steps)
     curves = [("train", train_loss, {"color": GREY, "linewidth": 1.8, "linestyle": (0, (4, 2))})]
     curves.append(("test", test_loss, {"color": INK, "linewidth": 2.2}))

@@ -51,6 +51,41 @@ class Diagonal:
         self.parameters = dict(parameters or {})
         self.at_mean = at_mean
 
+    @classmethod
+    def from_precision(
+        cls,
+        mean: Mapping[str, Tensor],
+        precision: Mapping[str, Tensor],
+        num_data: float,
+        prior_precision: float = 0.0,
+    ) -> Diagonal:
+        """A posterior from its mean and the diagonal of Σ⁻¹, from wherever they come.
+
+        Args:
+            mean: posterior mean of each parameter by name.
+            precision: diagonal of Σ⁻¹ by the same names, summed over num_data, prior included.
+            num_data: number of training examples N.
+            prior_precision: δ of the prior N(0, 1/δ), which `kl` needs.
+
+        Raises:
+            ValueError: if names or shapes differ, or a precision or num_data is not positive.
+        """
+        if not num_data > 0:
+            raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")
+        if mean.keys() != precision.keys():
+            name = min(mean.keys() ^ precision.keys())
+            raise ValueError(f"{name!r} is in only one of mean and precision: give both by the same names.")
+        for name, tensor in precision.items():
+            if tensor.shape != mean[name].shape:
+                raise ValueError(
+                    f"precision[{name!r}] has shape {tuple(tensor.shape)}, but the mean has {tuple(mean[name].shape)}."
+                )
+            if not bool(((tensor > 0) & tensor.isfinite()).all()):
+                raise ValueError(f"precision[{name!r}] is not positive and finite: add the prior precision.")
+        weight_decay = prior_precision / num_data
+        hessian = {name: tensor / num_data - weight_decay for name, tensor in precision.items()}
+        return cls(mean, hessian, dict.fromkeys(mean, weight_decay), dict.fromkeys(mean, num_data), num_data)
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._weight_decay)

@@ -36,6 +36,7 @@ class MemoryMap:
     Args:
         num_data: number of training examples, the length of every row.
         path: folder of the record. A folder that already holds one is continued.
+        overwrite: start anew; a record that the folder holds is deleted.
 
     Raises:
         ValueError: if ``num_data`` is not positive, or ``path`` holds a record of another number of examples.
@@ -52,23 +53,25 @@ class MemoryMap:
         [0.25, nan, 0.5, nan]
     """
 
-    def __init__(self, num_data: int, path: str | os.PathLike[str]) -> None:
+    def __init__(self, num_data: int, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         self.num_data = operator.index(num_data)
         if self.num_data < 1:
             raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")
         self.path = Path(path)
         self._snapshots: list[dict[str, Any]] = []
         self._open_rows: dict[str, np.memmap] = {}
-        if (self.path / "memory.json").exists():
+        if (self.path / "memory.json").exists() and not overwrite:
             found, self._snapshots = _read(self.path)
             if found != self.num_data:
                 raise ValueError(
                     f"num_data={self.num_data}, but {self.path} holds a record of {found} examples: "
-                    f"use another path, or MemoryMap.open({str(self.path)!r})."
+                    f"use another path, MemoryMap.open({str(self.path)!r}) to continue it, or overwrite=True."
                 )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             self._commit(self._snapshots)
+            for name in COLUMNS if overwrite else ():
+                self._file(name).unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> MemoryMap:
