@@ -11,7 +11,9 @@ from torch import nn
 import vlearn
 from tests.oracles.networks import CASES, Case, Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
-from vlearn.capture.trace import hooks_are_silent, hooks_paused, is_close, module_paths, record, tensor_leaves
+from vlearn.capture.hooks import hooks_are_silent, hooks_paused, module_paths, record
+from vlearn.capture.trace import is_close
+from vlearn.capture.tree import tensor_leaves
 
 
 def recorded(case):

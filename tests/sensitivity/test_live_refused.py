@@ -26,7 +26,7 @@ from tests.sensitivity.small import (
     truth_at,
     weights_of,
 )
-from vlearn.capture.trace import tensor_leaves
+from vlearn.capture.tree import tensor_leaves
 
 # -- what has no sensitivities -------------------------------------------------------------------------------------
 

@@ -18,7 +18,9 @@ from torch.func import jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.replay import call_with, forward_mode, tangents_in_reverse
-from vlearn.capture.trace import Use, is_close, tensor_leaves
+from vlearn.capture.trace import is_close
+from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.use import Use
 
 Weights = dict[Tensor, Tensor]
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vlearn.capture.replay import as_recorded, call_with, forward_mode, same_random_numbers
-from vlearn.capture.trace import Trace, Use, tensor_leaves
+from vlearn.capture.trace import Trace
+from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.use import Use
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from vlearn.capture.trace import Trace, hooks_paused, random_state, set_random_state
+from vlearn.capture.hooks import hooks_paused
+from vlearn.capture.random_state import random_state, set_random_state
+from vlearn.capture.trace import Trace
 
 
 def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kwargs: Any) -> Any:

@@ -20,7 +20,10 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.trace import Trace, hooks_are_silent, is_recomputed, module_paths, tensor_leaves
+from vlearn.capture.hooks import hooks_are_silent, is_recomputed, module_paths
+from vlearn.capture.recorder import Recorder
+from vlearn.capture.trace import Trace
+from vlearn.capture.tree import tensor_leaves
 from vlearn.sensitivity.live import Selector, Sensitivities, live_sensitivities
 
 if TYPE_CHECKING:
@@ -135,7 +138,7 @@ class Watch:
         self.names = {p: name.replace("_orig_mod.", "") for name, p in self.model.named_parameters()}
         self.trace: Trace | None = None
         self.trace_step = 0
-        self._traced_now = False
+        self._recorder: Recorder | None = None  # while a forward pass that is captured runs
         self._overlap = False
         self._scale = 1.0
         self._calls: list[tuple[nn.Module, int]] = []  # that are open, with the id of the frame that runs each
@@ -164,6 +167,7 @@ class Watch:
             handle.remove()
         for link in self.links:
             link.watch = None
+        self.forget_calls()
         self.trace = None
 
     # -- hooks -------------------------------------------------------------------------------------------
@@ -181,16 +185,16 @@ class Watch:
                 return  # a loss or a metric that the model has as a submodule: no pass of its own
             self._enter(module)
         self._calls.append((module, id(frame)))
-        if self._traced_now and self.trace is not None:
-            self.trace.enter(module, args, kwargs)
+        if self._recorder is not None:
+            self._recorder.enter(module, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if hooks_are_silent() or all(module is not called for called, _ in self._calls):
             return
         while self._calls.pop()[0] is not module:  # calls that an exception left open
             pass
-        if self._traced_now and self.trace is not None and output is not None:
-            self.trace.leave(module, args, kwargs, output)
+        if self._recorder is not None and output is not None:
+            self._recorder.leave(module, args, kwargs, output)
         if not self._calls:
             self._leave(output)
 
@@ -210,8 +214,8 @@ class Watch:
     def forget_calls(self) -> None:
         """Nothing of a forward pass that is still open goes on."""
         self._calls.clear()
-        if self._traced_now:
-            self.trace, self._traced_now = None, False
+        if self._recorder is not None:
+            self.trace = self._recorder = None
 
     def _enter(self, module: nn.Module) -> None:
         optimizer = self.optimizer
@@ -226,8 +230,9 @@ class Watch:
             optimizer._begin_automatic()
             step = optimizer.next_step()
             if (step - 1) % self.every == 0:
-                self.trace, self.trace_step, self._traced_now = Trace(self.paths, optimizer.moving()), step, True
+                self.trace, self.trace_step = Trace(self.paths, optimizer.moving()), step
                 self.trace.on_backward = self._read_scale
+                self._recorder = Recorder(self.trace)
         elif not optimizer._in_context and optimizer._draw is not None and optimizer._draw.active:
             optimizer._draw.peek_mean()
 
@@ -241,7 +246,7 @@ class Watch:
             self._left_graph.setdefault(module, False)
 
     def _leave(self, output: Any) -> None:
-        self._traced_now = False
+        self._recorder = None
         draw = self.optimizer._draw
         if draw is None or not draw.active:
             return

@@ -34,7 +34,9 @@ from vlearn.capture.replay import (
     same_random_numbers,
     tangents_in_reverse,
 )
-from vlearn.capture.trace import Trace, Use, tensor_leaves
+from vlearn.capture.trace import Trace
+from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.use import Use
 from vlearn.posterior.covariance import Covariance
 
 CHUNK_ENTRIES = 2**20  # entries of G and of the rows worked on together, 4 MiB of float32: they stay in cache

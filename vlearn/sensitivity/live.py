@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.fallback import Weights
-from vlearn.capture.trace import Trace, tensor_leaves
+from vlearn.capture.trace import Trace
+from vlearn.capture.tree import tensor_leaves
 from vlearn.posterior.covariance import Covariance
 from vlearn.sensitivity.ghost import moved, output_deviation
 

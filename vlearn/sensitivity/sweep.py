@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vlearn.capture.trace import record, tensor_leaves
+from vlearn.capture.hooks import record
+from vlearn.capture.tree import tensor_leaves
 from vlearn.posterior.base import Posterior, match
 from vlearn.posterior.covariance import Covariance
 from vlearn.sensitivity.batches import Batch, batches

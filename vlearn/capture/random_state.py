@@ -1,0 +1,25 @@
+"""The random number generators that a forward pass draws from: dropout masks, for a replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def random_state(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """State of the random number generators that a forward pass on these tensors' devices can use."""
+    state = {"cpu": torch.get_rng_state()}
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        state[str(device)] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Undo of `random_state`."""
+    for device, value in state.items():
+        if device == "cpu":
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value, device)
