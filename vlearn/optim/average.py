@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -52,18 +52,53 @@ class Average:
             statistics.append(statistic.div_(count))
         return slots, gradients, statistics
 
-    def over_processes(self, parameters: list[Tensor], dtypes: list[torch.dtype]) -> None:
-        """Average the sums over all processes; a parameter that none of them has a gradient for stays out."""
-        processes = torch.distributed.get_world_size()
-        present = torch.tensor([float(p in self._sums) for p in parameters], device=parameters[0].device)
-        torch.distributed.all_reduce(present)
-        for p, dtype, count in zip(parameters, dtypes, present.tolist(), strict=True):
-            if count:
-                for tensor in self._of_parameter(p, dtype):
+    def over_processes(
+        self,
+        parameters: list[Tensor],
+        dtype_of: Callable[[Tensor], torch.dtype],
+        names: Callable[[], dict[Tensor, str]],
+    ) -> None:
+        """Average the sums over all processes; a parameter that none of them has a gradient for stays out.
+
+        Raises:
+            RuntimeError: if a parameter is frozen in some processes only.
+        """
+        own = [*(p in self._sums for p in parameters), *(p.requires_grad for p in parameters)]
+        mine = torch.tensor(own, dtype=torch.float32, device=parameters[0].device)
+        gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, mine)
+        present, moving = torch.stack(gathered).cpu().chunk(2, dim=1)  # [process, parameter]
+        for p, there in zip(parameters, moving.unbind(1), strict=True):
+            if len(there.unique()) > 1:
+                raise RuntimeError(
+                    f"sync=True, but {names()[p]!r} is frozen in some processes only, so its mean would differ between "
+                    "them: freeze it in all."
+                )
+        for p, there in zip(parameters, present.unbind(1), strict=True):
+            if bool(there.any()):
+                for tensor in self._of_parameter(p, dtype_of(p)):
                     torch.distributed.all_reduce(tensor)
-                    tensor.div_(processes)
+                    tensor.div_(len(gathered))
 
     def _of_parameter(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if p not in self._sums:
             self._sums[p] = (torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype))
         return self._sums[p]
+
+
+def worst(code: int, at_step: bool, device: torch.device) -> int:
+    """The greatest of all processes' codes, for a decision that they must take alike.
+
+    Raises:
+        RuntimeError: if some processes are at `step()` and others begin another draw.
+    """
+    mine = torch.tensor([code, at_step], dtype=torch.float32, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, mine)
+    codes, places = torch.stack(gathered).int().unbind(1)
+    if len(places.unique()) > 1:
+        raise RuntimeError(
+            "sync=True, but some processes are at step() while others begin another draw for it: enter "
+            "sampled_params(train=True) equally often in all of them."
+        )
+    return int(codes.max())

@@ -27,6 +27,7 @@ from vlearn.optim.draw import Draw, Slot, mark_changed
 from vlearn.optim.nonfinite import first_nonfinite, is_narrow
 from vlearn.optim.sampling import Sampler
 from vlearn.optim.watch import COMPILED, Watch, compiles, watchers
+from vlearn.optim.wrappers import is_sharded, named_parameters
 from vlearn.posterior import Diagonal
 from vlearn.sensitivity.live import Selector, Sensitivities
 
@@ -36,6 +37,7 @@ LOOPS = (
     "`with optimizer.sampled_params(train=True):`, then step; (c) optimizer.step(closure); "
     "(d) optimizer.train(), then zero_grad, forward, backward, step."
 )
+_RULES = ("ignore", "skip", "raise")  # of `nonfinite`, the stricter the later
 
 
 class VariationalOptimizer(Sampler, Optimizer):
@@ -54,7 +56,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         self._betas: dict[int, Any] = {}  # of each parameter group, as the last step had them
         self._forget()
         model = params if isinstance(params, nn.Module) else None
-        super().__init__(list(model.named_parameters()) if model is not None else params, defaults)  # pyright: ignore
+        super().__init__(named_parameters(model) if model is not None else params, defaults)  # pyright: ignore
         if model is not None:
             self.watch(model)
 
@@ -99,6 +101,12 @@ class VariationalOptimizer(Sampler, Optimizer):
                 self.param_groups.pop()
                 raise TypeError(
                     f"{type(self).__name__} has no posterior over complex parameters: use torch.view_as_real."
+                )
+            if is_sharded(p):
+                self.param_groups.pop()
+                raise TypeError(
+                    f"{type(self).__name__} draws whole parameters, but one of shape {tuple(p.shape)} is sharded over "
+                    "processes (FSDP, tensor parallelism): use DistributedDataParallel."
                 )
         try:
             self.num_data  # noqa: B018  differing ess without num_data
@@ -174,8 +182,7 @@ class VariationalOptimizer(Sampler, Optimizer):
     def _keep_wide(self, loaded: dict[str, Any]) -> None:
         """torch casts the float32 state of a narrower parameter to the parameter's dtype: take it as it was saved."""
         saved = [number for group in loaded["param_groups"] for number in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(saved, parameters, strict=True):
+        for number, p in zip(saved, self._every_parameter(), strict=True):
             for key, value in loaded["state"].get(number, {}).items():
                 if is_narrow(p) and value.dtype != self.state[p][key].dtype:
                     self.state[p][key] = value.to(device=p.device, copy=True)
@@ -208,9 +215,12 @@ class VariationalOptimizer(Sampler, Optimizer):
                 names[p] = name.replace("_orig_mod.", "")
         return names
 
+    def _every_parameter(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def moving(self) -> list[Tensor]:
         """The parameters that are drawn: those that require grad."""
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return [p for p in self._every_parameter() if p.requires_grad]
 
     def next_step(self) -> int:
         """Number of the update that the next gradients will make, from 1."""
@@ -375,42 +385,47 @@ class VariationalOptimizer(Sampler, Optimizer):
                 f"mc_samples={self._mc_samples()}, but a step without closure uses one draw: use step(closure), or "
                 "enter sampled_params(train=True) that many times."
             )
+        self._check_local(draw)
         return draw
 
     def _may_update(self, draw: Draw) -> bool:
         """Apply the `nonfinite` rule of the groups."""
+        found, rule = None, "ignore"
         for group in self.param_groups:
-            if group["nonfinite"] == "ignore":
-                continue
-            p = first_nonfinite((p, self._gradient_of(draw, p)) for p in group["params"])
-            if p is None:
-                continue
-            if group["nonfinite"] == "raise":
-                raise FloatingPointError(
-                    f"the gradient of {self._names()[p]!r} is not finite; the step was not taken and state and "
-                    'weights are as before: lower lr, clip gradients, or pass nonfinite="skip".'
-                )
+            if group["nonfinite"] != "ignore":
+                p = first_nonfinite((p, self._gradient_of(draw, p)) for p in group["params"])
+                if p is not None and rule != "raise":
+                    found, rule = p, group["nonfinite"]
+        rule = _RULES[self._agreed(_RULES.index(rule), at_step=True)]
+        if rule == "raise":
+            where = repr(self._names()[found]) if found is not None else "a parameter in another process"
+            raise FloatingPointError(
+                f"the gradient of {where} is not finite; the step was not taken and state and "
+                'weights are as before: lower lr, clip gradients, or pass nonfinite="skip".'
+            )
+        if rule == "skip":
             self.nonfinite_count += 1
             self._drop_draws()
-            return False
-        return True
+        return rule == "ignore"
 
     def _apply(self, draw: Draw) -> None:
         self._follow_betas()
         keep = self._watch is not None and self._watch.needs_sample
-        synchronised = any(group["sync"] for group in self.param_groups) and torch.distributed.is_initialized()
+        synchronised = self._over_processes("sync")
         if synchronised:
             self._sum_up(draw)
-            dtypes = [self._state_dtype(p) for p in draw.parameters]
-            self._average.over_processes(draw.parameters, dtypes)
+            self._average.over_processes(self._every_parameter(), self._state_dtype, self._names)
         try:
             for index, block in draw.blocks:
                 group = self.param_groups[index]
-                single = not synchronised and not self._average.count and group.get("compiled", False)
+                own = draw.local is not None and draw.local.reduced(block[0].parameter)  # p.grad is not the draw's own
+                single = not (synchronised or own or self._average.count) and group.get("compiled", False)
                 if single and self._update_compiled(draw, group, block, keep):
                     continue
                 last = None if synchronised else self._contributions(draw, group, block)
                 slots, gradients, statistics = self._average.of(block, last)
+                if draw.local is not None:
+                    draw.local.average(slots, statistics)
                 if slots:
                     self._update(group, slots, gradients, statistics)
                 for slot in slots:
@@ -461,6 +476,11 @@ class VariationalOptimizer(Sampler, Optimizer):
                 `scaler.get_scale`. A callable is read at backward.
             every: keep captures only on every so many steps.
         """
+        wrapped = isinstance(model, nn.Module) and self._wrappers.add(model.modules(), self._every_parameter())
+        if wrapped and any(group["sync"] for group in self.param_groups):
+            raise ValueError(
+                "sync=True, but DistributedDataParallel averages the gradients: drop sync=True, or the wrapper."
+            )
         watch = Watch(model, loss_reduction, loss_scale, every)
         self.unwatch()
         self._unwatch_rivals(model)
@@ -468,7 +488,7 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def _unwatch_rivals(self, model: nn.Module) -> None:
         """Two optimizers that both draw the same parameters would draw on top of each other."""
-        own = {p for group in self.param_groups for p in group["params"]}
+        own = set(self._every_parameter())
         for other in watchers(model):
             if other is not self._itself and any(p in own for group in other.param_groups for p in group["params"]):
                 other.unwatch()

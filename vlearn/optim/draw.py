@@ -15,12 +15,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vlearn.optim.compiled import SMALLEST
+
+if TYPE_CHECKING:
+    from vlearn.optim.local import LocalGradients
 
 CPU_BLOCK = 2**17  # entries; the best of 2**14 ... 2**20 on one and two threads
 COMPILED_CPU_BLOCK = 2**20  # one kernel has no temporaries but the noise
@@ -92,6 +96,7 @@ class Draw:
         dropped: whether nobody waits for the draw any more.
         has_gradient: whether a backward pass has reached a parameter under this draw.
         gradients: what `p.grad` was when the draw was finished by leaving its context.
+        local: this process's own gradients, where several processes have draws of their own.
     """
 
     origin: str
@@ -101,6 +106,7 @@ class Draw:
     dropped: bool = False
     has_gradient: bool = False
     gradients: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
+    local: LocalGradients | None = None
     _versions: dict[Tensor, int] = field(default_factory=dict)  # of the parameters, before the mean was shown
 
     @property
@@ -145,6 +151,8 @@ class Draw:
         finally:
             self.active = False
             mark_changed(changed)
+            if self.local is not None:
+                self.local.remove()
 
     def _drop_slots(self) -> None:
         for slot in self.slots:

@@ -50,12 +50,15 @@ class IVON(VariationalOptimizer):
         debias: divide the momentum by 1 - β₁ᵗ.
         rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them.
         num_data: number of training examples N, the scale of sensitivities; default ess.
-        generator: of the noise; default torch's global one.
+        generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
+            their generators are alike.
         foreach: multi-tensor operations; default wherever a block has several tensors.
         compiled: one kernel of torch.compile for each large tensor; the first step compiles it, for up to a minute,
             and later processes find it in torch's cache.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
+        shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
+            supports clipping and GradScaler, which their own draws do not; one draw instead of one per process.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -91,6 +94,7 @@ class IVON(VariationalOptimizer):
         foreach: bool | None = None,
         compiled: bool = False,
         nonfinite: str = "raise",
+        shared_noise: bool = False,
     ):
         defaults = {
             "lr": lr,
@@ -110,6 +114,7 @@ class IVON(VariationalOptimizer):
             "foreach": foreach,
             "compiled": compiled,
             "nonfinite": nonfinite,
+            "shared_noise": shared_noise,
         }
         self._check_group(defaults)
         super().__init__(params, defaults, generator)
@@ -165,7 +170,7 @@ class IVON(VariationalOptimizer):
         narrow = is_narrow(block[0].weights)  # then the draw is made around the master mean and rounded
         samples = [self._exact_mean(slot).clone() if narrow else slot.weights for slot in block]
         hessians = [slot.of(self.state[slot.parameter]["hessian"]) for slot in block]
-        noise = _normal(hessians, self.generator)
+        noise = _normal(hessians, self._noise.on(hessians[0].device))
         if group["compiled"] and len(block) == 1 and (tensors := flat(samples[0], hessians[0], noise[0])):
             kernel(_draw)(*tensors, float(group["ess"]), float(group["weight_decay"]))
             return

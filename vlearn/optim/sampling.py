@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlearn.optim.average import Average, Contribution
+from vlearn.optim.average import Average, Contribution, worst
 from vlearn.optim.draw import Draw, Slot, blocks, mark_changed
+from vlearn.optim.local import LocalGradients
+from vlearn.optim.noise import Noise, process_count
 from vlearn.optim.nonfinite import first_nonfinite
 from vlearn.optim.stray import Arrivals
+from vlearn.optim.wrappers import Wrappers
 
 if TYPE_CHECKING:
     from vlearn.optim.watch import Watch
@@ -27,6 +30,7 @@ class Sampler:
 
     param_groups: list[dict[str, Any]]
     state: Any
+    generator: torch.Generator | None
     nonfinite_count: int
     _watch: Watch | None
 
@@ -35,6 +39,7 @@ class Sampler:
         self._arrivals = Arrivals()
         self._hooked: dict[Tensor, Any] = {}
         self._average = Average()  # of earlier draws of the same step
+        self._wrappers = Wrappers()  # that average gradients over processes
         self._spent: Draw | None = None  # the last step's, kept while the watch has its captures
         self._buffers: dict[Tensor, Tensor] = {}  # of draws that are over, for the next
         self._in_context = ""  # or "training", "ensemble"
@@ -76,12 +81,42 @@ class Sampler:
         master = self.state[slot.parameter].get("mean")
         return slot.mean if master is None else slot.of(master)
 
+    # -- several processes -------------------------------------------------------------------------------
+
+    def _over_processes(self, setting: str) -> bool:
+        """Whether there are several processes and any group has `sync` or `shared_noise`."""
+        return any(group[setting] for group in self.param_groups) and process_count() > 1
+
+    def _agreed(self, code: int, at_step: bool) -> int:
+        """The greatest code of all processes, where gradients are not averaged before `step()` looks at them."""
+        return worst(code, at_step, self.param_groups[0]["params"][0].device) if self._over_processes("sync") else code
+
+    def _new_noise(self, own: bool) -> Noise:
+        """Where the next draw's noise comes from; an ensemble's never from another process, which may not draw."""
+        if process_count() == 1:
+            return Noise(self.generator)
+        parameters, wrappers = self.moving(), self._wrappers
+        shared = not own and self._over_processes("shared_noise")
+        if shared and not wrappers.searched and wrappers.group_of(parameters) is None:
+            wrappers.search(parameters)
+        wrappers.check_running(parameters)
+        if shared and parameters:
+            return Noise.shared(self.generator, parameters[0].device, wrappers.group_of(parameters))
+        return Noise.own(self.generator)
+
+    def _follow_gradients(self, draw: Draw) -> None:
+        """With draws of their own, processes must keep their own gradients."""
+        if process_count() > 1 and not self._over_processes("shared_noise"):
+            draw.local = LocalGradients(draw.parameters, self._wrappers, keep=not self._over_processes("sync"))
+            draw.local.listen()
+
     # -- draws -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _make_draw(self, origin: str) -> Draw:
         """Put a new draw into the weights; on any exit but the normal one they are the mean."""
         self._prepare_states()
+        self._noise = self._new_noise(own=origin == "ensemble")
         draw = Draw(origin)
         drawn: list[Slot] = []
         try:
@@ -97,9 +132,13 @@ class Sampler:
                             self._follow_edit(slot)
                         self._perturb(group, block)
                         draw.blocks.append((index, block))
+            if origin != "ensemble":
+                self._follow_gradients(draw)
         except BaseException:
             for slot in drawn:
                 slot.drop_draw()
+            if draw.local is not None:
+                draw.local.remove()
             raise
         mark_changed(draw.parameters)
         return draw
@@ -136,7 +175,8 @@ class Sampler:
                     f"a draw made {_made_by(draw)} already has gradients and waits for step(): "
                     "call step() before sampled_params(train=True)."
                 )
-            if first_nonfinite([(p, self._gradient_of(draw, p)) for p in draw.parameters]) is None:
+            nonfinite = first_nonfinite([(p, self._gradient_of(draw, p)) for p in draw.parameters])
+            if not self._agreed(nonfinite is not None, at_step=False):
                 self._sum_up(draw)
             else:  # a step that a gradient scaler skipped
                 self.nonfinite_count += 1
@@ -192,8 +232,13 @@ class Sampler:
                     f"the gradient of {self._names()[p]!r} was zeroed in place while its draw waits for step(): "
                     "call optimizer.zero_grad(), or zero_grad(set_to_none=True)."
                 )
+        self._check_local(draw)
         blocks_of = ((self.param_groups[index], block) for index, block in draw.blocks)
         self._average.add(c for group, block in blocks_of for c in self._contributions(draw, group, block))
+
+    def _check_local(self, draw: Draw) -> None:
+        if draw.local is not None:
+            draw.local.check(lambda p: self._gradient_of(draw, p), self._names)
 
     def _contributions(self, draw: Draw, group: dict[str, Any], block: list[Slot]) -> list[Contribution]:
         """(slot, gradient, statistic) of one draw, for the slots of a block that have a gradient."""
@@ -203,8 +248,14 @@ class Sampler:
         slots = [slot for slot, _ in found]
         exact = [self._exact_mean(slot) for slot in slots]
         gradients = [slot.of(g).to(mean.dtype) for (slot, g), mean in zip(found, exact, strict=True)]
+        own = gradients
+        if draw.local is not None:
+            own = [
+                slot.of(draw.local.of(slot.parameter, g)).to(mean.dtype)
+                for (slot, g), mean in zip(found, exact, strict=True)
+            ]
         noise = [slot.sample - mean for slot, mean in zip(slots, exact, strict=True)]
-        return list(zip(slots, gradients, self._statistic(group, noise, gradients), strict=True))
+        return list(zip(slots, gradients, self._statistic(group, noise, own), strict=True))
 
     # -- contexts ----------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from vlearn.capture.hooks import hooks_are_silent, is_recomputed, module_paths
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
 from vlearn.capture.tree import tensor_leaves
+from vlearn.optim.wrappers import named_parameters
 from vlearn.sensitivity.live import Selector, Sensitivities, live_sensitivities
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Watch:
         """Work for this optimizer, which owns the watch."""
         self._optimizer: ReferenceType[VariationalOptimizer] = ref(optimizer)
         self.paths = module_paths(self.model)
-        self.names = {p: name.replace("_orig_mod.", "") for name, p in self.model.named_parameters()}
+        self.names = {p: name for name, p in named_parameters(self.model)}
         self.trace: Trace | None = None
         self.trace_step = 0
         self._recorder: Recorder | None = None  # while a forward pass that is captured runs
