@@ -1,7 +1,8 @@
 """The image data sets of the benchmarks: torchvision's where it imports, else the same files read here.
 
-The files lie where torchvision puts them, in `ROOT/FashionMNIST/raw`, `ROOT/MNIST/raw`, `ROOT/cifar-10-batches-py`; ROOT is
-`--data-root`, else the environment variable VLEARN_DATA, else `data`. With torchvision, what is missing is downloaded.
+The files lie where torchvision puts them: `ROOT/FashionMNIST/raw`, `ROOT/MNIST/raw` and `ROOT/cifar-10-batches-py`,
+with ROOT from `--data-root`, else from the environment variable VLEARN_DATA, else `data`. With torchvision, what is
+missing is downloaded.
 """
 
 from __future__ import annotations
