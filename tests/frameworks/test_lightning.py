@@ -166,6 +166,26 @@ def test_several_draws_per_step_with_accumulation_are_refused() -> None:
     assert equal(weights(module.net), weights(Classifier().net))
 
 
+class Skipping(Classifier):
+    """Leaves every second minibatch out, as a training step may by returning nothing."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return super().training_step(batch, index) if index % 2 else None
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_minibatch_that_is_left_out_makes_no_step() -> None:
+    module = Skipping()
+    trainer(max_epochs=1).fit(module, loader())
+    model = Classifier().net
+    optimizer = ivon(model)
+    for i, (x, y) in enumerate(BATCHES):
+        optimizer.zero_grad()
+        optimizer.step((lambda x=x, y=y: F.cross_entropy(model(x), y).backward()) if i % 2 else lambda: None)
+    assert equal(weights(module.net), weights(model))
+    assert module.trainer.optimizers[0].state[module.net[0].weight]["step"] == 3
+
+
 class Checks(lightning.Callback):
     """At every validation and after every micro-batch: what is seen and what is saved is the mean."""
 

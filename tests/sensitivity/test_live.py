@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.oracles.networks import Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
 from tests.sensitivity.small import (
     LABELS,
@@ -193,6 +194,28 @@ def test_a_loss_that_is_a_submodule_is_no_pass_of_its_own():
     truth = truth_at(weights_of(model["net"]), network(), inputs())
     s = optimizer.sensitivities(deviation=True)
     assert relative_error(s.deviation, truth.deviation(covariance_of(optimizer, model))) < 1e-10
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_an_output_that_is_cast_at_the_end_has_its_residual_wherever_the_loss_is_taken(where):
+    """Accelerate casts the outputs of a model under mixed precision, whose own loss came before."""
+
+    def forward(model, x):
+        logits = model.fc(x)
+        loss = F.cross_entropy(logits, LABELS)
+        return {"loss": loss, "logits": logits.float()}
+
+    model = Model(forward, fc=network())
+    optimizer = optimizer_of(model)
+    output = model(inputs())
+    (output["loss"] if where == "inside" else F.cross_entropy(output["logits"], LABELS)).backward()
+    truth = truth_at(weights_of(model.fc), network(), inputs())
+    s = optimizer.sensitivities(deviation=True)
+    assert s.residual.dtype == torch.float32
+    torch.testing.assert_close(s.residual.double(), truth.residual, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        s.deviation.double(), truth.deviation(covariance_of(optimizer, model)), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("where", ["before backward", "after backward", "after step"])

@@ -52,6 +52,7 @@ class Trace:
         self.on_backward: Callable[[], None] = lambda: None
         self.calls: dict[nn.Module, int] = {}  # how often each module was called
         self._graph: Callable[[], _Graph | None] = lambda: None
+        self._received_cast: set[int] = set()  # outputs that are casts and that the loss does depend on
 
     def keep_output(self, output: Any) -> None:
         """Remember what the model returned; in the user's own pass, wait for its gradient."""
@@ -63,6 +64,7 @@ class Trace:
             self._graph = ref(graph)
             for position, i in enumerate(self.positions):
                 leaves[i].register_hook(partial(self._receive, graph, position))
+                self._follow_cast(graph, position, leaves[i])
         self.output = detached(output)
         self.output_versions = versions(output)
 
@@ -72,6 +74,25 @@ class Trace:
         if torch.is_grad_enabled():
             self.problems.append("a backward pass with create_graph=True went through the captured forward pass.")
         accumulate(self.cotangents, position, gradient)
+
+    def _follow_cast(self, graph: _Graph, position: int, leaf: Tensor) -> None:
+        """Where a model that computes its own loss casts its outputs at the end, only what was cast sees the loss.
+
+        Accelerate and Hugging Face's Trainer do so under mixed precision.
+        """
+        cast = leaf.grad_fn
+        node, output = cast.next_functions[0] if cast is not None and cast.name() == "ToCopyBackward0" else (None, 0)
+        if node is None:
+            return
+
+        def receive(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[output]
+            if gradient is not None and position not in self._received_cast:
+                self._receive(graph, position, gradient.to(leaf_dtype))
+
+        leaf_dtype = leaf.dtype
+        leaf.register_hook(lambda gradient: self._received_cast.add(position))
+        node.register_prehook(receive)
 
     def backward(self, outputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool = False) -> None:
         """Fill the uses' cotangents from the given output gradients; weight gradients are not computed.
