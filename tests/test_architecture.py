@@ -17,6 +17,7 @@ BELOW = {
     "posterior": {"capture"},
     "sensitivity": {"capture", "posterior"},
     "optim": {"capture", "posterior", "sensitivity"},
+    "conjugate": set(),
     "record": set(),
     "plot": {"record"},
 }
@@ -26,7 +27,11 @@ EVERYWHERE = {"_extras"}
 BELOW["_extras"] = set()
 
 # Packages that a room may name in any import statement; optional ones come through vlearn._extras.require.
-PACKAGES = {room: {"torch", "numpy"} for room in BELOW} | {"record": {"numpy"}, "plot": {"numpy"}}
+PACKAGES = {room: {"torch", "numpy"} for room in BELOW} | {
+    "conjugate": {"torch"},
+    "record": {"numpy"},
+    "plot": {"numpy"},
+}
 
 
 class Import(NamedTuple):

@@ -1,6 +1,6 @@
 """vlearn: variational optimizers for PyTorch, and each training example's sensitivity read from their state."""
 
-from vlearn import integrations, optim, plot, posterior, sensitivity
+from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
 from vlearn.optim import IVON
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
@@ -11,6 +11,7 @@ __all__ = [
     "IVON",
     "IndexedDataset",
     "MemoryMap",
+    "conjugate",
     "integrations",
     "optim",
     "plot",
