@@ -54,9 +54,11 @@ def assert_two_are_one(ranks: Ranks, number: int, loop: str, parts: int = 1, no_
     assert not any(
         torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)
     )
-    draws, settings = [first, second], {k: v for k, v in settings.items() if k != "mc_samples"}
-    one = with_all_draws(FAMILY[number], network(), draws, parts, **settings)
-    for a, b in zip(state, state_of(one), strict=True):
+    rule = {key: value for key, value in settings.items() if key != "mc_samples"}
+    one = with_all_draws(FAMILY[number], network(), [first, second], parts, **rule)
+    if (parts == 1 or no_sync) and "mc_samples" not in settings:
+        assert equal(state, state_of(one))
+    for a, b in zip(state, state_of(one), strict=True):  # else the sums are taken in another order
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
@@ -120,6 +122,29 @@ def test_a_compiled_step_takes_the_local_products_too(ranks: Ranks, number: int)
     assert equal(first, second) and calls
     for a, b in zip(first, plainly, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def compiled_model(rank: int, number: int, how: str) -> list[torch.Tensor]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    wrapper = DistributedDataParallel(network())
+    optimizer = FAMILY[number].make(wrapper)
+    called: Any = wrapper
+    if how == "wrapper":
+        called = torch.compile(wrapper, backend="aot_eager")
+    if how == "inside":
+        wrapper.module.compile(backend="aot_eager")
+    for _ in range(STEPS):
+        train("plain", optimizer, called, batches(rank))
+    return state_of(optimizer)
+
+
+@family
+def test_a_compiled_model_trains_as_the_eager_one(ranks: Ranks, number: int) -> None:
+    eager, _ = ranks(compiled_model, number, "")
+    for how in ("wrapper", "inside"):
+        first, second = ranks(compiled_model, number, how)
+        assert equal(first, eager) and equal(second, eager), how
 
 
 class Branches(nn.Module):
