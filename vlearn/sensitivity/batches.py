@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 
@@ -64,6 +65,25 @@ def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
         seen += sizes[0]
         args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, tuple | list) else (x,), {})
         yield Batch(args, kwargs, target, index.cpu())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lives."""
+    return next(iter(model.parameters())).device
+
+
+def shown(found: Iterator[Batch], loader: Any, progress: bool | None, name: str) -> Iterable[Batch]:
+    """The batches with a progress bar around them, by default where standard error is a terminal."""
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if not progress:
+        return found
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return found
+    total = len(loader) if hasattr(loader, "__len__") else None
+    return tqdm(found, total=total, desc=name, unit="batch", leave=False)
 
 
 def _on(device: torch.device, leaf: Any) -> Any:

@@ -67,12 +67,12 @@ def curvature(residual: Tensor, output: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
-def curvature_root(hessian: Tensor, output: Tensor) -> Tensor:
-    """R_n with R_n R_nᵀ = Λ_n ``[N, C, C]``.
+def curvature_factor(hessian: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """(R_n ``[N, C, C]``, d_n ``[N, C]`` of ±1) with R_n diag(d_n) R_nᵀ = Λ_n.
 
     For softmax cross-entropy, whatever its weights and targets, Λ = s·(diag p - p pᵀ) and R = √s·(diag √p - p √pᵀ)
-    in closed form; that case is recognised by its value. Else R comes from the eigenvectors of Λ, whose
-    negative eigenvalues (a loss that is not convex in the output) are dropped.
+    in closed form; that case is recognised by its value. Else R comes from the eigenvectors of Λ; d is -1 where
+    the loss is not convex in the output.
 
     Args:
         hessian: Λ ``[N, C, C]``.
@@ -86,6 +86,68 @@ def curvature_root(hessian: Tensor, output: Tensor) -> Tensor:
     error = (hessian - scale[:, None, None] * spread).abs().amax(dim=(1, 2))
     if bool((error <= tolerance).all()):
         root = p.sqrt()
-        return scale.sqrt()[:, None, None] * (torch.diag_embed(root) - p.unsqueeze(2) * root.unsqueeze(1))
+        root = scale.sqrt()[:, None, None] * (torch.diag_embed(root) - p.unsqueeze(2) * root.unsqueeze(1))
+        return root, torch.ones_like(p)
     values, vectors = torch.linalg.eigh(hessian)
-    return vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+    values = values.masked_fill((values < 0) & (values > -tolerance.unsqueeze(1)), 0)  # rounding of a convex loss
+    return vectors * values.abs().sqrt().unsqueeze(1), torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+
+
+def curvature_root(hessian: Tensor, output: Tensor) -> Tensor:
+    """R_n ``[N, C, C]`` with R_n R_nᵀ = Λ_n, its negative eigenvalues dropped; see `curvature_factor`."""
+    root, signs = curvature_factor(hessian, output)
+    return root * signs.clamp_min(0).unsqueeze(1)
+
+
+def curvature_probe(
+    residual: Tensor, output: Tensor, at_zero: tuple[Tensor, Tensor], generator: torch.Generator | None = None
+) -> Tensor:
+    """A random u_n ``[N, ...]`` with E[u_n u_nᵀ] = Λ_n: R_n z, z of independent signs.
+
+    Where Λ is that of a softmax along one axis at each position, as in language models, only vectors are formed; else
+    Λ itself is.
+
+    Args:
+        residual: gradient of the summed losses with respect to `output`, made with create_graph=True.
+        output: ``[N, ...]`` the leaf it was taken at.
+        at_zero: the same two for an output of zeros.
+        generator: of the signs.
+    """
+    signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device)
+    z = (2 * signs - 1).to(output.dtype)
+    softmax = _softmax_curvature(residual, output, at_zero)
+    if softmax is not None:
+        axis, p, scale = softmax
+        root = p.sqrt()
+        return scale.sqrt() * (root * z - p * (root * z).sum(axis, keepdim=True))
+    root = curvature_root(curvature(residual, output), output)
+    return (root @ z.reshape(*z.shape[:1], -1, 1)).reshape(output.shape)
+
+
+@torch.enable_grad()
+def _softmax_curvature(
+    residual: Tensor, output: Tensor, at_zero: tuple[Tensor, Tensor]
+) -> tuple[int, Tensor, Tensor] | None:
+    """(axis, p, s) if Λ = s (diag p - p pᵀ) at each position, p the softmax along the axis; else None.
+
+    Recognised by one product with a vector in no special direction; s, which does not depend on the output, by the
+    same product at an output of zeros, where no p is near 0 or 1.
+    """
+    if not residual.requires_grad or not at_zero[0].requires_grad:
+        return None
+    one = torch.arange(1, output[0].numel() + 1, dtype=output.dtype, device=output.device).cos()
+    w = one.reshape(output.shape[1:]).expand_as(output)
+    (product,) = torch.autograd.grad(residual, output, w, retain_graph=True)
+    (flat_product,) = torch.autograd.grad(at_zero[0], at_zero[1], w)
+    limit = 1000 * torch.finfo(output.dtype).eps
+    for axis in range(1, output.dim()):
+        if output.shape[axis] == 1:
+            continue
+        flat_image = (w - w.mean(axis, keepdim=True)) / output.shape[axis]
+        scale = (flat_product * flat_image).sum(axis, keepdim=True) / flat_image.square().sum(axis, keepdim=True)
+        p = output.detach().softmax(axis)
+        image = p * (w - (p * w).sum(axis, keepdim=True))
+        uneven = (flat_product - scale * flat_image).abs() > limit * scale * flat_image.abs().amax(axis, keepdim=True)
+        if not bool(uneven.any() | ((product - scale * image).abs() > limit * scale * p).any() | (scale < 0).any()):
+            return axis, p, scale
+    return None

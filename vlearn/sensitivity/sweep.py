@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vlearn.capture.hooks import record
-from vlearn.capture.tree import tensor_leaves
-from vlearn.posterior.base import Posterior, match
-from vlearn.posterior.covariance import Covariance
-from vlearn.sensitivity.batches import Batch, batches
-from vlearn.sensitivity.ghost import moved, output_deviation
-from vlearn.sensitivity.live import Selector, as_output, prediction_error, select
-from vlearn.sensitivity.losses import ExampleLoss, LossFunction, curvature, curvature_root
+from vlearn.posterior.base import Posterior
+from vlearn.sensitivity.authors import authors_deviation
+from vlearn.sensitivity.batches import batches, device_of, shown
+from vlearn.sensitivity.linearize import Linearization, at_mean, linearize
+from vlearn.sensitivity.live import Selector, prediction_error
+from vlearn.sensitivity.losses import ExampleLoss, LossFunction, curvature_root
+from vlearn.sensitivity.refined import check_threshold, function_variance, refine
 
 
 @dataclass(frozen=True)
@@ -29,12 +25,15 @@ class SensitivityTable:
     Attributes:
         index: ``[N]`` example numbers.
         loss: ``[N]`` each example's own training loss, in the loss's units.
-        loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Ve), Eq. 15; its mean
+        loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Δf), Eq. 15; its mean
             predicts the test loss.
-        deviation: ``[N, C]`` V e, first-order change of the output if the example were removed, Eq. 12.
+        deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, unless another
+            form was asked for.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
         leverage: ``[N]`` tr(ΛV); None if not asked for.
         prediction_error: ``[N]`` ‖residual‖/√2.
+        function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
+        fell_back: ``[N]`` where `refined` kept V e; None if not asked for.
     """
 
     index: Tensor
@@ -44,9 +43,39 @@ class SensitivityTable:
     self_influence: Tensor
     leverage: Tensor | None
     prediction_error: Tensor
+    function_variance: Tensor | None = None
+    fell_back: Tensor | None = None
+
+    @property
+    def refined_fallbacks(self) -> int | None:
+        """For how many examples `refined` kept V e; None if it was not asked for."""
+        return None if self.fell_back is None else int(self.fell_back.sum())
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    leverage: str | None
+    refined: bool
+    threshold: float
+    deviation: str
+    variance: bool
+    generator: torch.Generator | None
+
+    def check(self) -> None:
+        if self.leverage not in ("probe", "exact", None):
+            raise ValueError(f"leverage={self.leverage!r}, but it must be 'probe', 'exact' or None: use 'probe'.")
+        if self.deviation not in ("full", "authors_diag"):
+            raise ValueError(f"deviation={self.deviation!r}, but it must be 'full' or 'authors_diag': use 'full'.")
+        if self.refined and self.deviation == "authors_diag":
+            raise ValueError("refined=True with deviation='authors_diag', but it needs all of V: use 'full'.")
+        check_threshold(self.threshold)
+
+    @property
+    def second_order(self) -> bool:
+        return self.leverage is not None or self.refined
 
 
 @torch.inference_mode(False)
@@ -60,14 +89,19 @@ def sweep(
     output: Selector = None,
     progress: bool | None = None,
     generator: torch.Generator | None = None,
+    *,
+    refined: bool = False,
+    threshold: float = 0.95,
+    deviation: str = "full",
+    variance: bool = False,
 ) -> SensitivityTable:
     """Leave-one-out loss, deviation, self-influence and leverage of every example, without retraining.
 
-        Δf_i = V_i e_i,  LOO_i = ℓ(y_i, f_i + V_i e_i),  V_i = J_i Σ J_iᵀ
+        Δf_i = V_i e_i,  LOO_i = ℓ(y_i, f_i + Δf_i),  V_i = J_i Σ J_iᵀ
 
     Each batch costs one forward, one backward without weight gradients, the ghost products and one
-    forward-mode pass; the leverage one more backward and its products. Memory does not grow with the number of
-    parameters times examples.
+    forward-mode pass; the leverage one more backward and its products; `refined`, `variance` and leverage="exact" as
+    many as there are outputs. Memory does not grow with the number of parameters times examples.
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.
@@ -79,144 +113,75 @@ def sweep(
             whole output all the same.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         generator: of the probe.
+        refined: Δf = (I - VΛ)⁻¹ V e, exact for linear regression, instead of its first order V e. For a Σ that is the
+            inverse of Σ JᵀΛJ and a prior at these very weights; a diagonal or Kronecker Σ overstates it.
+        threshold: examples whose largest eigenvalue of VΛ reaches it keep V e; at .95 the refined form is 20 times
+            as long. Their number is `SensitivityTable.refined_fallbacks`.
+        deviation: "full", or "authors_diag" for numbers to compare with the paper's code: the diagonals of V and Λ
+            alone, e and probabilities clamped at 1e-10; softmax cross-entropy with class labels only.
+        variance: also return V.
     Returns:
         One row per example.
     Raises:
         ValueError: if an argument breaks its rule, or the posterior belongs to another model.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
-    if leverage not in ("probe", "exact", None):
-        raise ValueError(f"leverage={leverage!r}, but it must be 'probe', 'exact' or None: use 'probe'.")
-    parameters = match(model, posterior)
+    asked = _Asked(leverage, refined, threshold, deviation, variance, generator)
+    asked.check()
     losses = ExampleLoss(loss_fn)
-    device = next(iter(parameters.values())).device
     rows: list[SensitivityTable] = []
-    with posterior.at_mean(), _eval_mode(model):
-        covariance = posterior.covariance(parameters)
-        for batch in _shown(batches(loader, device), loader, progress):
-            rows.append(_sweep_batch(model, covariance, batch, losses, leverage, output, generator))
+    with at_mean(model, posterior) as covariance:
+        for batch in shown(batches(loader, device_of(model)), loader, progress, "sweep"):
+            rows.append(_row_of(linearize(model, covariance, batch, losses, output, asked.second_order), asked))
     if not rows:
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
 
-    def column(name: str) -> Tensor:
-        return torch.cat([getattr(row, name) for row in rows])
+    def column(name: str) -> Tensor | None:
+        parts = [getattr(row, name) for row in rows]
+        return None if parts[0] is None else torch.cat(parts)
 
-    return SensitivityTable(
-        column("index"),
-        column("loss"),
-        column("loo_loss"),
-        column("deviation"),
-        column("self_influence"),
-        column("leverage") if leverage else None,
-        column("prediction_error"),
-    )
+    return SensitivityTable(**{field.name: column(field.name) for field in fields(SensitivityTable)})  # pyright: ignore
 
 
-def _sweep_batch(
-    model: nn.Module,
-    covariance: Covariance,
-    batch: Batch,
-    losses: ExampleLoss,
-    leverage: str | None,
-    output: Selector,
-    generator: torch.Generator | None,
-) -> SensitivityTable:
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and covariance.covers(p)]
-    with torch.enable_grad(), record(model, parameters) as trace:
-        prediction = model(*batch.args, **batch.kwargs)
-    if trace.problems:
-        raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")
-    if not trace.positions:
-        raise RuntimeError("the model's output depends on no parameter of the posterior that requires grad.")
-    outputs = [tensor_leaves(prediction)[i] for i in trace.positions]
-    weights = {p: p.detach() for p in parameters}
-
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in outputs]
-        loss = losses(_for_loss(prediction, trace.positions, leaves, output, losses), batch.target)
-        residuals = torch.autograd.grad(loss.sum(), leaves, create_graph=leverage is not None, allow_unused=True)
-    trace.cotangents = list(residuals)
-    reached = [i for i, residual in enumerate(residuals) if residual is not None]
-    trace.backward(
-        [outputs[i] for i in reached], [residuals[i].detach() for i in reached], retain_graph=leverage is not None
-    )
-    moves = moved(trace, covariance, weights, deviation=True)
-    tangents = output_deviation(trace, moves, weights)
-    with torch.no_grad():
-        moved_leaves = [leaf + tangent for leaf, tangent in zip(leaves, tangents, strict=True)]
-        loo = losses(_for_loss(prediction, trace.positions, moved_leaves, output, losses), batch.target)
-
-    residual = select(as_output(trace, residuals), output)
-    spread = None
-    if leverage is not None:
-        chosen = next(i for i in reached if residuals[i] is residual)
-        spread = _leverage(trace, covariance, weights, outputs[chosen], leaves[chosen], residual, leverage, generator)
-    return SensitivityTable(
-        index=batch.index,
-        loss=loss.detach().cpu(),
-        loo_loss=loo.cpu(),
-        deviation=select(as_output(trace, tangents), output).cpu(),
-        self_influence=moves.self_influence.cpu(),
-        leverage=None if spread is None else spread.cpu(),
-        prediction_error=prediction_error(residual.detach()).cpu(),
-    )
-
-
-def _leverage(
-    trace: Any,
-    covariance: Covariance,
-    weights: dict[Tensor, Tensor],
-    output: Tensor,
-    leaf: Tensor,
-    residual: Tensor,
-    how: str,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """tr(Λ_n V_n) ``[N]`` = Σ_c r_cᵀV_n r_c over the columns of R, RRᵀ = Λ_n; a probe u = Rz has it as its mean."""
-    root = curvature_root(curvature(residual, leaf), leaf)  # [N, C, C]
-    if how == "probe":
-        signs = torch.randint(0, 2, root.shape[::2], generator=generator, device=root.device)
-        directions = [(root @ (2.0 * signs.to(root.dtype) - 1).unsqueeze(2)).squeeze(2)]
+def _row_of(at: Linearization, asked: _Asked) -> SensitivityTable:
+    more = asked.second_order or asked.variance or asked.deviation != "full"
+    self_influence, changes = at.own_gradients(deviation=asked.deviation == "full", last=not more)
+    fell_back = leverage = variance = None
+    if changes is None:
+        change, loo, leverage = authors_deviation(at)
     else:
-        directions = list(root.unbind(2))
-    total = torch.zeros((), device=root.device, dtype=root.dtype)
-    for i, direction in enumerate(directions):
-        trace.backward([output], [direction.reshape(output.shape)], retain_graph=i + 1 < len(directions))
-        total = total + moved(trace, covariance, weights, deviation=False).self_influence
-    return total
+        change = changes[at.chosen]
+        if asked.refined:
+            at.check_one_output("refined=True")
+            change, fell_back, leverage = refine(at, change, asked.threshold)
+            changes = at.changes_of_chosen(change)
+        loo = at.loss_at(changes)
+    if asked.leverage is None:
+        leverage = None
+    elif leverage is None or (asked.leverage == "probe" and asked.refined):
+        leverage = _leverage(at, asked.leverage, asked.generator)
+    if asked.variance:
+        variance = function_variance(at)
+
+    def kept(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.detach().cpu()
+
+    return SensitivityTable(
+        index=at.batch.index,
+        loss=kept(at.loss),
+        loo_loss=kept(loo),
+        deviation=kept(change),
+        self_influence=kept(self_influence),
+        leverage=kept(leverage),
+        prediction_error=kept(prediction_error(at.residual)),
+        function_variance=kept(variance),
+        fell_back=kept(fell_back),
+    )
 
 
-def _for_loss(
-    prediction: Any, positions: list[int], leaves: list[Tensor], output: Selector, losses: ExampleLoss
-) -> Any:
-    """The model's output with its differentiable tensors replaced, as the loss takes it."""
-    flat, structure = tree_flatten(prediction)
-    where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-    for position, leaf in zip(positions, leaves, strict=True):
-        flat[where[position]] = leaf
-    whole = tree_unflatten(flat, structure)
-    return whole if output is None or not losses.torch_style else select(whole, output)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _shown(found: Iterator[Batch], loader: Any, progress: bool | None) -> Iterable[Batch]:
-    if progress is None:
-        progress = sys.stderr.isatty()
-    if not progress:
-        return found
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return found
-    total = len(loader) if hasattr(loader, "__len__") else None
-    return tqdm(found, total=total, desc="sweep", unit="batch", leave=False)
+def _leverage(at: Linearization, how: str, generator: torch.Generator | None) -> Tensor:
+    """tr(Λ_n V_n) ``[N]`` = Σ_c r_cᵀV_n r_c over the columns of R, RRᵀ = Λ_n; a probe u = Rz has it as its mean."""
+    if how == "probe":
+        return at.along(at.probe(generator), deviation=False)[0]
+    columns = curvature_root(at.curvature(), at.output).unbind(2)
+    return torch.stack([at.along(column, deviation=False)[0] for column in columns]).sum(0)
