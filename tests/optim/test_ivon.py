@@ -109,7 +109,7 @@ def test_cutting_parameters_into_blocks_changes_nothing_but_the_noise(
 ) -> None:
     x, y = data()
     monkeypatch.setattr(draw_module, "CPU_BLOCK", size)
-    monkeypatch.setattr(vlearn.optim.ivon, "_normal", lambda like, generator: [torch.ones_like(t) for t in like])
+    monkeypatch.setattr(vlearn.optim.diagonal, "normal", lambda like, generator: [torch.ones_like(t) for t in like])
     model = network()
     model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())  # not contiguous
     optimizer = vlearn.IVON(model, lr=0.1, ess=50, hess_init=0.5)

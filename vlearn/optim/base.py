@@ -14,37 +14,44 @@ The weights are the posterior mean whenever no draw is active.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlearn.optim.average import Average
+from vlearn.optim.checks import check_first_gradients, checked_draw
 from vlearn.optim.draw import Draw, Slot, mark_changed
+from vlearn.optim.groups import follow_betas, with_betas
+from vlearn.optim.loading import loaded_as_saved
 from vlearn.optim.nonfinite import first_nonfinite, is_narrow
 from vlearn.optim.sampling import Sampler
-from vlearn.optim.watch import COMPILED, Watch, compiles, watchers
+from vlearn.optim.watch import Watch, watchers
 from vlearn.optim.wrappers import is_sharded, named_parameters
-from vlearn.posterior import Diagonal
+from vlearn.posterior.base import Posterior
 from vlearn.sensitivity.live import Selector, Sensitivities
 
-LOOPS = (
-    "Use one of the four loops: (a) {name}(model, ...) or optimizer.watch(model), then, with the model in train mode, "
-    "zero_grad, forward, backward, step; (b) zero_grad, forward, backward inside "
-    "`with optimizer.sampled_params(train=True):`, then step; (c) optimizer.step(closure); "
-    "(d) optimizer.train(), then zero_grad, forward, backward, step."
-)
 _RULES = ("ignore", "skip", "raise")  # of `nonfinite`, the stricter the later
+
+
+class Part(NamedTuple):
+    """A block of slots that have a gradient, and its averages over the step's draws."""
+
+    group: dict[str, Any]
+    block: list[Slot]
+    gradients: list[Tensor]
+    statistics: list[Tensor]
 
 
 class VariationalOptimizer(Sampler, Optimizer):
     """Base class of the family: draws, the four loops, restoration of the mean, watching.
 
     A subclass says how a block of parameters is drawn (`_perturb`), what is averaged over draws beside the
-    gradient (`_statistic`) and how both update the posterior (`_update`).
+    gradient (`_statistic`) and how both update the posterior (`_update`). One that joins parameters works on all
+    blocks together instead (`_perturb_all`, `_update_all`).
     """
 
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None):
@@ -72,6 +79,11 @@ class VariationalOptimizer(Sampler, Optimizer):
         """Update the state and the exact means of a block from averages over the step's draws."""
         raise NotImplementedError
 
+    def _update_all(self, parts: Iterator[Part]) -> None:
+        """Update from the averages of each block; a rule that joins parameters collects the parts first."""
+        for part in parts:
+            self._update(*part)
+
     def _update_compiled(self, draw: Draw, group: dict[str, Any], block: list[Slot], keep: bool) -> bool:
         """As `_update` for a block of one slot and the step's only draw, in one kernel that also shows the mean.
 
@@ -90,7 +102,7 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
-            param_group = _with_betas(param_group, self.defaults)
+            param_group = with_betas(param_group, self.defaults)
             self._check_group({**self.defaults, **param_group})
         self._drop_draws()
         super().add_param_group(param_group)
@@ -143,7 +155,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         watch = state.pop("watch", None)
         # What is loaded may have been saved before a setting existed.
         for own, loaded in zip(getattr(self, "param_groups", ()), state["param_groups"], strict=False):
-            loaded.update({**own, **_with_betas(loaded, own)})
+            loaded.update({**own, **with_betas(loaded, own)})
         super().__setstate__(state)
         groups = enumerate(self.param_groups)
         self._betas = {n: g["betas"] for n, g in groups if (g["beta1"], g["beta2"]) == g["betas"]}
@@ -159,33 +171,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         self._drop_draws()
         self._updates += 1
         self._steps = None
-        loaded: dict[str, Any] = {}  # what the user's hooks, which come before ours, have made of it
-
-        def check(_: Optimizer, state: dict[str, Any]) -> None:
-            numbers = {number for group in state["param_groups"] for number in group["params"]}
-            foreign = [key for key in state["state"] if key not in numbers]
-            if foreign:
-                raise ValueError(
-                    f"state_dict['state'] has {foreign[0]!r}, which is no parameter, so it is another optimizer's: "
-                    "load the model's weights alone and start a new optimizer."
-                )
-            loaded.update(state)
-
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._keep_wide(loaded), prepend=True)
-        try:
+        with loaded_as_saved(self):
             super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _keep_wide(self, loaded: dict[str, Any]) -> None:
-        """torch casts the float32 state of a narrower parameter to the parameter's dtype: take it as it was saved."""
-        saved = [number for group in loaded["param_groups"] for number in group["params"]]
-        for number, p in zip(saved, self._every_parameter(), strict=True):
-            for key, value in loaded["state"].get(number, {}).items():
-                if is_narrow(p) and value.dtype != self.state[p][key].dtype:
-                    self.state[p][key] = value.to(device=p.device, copy=True)
 
     def __del__(self) -> None:
         # An optimizer that goes while its draw is in the weights leaves the mean.
@@ -287,7 +274,7 @@ class VariationalOptimizer(Sampler, Optimizer):
         try:
             loss, finite = self._run(closure) if closure is not None else (None, True)
             if finite:
-                draw = self._checked_draw(closure is not None)
+                draw = checked_draw(self, closure is not None)
                 if self._may_update(draw):
                     self._apply(draw)
         except BaseException:
@@ -299,13 +286,13 @@ class VariationalOptimizer(Sampler, Optimizer):
         """(average loss, False if the step is to be skipped for a gradient that is not finite)."""
         if self._draw is not None and self._draw.origin == "context":
             return self._run_after_contexts(closure), True
-        self._check_first_gradients()
+        check_first_gradients(self)
         losses: list[Any] = []
         self._in_closure = True
         try:
             for call in range(self._mc_samples()):
                 if call > 0:
-                    draw = self._checked_draw(True)
+                    draw = checked_draw(self, True)
                     if not self._may_update(draw):
                         return _average_loss(losses), False
                     self._keep_gradients(draw)
@@ -330,63 +317,8 @@ class VariationalOptimizer(Sampler, Optimizer):
             )
         return loss
 
-    def _check_first_gradients(self) -> None:
-        """Gradients from before step(closure), as accumulation leaves them, belong to the first of its draws alone."""
-        draw = self._draw
-        if self._mc_samples() > 1 and draw is not None and draw.has_gradient:
-            if any(p.grad is not None for p in draw.parameters):
-                raise RuntimeError(
-                    f"mc_samples={self._mc_samples()}, but gradients were accumulated before step(closure), and only "
-                    "the first draw would have them: use mc_samples=1 with accumulation and where you call backward() "
-                    "yourself, or call zero_grad() first."
-                )
-
     def _mc_samples(self) -> int:
         return max(group["mc_samples"] for group in self.param_groups)
-
-    def _checked_draw(self, has_closure: bool) -> Draw:
-        draw, stray = self._draw, self._arrivals.stray
-        loops = LOOPS.format(name=type(self).__name__)
-        if draw is None:
-            why = ""
-            if self._watch is not None and not self._watch.model.training:
-                why = " The watched model is in eval mode, where it predicts with the mean: call model.train()."
-            elif self._watch is not None and compiles():
-                why = COMPILED
-            raise RuntimeError(f"step() without a draw of the weights.{why} {loops}")
-        for p, (gradient, version) in draw.gradients.items() if self._average.count else ():
-            if p.grad is not None and (p.grad is not gradient or gradient._version != version):
-                raise RuntimeError(
-                    f"the gradient of {self._names()[p]!r} was changed after its sampled_params(train=True), but those "
-                    f"of {self._average.count} earlier draws were not: clip inside each context."
-                )
-        if stray is not None:
-            raise RuntimeError(
-                f"the gradient of {self._names()[stray]!r} comes from a backward pass outside any draw, so it is "
-                f"not at the sampled weights: call zero_grad() first. {loops}"
-            )
-        drawn = set(draw.parameters)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or not p.requires_grad:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients ({self._names()[p]!r}): "
-                        "use sparse=False."
-                    )
-                if p not in drawn:
-                    raise RuntimeError(
-                        f"the gradient of {self._names()[p]!r} comes from outside the draw, which did not have this "
-                        f"parameter: call zero_grad() after unfreezing or adding parameters. {loops}"
-                    )
-        if not has_closure and draw.origin in ("automatic", "train") and self._mc_samples() > 1:
-            raise RuntimeError(
-                f"mc_samples={self._mc_samples()}, but a step without closure uses one draw: use step(closure), or "
-                "enter sampled_params(train=True) that many times."
-            )
-        self._check_local(draw)
-        return draw
 
     def _may_update(self, draw: Draw) -> bool:
         """Apply the `nonfinite` rule of the groups."""
@@ -409,30 +341,14 @@ class VariationalOptimizer(Sampler, Optimizer):
         return rule == "ignore"
 
     def _apply(self, draw: Draw) -> None:
-        self._follow_betas()
+        follow_betas(self.param_groups, self._betas)
         keep = self._watch is not None and self._watch.needs_sample
         synchronised = self._over_processes("sync")
         if synchronised:
             self._sum_up(draw)
             self._average.over_processes(self._every_parameter(), self._state_dtype, self._names)
         try:
-            for index, block in draw.blocks:
-                group = self.param_groups[index]
-                own = draw.local is not None and draw.local.reduced(block[0].parameter)  # p.grad is not the draw's own
-                single = not (synchronised or own or self._average.count) and group.get("compiled", False)
-                if single and self._update_compiled(draw, group, block, keep):
-                    continue
-                last = None if synchronised else self._contributions(draw, group, block)
-                slots, gradients, statistics = self._average.of(block, last)
-                if draw.local is not None:
-                    draw.local.average(slots, statistics)
-                if slots:
-                    self._update(group, slots, gradients, statistics)
-                for slot in slots:
-                    if is_narrow(slot.weights):
-                        slot.mean.copy_(self._exact_mean(slot))
-                for slot in block:
-                    slot.show_mean() if keep else slot.drop_draw()
+            self._update_all(self._parts(draw, keep, synchronised))
         finally:
             draw.drop()
             mark_changed(draw.parameters)
@@ -442,21 +358,53 @@ class VariationalOptimizer(Sampler, Optimizer):
             self._updates += 1
             self._steps = None if self._steps is None else self._steps + 1
 
-    def _follow_betas(self) -> None:
-        """`betas`, which torch's schedulers write, and beta1 and beta2, which users of ivon-opt write, are one setting.
+    def _parts(self, draw: Draw, keep: bool, synchronised: bool) -> Iterator[Part]:
+        """Each block with its averages over the step's draws; when the next is asked for, the mean is in the weights.
 
-        Whichever was written since the last step counts; `betas` if both were.
+        Args:
+            keep: the draw is wanted afterwards, in the buffers.
+            synchronised: the averages hold every draw, of all processes.
         """
-        for number, group in enumerate(self.param_groups):
-            if group["betas"] is self._betas.get(number):
-                group["betas"] = (group["beta1"], group["beta2"])
-            group["beta1"], group["beta2"] = self._betas[number] = group["betas"]
+        for index, block in draw.blocks:
+            group = self.param_groups[index]
+            own = draw.local is not None and draw.local.reduced(block[0].parameter)  # p.grad is not the draw's own
+            single = not (synchronised or own or self._average.count) and group.get("compiled", False)
+            if single and self._update_compiled(draw, group, block, keep):
+                continue
+            last = None if synchronised else self._contributions(draw, group, block)
+            slots, gradients, statistics = self._average.of(block, last)
+            if draw.local is not None:
+                draw.local.average(slots, statistics)
+            if slots:
+                yield Part(group, slots, gradients, statistics)
+            self._round_means(slots)
+            for slot in block:
+                slot.show_mean() if keep else slot.drop_draw()
+
+    def _round_means(self, block: list[Slot]) -> None:
+        """Write the exact means of narrower weights into them."""
+        for slot in block:
+            if is_narrow(slot.weights):
+                slot.mean.copy_(self._exact_mean(slot))
 
     # -- the posterior and what is read from it ------------------------------------------------------------
 
-    def posterior(self) -> Diagonal:
+    def posterior(self) -> Posterior:
         """The posterior as a view of the optimizer's state: no copy, stale after the next step."""
         raise NotImplementedError
+
+    def _staleness(self) -> Callable[[], None]:
+        """A check for views of the state: raises once the state has moved on."""
+        updates = self._updates
+
+        def check() -> None:
+            if self._updates != updates:
+                raise RuntimeError(
+                    "this posterior is stale, the optimizer has stepped since: call optimizer.posterior() again, or "
+                    "keep one with .clone()."
+                )
+
+        return check
 
     def watch(
         self,
@@ -532,12 +480,3 @@ class VariationalOptimizer(Sampler, Optimizer):
 def _average_loss(losses: list[Any]) -> Any:
     given = [loss for loss in losses if loss is not None]
     return (given[0] if len(given) == 1 else sum(given) / len(given)) if given else None
-
-
-def _with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`betas` beside beta1 and beta2, as torch's schedulers want them; either may be given."""
-    if "betas" in group:
-        beta1, beta2 = group["betas"]
-    else:
-        beta1, beta2 = group.get("beta1", defaults["beta1"]), group.get("beta2", defaults["beta2"])
-    return {**group, "beta1": beta1, "beta2": beta2, "betas": (beta1, beta2)}

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from vlearn.optim.base import VariationalOptimizer
 from vlearn.optim.compiled import flat, kernel
-from vlearn.optim.diagnostics import Diagnostics, diagnose
+from vlearn.optim.diagonal import DiagonalState, use_foreach
 from vlearn.optim.draw import Draw, Slot
-from vlearn.optim.nonfinite import is_narrow
-from vlearn.optim.sampling import MeanView
-from vlearn.posterior import Diagonal
+from vlearn.optim.groups import check, common_rules
 
 
-class IVON(VariationalOptimizer):
+class IVON(DiagonalState, VariationalOptimizer):
     r"""Natural-gradient variational inference over a diagonal Gaussian, at the cost of Adam.
 
     With t from 1, ℓ̄ the mean loss, and the average over the step's draws θ = m + ε/√(ess·(h + wd)), ε ~ N(0, 1):
@@ -120,67 +118,19 @@ class IVON(VariationalOptimizer):
         super().__init__(params, defaults, generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError(f"lr={group['lr']}, but it must be one number: use a parameter group for each rate.")
-        for name, value, rule, remedy in (
-            ("lr", group["lr"], group["lr"] >= 0, "must not be negative: try 0.1"),
-            ("ess", group["ess"], group["ess"] > 0, "must be positive: use the number of training examples"),
-            ("hess_init", group["hess_init"], group["hess_init"] > 0, "must be positive: try 1, or 0.1 for short runs"),
-            ("beta1", group["beta1"], 0 <= group["beta1"] < 1, "must be in [0, 1): try 0.9"),
-            ("beta2", group["beta2"], 0 <= group["beta2"] <= 1, "must be in [0, 1]: try 0.99999"),
-            ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, "must not be negative: try 1e-4"),
-            ("clip_radius", group["clip_radius"], group["clip_radius"] > 0, "must be positive: inf does not clip"),
-            (
-                "mc_samples",
-                group["mc_samples"],
-                isinstance(group["mc_samples"], int) and group["mc_samples"] >= 1,
-                "must be a whole number of draws: use 1",
-            ),
-            (
-                "hess_approx",
-                group["hess_approx"],
-                group["hess_approx"] in ("price", "gradsq"),
-                "must be 'price' or 'gradsq': use 'price'",
-            ),
-            (
-                "num_data",
-                group["num_data"],
-                group["num_data"] is None or group["num_data"] > 0,
-                "must be positive: use the number of training examples",
-            ),
-            (
-                "nonfinite",
-                group["nonfinite"],
-                group["nonfinite"] in ("raise", "skip", "ignore"),
-                "must be 'raise', 'skip' or 'ignore': use 'raise'",
-            ),
-        ):
-            if not rule:
-                raise ValueError(f"{name}={value!r}, but it {remedy}.")
+        approximations = group["hess_approx"] in ("price", "gradsq")
+        check(
+            group,
+            [
+                *common_rules(group),
+                ("clip_radius", group["clip_radius"] > 0, "must be positive: inf does not clip"),
+                ("hess_approx", approximations, "must be 'price' or 'gradsq': use 'price'"),
+            ],
+        )
 
-    def _init_state(self, p: Tensor, group: dict[str, Any]) -> None:
-        dtype = self._state_dtype(p)
-        self.state[p] = {
-            "step": torch.tensor(0.0, dtype=torch.float32),
-            "momentum": torch.zeros_like(p, dtype=dtype),
-            "hessian": torch.full_like(p, group["hess_init"], dtype=dtype),
-        }
-
-    def _perturb(self, group: dict[str, Any], block: list[Slot]) -> None:
-        narrow = is_narrow(block[0].weights)  # then the draw is made around the master mean and rounded
-        samples = [self._exact_mean(slot).clone() if narrow else slot.weights for slot in block]
-        hessians = [slot.of(self.state[slot.parameter]["hessian"]) for slot in block]
-        noise = _normal(hessians, self._noise.on(hessians[0].device))
-        if group["compiled"] and len(block) == 1 and (tensors := flat(samples[0], hessians[0], noise[0])):
-            kernel(_draw)(*tensors, float(group["ess"]), float(group["weight_decay"]))
-            return
-        draw = _foreach_draw if _use_foreach(group, block) else _plain_draw
-        draw(samples, hessians, noise, ess=group["ess"], weight_decay=group["weight_decay"])
-        if narrow:
-            for slot, sample in zip(block, samples, strict=True):
-                slot.weights.copy_(sample)
-
-    def _statistic(self, group: dict[str, Any], noise: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    def _statistic(
+        self, draw: Draw, group: dict[str, Any], block: list[Slot], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
         if group["hess_approx"] == "gradsq":
             return [gradient.square() for gradient in gradients]
         torch._foreach_mul_(noise, gradients)
@@ -189,11 +139,11 @@ class IVON(VariationalOptimizer):
     def _update(
         self, group: dict[str, Any], block: list[Slot], gradients: list[Tensor], statistics: list[Tensor]
     ) -> None:
-        update = _foreach_ivon if _use_foreach(group, block) else _plain_ivon
+        update = _foreach_ivon if use_foreach(group, block) else _plain_ivon
         update(
             [self._exact_mean(slot) for slot in block],
-            [slot.of(self.state[slot.parameter]["momentum"]) for slot in block],
-            [slot.of(self.state[slot.parameter]["hessian"]) for slot in block],
+            self._state_of(block, "momentum"),
+            self._state_of(block, "hessian"),
             gradients,
             statistics,
             **self._settings(group),
@@ -233,69 +183,6 @@ class IVON(VariationalOptimizer):
             "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
         }
 
-    def _correction(self, group: dict[str, Any], slot: Slot) -> float:
-        """1 - β₁ᵗ; counts the step at the first rows of a parameter."""
-        step = self.state[slot.parameter]["step"]
-        if slot.rows is None or slot.rows[0] == 0:
-            step += 1
-        return 1 - group["beta1"] ** float(step) if group["debias"] else 1.0
-
-    def diagnostics(self) -> Diagnostics:
-        """Whether the posterior learns: range of its Hessian, how much of it is still hess_init, signal to noise.
-
-        Raises:
-            ValueError: if no parameter requires grad.
-        """
-        means, names = self.posterior().mean, self._names()
-        groups = [
-            (group, [(means[names[p]], self.state[p]) for p in group["params"] if p in self.state])
-            for group in self.param_groups
-        ]
-        return diagnose(groups, self.nonfinite_count)
-
-    def posterior(self) -> Diagonal:
-        """The posterior N(m, 1/(num_data·(h + wd))) as a view of the state: no copy, stale after the next step."""
-        self._prepare_states()
-        names = {name: p for p, name in self._names().items() if p in self.state}
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        updates = self._updates
-
-        def check() -> None:
-            if self._updates != updates:
-                raise RuntimeError(
-                    "this posterior is stale, the optimizer has stepped since: call optimizer.posterior() again, or "
-                    "keep one with .clone()."
-                )
-
-        return Diagonal(
-            MeanView(self, names),
-            {name: self.state[p]["hessian"] for name, p in names.items()},
-            {name: groups[p]["weight_decay"] for name, p in names.items()},
-            {name: groups[p]["ess"] for name, p in names.items()},
-            self.num_data,
-            parameters=names,
-            check=check,
-            at_mean=self.at_mean,
-        )
-
-
-def _use_foreach(group: dict[str, Any], block: list[Slot]) -> bool:
-    return len(block) > 1 if group["foreach"] is None else group["foreach"]
-
-
-def _normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Standard normal noise in the shapes of a block, drawn at once."""
-    first = like[0]
-    count = sum(tensor.numel() for tensor in like)
-    noise = torch.randn(count, dtype=first.dtype, device=first.device, generator=generator)
-    parts = noise.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _draw(weights: Tensor, hessian: Tensor, noise: Tensor, ess: float, weight_decay: float) -> None:
-    """`_plain_draw` of one tensor as one expression, to be compiled."""
-    weights.add_(noise * (ess * (hessian + weight_decay)).rsqrt())
-
 
 def _ivon(
     weights: Tensor,
@@ -331,24 +218,6 @@ def _ivon(
     hessian.copy_(moved)
     momentum.copy_(averaged)
     (mean if keep else weights).copy_(mean - lr * direction)
-
-
-def _plain_draw(
-    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
-) -> None:
-    """Mean to draw: weights ← weights + noise/√(ess·(h + wd)), one tensor at a time."""
-    for weight, hessian, epsilon in zip(weights, hessians, noise, strict=True):
-        weight.addcmul_(epsilon, hessian.add(weight_decay).mul_(ess).rsqrt_())
-
-
-def _foreach_draw(
-    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
-) -> None:
-    """As `_plain_draw`, all tensors of a block at once."""
-    scales = torch._foreach_add(hessians, weight_decay)
-    torch._foreach_mul_(scales, ess)
-    torch._foreach_rsqrt_(scales)
-    torch._foreach_addcmul_(weights, noise, scales)
 
 
 def _plain_ivon(

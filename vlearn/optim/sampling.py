@@ -60,7 +60,14 @@ class Sampler:
         """Write mean + noise into the weights of a block; the buffers hold the mean."""
         raise NotImplementedError
 
-    def _statistic(self, group: dict[str, Any], noise: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    def _perturb_all(self, blocks: Iterator[tuple[dict[str, Any], list[Slot]]]) -> None:
+        """Draw block by block; a posterior that joins parameters collects the blocks first."""
+        for group, block in blocks:
+            self._perturb(group, block)
+
+    def _statistic(
+        self, draw: Draw, group: dict[str, Any], block: list[Slot], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
         """What one draw adds to the average beside its gradient; may overwrite the noise θ - m."""
         raise NotImplementedError
 
@@ -121,17 +128,7 @@ class Sampler:
         drawn: list[Slot] = []
         try:
             with torch.inference_mode(False):
-                for index, group in enumerate(self.param_groups):
-                    self._arrivals.listen(group["params"], self._hooked)
-                    moving = [p for p in group["params"] if p.requires_grad]
-                    for block in blocks(moving, self._buffers, group.get("compiled", False)):
-                        for slot in block:
-                            slot.buffer.copy_(slot.weights)
-                            slot.mean_in_weights = False
-                            drawn.append(slot)
-                            self._follow_edit(slot)
-                        self._perturb(group, block)
-                        draw.blocks.append((index, block))
+                self._perturb_all(self._blocks(draw, drawn))
             if origin != "ensemble":
                 self._follow_gradients(draw)
         except BaseException:
@@ -142,6 +139,20 @@ class Sampler:
             raise
         mark_changed(draw.parameters)
         return draw
+
+    def _blocks(self, draw: Draw, drawn: list[Slot]) -> Iterator[tuple[dict[str, Any], list[Slot]]]:
+        """Blocks of what moves, with their groups, whose mean is in the buffers too; they become the draw's."""
+        for index, group in enumerate(self.param_groups):
+            self._arrivals.listen(group["params"], self._hooked)
+            moving = [p for p in group["params"] if p.requires_grad]
+            for block in blocks(moving, self._buffers, group.get("compiled", False)):
+                for slot in block:
+                    slot.buffer.copy_(slot.weights)
+                    slot.mean_in_weights = False
+                    drawn.append(slot)
+                    self._follow_edit(slot)
+                yield group, block
+                draw.blocks.append((index, block))
 
     def _follow_edit(self, slot: Slot) -> None:
         master = self.state[slot.parameter].get("mean")
@@ -255,7 +266,7 @@ class Sampler:
                 for (slot, g), mean in zip(found, exact, strict=True)
             ]
         noise = [slot.sample - mean for slot, mean in zip(slots, exact, strict=True)]
-        return list(zip(slots, gradients, self._statistic(group, noise, own), strict=True))
+        return list(zip(slots, gradients, self._statistic(draw, group, slots, noise, own), strict=True))
 
     # -- contexts ----------------------------------------------------------------------------------------
 
