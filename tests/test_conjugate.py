@@ -292,13 +292,24 @@ def test_a_sweep_with_the_full_posterior_is_first_order_and_refined_the_exact_re
         return (output.squeeze(1) - target).square() / (2 * noise_variance)
 
     table = vlearn.sweep(model, full, [(X, Y)], loss, leverage="exact", progress=False)
-    assert table.leverage is not None
+    refined = vlearn.sweep(model, full, [(X, Y)], loss, refined=True, progress=False)
+    assert table.leverage is not None and refined.refined_fallbacks == 0
     e = (X @ posterior.mean - Y) / noise_variance
     V = ((X @ posterior.covariance) * X).sum(1)
     assert torch.allclose(table.deviation.squeeze(1), V * e, rtol=1e-10, atol=1e-12)
-    refined = table.deviation.squeeze(1) / (1 - table.leverage)  # V e/(1 - ΛV)
+    by_hand = table.deviation.squeeze(1) / (1 - table.leverage)  # V e/(1 - ΛV)
     exact = (X * (leave_one_out(posterior, data).mean - posterior.mean)).sum(1)
-    assert torch.allclose(refined, exact, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(by_hand, exact, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(refined.deviation.squeeze(1), exact, rtol=1e-10, atol=1e-12)
+
+
+def test_tensors_of_standard_parameters_give_a_batch():
+    batch = Gamma.from_standard(torch.tensor([1.0, 2.0, 8.0]), 2.0)
+    assert batch.mean.tolist() == [0.5, 1.0, 4.0]
+    assert Beta.from_standard(torch.tensor([1.0, 3.0]), 1.0).mean.tolist() == [0.5, 0.75]
+    data = Poisson(torch.tensor([0, 1, 2]))
+    alone = [float(predictive_loss(Gamma(natural), data)[j]) for j, natural in enumerate(batch.natural)]
+    assert predictive_loss(batch, data).tolist() == pytest.approx(alone, rel=1e-14)
 
 
 def test_values_are_copies_and_stay_as_they_are():

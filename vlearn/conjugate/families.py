@@ -42,8 +42,8 @@ class Beta(Family):
 
     @classmethod
     def from_standard(cls, alpha: float | Tensor, beta: float | Tensor) -> Beta:
-        """From α > 0 and β > 0, of one shape."""
-        return cls(torch.stack([numbers("alpha", alpha) - 1, numbers("beta", beta) - 1], -1))
+        """From α > 0 and β > 0; tensors give a batch."""
+        return cls(_pairs(numbers("alpha", alpha) - 1, numbers("beta", beta) - 1))
 
     def _check(self) -> None:
         _check_width(self, 2)
@@ -73,8 +73,8 @@ class Gamma(Family):
 
     @classmethod
     def from_standard(cls, shape: float | Tensor, rate: float | Tensor) -> Gamma:
-        """From shape > 0 and rate > 0, of one shape."""
-        return cls(torch.stack([numbers("shape", shape) - 1, -numbers("rate", rate)], -1))
+        """From shape > 0 and rate > 0; tensors give a batch."""
+        return cls(_pairs(numbers("shape", shape) - 1, -numbers("rate", rate)))
 
     def _check(self) -> None:
         _check_width(self, 2)
@@ -180,6 +180,10 @@ class Gaussian(Family):
     def variance(self) -> Tensor:
         """Diagonal of S⁻¹, ``[..., P]``."""
         return self.covariance.diagonal(dim1=-2, dim2=-1)
+
+
+def _pairs(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(first, second), -1)
 
 
 def _check_width(family: Family, width: int) -> None:
