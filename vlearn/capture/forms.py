@@ -91,6 +91,13 @@ class Strips:
     def moved_rows(self, direction: Tensor) -> Tensor:
         return self._moved(self._by_kernel_row(direction))
 
+    def patches(self) -> Outer:
+        """The same with the patches written out."""
+        n, g, columns = self.strips.shape[:3]
+        kernel_rows = torch.stack([self._rows(r) for r in range(self.shape[2])], 3)  # [N, G, I·kw, kh, T]
+        split = kernel_rows.reshape(n, g, self.shape[1], -1, *kernel_rows.shape[3:])  # [N, G, I, kw, kh, T]
+        return Outer(split.transpose(3, 4).reshape(n, g, columns * self.shape[2], -1).mT, self.b, self.shape)
+
     def weighted_square(self, variance: Tensor) -> Tensor:
         return self._dense().square_().flatten(1) @ self._by_kernel_row(variance).flatten()
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,7 +75,8 @@ def forward_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Forward derivatives that agree with backward ones.
 
     Attention by its mathematics and recurrent layers without oneDNN, whose other kernels have no forward
-    derivative; and none through what is computed under `torch.no_grad()`, which forward mode would not stop at.
+    derivative; and none through what is computed under `torch.no_grad()` or through the padding row of an
+    embedding, which forward mode would not stop at.
     """
     fastpath, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
@@ -82,7 +84,7 @@ def forward_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         if recurrent:
             torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags also resets its precision settings
-        with sdpa_kernel(SDPBackend.MATH), _NoGradStops():
+        with sdpa_kernel(SDPBackend.MATH), _BackwardsStops():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -145,12 +147,17 @@ def _by_entry(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) ->
     return torch.stack(columns, 1).reshape(output.shape).detach()
 
 
-class _NoGradStops(TorchFunctionMode):
-    """Operations under `torch.no_grad()` see their inputs without tangents."""
+class _BackwardsStops(TorchFunctionMode):
+    """Tangents end where gradients do: under `torch.no_grad()`, and in the padding row of an embedding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            padding = (kwargs or {}).get("padding_idx") if func is F.embedding else None
+            if padding is None:
+                return result
+            indices, weight = args
+            return torch.where((indices == padding % len(weight)).unsqueeze(-1), result.detach(), result)
         originals: dict[int, Tensor] = {}
 
         def plain(leaf: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from vlearn.posterior.diagonal import Diagonal
 from vlearn.posterior.full import Full
+from vlearn.posterior.kronecker import Factors, Kronecker
+from vlearn.posterior.mixed import Mixed
 from vlearn.posterior.predict import predict
 
-__all__ = ["Diagonal", "Full", "predict"]
+__all__ = ["Diagonal", "Factors", "Full", "Kronecker", "Mixed", "predict"]

@@ -2,51 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from vlearn.posterior.blocks import Block
 
-@dataclass(frozen=True)
+
 class Covariance:
-    """Posterior covariance of the parameters that move.
+    """Posterior covariance of the parameters that move; blocks are independent of one another.
 
-    Attributes:
-        diagonal: variance of each entry of a parameter, in the parameter's shape.
-        joint: parameters with one dense covariance, in the order of its rows.
-        joint_factor: lower Cholesky factor L of their precision, ``[P, P]``.
+    Args:
+        blocks: the parameters of each block, in the block's order, with the block.
     """
 
-    diagonal: dict[Tensor, Tensor] = field(default_factory=dict)
-    joint: tuple[Tensor, ...] = ()
-    joint_factor: Tensor | None = None
+    def __init__(self, blocks: Iterable[tuple[Sequence[Tensor], Block]]):
+        self.blocks = [(tuple(parameters), block) for parameters, block in blocks]
+        self._found = {p: i for i, (parameters, _) in enumerate(self.blocks) for p in parameters}
 
     def covers(self, parameter: Tensor) -> bool:
-        return parameter in self.diagonal or any(parameter is p for p in self.joint)
+        return parameter in self._found
+
+    def block_of(self, parameter: Tensor) -> tuple[tuple[Tensor, ...], Block]:
+        """The block that a parameter belongs to, with all of its parameters."""
+        return self.blocks[self._found[parameter]]
 
     def zeros(self, count: int) -> Tensor:
         """``[count]`` zeros where the covariance lives and as wide as it is."""
-        some = next(iter(self.diagonal.values())) if self.diagonal else self.joint_factor
-        assert some is not None
-        return some.new_zeros(count)
+        return self.blocks[0][1].variances.new_zeros(count)
 
-    def multiply(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def multiply(self, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Σ g of each example.
 
         Args:
-            gradients: by parameter ``[n, *shape]``; a joint parameter that is missing counts as zero.
+            gradients: by parameter ``[n, *shape]``; a parameter that is missing from a block counts as zero.
         Returns:
-            By parameter ``[n, *shape]``.
+            By parameter ``[n, *shape]``, for all parameters of the blocks concerned.
         """
-        moved = {p: g * self.diagonal[p] for p, g in gradients.items() if p in self.diagonal}
-        if self.joint_factor is None or len(moved) == len(gradients):
-            return moved
-        n = next(iter(gradients.values())).shape[0]
-        columns = [
-            gradients[p].reshape(n, -1) if p in gradients else self.joint_factor.new_zeros(n, p.numel())
-            for p in self.joint
-        ]
-        solved = torch.cholesky_solve(torch.cat(columns, 1).to(self.joint_factor.dtype).mT, self.joint_factor).mT
-        parts = solved.split([p.numel() for p in self.joint], 1)
-        return moved | {p: part.reshape(n, *p.shape) for p, part in zip(self.joint, parts, strict=True)}
+        moved: dict[Tensor, Tensor] = {}
+        for parameters, block, tensors in self._by_block(gradients):
+            moved.update(zip(parameters, block.multiply(tensors), strict=True))
+        return moved
+
+    def solve(self, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Σ⁻¹ g of each example, as `multiply`."""
+        solved: dict[Tensor, Tensor] = {}
+        for parameters, block, tensors in self._by_block(gradients):
+            solved.update(zip(parameters, block.solve(tensors), strict=True))
+        return solved
+
+    def quadratic(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+        """gᵀΣg of each example ``[n]``; gradients as for `multiply`."""
+        total = self.zeros(next(iter(gradients.values())).shape[0])
+        for _, block, tensors in self._by_block(gradients):
+            total = total + block.quadratic(tensors)
+        return total
+
+    def _by_block(self, gradients: Mapping[Tensor, Tensor]) -> list[tuple[tuple[Tensor, ...], Block, list[Tensor]]]:
+        some = next(iter(gradients.values()))
+        found = []
+        for i in dict.fromkeys(self._found[p] for p in gradients if p in self._found):
+            parameters, block = self.blocks[i]
+            tensors = [gradients[p] if p in gradients else some.new_zeros(len(some), *p.shape) for p in parameters]
+            found.append((parameters, block, tensors))
+        return found

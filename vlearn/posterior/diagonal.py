@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from vlearn.posterior.covariance import Covariance
+from vlearn.posterior.blocks import DiagonalBlock
+from vlearn.posterior.gaussian import ByName, Gaussian
 
 
-class Diagonal:
+class Diagonal(Gaussian):
     """q = N(m, diag(σ²)), kept as the state of an optimizer.
 
     The precision is num_data·(h + wd), h the diagonal Hessian of the mean per-example loss and wd the weight
@@ -34,7 +34,7 @@ class Diagonal:
         self,
         mean: Mapping[str, Tensor],
         hessian: Mapping[str, Tensor],
-        weight_decay: Mapping[str, float],
+        weight_decay: Mapping[str, float | Tensor],
         ess: Mapping[str, float],
         num_data: float,
         *,
@@ -42,14 +42,17 @@ class Diagonal:
         check: Callable[[], None] = lambda: None,
         at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        self._mean = mean
+        super().__init__(
+            mean,
+            [(name,) for name in weight_decay],
+            num_data,
+            ess=ess,
+            prior_precision={name: num_data * decay for name, decay in weight_decay.items()},
+            parameters=parameters,
+            check=check,
+            at_mean=at_mean,
+        )
         self._hessian = hessian
-        self._weight_decay = dict(weight_decay)
-        self._ess = dict(ess)
-        self._check = check
-        self.num_data = num_data
-        self.parameters = dict(parameters or {})
-        self.at_mean = at_mean
 
     @classmethod
     def from_precision(
@@ -87,121 +90,18 @@ class Diagonal:
         return cls(mean, hessian, dict.fromkeys(mean, weight_decay), dict.fromkeys(mean, num_data), num_data)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._weight_decay)
-
-    @property
-    def mean(self) -> Mapping[str, Tensor]:
-        """Posterior mean by parameter name, in the parameter's shape."""
-        return _ByName(self, lambda name: self._mean[name])
-
-    @property
     def precision(self) -> Mapping[str, Tensor]:
         """Diagonal of Σ⁻¹ by parameter name, summed over num_data, prior included."""
-        return _ByName(self, self._precision)
+        return ByName(self, self._precision)
 
-    @property
-    def variance(self) -> Mapping[str, Tensor]:
-        """Diagonal of Σ by parameter name, on the num_data scale that sensitivities use."""
-        return _ByName(self, lambda name: self._precision(name).reciprocal_())
-
-    @property
-    def draw_variance(self) -> Mapping[str, Tensor]:
-        """Variance of the draws by parameter name, on the ess scale."""
-        return _ByName(self, lambda name: self._precision(name, self._ess[name]).reciprocal_())
-
-    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """One draw of every parameter by name, on the ess scale."""
-        drawn = {}
-        for name in self.names:
-            mean, variance = self.mean[name], self.draw_variance[name]
-            noise = torch.randn(variance.shape, dtype=variance.dtype, device=variance.device, generator=generator)
-            drawn[name] = (mean + noise.mul_(variance.sqrt_())).to(mean.dtype)
-        return drawn
-
-    def entropy(self) -> float:
-        """Entropy of q in nats, ½ Σ log(2πe σ²)."""
-        logs = sum(float(self.precision[name].double().log_().sum()) for name in self.names)
-        count = sum(self.mean[name].numel() for name in self.names)
-        return 0.5 * (count * math.log(2 * math.pi * math.e) - logs)
-
-    def kl(self) -> float:
-        """KL(q ‖ prior) in nats; the prior is N(0, 1/(num_data·wd)).
-
-        Raises:
-            ValueError: if a weight decay is zero: the prior is then improper and the divergence infinite.
-        """
-        total = 0.0
-        for name in self.names:
-            prior = self.num_data * self._weight_decay[name]
-            if prior <= 0:
-                raise ValueError(
-                    f"weight_decay=0 for {name!r}, so its prior is improper and the KL divergence infinite: "
-                    "use a positive weight_decay."
-                )
-            ratio = prior * self.variance[name].double()
-            total += 0.5 * float((ratio - 1 - ratio.log() + prior * self.mean[name].double().square()).sum())
-        return total
-
-    def clone(self) -> Diagonal:
-        """A copy that later steps of the optimizer do not change; a sweep with it runs at its mean."""
-        mean = {name: self.mean[name].detach().clone() for name in self.names}
-        return Diagonal(
-            mean,
-            {name: self._hessian[name].clone() for name in self.names},
-            self._weight_decay,
-            self._ess,
-            self.num_data,
-            parameters=self.parameters,
-            at_mean=lambda: _weights_at(self.parameters, mean, self.at_mean),
-        )
-
-    def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance:
-        """Σ keyed by the given parameters, for those of the names that this posterior has."""
-        return Covariance({p: self.variance[name] for name, p in parameters.items() if name in self._weight_decay})
-
-    def _precision(self, name: str, count: float | None = None) -> Tensor:
-        """count·(h + wd) in one pass over h; count is num_data unless given."""
-        count = self.num_data if count is None else count
+    def _precision(self, name: str) -> Tensor:
+        """N(h + wd) in one pass over h."""
         hessian = self._hessian[name]
-        return torch.add(hessian.new_full((), count * self._weight_decay[name]), hessian, alpha=count)
+        prior = torch.as_tensor(self._prior_precision[name], dtype=hessian.dtype, device=hessian.device)
+        return torch.add(prior, hessian, alpha=self.num_data)
 
-    def __repr__(self) -> str:
-        return f"Diagonal({len(self.names)} parameters, num_data={self.num_data:g})"
+    def _block(self, group: tuple[str, ...]) -> DiagonalBlock:
+        return DiagonalBlock(self._precision(group[0]).reciprocal_())
 
-
-@contextmanager
-def _weights_at(
-    parameters: Mapping[str, Tensor], mean: Mapping[str, Tensor], outer: Callable[[], AbstractContextManager[None]]
-) -> Iterator[None]:
-    """The parameters hold the mean inside; an optimizer whose draw is in them steps aside first."""
-    with outer():
-        before = {p: p.data for p in parameters.values()}
-        try:
-            for name, p in parameters.items():
-                p.data = mean[name].to(p.dtype)
-            torch.clear_autocast_cache()
-            yield
-        finally:
-            for p, data in before.items():
-                p.data = data
-            torch.clear_autocast_cache()
-
-
-class _ByName(Mapping[str, Tensor]):
-    """Tensors by parameter name, each computed when it is read."""
-
-    def __init__(self, posterior: Diagonal, get: Callable[[str], Tensor]):
-        self._posterior, self._get = posterior, get
-
-    def __getitem__(self, name: str) -> Tensor:
-        self._posterior._check()
-        if name not in self._posterior._weight_decay:
-            raise KeyError(f"no parameter named {name!r}; there are {', '.join(self._posterior.names)}")
-        return self._get(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._posterior.names)
-
-    def __len__(self) -> int:
-        return len(self._posterior.names)
+    def _keep_blocks(self) -> None:
+        self._hessian = {name: self._hessian[name].clone() for name in self.names}

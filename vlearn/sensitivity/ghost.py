@@ -8,7 +8,8 @@ and Σ the posterior covariance (Nickl et al., 2023, arXiv:2310.19273, Eqs. 12 a
                      what moving p by (ΣG_n)[p] does to its rows
 
 Where a layer acts at one position (T = 1) and Σ is diagonal, both need one matrix product and nothing of
-the size of G. Elsewhere G_n is formed for a few examples at a time, few enough to stay in cache.
+the size of G. Elsewhere G_n is formed for a few examples at a time, few enough to stay in cache. A Kronecker Σ
+is diagonal in rotated coordinates, and the same products are taken there (`vlearn.sensitivity.rotated`).
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ from vlearn.capture.replay import (
 from vlearn.capture.trace import Trace
 from vlearn.capture.tree import tensor_leaves
 from vlearn.capture.use import Use
+from vlearn.posterior.blocks import DiagonalBlock, KroneckerBlock
 from vlearn.posterior.covariance import Covariance
+from vlearn.sensitivity.rotated import Rotated, rotated
 
 CHUNK_ENTRIES = 2**20  # entries of G and of the rows worked on together, 4 MiB of float32: they stay in cache
-FALLBACK_ENTRIES = 2**24  # entries of G of all fallback modules together, which one pass per chunk forms
+FALLBACK_ENTRIES = 2**24  # entries of G of a fallback module, or of a dense Σ, that one pass forms
 
 
 @dataclass
@@ -76,18 +79,19 @@ def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: boo
     for use in dict.fromkeys(use for uses in uses_of.values() for use in uses):
         use.check_unchanged()
     result = Moved(covariance.zeros(trace.num_examples), {} if deviation else None)
-    dense: list[Tensor] = []
     by_uses: dict[tuple[Use, ...], list[Tensor]] = {}
+    rest: list[Tensor] = []
     for p, uses in uses_of.items():
-        if p in covariance.diagonal and all(use.rule is not None for use in uses):
+        if all(use.rule is not None for use in uses) and isinstance(covariance.block_of(p)[1], DiagonalBlock):
             by_uses.setdefault(tuple(uses), []).append(p)
         else:
-            dense.append(p)
+            rest.append(p)
     for uses, parameters in by_uses.items():
         _add_rows(result, uses, parameters, covariance)
-    if dense:
-        with as_recorded(trace):
-            _add_dense(result, {p: uses_of[p] for p in dense}, covariance, weights, trace.tolerance)
+    for parameters in _together(rest, uses_of, covariance):
+        if not _add_rotated(result, parameters, uses_of, covariance):
+            with as_recorded(trace):
+                _add_dense(result, {p: uses_of[p] for p in parameters}, covariance, weights, trace.tolerance)
     return result
 
 
@@ -190,7 +194,7 @@ def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], co
     for examples in _chunks(result.self_influence.shape[0], _entries(uses, parameters)):
         rows: dict[Use, Tensor] = {}
         for p in parameters:
-            variance = covariance.diagonal[p]
+            variance = covariance.block_of(p)[1].variances
             forms = [_form(use, p, examples) for use in uses]
             # Gradients of tied uses are summed before they are squared.
             gradient = sum(form.dense() for form in forms) if len(forms) > 1 else None
@@ -212,13 +216,45 @@ def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], co
             _add_row_tangent(result, use, examples, tangent)
 
 
+def _add_rotated(
+    result: Moved, parameters: list[Tensor], uses_of: dict[Tensor, list[Use]], covariance: Covariance
+) -> bool:
+    """Parameters of one layer that is used once, under a Kronecker Σ; False if they are not, or G_n costs less."""
+    columns, block = covariance.block_of(parameters[0])
+    uses = {use for p in parameters for use in uses_of[p]}
+    if not isinstance(block, KroneckerBlock) or len(uses) > 1 or len(parameters) < len(columns):
+        return False
+    (use,) = uses
+    if use.rule is None:
+        return False
+
+    def rows_of(examples: slice) -> Rotated | None:
+        return rotated([_form(use, p, examples) for p in columns], block)
+
+    first = rows_of(slice(0, 1))
+    if first is None:
+        return False
+    for examples in _chunks(result.self_influence.shape[0], first.entries):
+        rows = rows_of(examples)
+        assert rows is not None
+        if result.tangents is None:
+            result.self_influence[examples] += rows.self_influence()
+        else:
+            tangent = rows.tangent()
+            result.self_influence[examples] += rows.self_influence(tangent)
+            _add_row_tangent(result, use, examples, rows.back(tangent))
+    return True
+
+
 def _add_dense(
     result: Moved, uses_of: dict[Tensor, list[Use]], covariance: Covariance, weights: Weights, tolerance: float
 ) -> None:
-    """Parameters whose gradients are formed: those of fallback modules, and those of a joint Σ."""
+    """Parameters whose gradients are formed: those of fallback modules, and those correlated with others."""
     uses = dict.fromkeys(use for found in uses_of.values() for use in found)
     entries = sum(p.numel() for p in uses_of)
-    for examples in _chunks(result.self_influence.shape[0], entries, FALLBACK_ENTRIES):
+    in_cache = all(use.rule is not None for use in uses) and len(uses_of) <= 2
+    limit = CHUNK_ENTRIES if in_cache else FALLBACK_ENTRIES
+    for examples in _chunks(result.self_influence.shape[0], entries, limit):
         gradients: Weights = {}
         for use in uses:
             if use.rule is None:
@@ -241,6 +277,20 @@ def _add_dense(
             else:
                 for output, tangent in enumerate(output_tangents(use, examples, weights, moving)):
                     result.add(use, output, examples, tangent)
+
+
+def _together(
+    parameters: list[Tensor], uses_of: dict[Tensor, list[Use]], covariance: Covariance
+) -> list[list[Tensor]]:
+    """The parameters in groups that need one another: those of one block of Σ, those of one fallback module."""
+    group_of: dict[Any, tuple[list[Tensor], list[Any]]] = {}  # by what links them: the parameters, and their links
+    for p in parameters:
+        links: list[Any] = [covariance.block_of(p)[1], *(use for use in uses_of[p] if use.rule is None)]
+        members = [p]
+        for others, their_links in {id(g): g for link in links if (g := group_of.get(link))}.values():
+            members, links = others + members, list(dict.fromkeys(their_links + links))
+        group_of.update(dict.fromkeys(links, (members, links)))
+    return [members for members, _ in {id(group): group for group in group_of.values()}.values()]
 
 
 def _form(use: Use, p: Tensor, examples: slice) -> Form:

@@ -1,0 +1,214 @@
+"""A Gaussian over named parameters, made of independent blocks: what every structure of Σ shares."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlearn.posterior.blocks import Block
+from vlearn.posterior.covariance import Covariance
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Gaussian:
+    """q = N(m, Σ) on the scale of a sum over num_data examples; a subclass says what the blocks of Σ are.
+
+    Draws have the covariance Σ·num_data/ess; the two differ only where an optimizer is tempered.
+
+    Args:
+        mean: posterior mean of each parameter by name.
+        groups: the names of each block.
+        num_data: number of training examples N.
+        ess: effective sample size of the draws by name; num_data where missing.
+        prior_precision: δ of the prior N(0, 1/δ) by name, that of the sum of num_data losses; unknown where missing.
+        parameters: the model's parameters by name, where the posterior belongs to a model.
+        check: called before anything is read; raises if the state has moved on.
+        at_mean: gives a context in which the model's weights are the mean.
+
+    Attributes:
+        only_ranks: why the scale of Σ is arbitrary, if it is.
+    """
+
+    only_ranks: str | None = None
+
+    def __init__(
+        self,
+        mean: Mapping[str, Tensor],
+        groups: Sequence[tuple[str, ...]],
+        num_data: float,
+        *,
+        ess: Mapping[str, float] | None = None,
+        prior_precision: Mapping[str, float | Tensor] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        check: Callable[[], None] = lambda: None,
+        at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self._mean = mean
+        self._groups = {name: group for group in groups for name in group}
+        self._ess = dict(ess or {})
+        self._prior_precision = dict(prior_precision or {})
+        self._check = check
+        self.num_data = num_data
+        self.parameters = dict(parameters or {})
+        self.at_mean = at_mean
+
+    def _block(self, group: tuple[str, ...]) -> Block:
+        """The block of these names, on the num_data scale."""
+        raise NotImplementedError
+
+    def _keep_blocks(self) -> None:
+        """Replace what the blocks are made of by copies."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._groups)
+
+    @property
+    def mean(self) -> Mapping[str, Tensor]:
+        """Posterior mean by parameter name, in the parameter's shape."""
+        return ByName(self, lambda name: self._mean[name])
+
+    @property
+    def variance(self) -> Mapping[str, Tensor]:
+        """Diagonal of Σ by parameter name, on the num_data scale that sensitivities use."""
+        return ByName(self, self._variance)
+
+    @property
+    def draw_variance(self) -> Mapping[str, Tensor]:
+        """Variance of the draws by parameter name, on the ess scale."""
+        return ByName(self, lambda name: self._variance(name) * self._tempering(name))
+
+    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """One draw of every parameter by name, on the ess scale."""
+        self._need_scale("draws")
+        drawn: dict[str, Tensor] = {}
+        for group in self._each_group():
+            scale = math.sqrt(self._tempering(group[0]))
+            for name, move in zip(group, self._block(group).draw(generator), strict=True):
+                mean = self.mean[name]
+                drawn[name] = torch.add(mean, move, alpha=scale).to(mean.dtype)
+        return {name: drawn[name] for name in self.names}
+
+    def entropy(self) -> float:
+        """Entropy of q in nats, ½ log det(2πe Σ)."""
+        self._need_scale("an entropy")
+        count = sum(self.mean[name].numel() for name in self.names)
+        return 0.5 * (count * math.log(2 * math.pi * math.e) + self._log_determinant())
+
+    def kl(self) -> float:
+        """KL(q ‖ prior) in nats, ½ Σ [δ(σ² + m²) - 1 - log δ] - ½ log det Σ; the prior is N(0, 1/δ).
+
+        Raises:
+            ValueError: if a prior precision is unknown, or zero: the prior is then improper, the divergence infinite.
+        """
+        self._need_scale("a KL divergence")
+        total = -self._log_determinant()
+        for name in self.names:
+            if name not in self._prior_precision:
+                raise ValueError(f"the prior precision of {name!r} is unknown: pass prior_precision.")
+            mean, variance = self.mean[name].double(), self.variance[name].double()
+            prior = torch.as_tensor(self._prior_precision[name], dtype=torch.float64, device=mean.device)
+            if bool((prior <= 0).any()):
+                raise ValueError(
+                    f"weight_decay=0 for {name!r}, so its prior is improper and the KL divergence infinite: "
+                    "use a positive weight_decay."
+                )
+            total += float((prior * (variance + mean.square()) - 1 - prior.log()).sum())
+        return 0.5 * total
+
+    def clone(self) -> Self:
+        """A copy that later steps of the optimizer do not change; a sweep with it runs at its mean."""
+        mean = {name: self.mean[name].detach().clone() for name in self.names}
+        kept, at_mean = copy.copy(self), self.at_mean
+        kept._mean, kept._check = mean, lambda: None
+        kept.at_mean = lambda: weights_at(self.parameters, mean, at_mean)
+        kept._keep_blocks()
+        return kept
+
+    def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance:
+        """Σ keyed by the given parameters, for those of the names that this posterior has.
+
+        Raises:
+            ValueError: if a block has some of them, but not all.
+        """
+        blocks = []
+        for group in self._each_group():
+            missing = [name for name in group if name not in parameters]
+            if len(missing) == len(group):
+                continue
+            if missing:
+                raise ValueError(
+                    f"the model has no trainable parameter {missing[0]!r}, but the posterior has, correlated with "
+                    "others: pass the model that was trained."
+                )
+            blocks.append(([parameters[name] for name in group], self._block(group)))
+        return Covariance(blocks)
+
+    def _each_group(self) -> list[tuple[str, ...]]:
+        self._check()
+        return list(dict.fromkeys(self._groups.values()))
+
+    def _variance(self, name: str) -> Tensor:
+        group = self._groups[name]
+        return self._block(group).diagonal()[group.index(name)]
+
+    def _tempering(self, name: str) -> float:
+        return self.num_data / self._ess.get(name, self.num_data)
+
+    def _log_determinant(self) -> float:
+        return sum(self._block(group).log_determinant() for group in self._each_group())
+
+    def _need_scale(self, what: str) -> None:
+        if self.only_ranks:
+            raise RuntimeError(f"this posterior has no {what}: {self.only_ranks}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.names)} parameters, num_data={self.num_data:g})"
+
+
+@contextmanager
+def weights_at(
+    parameters: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+    outer: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[None]:
+    """The parameters hold the mean inside; an optimizer whose draw is in them steps aside first."""
+    with outer():
+        before = {p: p.data for p in parameters.values()}
+        try:
+            for name, p in parameters.items():
+                p.data = mean[name].to(p.dtype)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for p, data in before.items():
+                p.data = data
+            torch.clear_autocast_cache()
+
+
+class ByName(Mapping[str, Tensor]):
+    """Tensors by parameter name, each computed when it is read."""
+
+    def __init__(self, posterior: Gaussian, get: Callable[[str], Tensor]):
+        self._posterior, self._get = posterior, get
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._posterior._check()
+        if name not in self._posterior._groups:
+            raise KeyError(f"no parameter named {name!r}; there are {', '.join(self._posterior.names)}")
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._posterior.names)
+
+    def __len__(self) -> int:
+        return len(self._posterior.names)

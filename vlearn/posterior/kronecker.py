@@ -1,0 +1,127 @@
+"""Gaussian posteriors whose precision is a Kronecker product for each layer, damped exactly in its eigenbasis.
+
+With the covariances A = Q_A d_A Q_Aᵀ of a layer's inputs and B = Q_B d_B Q_Bᵀ of its output gradients, the Hessian
+of the mean loss is B ⊗ A for the weight flattened row by row, and
+
+    Σ = Q diag(1/(N(s + wd))) Qᵀ,  Q = Q_B ⊗ Q_A,  s = d_B d_Aᵀ  [O, I]
+
+(K-FAC: Martens & Grosse, 2015, arXiv:1503.05671). EK-FAC (George et al., 2018, arXiv:1806.03884) keeps the basis
+and takes for s the mean square of the per-example gradients in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlearn.posterior.blocks import KroneckerBlock
+from vlearn.posterior.gaussian import Gaussian
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Hessian of one layer, diagonal in a rotated basis; for a weight with its bias, the bias is the last column.
+
+    Attributes:
+        out_basis: Q_B ``[O, O]``; None is the identity.
+        in_basis: Q_A ``[I, I]``; None is the identity.
+        hessian: s ``[O, I]``, per example, without the weight decay.
+    """
+
+    out_basis: Tensor | None
+    in_basis: Tensor | None
+    hessian: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor, gradients: Tensor) -> Factors:
+        """K-FAC's, from A ``[I, I]`` and B ``[O, O]``; eigenvalues below zero are rounding, and set to it."""
+        in_values, in_basis = torch.linalg.eigh(inputs)
+        out_values, out_basis = torch.linalg.eigh(gradients)
+        return cls(out_basis, in_basis, torch.outer(out_values.clamp_min_(0), in_values.clamp_min_(0)))
+
+
+class Kronecker(Gaussian):
+    """q = N(m, Σ), Σ⁻¹ = num_data·Q(s + wd)Qᵀ for each layer; draws use ess·Q(s + wd)Qᵀ.
+
+    Args:
+        mean: posterior mean of each parameter by name.
+        factors: of each layer, by the names of its parameters, whose columns one after another are those of s:
+            ``("0.weight", "0.bias")`` together, or ``("0.weight",)`` and ``("0.bias",)`` each for itself.
+        weight_decay: wd by name, per example, the same for all names of a layer.
+        ess: effective sample size of the draws by name, the same for all names of a layer.
+        num_data: number of training examples N.
+        parameters: the model's parameters by name, where the posterior belongs to a model.
+        check: called before anything is read; raises if the state has moved on.
+        at_mean: gives a context in which the model's weights are the mean.
+
+    Raises:
+        ValueError: if the shapes of factors and means do not fit, or the weight decay or ess of a layer is not one.
+    """
+
+    def __init__(
+        self,
+        mean: Mapping[str, Tensor],
+        factors: Mapping[tuple[str, ...], Factors],
+        weight_decay: Mapping[str, float],
+        ess: Mapping[str, float],
+        num_data: float,
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+        check: Callable[[], None] = lambda: None,
+        at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        super().__init__(
+            mean,
+            list(factors),
+            num_data,
+            ess=ess,
+            prior_precision={name: num_data * decay for name, decay in weight_decay.items()},
+            parameters=parameters,
+            check=check,
+            at_mean=at_mean,
+        )
+        self._factors = dict(factors)
+        self._weight_decay = {layer: weight_decay[layer[0]] for layer in factors}
+        self._shapes = {layer: [mean[name].shape for name in layer] for layer in factors}
+        for layer, shapes in self._shapes.items():
+            _check_shapes(layer, shapes, factors[layer])
+            for what, by_name in (("weight_decay", weight_decay), ("ess", ess)):
+                if len({float(by_name[name]) for name in layer}) > 1:
+                    raise ValueError(
+                        f"{what} differs between {' and '.join(layer)}, but a layer has one: give both the same, or "
+                        "each its own factors."
+                    )
+
+    def _block(self, group: tuple[str, ...]) -> KroneckerBlock:
+        factors = self._factors[group]
+        variances = factors.hessian.add(self._weight_decay[group]).mul_(self.num_data).reciprocal_()
+        return KroneckerBlock(factors.out_basis, factors.in_basis, variances, self._shapes[group])
+
+    def _keep_blocks(self) -> None:
+        self._factors = {
+            layer: replace(
+                factors,
+                out_basis=None if factors.out_basis is None else factors.out_basis.clone(),
+                in_basis=None if factors.in_basis is None else factors.in_basis.clone(),
+                hessian=factors.hessian.clone(),
+            )
+            for layer, factors in self._factors.items()
+        }
+
+
+def _check_shapes(layer: tuple[str, ...], shapes: list[torch.Size], factors: Factors) -> None:
+    rows = shapes[0][0]
+    if any(shape[0] != rows for shape in shapes):
+        raise ValueError(f"{' and '.join(layer)} have {', '.join(str(s[0]) for s in shapes)} rows, so no layer has both.")
+    columns = sum(shape.numel() for shape in shapes) // rows
+    for name, tensor, expected in (
+        ("hessian", factors.hessian, (rows, columns)),
+        ("out_basis", factors.out_basis, (rows, rows)),
+        ("in_basis", factors.in_basis, (columns, columns)),
+    ):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(f"{name} of {' and '.join(layer)} has shape {tuple(tensor.shape)}, but it must be {expected}.")
