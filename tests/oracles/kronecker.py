@@ -24,7 +24,9 @@ def block_precision(
         gradients: B ``[O, O]``.
         shapes: of the parameters, each ``[O, ...]``.
     """
-    whole = num_data * (torch.kron(gradients, inputs) + weight_decay * torch.eye(len(gradients) * len(inputs), dtype=inputs.dtype))
+    whole = num_data * (
+        torch.kron(gradients, inputs) + weight_decay * torch.eye(len(gradients) * len(inputs), dtype=inputs.dtype)
+    )
     order = parameter_order(shapes)
     return whole[order][:, order]
 

@@ -25,8 +25,10 @@ def posterior_of(parameters, structure):
         decay, ess = 0.1 + 0.05 * turn, dict.fromkeys(group, ESS)
         decays = dict.fromkeys(group, decay)
         if kind == "dense":
-            blocks[group] = NUM_DATA * (random_covariance(size, generator) + decay * torch.eye(size, dtype=torch.float64))
-            prior = {name: NUM_DATA * decay for name in group}
+            blocks[group] = NUM_DATA * (
+                random_covariance(size, generator) + decay * torch.eye(size, dtype=torch.float64)
+            )
+            prior = dict.fromkeys(group, NUM_DATA * decay)
             parts.append(Full(means, blocks[group], NUM_DATA, ess=ESS, prior_precision=prior))
         elif kind == "diagonal" or not means[group[0]].dim():
             hessian = {n: torch.rand(t.shape, dtype=torch.float64, generator=generator) for n, t in means.items()}

@@ -18,8 +18,7 @@ NAMES = [name for name in CASES if name not in SPECIAL]
 
 def assert_exact(model, call, x, target, loss_fn, structure):
     posterior, covariance = posterior_of(moving(model), structure)
-    losses = lambda output: loss_fn(output, target, reduction="none")
-    truth = per_example(model.eval(), call, losses)
+    truth = per_example(model.eval(), call, lambda output: loss_fn(output, target, reduction="none"))
     table = vlearn.sweep(model, posterior, [(x, target)], loss_fn, "exact", progress=False)
     assert relative_error(table.self_influence, truth.self_influence(covariance)) < 1e-10
     assert relative_error(table.deviation, truth.deviation(covariance).reshape(table.deviation.shape)) < 1e-10

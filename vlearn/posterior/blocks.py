@@ -66,7 +66,7 @@ class Block:
 
     def log_determinant(self) -> float:
         """log det Σ."""
-        return float(self.variances.double().log_().sum() + 2 * self.log_volume())
+        return float(self.variances.double().log().sum() + 2 * self.log_volume())
 
 
 class DiagonalBlock(Block):

@@ -116,7 +116,9 @@ class Kronecker(Gaussian):
 def _check_shapes(layer: tuple[str, ...], shapes: list[torch.Size], factors: Factors) -> None:
     rows = shapes[0][0]
     if any(shape[0] != rows for shape in shapes):
-        raise ValueError(f"{' and '.join(layer)} have {', '.join(str(s[0]) for s in shapes)} rows, so no layer has both.")
+        raise ValueError(
+            f"{' and '.join(layer)} have {', '.join(str(s[0]) for s in shapes)} rows, so no layer has both."
+        )
     columns = sum(shape.numel() for shape in shapes) // rows
     for name, tensor, expected in (
         ("hessian", factors.hessian, (rows, columns)),
@@ -124,4 +126,6 @@ def _check_shapes(layer: tuple[str, ...], shapes: list[torch.Size], factors: Fac
         ("in_basis", factors.in_basis, (columns, columns)),
     ):
         if tensor is not None and tensor.shape != expected:
-            raise ValueError(f"{name} of {' and '.join(layer)} has shape {tuple(tensor.shape)}, but it must be {expected}.")
+            raise ValueError(
+                f"{name} of {' and '.join(layer)} has shape {tuple(tensor.shape)}, but it must be {expected}."
+            )

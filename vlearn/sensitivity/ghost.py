@@ -279,9 +279,7 @@ def _add_dense(
                     result.add(use, output, examples, tangent)
 
 
-def _together(
-    parameters: list[Tensor], uses_of: dict[Tensor, list[Use]], covariance: Covariance
-) -> list[list[Tensor]]:
+def _together(parameters: list[Tensor], uses_of: dict[Tensor, list[Use]], covariance: Covariance) -> list[list[Tensor]]:
     """The parameters in groups that need one another: those of one block of Σ, those of one fallback module."""
     group_of: dict[Any, tuple[list[Tensor], list[Any]]] = {}  # by what links them: the parameters, and their links
     for p in parameters:
