@@ -4,7 +4,7 @@ from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
 from vlearn.optim import IVON
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
-from vlearn.sensitivity import IndexedDataset, sweep
+from vlearn.sensitivity import IndexedDataset, leave_group_out, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MemoryMap",
     "conjugate",
     "integrations",
+    "leave_group_out",
     "optim",
     "plot",
     "posterior",

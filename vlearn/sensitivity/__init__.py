@@ -1,7 +1,8 @@
 """The memory-perturbation equation: what removing examples would change, read from a posterior."""
 
 from vlearn.sensitivity.batches import IndexedDataset
+from vlearn.sensitivity.groups import GroupTable, leave_group_out
 from vlearn.sensitivity.live import Sensitivities
 from vlearn.sensitivity.sweep import SensitivityTable, sweep
 
-__all__ = ["IndexedDataset", "Sensitivities", "SensitivityTable", "sweep"]
+__all__ = ["GroupTable", "IndexedDataset", "Sensitivities", "SensitivityTable", "leave_group_out", "sweep"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 
 class IndexedDataset(Dataset):
@@ -38,18 +38,37 @@ class Batch(NamedTuple):
     target: Any
     index: Tensor
 
+    def rows(self, rows: Tensor) -> Batch:
+        """Some of the examples: those rows of every tensor that has one for each."""
+        count = len(self.index)
 
-def batches(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
+        def of(leaf: Any) -> Any:
+            has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
+            return leaf[rows.to(leaf.device)] if has_rows else leaf
+
+        return Batch(*tree_map(of, (self.args, self.kwargs, self.target)), self.index[rows])
+
+
+def batches(loader: Iterable[Any], device: torch.device, by_number: bool = False) -> Iterator[Batch]:
     """The loader's batches on a device; without an index, examples are numbered in loader order.
+
+    Args:
+        by_number: refuse a loader whose order is not that of the examples and that does not number them.
 
     Raises:
         ValueError: if a batch is neither (x, y) nor (x, y, index), or has no tensors, or not one index an example.
     """
+    shuffles = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
     seen = 0
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
             found = f"{len(batch)} entries" if isinstance(batch, tuple | list) else type(batch).__name__
             raise ValueError(f"the loader gave a batch of {found}, but it must yield (x, y) or (x, y, index).")
+        if by_number and shuffles and len(batch) == 2:
+            raise ValueError(
+                "the loader shuffles and does not number its examples, so they cannot be told apart: wrap the dataset "
+                "in vlearn.IndexedDataset, or do not shuffle."
+            )
         x, target = (tree_map(lambda leaf: _on(device, leaf), part) for part in batch[:2])
         sizes = [leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim() > 0]
         if not sizes:
