@@ -4,7 +4,7 @@ from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
 from vlearn.optim import IVON
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
-from vlearn.sensitivity import IndexedDataset, leave_group_out, sweep
+from vlearn.sensitivity import IndexedDataset, influence, leave_group_out, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "IndexedDataset",
     "MemoryMap",
     "conjugate",
+    "influence",
     "integrations",
     "leave_group_out",
     "optim",

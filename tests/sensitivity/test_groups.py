@@ -67,6 +67,8 @@ def dense_posterior(case, loss, prior_precision=0.5):
         "weight_used_by_its_module_and_outside_it",
         "attention",
         "layer_norm_on_sequences",
+        "parameter_of_no_dimension",
+        "frozen_first_layer",
         "keyword_inputs",
         "two_inputs",
     ],

@@ -1,8 +1,20 @@
 """The memory-perturbation equation: what removing examples would change, read from a posterior."""
 
+from vlearn.sensitivity import measures
 from vlearn.sensitivity.batches import IndexedDataset
 from vlearn.sensitivity.groups import GroupTable, leave_group_out
+from vlearn.sensitivity.influence import Influence, influence
 from vlearn.sensitivity.live import Sensitivities
 from vlearn.sensitivity.sweep import SensitivityTable, sweep
 
-__all__ = ["GroupTable", "IndexedDataset", "Sensitivities", "SensitivityTable", "leave_group_out", "sweep"]
+__all__ = [
+    "GroupTable",
+    "IndexedDataset",
+    "Influence",
+    "Sensitivities",
+    "SensitivityTable",
+    "influence",
+    "leave_group_out",
+    "measures",
+    "sweep",
+]

@@ -46,7 +46,8 @@ class Batch(NamedTuple):
             has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
             return leaf[rows.to(leaf.device)] if has_rows else leaf
 
-        return Batch(*tree_map(of, (self.args, self.kwargs, self.target)), self.index[rows])
+        args, kwargs, target = tree_map(of, (self.args, self.kwargs, self.target))
+        return Batch(args, kwargs, target, self.index[rows])
 
 
 def batches(loader: Iterable[Any], device: torch.device, by_number: bool = False) -> Iterator[Batch]:

@@ -80,7 +80,7 @@ def solve(
 
 def dot(left: Vectors, right: Vectors) -> Tensor:
     """Inner product of each system ``[K]``."""
-    products = [(left[p].flatten(1) * right[p].flatten(1)).sum(1) for p in left]
+    products = [(left[p] * right[p]).reshape(len(right[p]), -1).sum(1) for p in left]
     return torch.stack(products).sum(0)
 
 

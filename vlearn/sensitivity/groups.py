@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def leave_group_out(
             seen.check()
 
         gradients, loss = _gradients(visit, covariance, len(members))
-        step, facts = covariance.multiply(gradients), {}
+        step, facts = _multiply(covariance, gradients), {}
         if refined:
             step, facts = _refine(visit, covariance, gradients, step, threshold, tolerance, max_iterations)
         return _table(visit, members, step, loss, facts)
@@ -170,7 +171,7 @@ def _refine(
                 found[p][k] += g
         return found
 
-    solved = solve(covariance.multiply, curve, gradients, tolerance, max_iterations)
+    solved = solve(partial(_multiply, covariance), curve, gradients, tolerance, max_iterations)
     fell_back = solved.indefinite | ~(solved.largest < threshold)
     step = {}
     for p, x in solved.x.items():
@@ -181,6 +182,12 @@ def _refine(
         "largest_eigenvalue": solved.largest.cpu(),
         "fell_back": fell_back.cpu(),
     }
+
+
+def _multiply(covariance: Covariance, vectors: Vectors) -> Vectors:
+    """Σ v, of the parameters that v has: the others are frozen."""
+    found = covariance.multiply(vectors)
+    return {p: found[p] for p in vectors}
 
 
 def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: dict[str, Tensor]) -> GroupTable:

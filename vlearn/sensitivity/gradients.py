@@ -1,0 +1,46 @@
+"""Gradients of each example's own loss, formed for as many examples at a time as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from vlearn.capture.fallback import Weights, per_example_gradients
+from vlearn.capture.layout import check_layout
+from vlearn.capture.replay import as_recorded
+from vlearn.sensitivity.ghost import _form
+from vlearn.sensitivity.linearize import Linearization
+
+GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
+
+
+def example_gradients(at: Linearization, limit: int | None = None) -> Iterator[tuple[slice, dict[Tensor, Tensor]]]:
+    """g_n by parameter ``[n, *shape]``, a chunk of the batch's examples at a time.
+
+    Args:
+        limit: largest number of examples at a time; those of `GRADIENT_ENTRIES` by default.
+    """
+    at.pull_back_residuals(last=True)
+    check_layout(at.trace, at.weights)
+    if limit is None:
+        limit = max(1, GRADIENT_ENTRIES // sum(p.numel() for p in at.weights))
+    for start in range(0, len(at.batch.index), limit):
+        examples = slice(start, min(start + limit, len(at.batch.index)))
+        yield examples, _gradients(at, examples)
+
+
+def _gradients(at: Linearization, examples: slice) -> Weights:
+    found: Weights = {}
+    with as_recorded(at.trace):
+        for use in at.trace.uses:
+            if not (use.reached and use.parameters):
+                continue
+            use.check_unchanged()
+            if use.rule is None:
+                parts = per_example_gradients(use, examples, at.weights, at.trace.tolerance)
+            else:
+                parts = {p: _form(use, p, examples).dense() for p in use.parameters}
+            for p, part in parts.items():
+                found[p] = found[p] + part if p in found else part
+    return found
