@@ -8,7 +8,7 @@ from torch import nn
 import vlearn
 from tests.oracles.networks import CASES, Case, Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
-from vlearn.capture import fallback, replay
+from vlearn.capture import examples, fallback, replay
 from vlearn.sensitivity import ghost
 
 
@@ -72,8 +72,7 @@ def test_two_backward_passes_give_what_forward_mode_gives(name, monkeypatch):
 @pytest.mark.parametrize("name", [*FALLBACKS, "convolution", "weight_shared_by_two_layers", "linear_on_sequences"])
 @pytest.mark.parametrize("limit", [1, 300])
 def test_the_size_of_the_chunks_does_not_matter(name, limit, monkeypatch):
-    monkeypatch.setattr(ghost, "CHUNK_ENTRIES", limit)
-    monkeypatch.setattr(ghost._chunks, "__defaults__", (limit,))
+    monkeypatch.setattr(examples.chunks, "__defaults__", (limit,))
     monkeypatch.setattr(ghost, "FALLBACK_ENTRIES", limit)
     assert_exact(CASES[name]())
 

@@ -33,6 +33,7 @@ def check(module, x):
         form = rule.form(module, p, x, cotangent)
         variance, direction = torch.rand_like(p), torch.randn_like(truth)
         assert relative_error(form.dense(), truth) < 1e-12
+        assert relative_error(form.sum_of_squares(), truth.square().sum(0)) < 1e-12
         influence = (truth.square() * variance.detach()).flatten(1).sum(1)
         assert relative_error(form.weighted_square(variance.detach()), influence) < 1e-12
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +47,22 @@ IVON = Entry(
         ({"nonfinite": "stop"}, "nonfinite='stop', but it must be 'raise', 'skip' or 'ignore': use 'raise'."),
     ),
 )
-FAMILY = (IVON,)
+VOGN = Entry(
+    "VOGN",
+    lambda params, **kwargs: vlearn.VOGN(params, **{"lr": 0.1, "ess": 50, "hess_init": 0.5, "beta2": 0.99, **kwargs}),
+    bad=(
+        ({"lr": -1.0}, "lr=-1.0, but it must not be negative: try 0.1."),
+        ({"damping": -1.0}, "damping=-1.0, but it must not be negative: use 0."),
+        ({"tempering": 0.0}, "tempering=0.0, but it must be positive: use 1."),
+        ({"augmentation": 0.0}, "augmentation=0.0, but it must be positive: use 1."),
+        (
+            {"beta2": 0.0, "weight_decay": 0.0},
+            "beta2=0.0, but it must be positive without weight decay: the precision of a flat direction would be zero.",
+        ),
+    ),
+    captures=True,
+)
+FAMILY = (IVON, VOGN)
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -118,9 +134,21 @@ def modes(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
 LOOPS = {"plain": plain, "context": context, "closure": closure, "modes": modes}
 
 
-def made(entry: Entry, loop: str, model: nn.Module, **kwargs: Any) -> Any:
-    """The optimizer as the loop wants it: over the model for (a), over its parameters else."""
+def made(
+    entry: Entry, loop: str, model: nn.Module, loss_scale: float | Callable[[], float] = 1.0, **kwargs: Any
+) -> Any:
+    """The optimizer as the loop wants it: over the model for (a), over its parameters else.
+
+    Args:
+        loss_scale: what the loss will be multiplied with; rules that need captures must know it.
+    """
     optimizer = entry.make(model if loop == "plain" else model.parameters(), **kwargs)
-    if entry.captures and loop != "plain":
-        optimizer.watch(model)
+    if entry.captures:
+        optimizer.watch(model, loss_scale=loss_scale)
     return optimizer
+
+
+def needs_gradients_alone(entry: Entry) -> None:
+    """Skip the rules that need captures where a test writes gradients by hand, or where passes have none."""
+    if entry.captures:
+        pytest.skip("the rule needs a captured pass")

@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, loss_of, made, network, plain, states, weights
+from tests.optim.table import (
+    FAMILY,
+    LOOPS,
+    Entry,
+    data,
+    equal,
+    loss_of,
+    made,
+    needs_gradients_alone,
+    network,
+    plain,
+    states,
+    weights,
+)
 
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 overrides = pytest.mark.parametrize(
@@ -79,6 +92,7 @@ def test_adding_a_group_drops_the_draw_that_waits_and_training_goes_on(entry: En
 
 @family
 def test_a_parameter_without_gradient_in_some_draws_counts_as_zero_there(entry: Entry) -> None:
+    needs_gradients_alone(entry)
     x, y = data()
 
     def run(zero: bool) -> list[Tensor]:

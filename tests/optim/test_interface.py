@@ -12,7 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, loss_of, made, network, plain, states, weights
+from tests.optim.table import (
+    FAMILY,
+    LOOPS,
+    Entry,
+    data,
+    equal,
+    loss_of,
+    made,
+    needs_gradients_alone,
+    network,
+    plain,
+    states,
+    weights,
+)
 
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 loops = pytest.mark.parametrize("loop", LOOPS)
@@ -20,6 +33,7 @@ loops = pytest.mark.parametrize("loop", LOOPS)
 
 @family
 def test_parameters_may_come_in_every_form_torch_takes(entry: Entry) -> None:
+    needs_gradients_alone(entry)
     x, y = data()
     forms = (
         lambda m: list(m.parameters()),
@@ -260,6 +274,7 @@ def test_multi_tensor_and_plain_loops_give_the_same_step(entry: Entry, loop: str
 
 @family
 def test_gradients_that_require_grad_are_taken_as_they_are(entry: Entry) -> None:
+    needs_gradients_alone(entry)
     x, y = data()
     results = []
     for create_graph in (True, False):
@@ -306,6 +321,7 @@ def test_complex_parameters_are_refused_and_their_real_view_is_not(entry: Entry)
     with pytest.raises(TypeError, match="use torch.view_as_real"):
         optimizer.add_param_group({"params": [p]})
     assert len(optimizer.param_groups) == 1
+    needs_gradients_alone(entry)
     real = nn.Parameter(torch.view_as_real(p.detach().clone()))
     optimizer = entry.make([real])
     with optimizer.sampled_params(train=True):

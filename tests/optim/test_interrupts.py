@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.optim.table import FAMILY, Entry, data, equal, loss_of, network, plain, weights
+from tests.optim.table import FAMILY, Entry, data, equal, loss_of, needs_gradients_alone, network, plain, weights
 from tests.oracles.networks import Model
 
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
@@ -98,6 +98,7 @@ def test_a_backward_after_an_interrupted_eval_forward_gives_the_gradient_at_the_
 
 @family
 def test_a_training_forward_after_an_interrupted_eval_forward_shares_the_draw_with_the_one_before(entry: Entry) -> None:
+    needs_gradients_alone(entry)
     x, y = data()
 
     def train(is_interrupted: bool) -> list[Tensor]:
@@ -188,6 +189,8 @@ def _curvature(model: nn.Module, x: Tensor) -> Tensor:
 @family
 @pytest.mark.parametrize("kind", ["checkpoint", "dict", "in place", "parts", "recurrent", *LOUD])
 def test_any_kind_of_pass_gets_the_gradient_at_the_draw_or_none(entry: Entry, kind: str) -> None:
+    if kind in ("parts", "recurrent", "gradient of a gradient"):
+        needs_gradients_alone(entry)
     x, _ = data()
 
     def train(is_interrupted: bool) -> list[Tensor]:

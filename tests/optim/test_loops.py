@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, loss_of, made, network, plain, weights
+from tests.optim.table import (
+    FAMILY,
+    LOOPS,
+    Entry,
+    data,
+    equal,
+    loss_of,
+    made,
+    needs_gradients_alone,
+    network,
+    plain,
+    weights,
+)
 
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 loops = pytest.mark.parametrize("loop", LOOPS)
@@ -155,7 +167,7 @@ def test_a_closure_after_contexts_may_do_nothing_but_not_train(entry: Entry) -> 
     assert equal(*results)
     with optimizer.sampled_params(train=True):
         loss_of(model, x, y).backward()
-    with pytest.raises(RuntimeError, match="while a draw of sampled_params"):
+    with pytest.raises(RuntimeError, match="while a draw of sampled_params|outside sampled_params"):
         optimizer.step(lambda: loss_of(model, x, y).backward())
     assert equal(weights(model), results[0])
 
@@ -194,7 +206,7 @@ def test_accumulated_micro_batches_make_the_step_of_the_big_batch(entry: Entry, 
 
     def train(parts: int) -> list[torch.Tensor]:
         model = network()
-        optimizer = made(entry, loop, model)
+        optimizer = made(entry, loop, model, 1 / parts)
         torch.manual_seed(3)
         for _ in range(3):
             optimizer.zero_grad()
@@ -418,7 +430,7 @@ def test_an_ensemble_draw_leaves_a_waiting_draw_as_it_was(entry: Entry) -> None:
 @family
 def test_misuse_names_the_remedy_and_changes_nothing(entry: Entry) -> None:
     model, (x, y) = network(), data()
-    optimizer = made(entry, "context", model)
+    optimizer = entry.make(model.parameters())
     mean = weights(model)
     with pytest.raises(RuntimeError, match="(?s)without a draw.*\\(a\\).*\\(b\\).*\\(c\\).*\\(d\\)"):
         optimizer.step()
@@ -436,6 +448,7 @@ def test_misuse_names_the_remedy_and_changes_nothing(entry: Entry) -> None:
             optimizer.train()
     assert equal(weights(model), mean)
     optimizer.zero_grad()
+    optimizer.watch(model)
     optimizer.train()
     loss_of(model, x, y).backward()
     with pytest.raises(RuntimeError, match="call step\\(\\) before sampled_params"):
@@ -471,6 +484,7 @@ def test_mc_samples_above_one_needs_a_closure_or_contexts(entry: Entry) -> None:
 
 @family
 def test_a_watched_model_may_be_called_in_parts(entry: Entry) -> None:
+    needs_gradients_alone(entry)
     x, y = data()
 
     def train(parts: bool) -> list[torch.Tensor]:
@@ -512,9 +526,9 @@ def test_clipping_and_unscaling_between_backward_and_step_count(entry: Entry) ->
 
     def train(loop: str, how: str) -> list[torch.Tensor]:
         model = network()
-        optimizer = made(entry, loop, model)
-        torch.manual_seed(2)
         factor = 1024.0 if how == "scaled" else 1.0
+        optimizer = made(entry, loop, model, factor)
+        torch.manual_seed(2)
         if loop == "context":
             with optimizer.sampled_params(train=True):
                 (factor * loss_of(model, x, y)).backward()

@@ -45,8 +45,8 @@ def train(
 ) -> tuple[list[Tensor], Any]:
     """(weights and state after some steps, the optimizer); a scale of 0 is a scaler that is not enabled."""
     model = network(dtype=torch.float32)
-    optimizer = made(entry, loop, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, backoff_factor=0.5, enabled=scale > 0)
+    optimizer = made(entry, loop, model, scaler.get_scale)
     generator_state = torch.Generator().manual_seed(2).get_state()
     torch.set_rng_state(generator_state)
     taken = attempts = 0

@@ -16,6 +16,7 @@ Every form has
     moved_rows(D)       change of the output rows ``[N, G, T, O]`` when example n's parameter moves by D_n
     weighted_square(w)  ⟨G_n, w ∘ G_n⟩ ``[N]``
     output_tangent(w)   moved_rows(w ∘ G_n)
+    sum_of_squares()    Σ_n G_n ∘ G_n in the parameter's shape
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ class Outer:
             return self.b * self._weighted_inputs(variance)
         return self.a @ (self.b.mT @ self.a).mul_(self._matrix(variance)).mT
 
+    def sum_of_squares(self) -> Tensor:
+        if self.b.shape[2] == 1:
+            a, b = (rows.squeeze(2).square().transpose(0, 1) for rows in (self.a, self.b))  # [G, N, I], [G, N, O]
+            return (b.mT @ a).reshape(self.shape)
+        return (self.b.mT @ self.a).square_().sum(0).reshape(self.shape)
+
     def _weighted_inputs(self, variance: Tensor) -> Tensor:
         """Σ_i w_oi a_ni² ``[N, G, 1, O]`` of the single position: one product with all examples as rows."""
         rows = self.a.square().squeeze(2).transpose(0, 1)  # [G, N, I]
@@ -84,9 +91,7 @@ class Strips:
         return self.shape.numel() + self.strips[0].numel() + self.b[0].numel()
 
     def dense(self) -> Tensor:
-        kernel_rows = self._dense()
-        n, g, kh, o, _ = kernel_rows.shape
-        return kernel_rows.reshape(n, g, kh, o, self.shape[1], -1).permute(0, 1, 3, 4, 2, 5).reshape(n, *self.shape)
+        return self._from_kernel_rows(self._dense())
 
     def moved_rows(self, direction: Tensor) -> Tensor:
         return self._moved(self._by_kernel_row(direction))
@@ -104,6 +109,9 @@ class Strips:
     def output_tangent(self, variance: Tensor) -> Tensor:
         return self._moved(self._dense().mul_(self._by_kernel_row(variance)))
 
+    def sum_of_squares(self) -> Tensor:
+        return self._from_kernel_rows(self._dense().square_().sum(0, keepdim=True))[0]
+
     def _rows(self, r: int) -> Tensor:
         """What row r of the kernel meets: ``[N, G, I·kw, T]``."""
         start = r * self.dilation
@@ -118,6 +126,11 @@ class Strips:
         for r in range(1, self.shape[2]):
             moved += direction[:, :, r] @ self._rows(r)
         return moved.mT
+
+    def _from_kernel_rows(self, tensor: Tensor) -> Tensor:
+        """``[n, G, kh, O/G, I·kw]`` -> ``[n, O, I, kh, kw]``."""
+        n, g, kh, o, _ = tensor.shape
+        return tensor.reshape(n, g, kh, o, self.shape[1], -1).permute(0, 1, 3, 4, 2, 5).reshape(n, *self.shape)
 
     def _by_kernel_row(self, tensor: Tensor) -> Tensor:
         """``[..., O, I, kh, kw]`` -> ``[..., G, kh, O/G, I·kw]``."""
@@ -146,6 +159,9 @@ class Shift:
 
     def output_tangent(self, variance: Tensor) -> Tensor:
         return self.b * variance.reshape(1, self.b.shape[1], 1, -1)
+
+    def sum_of_squares(self) -> Tensor:
+        return self.b.square().sum(0).reshape(self.shape)
 
 
 Form = Outer | Strips | Shift

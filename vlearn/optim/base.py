@@ -14,7 +14,7 @@ The weights are the posterior mean whenever no draw is active.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -93,6 +93,18 @@ class VariationalOptimizer(Sampler, Optimizer):
             False if nothing was done because the block does not fit.
         """
         return False
+
+    def _sums_over_examples(
+        self, watch: Watch, wanted: Container[Tensor], weights: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """What a rule that needs captures sums over the examples of a pass, by parameter in its shape.
+
+        Args:
+            watch: has the captures.
+            wanted: the parameters that have a gradient.
+            weights: the sampled weights of the pass.
+        """
+        raise NotImplementedError
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError if a parameter group's settings break a rule."""
@@ -373,8 +385,9 @@ class VariationalOptimizer(Sampler, Optimizer):
                 continue
             last = None if synchronised else self._contributions(draw, group, block)
             slots, gradients, statistics = self._average.of(block, last)
-            if draw.local is not None:
-                draw.local.average(slots, statistics)
+            # With one draw for all, only what comes from this process's own examples differs.
+            if not synchronised and (draw.local is not None or draw.captured is not None):
+                self._wrappers.average(slots, statistics)
             if slots:
                 yield Part(group, slots, gradients, statistics)
             self._round_means(slots)
@@ -386,6 +399,30 @@ class VariationalOptimizer(Sampler, Optimizer):
         for slot in block:
             if is_narrow(slot.weights):
                 slot.mean.copy_(self._exact_mean(slot))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _collect(self) -> None:
+        draw, watch = self._draw, self._watch
+        captured = None if draw is None else draw.captured
+        if draw is None or captured is None or watch is None or not watch.has_uncollected:
+            return
+        watch.collected = True
+        samples = draw.samples()
+        try:
+            trace = watch.checked_trace()
+            weights = {p: samples.get(p, p.data) for p in trace.tracked}
+            with torch.autocast(next(iter(samples)).device.type, enabled=False):
+                wanted = {p for p in draw.parameters if self._gradient_of(draw, p) is not None}
+                captured.add(self._sums_over_examples(watch, wanted, weights), trace.num_examples)
+        except (RuntimeError, ValueError) as error:  # for step() to raise: the training pass itself can go on
+            captured.problem = error
+
+    def _forget_zeroed_passes(self) -> None:
+        """A backward pass begins: where gradients have been zeroed, the passes that they came from do not count."""
+        captured = None if self._draw is None else self._draw.captured
+        if captured is not None and all(p.grad is None or not bool(p.grad.any()) for p in self._draw.parameters):  # pyright: ignore
+            captured.clear()
 
     # -- the posterior and what is read from it ------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlearn.optim.captured import Captured
 from vlearn.optim.draw import Draw
 from vlearn.optim.watch import COMPILED, compiles
 
@@ -67,7 +68,30 @@ def checked_draw(optimizer: VariationalOptimizer, has_closure: bool) -> Draw:
             "enter sampled_params(train=True) that many times."
         )
     optimizer._check_local(draw)
+    optimizer._collect()
+    if draw.captured is not None and any(optimizer._gradient_of(draw, p) is not None for p in draw.parameters):
+        _check_captured(optimizer, draw.captured)
     return draw
+
+
+def _check_captured(optimizer: VariationalOptimizer, captured: Captured) -> None:
+    """What the update rule takes from captures is there, for every pass of the step."""
+    name, watch = type(optimizer).__name__, optimizer._watch
+    if watch is None:
+        raise RuntimeError(
+            f"{name} updates its Hessian from the examples' own gradients, which only a watched model gives: use "
+            f"{name}(model, ...) or optimizer.watch(model)."
+        )
+    if captured.problem is not None:
+        raise RuntimeError(
+            f"{name} updates its Hessian from the examples' own gradients, which this step does not have: "
+            f"{captured.problem}"
+        ) from captured.problem
+    if not captured.count and watch.captures(optimizer.next_step()):
+        raise RuntimeError(
+            f"{name} updates its Hessian from the examples' own gradients, but no backward pass came through the "
+            f"watched model: compute the gradients by its forward and backward pass.{COMPILED if compiles() else ''}"
+        )
 
 
 def check_first_gradients(optimizer: VariationalOptimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,5 +81,5 @@ def _columns(group: dict[str, Any], mean: Tensor, state: dict[str, Tensor], stri
     steps = int(state["step"])
     correction = 1 - group["beta1"] ** steps if group["debias"] and steps else 1.0
     direction = (momentum / correction + group["weight_decay"] * mean) / precision
-    clipped = direction.abs() > group["clip_radius"]
+    clipped = direction.abs() > group.get("clip_radius", math.inf)
     return hessian.cpu(), moved.cpu(), ratio.cpu(), clipped.cpu()

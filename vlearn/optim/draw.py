@@ -24,6 +24,7 @@ from torch.autograd.graph import increment_version
 from vlearn.optim.compiled import SMALLEST
 
 if TYPE_CHECKING:
+    from vlearn.optim.captured import Captured
     from vlearn.optim.local import LocalGradients
 
 CPU_BLOCK = 2**17  # entries; the best of 2**14 ... 2**20 on one and two threads
@@ -97,6 +98,7 @@ class Draw:
         has_gradient: whether a backward pass has reached a parameter under this draw.
         gradients: what `p.grad` was when the draw was finished by leaving its context.
         local: this process's own gradients, where several processes have draws of their own.
+        captured: what the update rule takes from the captures of the passes under this draw, if it wants them.
     """
 
     origin: str
@@ -107,6 +109,7 @@ class Draw:
     has_gradient: bool = False
     gradients: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
     local: LocalGradients | None = None
+    captured: Captured | None = None
     _versions: dict[Tensor, int] = field(default_factory=dict)  # of the parameters, before the mean was shown
 
     @property

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.optim.draw import Slot
 from vlearn.optim.nonfinite import is_narrow
 from vlearn.optim.wrappers import Wrappers
 
@@ -176,20 +175,6 @@ class LocalGradients:
         norms = zip((self._left[p][2] for p in same), _norms([gradients[p] for p in same]), strict=True)
         pairs = dict(zip(same, norms, strict=True))
         return changed + ([p for p in same if _any_differs([pairs[p]])] if _any_differs(pairs.values()) else [])
-
-    def average(self, slots: list[Slot], statistics: list[Tensor]) -> None:
-        """Average the statistics of reduced parameters over their processes: one message for a block."""
-        together: dict[Any, list[int]] = {}
-        for i, slot in enumerate(slots):
-            wrapper = self.wrappers.around(slot.parameter)
-            if wrapper is not None:
-                together.setdefault(wrapper.process_group, []).append(i)
-        for group, where in together.items():
-            message = torch.cat([statistics[i].reshape(-1) for i in where])
-            torch.distributed.all_reduce(message, group=group)
-            message.div_(group.size())
-            for i, part in zip(where, message.split([statistics[i].numel() for i in where]), strict=True):
-                statistics[i] = part.view_as(statistics[i])
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.average import Average, Contribution, worst
+from vlearn.optim.captured import Captured
 from vlearn.optim.draw import Draw, Slot, blocks, mark_changed
 from vlearn.optim.local import LocalGradients
 from vlearn.optim.noise import Noise, process_count
@@ -71,6 +72,14 @@ class Sampler:
         """What one draw adds to the average beside its gradient; may overwrite the noise θ - m."""
         raise NotImplementedError
 
+    def _needs_captures(self) -> bool:
+        """Whether the update rule wants the captures of the training passes."""
+        return False
+
+    def _collect(self) -> None:
+        """Take what the update rule wants from the captures of the last training pass, before they go."""
+        raise NotImplementedError
+
     def _prepare_states(self) -> None:
         """Make sure that every parameter that will be drawn has its state."""
         raise NotImplementedError
@@ -124,7 +133,7 @@ class Sampler:
         """Put a new draw into the weights; on any exit but the normal one they are the mean."""
         self._prepare_states()
         self._noise = self._new_noise(own=origin == "ensemble")
-        draw = Draw(origin)
+        draw = Draw(origin, captured=Captured() if self._needs_captures() else None)
         drawn: list[Slot] = []
         try:
             with torch.inference_mode(False):
@@ -318,6 +327,7 @@ class Sampler:
         draw.has_gradient = draw.has_gradient or any(written)
         if draw.has_gradient:
             self._keep_gradients(draw)
+            self._collect()
             draw.finish()
         else:
             draw.drop()

@@ -139,9 +139,10 @@ class Watch:
         self.names = {p: name for name, p in named_parameters(self.model)}
         self.trace: Trace | None = None
         self.trace_step = 0
+        self.collected = True  # the trace, by the optimizer's update rule
         self._recorder: Recorder | None = None  # while a forward pass that is captured runs
         self._overlap = False
-        self._scale = 1.0
+        self.scale = 1.0
         self._calls: list[tuple[nn.Module, int]] = []  # that are open, with the id of the frame that runs each
         self._thread = 0
         # Whether the outermost calls since the last step left a graph.
@@ -227,12 +228,14 @@ class Watch:
             return
         if module.training and torch.is_grad_enabled():
             self._overlap = self.trace is not None and self.trace.waits_for_backward
+            optimizer._collect()
             self.trace = None
             optimizer._begin_automatic()
             step = optimizer.next_step()
-            if (step - 1) % self.every == 0:
+            if self.captures(step):
                 self.trace, self.trace_step = Trace(self.paths, optimizer.moving()), step
-                self.trace.on_backward = self._read_scale
+                self.trace.on_backward = self._begin_backward
+                self.collected = False
                 self._recorder = Recorder(self.trace)
         elif not optimizer._in_context and optimizer._draw is not None and optimizer._draw.active:
             optimizer._draw.peek_mean()
@@ -286,18 +289,50 @@ class Watch:
         """Whether the sampled weights are still wanted after the step that used them."""
         return self.trace is not None
 
-    def _read_scale(self) -> None:
+    def captures(self, step: int) -> bool:
+        """Whether the passes of a step are captured."""
+        return (step - 1) % self.every == 0
+
+    @property
+    def has_uncollected(self) -> bool:
+        """Whether there is a pass with its gradients that the optimizer's update rule has not seen."""
+        return self.trace is not None and self.trace.received and not self.collected
+
+    def _begin_backward(self) -> None:
+        if self.trace is not None:  # else of a pass that is not wanted any more
+            self._read_scale(self.trace)
+            self.optimizer._forget_zeroed_passes()
+
+    def _read_scale(self, trace: Trace) -> None:
         """The own-loss gradient is the captured one times denominator / loss scale; read as backward begins."""
-        if self.trace is None:  # of a pass that is not wanted any more
-            return
         if callable(self.loss_reduction):
             denominator = float(self.loss_reduction())
         elif self.loss_reduction == "sum":
             denominator = 1.0
         else:  # Hugging Face's Trainer tells its models what to divide the summed loss by: all tokens of the step
-            told = self.trace.kwargs.get("num_items_in_batch")
-            denominator = self.trace.num_examples if told is None else told
-        self._scale = denominator / float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
+            told = trace.kwargs.get("num_items_in_batch")
+            denominator = trace.num_examples if told is None else told
+        self.scale = denominator / float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
+
+    def checked_trace(self) -> Trace:
+        """The trace, whose examples have gradients of their own.
+
+        Raises:
+            RuntimeError: if they have not.
+        """
+        trace = self.trace
+        assert trace is not None
+        self._check_overlap()
+        if trace.problems:
+            raise RuntimeError(trace.problems[0])
+        return trace
+
+    def _check_overlap(self) -> None:
+        if self._overlap:
+            raise RuntimeError(
+                "two training forward passes came before one backward pass, so the captures are not those of the whole "
+                "minibatch: concatenate the inputs, or call backward() after each forward pass."
+            )
 
     def sensitivities(self, deviation: bool, output: Selector) -> Sensitivities:
         trace, optimizer = self.trace, self.optimizer
@@ -307,16 +342,12 @@ class Watch:
                 f"sensitivities() has no captured training step{last} (every={self.every}): run forward and backward "
                 f"in train mode first.{COMPILED if not last and compiles() else ''}"
             )
-        if self._overlap:
-            raise RuntimeError(
-                "two training forward passes came before one backward pass, so the captures are not those of the whole "
-                "minibatch: concatenate the inputs, or call backward() after each forward pass."
-            )
+        self._check_overlap()
         draw = optimizer._draw or optimizer._spent
         samples = draw.samples() if draw is not None else {}
         weights = {p: samples.get(p, p.data) for p in trace.tracked}
         covariance = optimizer.posterior().covariance({name: p for p, name in optimizer._names().items()})
-        return live_sensitivities(trace, covariance, weights, self._scale, self.trace_step, deviation, output)
+        return live_sensitivities(trace, covariance, weights, self.scale, self.trace_step, deviation, output)
 
 
 def _frame_of_call() -> FrameType:

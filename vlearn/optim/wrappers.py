@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from vlearn.optim.draw import Slot
 
 
 class Wrappers:
@@ -53,6 +56,20 @@ class Wrappers:
     def around(self, p: Tensor) -> DistributedDataParallel | None:
         wrapper = self._of.get(p)
         return None if wrapper is None else wrapper()
+
+    def average(self, slots: list[Slot], statistics: list[Tensor]) -> None:
+        """Average the statistics of reduced parameters over their processes: one message for a block."""
+        together: dict[Any, list[int]] = {}
+        for i, slot in enumerate(slots):
+            wrapper = self.around(slot.parameter)
+            if wrapper is not None:
+                together.setdefault(wrapper.process_group, []).append(i)
+        for group, where in together.items():
+            message = torch.cat([statistics[i].reshape(-1) for i in where])
+            torch.distributed.all_reduce(message, group=group)
+            message.div_(group.size())
+            for i, part in zip(where, message.split([statistics[i].numel() for i in where]), strict=True):
+                statistics[i] = part.view_as(statistics[i])
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:

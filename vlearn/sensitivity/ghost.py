@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vlearn.capture.fallback import Weights, output_tangents, per_example_gradients
-from vlearn.capture.forms import Form
+from vlearn.capture.examples import CHUNK_ENTRIES, FALLBACK_ENTRIES, chunks, dense_gradients, entries_of, form_of
+from vlearn.capture.fallback import Weights, output_tangents
 from vlearn.capture.layout import check_layout
 from vlearn.capture.replay import (
     as_recorded,
@@ -41,9 +41,6 @@ from vlearn.capture.use import Use
 from vlearn.posterior.blocks import DiagonalBlock, KroneckerBlock
 from vlearn.posterior.covariance import Covariance
 from vlearn.sensitivity.rotated import Rotated, rotated
-
-CHUNK_ENTRIES = 2**20  # entries of G and of the rows worked on together, 4 MiB of float32: they stay in cache
-FALLBACK_ENTRIES = 2**24  # entries of G of a fallback module, or of a dense Σ, that one pass forms
 
 
 @dataclass
@@ -191,11 +188,11 @@ def _carry_tangent(trace: Trace, module: nn.Module, uses: Iterator[Use], called:
 
 def _add_rows(result: Moved, uses: tuple[Use, ...], parameters: list[Tensor], covariance: Covariance) -> None:
     """Parameters that share the same uses, all of them with rules, under a diagonal Σ."""
-    for examples in _chunks(result.self_influence.shape[0], _entries(uses, parameters)):
+    for examples in chunks(result.self_influence.shape[0], entries_of(uses, parameters)):
         rows: dict[Use, Tensor] = {}
         for p in parameters:
             variance = covariance.block_of(p)[1].variances
-            forms = [_form(use, p, examples) for use in uses]
+            forms = [form_of(use, p, examples) for use in uses]
             # Gradients of tied uses are summed before they are squared.
             gradient = sum(form.dense() for form in forms) if len(forms) > 1 else None
             if gradient is not None:
@@ -229,12 +226,12 @@ def _add_rotated(
         return False
 
     def rows_of(examples: slice) -> Rotated | None:
-        return rotated([_form(use, p, examples) for p in columns], block)
+        return rotated([form_of(use, p, examples) for p in columns], block)
 
     first = rows_of(slice(0, 1))
     if first is None:
         return False
-    for examples in _chunks(result.self_influence.shape[0], first.entries):
+    for examples in chunks(result.self_influence.shape[0], first.entries):
         rows = rows_of(examples)
         assert rows is not None
         if result.tangents is None:
@@ -254,16 +251,8 @@ def _add_dense(
     entries = sum(p.numel() for p in uses_of)
     in_cache = all(use.rule is not None for use in uses) and len(uses_of) <= 2
     limit = CHUNK_ENTRIES if in_cache else FALLBACK_ENTRIES
-    for examples in _chunks(result.self_influence.shape[0], entries, limit):
-        gradients: Weights = {}
-        for use in uses:
-            if use.rule is None:
-                found = per_example_gradients(use, examples, weights, tolerance)
-            else:
-                found = {p: _form(use, p, examples).dense() for p in use.parameters if p in uses_of}
-            for p, gradient in found.items():
-                if p in uses_of:
-                    gradients[p] = gradients[p] + gradient if p in gradients else gradient
+    for examples in chunks(result.self_influence.shape[0], entries, limit):
+        gradients = dense_gradients(uses_of, examples, weights, tolerance)
         directions = covariance.multiply(gradients)
         for p, gradient in gradients.items():
             result.self_influence[examples] += _row_sums(gradient * directions[p])
@@ -273,7 +262,7 @@ def _add_dense(
             moving = {p: directions[p] for p in use.parameters if p in directions}
             if use.rule is not None:
                 for p, direction in moving.items():
-                    _add_row_tangent(result, use, examples, _form(use, p, examples).moved_rows(direction))
+                    _add_row_tangent(result, use, examples, form_of(use, p, examples).moved_rows(direction))
             else:
                 for output, tangent in enumerate(output_tangents(use, examples, weights, moving)):
                     result.add(use, output, examples, tangent)
@@ -291,38 +280,12 @@ def _together(parameters: list[Tensor], uses_of: dict[Tensor, list[Use]], covari
     return [members for members, _ in {id(group): group for group in group_of.values()}.values()]
 
 
-def _form(use: Use, p: Tensor, examples: slice) -> Form:
-    """The gradient of one parameter from one use."""
-    assert use.rule is not None and use.cotangents[0] is not None
-    return use.rule.form(use.module, p, _wide(use.input[examples]), _wide(use.cotangents[0][examples]))
-
-
 def _add_row_tangent(result: Moved, use: Use, examples: slice, rows: Tensor) -> None:
     assert use.rule is not None
     shape = (rows.shape[0], *use.shapes[0][1:])
     if rows.shape[2] == 1:  # a bias moves every position alike
         rows = rows.expand_as(use.rule.rows(use.module, rows.new_empty(1).expand(shape)))
     result.add(use, 0, examples, use.rule.from_rows(use.module, rows, shape))
-
-
-def _chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[slice]:
-    """Slices of at most `limit` entries, given the entries that one example needs."""
-    step = max(1, limit // entries) if entries else max(1, total)
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
-
-
-def _entries(uses: tuple[Use, ...], parameters: list[Tensor]) -> int:
-    """Entries per example that a chunk holds; 0 where no gradient is formed and all examples go at once."""
-    if len(uses) == 1 and len(uses[0].shapes[0]) == 2:  # one row per example
-        return 0
-    forms = [_form(use, p, slice(0, 1)) for use in uses for p in parameters]
-    formed = sum(p.numel() for p in parameters) if len(uses) > 1 else 0
-    return sum(form.entries for form in forms) + formed
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if torch.finfo(tensor.dtype).bits >= 32 else tensor.float()
 
 
 def _moved_along(output: Any, positions: list[int], tangents: list[Tensor], size: Tensor | None) -> Any:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from vlearn.capture.examples import form_of
 from vlearn.capture.fallback import Weights, per_example_gradients
 from vlearn.capture.layout import check_layout
 from vlearn.capture.replay import as_recorded
-from vlearn.sensitivity.ghost import _form
 from vlearn.sensitivity.linearize import Linearization
 
 GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
@@ -40,7 +40,7 @@ def _gradients(at: Linearization, examples: slice) -> Weights:
             if use.rule is None:
                 parts = per_example_gradients(use, examples, at.weights, at.trace.tolerance)
             else:
-                parts = {p: _form(use, p, examples).dense() for p in use.parameters}
+                parts = {p: form_of(use, p, examples).dense() for p in use.parameters}
             for p, part in parts.items():
                 found[p] = found[p] + part if p in found else part
     return found
