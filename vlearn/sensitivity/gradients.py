@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from vlearn.capture.examples import form_of
-from vlearn.capture.fallback import Weights, per_example_gradients
+from vlearn.capture.examples import dense_gradients
+from vlearn.capture.fallback import Weights
 from vlearn.capture.layout import check_layout
 from vlearn.capture.replay import as_recorded
 from vlearn.sensitivity.linearize import Linearization
@@ -31,16 +31,8 @@ def example_gradients(at: Linearization, limit: int | None = None) -> Iterator[t
 
 
 def _gradients(at: Linearization, examples: slice) -> Weights:
-    found: Weights = {}
+    uses_of = at.trace.uses_of()
+    for use in dict.fromkeys(use for uses in uses_of.values() for use in uses):
+        use.check_unchanged()
     with as_recorded(at.trace):
-        for use in at.trace.uses:
-            if not (use.reached and use.parameters):
-                continue
-            use.check_unchanged()
-            if use.rule is None:
-                parts = per_example_gradients(use, examples, at.weights, at.trace.tolerance)
-            else:
-                parts = {p: form_of(use, p, examples).dense() for p in use.parameters}
-            for p, part in parts.items():
-                found[p] = found[p] + part if p in found else part
-    return found
+        return dense_gradients(uses_of, examples, at.weights, at.trace.tolerance)
