@@ -10,10 +10,7 @@ from torch import nn
 
 import vlearn
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # torch's own
-]
+pytestmark = pytest.mark.slow
 
 
 def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
