@@ -188,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
         print_peak(arguments.peak, millions, arguments.device)
         return
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for threads in (1, 2) if on_cpu else (torch.get_num_threads(),):
+    counts = (1,) if arguments.smoke else (1, 2) if on_cpu else (torch.get_num_threads(),)
+    for threads in counts:
         torch.set_num_threads(threads)
         label = f"{millions} million parameters, " + (f"threads={threads}" if on_cpu else torch.cuda.get_device_name())
         print(f"{label} ...", file=sys.stderr)
