@@ -27,6 +27,9 @@ LOSSES = {
     "ignored targets": (F.cross_entropy, torch.tensor([0, -100, 2, 2, -100, 0]), 4),
     "squared error": (F.mse_loss, REAL, N),
     "binary": (F.binary_cross_entropy_with_logits, YES_NO, N),
+    "binary with weights": (partial(F.binary_cross_entropy_with_logits, pos_weight=CLASS_WEIGHTS), YES_NO, N),
+    "poisson": (F.poisson_nll_loss, REAL.abs().round(), N),
+    "gaussian of a fixed variance": (partial(F.gaussian_nll_loss, var=torch.full((N, C), 0.3).double()), REAL, N),
     "huber": (partial(F.huber_loss, delta=0.7), REAL, N),
 }
 
@@ -112,6 +115,8 @@ def test_sweep_undoes_the_reduction(name, form):
         (nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum"), "label smoothing"),
         (nn.MSELoss(), "squared error"),
         (nn.BCEWithLogitsLoss(), "binary"),
+        (nn.PoissonNLLLoss(), "poisson"),
+        (nn.HuberLoss(delta=0.7), "huber"),
     ],
 )
 def test_a_loss_module_is_read_without_its_reduction_and_left_with_it(module, name):
@@ -119,6 +124,35 @@ def test_a_loss_module_is_read_without_its_reduction_and_left_with_it(module, na
     reduction, output = module.reduction, inputs()[:, :C]
     assert torch.equal(ExampleLoss(module)(output, target), own_rows(loss, target)(output))
     assert module.reduction == reduction
+
+
+@pytest.mark.parametrize("loss_fn", [nn.GaussianNLLLoss(), F.gaussian_nll_loss], ids=["module", "function"])
+def test_a_gaussian_loss_takes_mean_and_variance_from_the_model(loss_fn):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            output = self.net(x)
+            return output[:, 0], F.softplus(output[:, 1])
+
+    torch.manual_seed(0)
+    model, x, y = Head(), inputs(), REAL[:, 0]
+
+    def rows(output):
+        return F.gaussian_nll_loss(output[:, 0], y, F.softplus(output[:, 1]), reduction="none")
+
+    truth = per_example(model, lambda m: m.net(x), rows)
+    optimizer = vlearn.IVON(model, lr=0.1, ess=100)
+    loader = [(x, y)]
+    table = vlearn.sweep(model, optimizer.posterior(), loader, loss_fn, None, output=0, progress=False)
+    covariance = covariance_of(optimizer, model)
+    assert relative_error(table.loss, truth.loss) < 1e-10
+    assert relative_error(table.self_influence, truth.self_influence(covariance)) < 1e-10
+    assert relative_error(table.deviation, truth.deviation(covariance)[:, 0]) < 1e-10
+    with pytest.raises(ValueError, match=r"a Gaussian loss of a model that gives Tensor, but it needs \(mean, var"):
+        vlearn.sweep(model.net, optimizer.posterior(), loader, loss_fn, None, progress=False)
 
 
 def test_class_weights_under_a_mean_loss_need_the_sum_of_the_weights():

@@ -39,8 +39,9 @@ class Linearization:
         prediction: the model's whole output.
         outputs: its tensors that depend on the parameters.
         leaves: the same as leaves of a graph of their own, from which the loss was computed.
-        loss: ``[N]`` own losses.
+        own_loss: ``[N]`` own losses with their graph, ``[N, T]`` of every token where tokens are the examples.
         residuals: gradient of the summed losses with respect to each leaf, None where it depends on none.
+        position: the only position whose tokens' losses count, where tokens are the examples.
     """
 
     trace: Trace
@@ -52,8 +53,14 @@ class Linearization:
     prediction: Any
     outputs: list[Tensor]
     leaves: list[Tensor]
-    loss: Tensor
+    own_loss: Tensor
     residuals: list[Tensor | None]
+    position: int | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """ℓ ``[N]``."""
+        return self.own_loss.detach()
 
     @property
     def chosen(self) -> int:
@@ -136,7 +143,8 @@ class Linearization:
 
     def _loss_of(self, leaves: list[Tensor]) -> Tensor:
         whole = _for_loss(self.prediction, self.trace.positions, leaves, self.selector, self.losses)
-        return self.losses(whole, self.batch.target)
+        loss = self.losses(whole, self.batch.target)
+        return loss if self.position is None else loss[:, self.position]
 
     def _selected(self, tensors: list[Tensor | None]) -> Tensor:
         return select(as_output(self.trace, tensors), self.selector)
@@ -181,7 +189,7 @@ def linearize(
         prediction=prediction,
         outputs=outputs,
         leaves=leaves,
-        loss=loss.detach(),
+        own_loss=loss,
         residuals=list(residuals),
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from vlearn.sensitivity.linearize import Linearization, at_mean, linearize
 from vlearn.sensitivity.live import Selector, prediction_error
 from vlearn.sensitivity.losses import ExampleLoss, LossFunction, curvature_root
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
+from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SensitivityTable:
         prediction_error: ``[N]`` ‖residual‖/√2.
         function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
         fell_back: ``[N]`` where `refined` kept V e; None if not asked for.
+        position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
     """
 
     index: Tensor
@@ -45,6 +47,7 @@ class SensitivityTable:
     prediction_error: Tensor
     function_variance: Tensor | None = None
     fell_back: Tensor | None = None
+    position: Tensor | None = None
 
     @property
     def refined_fallbacks(self) -> int | None:
@@ -63,6 +66,7 @@ class _Asked:
     deviation: str
     variance: bool
     generator: torch.Generator | None
+    per: str
 
     def check(self) -> None:
         if self.leverage not in ("probe", "exact", None):
@@ -72,10 +76,19 @@ class _Asked:
         if self.refined and self.deviation == "authors_diag":
             raise ValueError("refined=True with deviation='authors_diag', but it needs all of V: use 'full'.")
         check_threshold(self.threshold)
+        if self.per not in ("example", "token"):
+            raise ValueError(f"per={self.per!r}, but it must be 'example' or 'token': use 'example'.")
+        if self.per == "token" and (
+            self.refined or self.variance or self.deviation != "full" or self.leverage == "exact"
+        ):
+            raise ValueError(
+                "per='token' with refined, variance, leverage='exact' or deviation='authors_diag', which need V of a "
+                "whole output: use per='example', or leave them out (leverage='probe' or None)."
+            )
 
     @property
     def second_order(self) -> bool:
-        return self.leverage is not None or self.refined
+        return self.leverage is not None or self.refined or self.per == "token"
 
 
 @torch.inference_mode(False)
@@ -94,6 +107,7 @@ def sweep(
     threshold: float = 0.95,
     deviation: str = "full",
     variance: bool = False,
+    per: str = "example",
 ) -> SensitivityTable:
     """Leave-one-out loss, deviation, self-influence and leverage of every example, without retraining.
 
@@ -120,30 +134,55 @@ def sweep(
         deviation: "full", or "authors_diag" for numbers to compare with the paper's code: the diagonals of V and Λ
             alone, e and probabilities clamped at 1e-10; softmax cross-entropy with class labels only.
         variance: also return V.
+        per: "example" (a sequence is one), or "token": one row for each position whose target is not ignored, as if
+            that token's loss alone were removed; num_data of the posterior must then count tokens. As many times
+            slower as there are positions.
     Returns:
-        One row per example.
+        One row per example, or token.
     Raises:
         ValueError: if an argument breaks its rule, or the posterior belongs to another model.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
-    asked = _Asked(leverage, refined, threshold, deviation, variance, generator)
+    asked = _Asked(leverage, refined, threshold, deviation, variance, generator, per)
     asked.check()
-    losses = ExampleLoss(loss_fn)
+    losses = ExampleLoss(loss_fn, per)
     rows: list[SensitivityTable] = []
     with at_mean(model, posterior) as covariance:
         for batch in shown(batches(loader, device_of(model)), loader, progress, "sweep"):
-            rows.append(_row_of(linearize(model, covariance, batch, losses, output, asked.second_order), asked))
+            at = linearize(model, covariance, batch, losses, output, asked.second_order)
+            rows.append(_rows_of(at, asked) if per == "example" else _token_rows_of(at, asked))
+            del at  # its graph goes before the next batch comes
     if not rows:
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
 
-    def column(name: str) -> Tensor | None:
-        parts = [getattr(row, name) for row in rows]
-        return None if parts[0] is None else torch.cat(parts)
-
-    return SensitivityTable(**{field.name: column(field.name) for field in fields(SensitivityTable)})  # pyright: ignore
+    return _joined(rows)
 
 
-def _row_of(at: Linearization, asked: _Asked) -> SensitivityTable:
+def _joined(rows: list[SensitivityTable]) -> SensitivityTable:
+    return _by_column(rows, torch.cat)
+
+
+def _by_column(rows: list[SensitivityTable], function: Callable[[list[Tensor]], Tensor]) -> SensitivityTable:
+    columns: dict[str, Any] = {}
+    for field in fields(SensitivityTable):
+        parts = [getattr(row, field.name) for row in rows]
+        columns[field.name] = None if parts[0] is None else function(parts)
+    return SensitivityTable(**columns)
+
+
+def _token_rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
+    """Rows of the tokens that count, position by position."""
+    axis, kept = token_axis(at), kept_tokens(at).cpu()
+    found = []
+    for of_position, position in by_position(at):
+        rows = _rows_of(of_position, asked)
+        own = rows.deviation.select(axis, position)
+        rows = replace(rows, deviation=own, position=torch.full_like(rows.index, position))
+        found.append(_by_column([rows], lambda parts, mask=kept[:, position]: parts[0][mask]))
+    return _joined(found)
+
+
+def _rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
     more = asked.second_order or asked.variance or asked.deviation != "full"
     self_influence, changes = at.own_gradients(deviation=asked.deviation == "full", last=not more)
     fell_back = leverage = variance = None
