@@ -10,6 +10,7 @@ import vlearn
 from tests.oracles.networks import CASES, Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
 from tests.oracles.refits import Logistic, ridge
+from tests.posterior.structures import STRUCTURES, posterior_of
 from tests.sensitivity.test_closed_form import at, half_square
 from tests.sensitivity.test_refined import regression
 
@@ -100,6 +101,31 @@ def test_networks_equal_dense_algebra_over_the_group(name, refined):
         assert relative_error(table.left_out_loss[k], expected) < 1e-9
         assert relative_error(table.loss[k], truth.loss[rows].mean()) < 1e-12
     assert table.converged is None or bool(table.converged.all())
+
+
+@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ["mlp", "convolution_with_stride", "attention"])
+def test_every_structure_of_a_covariance_equals_its_dense_form(name, structure, refined):
+    case = CASES[name]()
+    posterior, covariance = posterior_of(moving(case.model), structure)
+    truth = per_example(case.model.eval(), case.call, lambda f: F.cross_entropy(f, case.target, reduction="none"))
+    loader, groups = [(case.x, case.target)], [0, 0, 1, 0]
+    table = left_out(case.model, posterior, loader, groups, case.loss, refined=refined, tolerance=1e-13, threshold=1.0)
+    for k, rows in enumerate(table.index):
+        own = refined and not bool(table.fell_back[k])
+        assert relative_error(table.deviation[k], dense_change(truth, covariance, rows, own)) < 1e-8
+    assert not refined or not bool(table.fell_back.all())
+
+
+def test_conjugate_gradients_in_float32_are_near_float64():
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model = network(nn.LayerNorm(8)).to(dtype)
+        posterior = vlearn.IVON(model, lr=0.1, ess=50).posterior()
+        found.append(left_out(model, posterior, [(inputs().to(dtype), LABELS)], LABELS, refined=True))
+    assert bool(found[1].converged.all()) and found[1].deviation[0].dtype == torch.float32
+    assert relative_error(found[1].left_out_loss, found[0].left_out_loss) < 1e-4
 
 
 def test_the_largest_eigenvalue_is_that_of_the_group():

@@ -10,6 +10,7 @@ import vlearn
 from tests.oracles.networks import CASES
 from tests.oracles.per_example import moving, per_example, relative_error
 from tests.oracles.refits import ridge
+from tests.posterior.structures import STRUCTURES, posterior_of
 from tests.sensitivity.test_closed_form import half_square
 from tests.sensitivity.test_refined import regression
 
@@ -65,6 +66,14 @@ def test_the_influence_on_itself_is_the_self_influence(name):
     table = vlearn.sweep(case.model, posterior, loader, case.loss, None, progress=False)
     assert relative_error(found.values.diagonal(), table.self_influence) < 1e-10
     assert relative_error(found.values, found.values.mT) < 1e-10
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_of_a_covariance_equals_its_dense_form(structure):
+    model, _, train, test = arguments_of(network(nn.LayerNorm(8)))
+    posterior, covariance = posterior_of(moving(model), structure)
+    found = influence_of(model, posterior, train, test, chunk=2)
+    assert relative_error(found.values, truth_of(model, covariance)) < 1e-10
 
 
 def test_a_dense_covariance_joins_all_layers():

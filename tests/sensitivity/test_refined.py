@@ -11,6 +11,7 @@ import vlearn
 from tests.oracles.networks import CASES
 from tests.oracles.per_example import moving, per_example, relative_error
 from tests.oracles.refits import diagonal_over_classes, ridge, ridge_left_out
+from tests.posterior.structures import STRUCTURES, posterior_of
 from tests.sensitivity.test_closed_form import at, half_square, logistic, mean_centred
 
 LABELS = torch.arange(12) % 3
@@ -102,6 +103,20 @@ def test_networks_equal_dense_algebra(name):
     assert relative_error(table.deviation, expected) < 1e-9
     assert relative_error(table.function_variance, v) < 1e-10
     assert relative_error(table.leverage, truth.leverage(covariance)) < 1e-10
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_of_a_covariance_equals_its_dense_form(structure):
+    case = CASES["convolution"]()
+    posterior, covariance = posterior_of(moving(case.model), structure)
+    truth = per_example(case.model.eval(), case.call, lambda f: F.cross_entropy(f, case.target, reduction="none"))
+    v = truth.output_covariance(covariance)
+    refined = torch.linalg.solve(torch.eye(3, dtype=v.dtype) - v @ truth.hessian, truth.deviation(covariance))
+    largest = torch.linalg.eigvals(v @ truth.hessian).real.amax(1)
+    expected = torch.where((largest < 0.95).unsqueeze(1), refined, truth.deviation(covariance))
+    table = swept(case.model, posterior, [(case.x, case.target)], refined=True, variance=True)
+    assert relative_error(table.deviation, expected) < 1e-9
+    assert relative_error(table.function_variance, v) < 1e-10
 
 
 def test_an_approximate_covariance_beyond_the_threshold_keeps_the_first_order():
