@@ -287,6 +287,18 @@ def test_neither_batches_nor_their_order_matter(how):
         assert relative_error(shuffled.deviation[k][order], plain.deviation[k]) < 1e-12
 
 
+def test_a_draw_that_waits_for_its_step_does_not_matter():
+    model = network()
+    optimizer = vlearn.IVON(model, lr=0.1, ess=50)
+    plain = left_out(model, optimizer.posterior(), [(inputs(), LABELS)], LABELS, refined=True)
+    F.cross_entropy(model(inputs()), LABELS).backward()
+    drawn = [p.detach().clone() for p in model.parameters()]
+    again = left_out(model, optimizer.posterior(), [(inputs(), LABELS)], LABELS, refined=True)
+    assert torch.equal(again.left_out_loss, plain.left_out_loss)
+    assert all(torch.equal(p, d) for p, d in zip(model.parameters(), drawn, strict=True))
+    assert bool(optimizer.sensitivities().self_influence.isfinite().all())
+
+
 def test_the_model_is_left_as_it_was():
     model, posterior, loader = arguments_of(network(nn.Dropout(0.5)).train())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
