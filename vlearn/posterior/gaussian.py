@@ -28,16 +28,18 @@ class Gaussian:
         groups: the names of each block.
         num_data: number of training examples N.
         ess: effective sample size of the draws by name; num_data where missing.
-        prior_precision: δ of the prior N(0, 1/δ) by name, that of the sum of num_data losses; unknown where missing.
+        prior_precision: δ of the prior N(μ, 1/δ) by name, that of the sum of num_data losses; unknown where missing.
         parameters: the model's parameters by name, where the posterior belongs to a model.
         check: called before anything is read; raises if the state has moved on.
         at_mean: gives a context in which the model's weights are the mean.
 
     Attributes:
         only_ranks: why the scale of Σ is arbitrary, if it is.
+        prior_mean: μ by name; 0 where missing.
     """
 
     only_ranks: str | None = None
+    prior_mean: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class Gaussian:
         return 0.5 * (count * math.log(2 * math.pi * math.e) + self._log_determinant())
 
     def kl(self) -> float:
-        """KL(q ‖ prior) in nats, ½ Σ [δ(σ² + m²) - 1 - log δ] - ½ log det Σ; the prior is N(0, 1/δ).
+        """KL(q ‖ prior) in nats, ½ Σ [δ(σ² + (m - μ)²) - 1 - log δ] - ½ log det Σ; the prior is N(μ, 1/δ).
 
         Raises:
             ValueError: if a prior precision is unknown, or zero: the prior is then improper, the divergence infinite.
@@ -122,7 +124,8 @@ class Gaussian:
                     f"weight_decay=0 for {name!r}, so its prior is improper and the KL divergence infinite: "
                     "use a positive weight_decay."
                 )
-            total += float((prior * (variance + mean.square()) - 1 - prior.log()).sum())
+            distance = mean - self.prior_mean[name].double() if name in self.prior_mean else mean
+            total += float((prior * (variance + distance.square()) - 1 - prior.log()).sum())
         return 0.5 * total
 
     def clone(self) -> Self:
