@@ -48,7 +48,7 @@ from benchmarks.training import (
     train_ivon,
     train_sgd,
 )
-from vlearn.posterior import Diagonal
+from vlearn.posterior import Diagonal, from_laplace
 from vlearn.sensitivity.sweep import SensitivityTable
 
 RESULTS = Path(__file__).parent / "results" / "digits"
@@ -121,7 +121,7 @@ def time_laplace(model: nn.Module, data: Digits, settings: Settings) -> dict[str
         marks = [time.perf_counter()]
         la = laplace.fit(model, data.x, data.y, structure, settings.prior_precision)
         marks.append(time.perf_counter())
-        posterior = laplace.posterior(la, model, settings.num_data)
+        posterior = from_laplace(la)
         marks.append(time.perf_counter())
         sweep(model, posterior, data)
         marks.append(time.perf_counter())

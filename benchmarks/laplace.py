@@ -1,4 +1,4 @@
-"""laplace-torch beside vlearn: its fits as posteriors that vlearn's equations read, and its own route to V e."""
+"""laplace-torch beside vlearn: its fits, which vlearn's equations read, and its own route to V e."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from vlearn.posterior import Diagonal, Full
 
 
 def fit(model: nn.Module, x: Tensor, y: Tensor, structure: str, prior_precision: float, batch: int = 250) -> Any:
@@ -42,22 +40,6 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, structure: str, prior_precision:
     with _quiet():
         la.fit(DataLoader(TensorDataset(x, y), batch_size=batch))
     return la
-
-
-def posterior(la: Any, model: nn.Module, num_data: int) -> Diagonal | Full:
-    """The posterior of a fitted diagonal or Kronecker object, over a model's parameters.
-
-    The Kronecker precision is written out densely: block by block (laplace-torch keeps a bias as a block of its
-    own) Q(d_B d_Aᵀ + δ)Qᵀ, as laplace-torch adds the prior.
-    """
-    mean = {name: p.detach() for name, p in model.named_parameters()}
-    precision = la.posterior_precision
-    if not isinstance(precision, Tensor):
-        return Full(mean, precision.to_matrix(), num_data)
-    decay = float(la.prior_precision) / num_data
-    parts = precision.split([p.numel() for p in mean.values()])
-    hessian = {name: part.view_as(p) / num_data - decay for (name, p), part in zip(mean.items(), parts, strict=True)}
-    return Diagonal(mean, hessian, dict.fromkeys(mean, decay), dict.fromkeys(mean, float(num_data)), num_data)
 
 
 def deviation(la: Any, x: Tensor, y: Tensor, batch: int = 100) -> Tensor:

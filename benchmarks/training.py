@@ -20,7 +20,7 @@ import vlearn
 from benchmarks import laplace
 from benchmarks.pictures import LOOKS, Curves, agreement
 from vlearn.integrations.wandb import GeneralizationLogger
-from vlearn.posterior import Diagonal
+from vlearn.posterior import Diagonal, from_laplace
 from vlearn.posterior.base import Posterior
 from vlearn.sensitivity.sweep import SensitivityTable
 
@@ -190,8 +190,7 @@ def train_sgd(
 def laplace_posterior(method: str, model: nn.Module, data: Digits, settings: Settings) -> Posterior:
     """A Laplace approximation at the model's weights, in their precision."""
     x = data.x.to(next(model.parameters()).dtype)
-    la = laplace.fit(model, x, data.y, STRUCTURES[method], settings.prior_precision)
-    return laplace.posterior(la, model, settings.num_data)
+    return from_laplace(laplace.fit(model, x, data.y, STRUCTURES[method], settings.prior_precision))
 
 
 @torch.no_grad()

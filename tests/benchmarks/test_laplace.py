@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
+from vlearn.posterior import from_laplace
 
 pytest.importorskip("laplace")
 
@@ -30,14 +31,14 @@ def trained():
 def test_a_sweep_of_a_laplace_posterior_is_its_functional_variance_times_the_residual(trained, structure):
     model, x, y = trained
     la = laplace.fit(model, x, y, structure, DELTA, batch=10)
-    posterior = laplace.posterior(la, model, N)
+    posterior = from_laplace(la)
     table = vlearn.sweep(model, posterior, [(x, y)], F.cross_entropy, progress=False)
     torch.testing.assert_close(table.deviation, laplace.deviation(la, x, y, batch=10), rtol=1e-10, atol=1e-12)
 
 
 def test_the_diagonal_precision_is_the_gauss_newton_diagonal_and_the_prior(trained):
     model, x, y = trained
-    posterior = laplace.posterior(laplace.fit(model, x, y, "diag", DELTA, batch=10), model, N)
+    posterior = from_laplace(laplace.fit(model, x, y, "diag", DELTA, batch=10))
     expected = {name: torch.full_like(p, DELTA) for name, p in model.named_parameters()}
     for image in x:
         output = model(image[None])[0]

@@ -111,9 +111,33 @@ def test_sgd_ranks_by_the_gradient_norm_and_has_no_scale():
     model, optimizer, _ = trained(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     posterior = from_optimizer(optimizer, model, num_data=N)
     assert all(torch.equal(posterior.variance[name], torch.ones_like(p)) for name, p in model.named_parameters())
-    for read, what in ((posterior.sample, "draws"), (posterior.kl, "a KL"), (posterior.clone().entropy, "an entropy")):
-        with pytest.raises(RuntimeError, match=f"^this posterior has no {what}.*: it comes from SGD"):
+    for read, what in ((posterior.sample, "draws"), (posterior.kl, "KL"), (posterior.clone().entropy, "entropy")):
+        with pytest.raises(RuntimeError, match=f"^this posterior gives no {what}.*: it comes from SGD"):
             read()
+
+
+def test_sgd_gives_no_leave_one_out_loss():
+    model, optimizer, _ = trained(torch.optim.SGD)
+    posterior, x = from_optimizer(optimizer, model, num_data=N), torch.randn(12, 4, dtype=torch.float64)
+    reason = (
+        "it comes from SGD, whose Σ is the identity times an arbitrary number, so self-influence and deviation rank "
+        "the examples (sweep(..., loo_loss=False)) but have no size. Train with an adaptive or variational optimizer, "
+        "or fit a Laplace approximation."
+    )
+    with pytest.raises(RuntimeError) as error:
+        vlearn.sweep(model, posterior, [(x, LABELS)], F.cross_entropy, progress=False)
+    assert str(error.value) == f"this posterior gives no leave-one-out loss: {reason}"
+    with pytest.raises(RuntimeError) as error:
+        vlearn.leave_group_out(model, posterior, [(x, LABELS)], LABELS, F.cross_entropy, progress=False)
+    assert str(error.value) == f"this posterior gives no loss without a group: {reason}"
+
+    table = vlearn.sweep(model, posterior, [(x, LABELS)], F.cross_entropy, progress=False, loo_loss=False)
+    norms = []
+    for row, label in zip(x, LABELS, strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(model(row[None]), label[None]), list(model.parameters()))
+        norms.append(sum(g.square().sum() for g in gradients))
+    assert torch.allclose(table.self_influence, torch.stack(norms), rtol=1e-10)
+    assert bool(table.loo_loss.isnan().all())
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

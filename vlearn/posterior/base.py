@@ -30,6 +30,8 @@ class Posterior(Protocol):
 
     def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance: ...
 
+    def need_scale(self, what: str) -> None: ...
+
 
 def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     """The model's parameters by the posterior's names: the same objects, or else the same names.

@@ -13,7 +13,8 @@ from vlearn.posterior.gaussian import weights_at
 
 NO_SCALE = (
     "it comes from SGD, whose Σ is the identity times an arbitrary number, so self-influence and deviation rank the "
-    "examples but have no size. Train with an adaptive or variational optimizer, or fit a Laplace approximation."
+    "examples (sweep(..., loo_loss=False)) but have no size. Train with an adaptive or variational optimizer, or fit a "
+    "Laplace approximation."
 )
 
 

@@ -91,7 +91,7 @@ class Gaussian:
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw of every parameter by name, on the ess scale."""
-        self._need_scale("draws")
+        self.need_scale("draws")
         drawn: dict[str, Tensor] = {}
         for group in self._each_group():
             scale = math.sqrt(self._tempering(group[0]))
@@ -102,7 +102,7 @@ class Gaussian:
 
     def entropy(self) -> float:
         """Entropy of q in nats, ½ log det(2πe Σ)."""
-        self._need_scale("an entropy")
+        self.need_scale("entropy")
         count = sum(self.mean[name].numel() for name in self.names)
         return 0.5 * (count * math.log(2 * math.pi * math.e) + self._log_determinant())
 
@@ -112,7 +112,7 @@ class Gaussian:
         Raises:
             ValueError: if a prior precision is unknown, or zero: the prior is then improper, the divergence infinite.
         """
-        self._need_scale("a KL divergence")
+        self.need_scale("KL divergence")
         total = -self._log_determinant()
         for name in self.names:
             if name not in self._prior_precision:
@@ -156,6 +156,11 @@ class Gaussian:
             blocks.append(([parameters[name] for name in group], self._block(group)))
         return Covariance(blocks)
 
+    def need_scale(self, what: str) -> None:
+        """Raises RuntimeError if the scale of Σ, which `what` depends on, is arbitrary."""
+        if self.only_ranks:
+            raise RuntimeError(f"this posterior gives no {what}: {self.only_ranks}")
+
     def _each_group(self) -> list[tuple[str, ...]]:
         self._check()
         return list(dict.fromkeys(self._groups.values()))
@@ -169,10 +174,6 @@ class Gaussian:
 
     def _log_determinant(self) -> float:
         return sum(self._block(group).log_determinant() for group in self._each_group())
-
-    def _need_scale(self, what: str) -> None:
-        if self.only_ranks:
-            raise RuntimeError(f"this posterior has no {what}: {self.only_ranks}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.names)} parameters, num_data={self.num_data:g})"

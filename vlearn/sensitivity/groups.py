@@ -111,6 +111,7 @@ def leave_group_out(
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
     _check(how, refined, threshold, tolerance, max_iterations)
+    posterior.need_scale("loss without a group")
     members = Membership(groups)
     if how == "published":
         return _published(model, posterior, loader, loss_fn, members, output, progress)

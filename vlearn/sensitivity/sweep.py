@@ -27,7 +27,7 @@ class SensitivityTable:
         index: ``[N]`` example numbers.
         loss: ``[N]`` each example's own training loss, in the loss's units.
         loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Δf), Eq. 15; its mean
-            predicts the test loss.
+            predicts the test loss. NaN if not asked for.
         deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, unless another
             form was asked for.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
@@ -65,10 +65,13 @@ class _Asked:
     threshold: float
     deviation: str
     variance: bool
+    loo_loss: bool
     generator: torch.Generator | None
     per: str
 
-    def check(self) -> None:
+    def check(self, posterior: Posterior) -> None:
+        if self.loo_loss or self.refined or self.deviation != "full":
+            posterior.need_scale("leave-one-out loss")
         if self.leverage not in ("probe", "exact", None):
             raise ValueError(f"leverage={self.leverage!r}, but it must be 'probe', 'exact' or None: use 'probe'.")
         if self.deviation not in ("full", "authors_diag"):
@@ -108,6 +111,7 @@ def sweep(
     deviation: str = "full",
     variance: bool = False,
     per: str = "example",
+    loo_loss: bool = True,
 ) -> SensitivityTable:
     """Leave-one-out loss, deviation, self-influence and leverage of every example, without retraining.
 
@@ -137,14 +141,15 @@ def sweep(
         per: "example" (a sequence is one), or "token": one row for each position whose target is not ignored, as if
             that token's loss alone were removed; num_data of the posterior must then count tokens. As many times
             slower as there are positions.
+        loo_loss: False leaves it out: for a posterior whose Σ has an arbitrary scale, as SGD's, which only ranks.
     Returns:
         One row per example, or token.
     Raises:
         ValueError: if an argument breaks its rule, or the posterior belongs to another model.
-        RuntimeError: if the examples of a batch have no gradient of their own.
+        RuntimeError: if the examples of a batch have no gradient of their own, or the posterior has no scale.
     """
-    asked = _Asked(leverage, refined, threshold, deviation, variance, generator, per)
-    asked.check()
+    asked = _Asked(leverage, refined, threshold, deviation, variance, loo_loss, generator, per)
+    asked.check(posterior)
     losses = ExampleLoss(loss_fn, per)
     rows: list[SensitivityTable] = []
     with at_mean(model, posterior) as covariance:
@@ -208,7 +213,7 @@ def _rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
     return SensitivityTable(
         index=at.batch.index,
         loss=kept(at.loss),
-        loo_loss=kept(loo),
+        loo_loss=kept(loo if asked.loo_loss else torch.full_like(loo, torch.nan)),
         deviation=kept(change),
         self_influence=kept(self_influence),
         leverage=kept(leverage),
