@@ -287,6 +287,34 @@ def test_neither_batches_nor_their_order_matter(how):
         assert relative_error(shuffled.deviation[k][order], plain.deviation[k]) < 1e-12
 
 
+def test_members_scattered_over_batches_are_gathered_into_full_ones():
+    model, posterior, _ = arguments_of()
+    sizes = []
+    model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    left_out(model, posterior, DataLoader(TensorDataset(inputs(), LABELS), batch_size=4), LABELS)
+    assert sizes == [4] * 9  # three groups: gradients, and again with the forward-mode pass
+
+
+def test_batches_of_different_lengths_are_not_gathered():
+    torch.manual_seed(0)
+    model = Model(lambda m, x: m.out(torch.tanh(m.embedding(x)).mean(1)), embedding=nn.Embedding(7, 4))
+    model.out = nn.Linear(4, 3)
+    model.double()
+    posterior = vlearn.IVON(model, lr=0.1, ess=50).posterior()
+    parts = [(torch.randint(7, (6, length)), LABELS[:6]) for length in (3, 5)]
+    table = left_out(model, posterior, parts, [0, 1] * 6)
+    truths = [per_example(model.eval(), lambda m, x=x: m(x), lambda f: rows_of(f, LABELS[:6])) for x, _ in parts]
+    covariance = torch.eye(truths[0].gradients.shape[1], dtype=torch.float64) / (50 * (1 + 1e-4))
+    for k in (0, 1):
+        move = covariance @ sum(t.gradients[k::2].sum(0) for t in truths)
+        change = torch.cat([t.jacobian[k::2] @ move for t in truths])
+        assert relative_error(table.deviation[k], change) < 1e-10
+
+
+def rows_of(output, target):
+    return F.cross_entropy(output, target, reduction="none")
+
+
 def test_a_draw_that_waits_for_its_step_does_not_matter():
     model = network()
     optimizer = vlearn.IVON(model, lr=0.1, ess=50)

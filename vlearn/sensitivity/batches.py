@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 
@@ -48,6 +48,28 @@ class Batch(NamedTuple):
 
         args, kwargs, target = tree_map(of, (self.args, self.kwargs, self.target))
         return Batch(args, kwargs, target, self.index[rows])
+
+    def fits(self, other: Batch) -> bool:
+        """Whether the two can be made one: all they hold are tensors with a row for each example, of one shape."""
+        mine, theirs = (tree_flatten((batch.args, batch.kwargs, batch.target)) for batch in (self, other))
+
+        def joins(leaf: Any, its: Any) -> bool:
+            if not (isinstance(leaf, Tensor) and isinstance(its, Tensor) and leaf.dim() and its.dim()):
+                return False
+            rows = leaf.shape[0] == len(self.index) and its.shape[0] == len(other.index)
+            return rows and leaf.shape[1:] == its.shape[1:] and leaf.dtype == its.dtype
+
+        return mine[1] == theirs[1] and all(map(joins, mine[0], theirs[0]))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """One batch of several that fit."""
+    if len(parts) == 1:
+        return parts[0]
+    flat = [tree_flatten((part.args, part.kwargs, part.target)) for part in parts]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    args, kwargs, target = tree_unflatten([torch.cat(column) for column in columns], flat[0][1])
+    return Batch(args, kwargs, target, torch.cat([part.index for part in parts]))
 
 
 def batches(loader: Iterable[Any], device: torch.device, by_number: bool = False) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from vlearn.sensitivity.jacobian import curved, output_change, summed_gradient
 from vlearn.sensitivity.linearize import Linearization, at_mean, linearize
 from vlearn.sensitivity.live import Selector
 from vlearn.sensitivity.losses import ExampleLoss, LossFunction
-from vlearn.sensitivity.membership import Membership
+from vlearn.sensitivity.membership import Membership, by_group
 from vlearn.sensitivity.sweep import sweep
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
@@ -119,12 +119,11 @@ def leave_group_out(
     with at_mean(model, posterior) as covariance:
 
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
-            """Every group's examples, one batch after the other."""
+            """Every group's examples, in batches."""
             seen = members.count()
-            for batch in shown(batches(loader, device_of(model), by_number=True), loader, progress, "leave_group_out"):
-                for k, rows in seen.rows_of(batch.index):
-                    if only is None or bool(only[k]):
-                        yield k, linearize(model, covariance, batch.rows(rows), losses, output, second_order)
+            found = batches(loader, device_of(model), by_number=True)
+            for k, batch in by_group(shown(found, loader, progress, "leave_group_out"), seen, only):
+                yield k, linearize(model, covariance, batch, losses, output, second_order)
             seen.check()
 
         gradients, loss = _gradients(visit, covariance, len(members))

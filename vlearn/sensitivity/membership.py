@@ -1,12 +1,16 @@
-"""Which examples belong to which group, by their numbers."""
+"""Which examples belong to which group, by their numbers, and each group's examples in batches of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlearn.sensitivity.batches import Batch, joined
+
+HELD_BATCHES = 16  # as many of the loader's batches may wait to be filled up
 
 
 class Membership:
@@ -81,6 +85,36 @@ class Seen:
                 f"loader gave {int(self._counts[k])} of them: use a loader that gives every example once, each time it "
                 "is iterated."
             )
+
+
+def by_group(found: Iterable[Batch], seen: Seen, only: Tensor | None = None) -> Iterator[tuple[int, Batch]]:
+    """(group, some of its examples), in batches about as large as the loader's, which a pass costs least with.
+
+    Args:
+        only: ``[K]`` the groups that are wanted.
+    """
+    held: dict[int, list[Batch]] = {}
+    full = 0
+
+    def count(k: int) -> int:
+        return sum(len(part.index) for part in held[k])
+
+    for batch in found:
+        full = max(full, len(batch.index))
+        for k, rows in seen.rows_of(batch.index):
+            if only is not None and not bool(only[k]):
+                continue
+            part = batch.rows(rows)
+            if k in held and not held[k][-1].fits(part):
+                yield k, joined(held.pop(k))
+            held.setdefault(k, []).append(part)
+        while held:
+            most = max(held, key=count)
+            if count(most) < full and sum(map(count, held)) <= HELD_BATCHES * full:
+                break
+            yield most, joined(held.pop(most))
+    for k, parts in held.items():
+        yield k, joined(parts)
 
 
 def _numbers(values: Any, name: str) -> Tensor:
