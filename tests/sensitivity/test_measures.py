@@ -134,3 +134,14 @@ def test_what_is_not_defined_is_refused():
         measures.el2n(model, [], F.cross_entropy)
     with pytest.raises(ValueError, match=r"threshold=0, but it must be in \(0, 1\]"):
         measures.cooks_distance(model, posterior, LOADER, F.cross_entropy, threshold=0)
+
+
+def test_a_posterior_that_only_ranks_gives_no_sizes():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    posterior = vlearn.posterior.from_optimizer(optimizer, model, num_data=12, prior_precision=1.0)
+    for measure in (measures.cooks_distance, measures.memorization):
+        with pytest.raises(RuntimeError, match="comes from SGD"):
+            measure(model, posterior, LOADER, F.cross_entropy)
+    norm = measures.gradient_norm(model, LOADER, F.cross_entropy)
+    assert relative_error(measures.influence_norm(model, posterior, LOADER, F.cross_entropy), norm) < 1e-12

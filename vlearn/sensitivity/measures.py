@@ -41,6 +41,7 @@ def cooks_distance(
         threshold: examples whose largest eigenvalue of VΛ reaches it get the first order, eᵀVe / P.
     """
     check_threshold(threshold)
+    posterior.need_scale("Cook's distance")
 
     def of(at: Linearization) -> Tensor:
         at.check_one_output("Cook's distance")
@@ -77,6 +78,7 @@ def memorization(model: nn.Module, posterior: Posterior, loader: Iterable[Any], 
     Raises:
         ValueError: if the targets are not class labels ``[N]``.
     """
+    posterior.need_scale("memorization")
 
     def of(at: Linearization) -> Tensor:
         target, output = at.batch.target, at.output

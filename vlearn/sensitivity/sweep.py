@@ -126,7 +126,8 @@ def sweep(
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
         loader: yields (x, y) or (x, y, index); see `IndexedDataset`.
         loss_fn: the training loss, with a `reduction` argument, or a callable (output, target) -> ``[N]``.
-        leverage: "probe" (one unbiased random probe per example), "exact" (one backward per output) or None.
+        leverage: "probe" (one unbiased random probe per example), "exact" (one backward per output; `refined`
+            has it anyway) or None.
         output: which of several outputs loss, deviation and leverage speak of; a callable loss_fn gets the
             whole output all the same.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
@@ -202,7 +203,7 @@ def _rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
         loo = at.loss_at(changes)
     if asked.leverage is None:
         leverage = None
-    elif leverage is None or (asked.leverage == "probe" and asked.refined):
+    elif leverage is None:
         leverage = _leverage(at, asked.leverage, asked.generator)
     if asked.variance:
         variance = function_variance(at)
