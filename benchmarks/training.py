@@ -71,7 +71,7 @@ SMOKE = Settings(epochs=3, num_data=200, num_test=200, channels=(3, 4), retraine
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 8x8 digits, standardised; a fixed random split, so that both halves have the same writers."""
+    """scikit-learn's 8x8 digits; a fixed random split, so that both halves have the same writers."""
 
     x: Tensor
     y: Tensor
@@ -79,14 +79,15 @@ class Digits:
     y_test: Tensor
 
     @classmethod
-    def load(cls, settings: Settings) -> Digits:
+    def load(cls, settings: Settings, standardised: bool = True) -> Digits:
+        """Pixels of mean 0 and standard deviation 1, or in [0, 1]."""
         from sklearn.datasets import load_digits
 
         found = load_digits()
         order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
         x = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1)[order]
         y = torch.tensor(found.target)[order]
-        x = (x - x[: settings.num_data].mean()) / x[: settings.num_data].std()
+        x = (x - x[: settings.num_data].mean()) / x[: settings.num_data].std() if standardised else x / 16
         test = slice(settings.num_data, settings.num_data + settings.num_test)
         return cls(x[: settings.num_data], y[: settings.num_data], x[test], y[test])
 
