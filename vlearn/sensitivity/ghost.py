@@ -249,8 +249,9 @@ def _add_dense(
     """Parameters whose gradients are formed: those of fallback modules, and those correlated with others."""
     uses = dict.fromkeys(use for found in uses_of.values() for use in found)
     entries = sum(p.numel() for p in uses_of)
-    in_cache = all(use.rule is not None for use in uses) and len(uses_of) <= 2
-    limit = CHUNK_ENTRIES if in_cache else FALLBACK_ENTRIES
+    # One layer at a time stays in cache; a fallback module and a dense Σ want many examples at once.
+    by_layer = all(isinstance(covariance.block_of(p)[1], KroneckerBlock) for p in uses_of)
+    limit = CHUNK_ENTRIES if by_layer and all(use.rule is not None for use in uses) else FALLBACK_ENTRIES
     for examples in chunks(result.self_influence.shape[0], entries, limit):
         gradients = dense_gradients(uses_of, examples, weights, tolerance)
         directions = covariance.multiply(gradients)
