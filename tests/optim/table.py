@@ -24,10 +24,12 @@ class Entry:
     # Settings that one parameter group may have beside another with the entry's own.
     overrides: tuple[dict[str, Any], ...] = ({"lr": 0.02}, {"weight_decay": 0.1}, {"hess_init": 2.0}, {"ess": 30})
     captures: bool = False  # the update rule needs a watched model in every loop
+    probes: bool = False  # it takes random numbers in every backward pass, and needs to know the model's output
+    variant: str = ""  # where the same optimizer is in the table with other settings
     bytes_per_parameter: int = 8  # of a float32 parameter's state; 4 more for the master mean of a narrower one
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
 
 IVON = Entry(
@@ -62,7 +64,24 @@ VOGN = Entry(
     ),
     captures=True,
 )
-FAMILY = (IVON, VOGN)
+VON = Entry(
+    "VON",
+    lambda params, **kwargs: vlearn.VON(params, **{"lr": 0.1, "ess": 50, "hess_init": 0.5, "beta2": 0.99, **kwargs}),
+    bad=(
+        ({"ess": 0}, "ess=0, but it must be positive: use the number of training examples."),
+        ({"damping": -1.0}, "damping=-1.0, but it must not be negative: use 0."),
+    ),
+    captures=True,
+    probes=True,
+)
+VON_PRICE = Entry("VON", lambda params, **kwargs: VON.make(params, **{"hessian": "price", **kwargs}), variant="price")
+FAMILY = (IVON, VOGN, VON, VON_PRICE)
+
+
+def needs_no_probe(entry: Entry) -> None:
+    """Skip the rules that draw a probe in every pass where two runs differ in their passes."""
+    if entry.probes:
+        pytest.skip("the rule draws a probe in every backward pass")
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:

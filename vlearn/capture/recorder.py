@@ -222,6 +222,8 @@ class Recorder:
         for position, i in enumerate(positions):
             if trace.edges is None:
                 sources[i].register_hook(partial(use.receive, position))
+                if trace.probe is not None:
+                    trace.probe.ends.append((use, position, get_gradient_edge(sources[i])))
             else:
                 trace.edges.append((use, position, get_gradient_edge(sources[i])))
         trace.uses.append(use)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from vlearn.capture.probe import End, Probe
 from vlearn.capture.tree import detached, tensor_leaves, versions
 from vlearn.capture.use import Use, accumulate
 
@@ -50,6 +51,7 @@ class Trace:
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
         self.on_backward: Callable[[], None] = lambda: None
+        self.probe: Probe | None = None
         self.calls: dict[nn.Module, int] = {}  # how often each module was called
         self._graph: Callable[[], _Graph | None] = lambda: None
         self._received_cast: set[int] = set()  # outputs that are casts and that the loss does depend on
@@ -62,20 +64,36 @@ class Trace:
         if self.edges is None:
             graph = _Graph()
             self._graph = ref(graph)
+            chosen, ends = (None, []) if self.probe is None else self.probe.take_ends(output, leaves)
             for position, i in enumerate(self.positions):
-                leaves[i].register_hook(partial(self._receive, graph, position))
-                self._follow_cast(graph, position, leaves[i])
+                receive = partial(self._receive, graph, position, ends if i == chosen else None)
+                number = leaves[i].output_nr
+                leaves[i].register_hook(lambda g, receive=receive, number=number: receive(g, g, number))
+                self._follow_cast(receive, position, leaves[i])
         self.output = detached(output)
         self.output_versions = versions(output)
 
-    def _receive(self, graph: _Graph, position: int, gradient: Tensor) -> None:
+    def _receive(
+        self, graph: _Graph, position: int, ends: list[End] | None, gradient: Tensor, arrived: Tensor, number: int
+    ) -> None:
+        """The gradient of an output has come.
+
+        Args:
+            ends: where a probe of this output ends, if it is wanted.
+            arrived: the gradient as the node has it at its output of this number.
+        """
+        if self.probe is not None and self.probe.running:
+            return
         if all(cotangent is None for cotangent in self.cotangents):
             self.on_backward()
         if torch.is_grad_enabled():
             self.problems.append("a backward pass with create_graph=True went through the captured forward pass.")
         accumulate(self.cotangents, position, gradient)
+        if ends and self.probe is not None:
+            value = tensor_leaves(self.output)[self.positions[position]]
+            self.probe.pull(self, value, gradient, arrived, number, ends)
 
-    def _follow_cast(self, graph: _Graph, position: int, leaf: Tensor) -> None:
+    def _follow_cast(self, receive: Callable[[Tensor, Tensor, int], None], position: int, leaf: Tensor) -> None:
         """Where a model that computes its own loss casts its outputs at the end, only what was cast sees the loss.
 
         Accelerate and Hugging Face's Trainer do so under mixed precision.
@@ -85,14 +103,14 @@ class Trace:
         if node is None:
             return
 
-        def receive(gradients: tuple[Tensor | None, ...]) -> None:
+        def follow(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[output]
             if gradient is not None and position not in self._received_cast:
-                self._receive(graph, position, gradient.to(leaf_dtype))
+                receive(gradient.to(leaf_dtype), gradient, output)
 
         leaf_dtype = leaf.dtype
         leaf.register_hook(lambda gradient: self._received_cast.add(position))
-        node.register_prehook(receive)
+        node.register_prehook(follow)
 
     def backward(self, outputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool = False) -> None:
         """Fill the uses' cotangents from the given output gradients; weight gradients are not computed.

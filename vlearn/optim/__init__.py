@@ -2,5 +2,6 @@
 
 from vlearn.optim.ivon import IVON
 from vlearn.optim.vogn import VOGN
+from vlearn.optim.von import VON
 
-__all__ = ["IVON", "VOGN"]
+__all__ = ["IVON", "VOGN", "VON"]

@@ -54,6 +54,8 @@ class VariationalOptimizer(Sampler, Optimizer):
     blocks together instead (`_perturb_all`, `_update_all`).
     """
 
+    _copied: tuple[str, ...] = ()  # attributes of a subclass that copies have too
+
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None):
         self.generator = generator
         self.nonfinite_count = 0
@@ -106,6 +108,19 @@ class VariationalOptimizer(Sampler, Optimizer):
         """
         raise NotImplementedError
 
+    def _probes(self) -> bool:
+        """Whether a rule wants another gradient of the output sent back beside the loss's."""
+        return False
+
+    def _probe(self, watch: Watch, output: Tensor, residual: Tensor) -> Tensor:
+        """That gradient, in the output's shape, of each example's own loss.
+
+        Args:
+            output: the model's.
+            residual: the loss's gradient with respect to it.
+        """
+        raise NotImplementedError
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError if a parameter group's settings break a rule."""
         raise NotImplementedError
@@ -155,12 +170,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         return given.pop()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "generator": self.generator,
-            "nonfinite_count": self.nonfinite_count,
-            "watch": self._watch,
-        }
+        copied = {name: getattr(self, name) for name in ("generator", "nonfinite_count", *self._copied)}
+        return {**super().__getstate__(), **copied, "watch": self._watch}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         whole = "generator" in state  # load_state_dict passes state and param_groups alone

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.hooks import hooks_are_silent, is_recomputed, module_paths
+from vlearn.capture.probe import Probe
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
 from vlearn.capture.tree import tensor_leaves
 from vlearn.optim.wrappers import named_parameters
-from vlearn.sensitivity.live import Selector, Sensitivities, live_sensitivities
+from vlearn.sensitivity.live import Selector, Sensitivities, live_sensitivities, select
 
 if TYPE_CHECKING:
     from vlearn.optim.base import VariationalOptimizer
@@ -235,6 +236,8 @@ class Watch:
             if self.captures(step):
                 self.trace, self.trace_step = Trace(self.paths, optimizer.moving()), step
                 self.trace.on_backward = self._begin_backward
+                if optimizer._probes():
+                    self.trace.probe = Probe(self._choose, self._probe)
                 self.collected = False
                 self._recorder = Recorder(self.trace)
         elif not optimizer._in_context and optimizer._draw is not None and optimizer._draw.active:
@@ -297,6 +300,35 @@ class Watch:
     def has_uncollected(self) -> bool:
         """Whether there is a pass with its gradients that the optimizer's update rule has not seen."""
         return self.trace is not None and self.trace.received and not self.collected
+
+    def _choose(self, output: Any) -> Tensor:
+        return select(output, getattr(self.optimizer, "output", None))
+
+    def _probe(self, output: Tensor, residual: Tensor) -> Tensor | None:
+        optimizer, trace = self._optimizer(), self.trace
+        if optimizer is None or trace is None or trace.probe is None or not trace.probe.running:
+            return None  # of a pass that is not wanted any more
+        return optimizer._probe(self, output, residual)
+
+    def probed_trace(self) -> Trace:
+        """The trace with the gradients of the optimizer's probe.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        probe = self.checked_trace().probe
+        assert probe is not None
+        if probe.problem is not None:
+            raise RuntimeError(str(probe.problem)) from probe.problem
+        if probe.trace is None:
+            raise RuntimeError("the loss does not depend on the output that the curvature is taken of.")
+        return probe.trace
+
+    def weight_of_rows(self, count: int) -> float:
+        """What an example's own loss multiplies each row of its output with, of `count` rows in the loss."""
+        assert self.trace is not None
+        averaged = self.loss_reduction == "mean" and self.trace.kwargs.get("num_items_in_batch") is None
+        return self.trace.num_examples / count if averaged else 1.0
 
     def _begin_backward(self) -> None:
         if self.trace is not None:  # else of a pass that is not wanted any more
