@@ -1,7 +1,7 @@
 """vlearn: variational optimizers for PyTorch, and each training example's sensitivity read from their state."""
 
 from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
-from vlearn.optim import IVON, VOGN, VON
+from vlearn.optim import IVON, VOGN, VON, FullVON
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
 from vlearn.sensitivity import IndexedDataset, influence, leave_group_out, sweep
@@ -11,6 +11,7 @@ __all__ = [
     "IVON",
     "VOGN",
     "VON",
+    "FullVON",
     "IndexedDataset",
     "MemoryMap",
     "conjugate",

@@ -25,8 +25,12 @@ class Entry:
     overrides: tuple[dict[str, Any], ...] = ({"lr": 0.02}, {"weight_decay": 0.1}, {"hess_init": 2.0}, {"ess": 30})
     captures: bool = False  # the update rule needs a watched model in every loop
     probes: bool = False  # it takes random numbers in every backward pass, and needs to know the model's output
+    dense: bool = False  # the state joins all parameters
     variant: str = ""  # where the same optimizer is in the table with other settings
-    bytes_per_parameter: int = 8  # of a float32 parameter's state; 4 more for the master mean of a narrower one
+
+    def state_size(self, count: int, of: int) -> int:
+        """Numbers in the state of some of a model's parameters, without the step and the mean of narrower ones."""
+        return count * (1 + (of if self.dense else 1))
 
     def __str__(self) -> str:
         return f"{self.name}-{self.variant}" if self.variant else self.name
@@ -75,7 +79,34 @@ VON = Entry(
     probes=True,
 )
 VON_PRICE = Entry("VON", lambda params, **kwargs: VON.make(params, **{"hessian": "price", **kwargs}), variant="price")
-FAMILY = (IVON, VOGN, VON, VON_PRICE)
+FULLVON = Entry(
+    "FullVON",
+    lambda params, **kwargs: vlearn.FullVON(params, **{"lr": 0.1, "ess": 50, "hess_init": 0.5, **kwargs}),
+    bad=(
+        ({"lr": -1.0}, "lr=-1.0, but it must not be negative: try 0.1."),
+        (
+            {"beta2": 0.0, "weight_decay": 0.0},
+            "beta2=0.0, but it must be positive without weight decay: the precision of a flat direction would be zero.",
+        ),
+    ),
+    captures=True,
+    probes=True,
+    dense=True,
+)
+FULLVON_PRICE = Entry(
+    "FullVON",
+    lambda params, **kwargs: FULLVON.make(params, **{"rule": "iblr", "hessian": "price", "beta2": 0.999, **kwargs}),
+    dense=True,
+    variant="price",
+)
+FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE)
+
+
+def needs_parameters_apart(entry: Entry) -> None:
+    """Skip the rules whose posterior joins parameters, or whose probe does, where each is to be as if alone."""
+    needs_no_probe(entry)
+    if entry.dense:
+        pytest.skip("the posterior joins all parameters")
 
 
 def needs_no_probe(entry: Entry) -> None:

@@ -19,7 +19,7 @@ from tests.optim.table import (
     loss_of,
     made,
     needs_gradients_alone,
-    needs_no_probe,
+    needs_parameters_apart,
     network,
     plain,
     states,
@@ -54,7 +54,7 @@ def train(entry: Entry, optimizers: list[Any], model: nn.Module, count: int = 4)
 
 @overrides
 def test_a_group_with_its_own_settings_is_an_optimizer_with_them(entry: Entry, settings: dict[str, Any]) -> None:
-    needs_no_probe(entry)
+    needs_parameters_apart(entry)
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **settings}]
     together = train(entry, [entry.make(groups, num_data=50)], model)
@@ -67,7 +67,7 @@ def test_a_group_with_its_own_settings_is_an_optimizer_with_them(entry: Entry, s
 
 @overrides
 def test_a_group_added_after_steps_is_a_new_optimizer_over_it(entry: Entry, settings: dict[str, Any]) -> None:
-    needs_no_probe(entry)
+    needs_parameters_apart(entry)
     model, other = network(), network()
     optimizer = entry.make(model[0].parameters(), num_data=50)
     apart = [entry.make(other[0].parameters())]

@@ -298,17 +298,18 @@ def test_narrow_parameters_have_a_float32_state_and_master_mean(entry: Entry, dt
     model, (x, y) = network(dtype=dtype), data(dtype=dtype)
     optimizer = entry.make(model)
     plain(optimizer, model, x, y)
+    count = sum(p.numel() for p in model.parameters())
     for p in model.parameters():
         state = {key: value for key, value in optimizer.state[p].items() if key != "step"}
         assert all(value.dtype == torch.float32 for value in state.values())
-        assert sum(value.nbytes for value in state.values()) == (entry.bytes_per_parameter + 4) * p.numel()
+        assert sum(value.nbytes for value in state.values()) == 4 * (entry.state_size(p.numel(), count) + p.numel())
         assert torch.equal(state["mean"].to(dtype), p)
     wide = network(dtype=torch.float32)
     optimizer = entry.make(wide)
     plain(optimizer, wide, *data(dtype=torch.float32))
     p = wide[0].weight
     assert sum(v.nbytes for key, v in optimizer.state[p].items() if key != "step") == (
-        entry.bytes_per_parameter * p.numel()
+        4 * entry.state_size(p.numel(), count)
     )
 
 

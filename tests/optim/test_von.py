@@ -97,7 +97,8 @@ def test_sampled_labels_have_the_same_mean(likelihood: str) -> None:
     torch.manual_seed(0)
     output = torch.randn(2, 3, dtype=torch.float64)
     given = (lambda f: torch.distributions.Categorical(logits=f)) if likelihood == "callable" else likelihood
-    u = torch.stack([probe(given, "sampled", output, torch.ones_like(output), lambda rows: 1.0, None) for _ in range(4000)])
+    arguments = (given, "sampled", output, torch.ones_like(output), lambda rows: 1.0, None)
+    u = torch.stack([probe(*arguments) for _ in range(4000)])
     p = output.softmax(1)
     truth = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     if likelihood == "gaussian":

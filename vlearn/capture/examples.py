@@ -68,6 +68,33 @@ def sums_of_squares(trace: Trace, wanted: Container[Tensor], weights: Weights) -
     return sums
 
 
+def sums_of_products(trace: Trace, joint: list[Tensor], wanted: Container[Tensor], weights: Weights) -> Tensor:
+    """Σ_n g_n g_nᵀ ``[P, P]``, g_n all gradients of one example as a vector, on the scale of the recorded pass.
+
+    Args:
+        trace: a recorded forward and backward pass.
+        joint: the parameters in the order of the rows.
+        wanted: those of them that count; the others' gradients are taken to be zero.
+        weights: the value of each parameter during the pass.
+    """
+    uses_of = checked_uses(trace, wanted, weights)
+    count = sum(p.numel() for p in joint)
+    total: Tensor | None = None
+    with as_recorded(trace), torch.no_grad():
+        for examples in chunks(trace.num_examples, count, FALLBACK_ENTRIES):
+            found = dense_gradients(uses_of, examples, weights, trace.tolerance)
+            size = examples.stop - examples.start
+            columns = [
+                _wide(found[p]).reshape(size, -1) if p in found else torch.zeros(size, p.numel(), device=p.device)
+                for p in joint
+            ]
+            gradients = torch.cat([column.to(joint[0].device) for column in columns], 1)
+            products = gradients.mT @ gradients
+            total = products if total is None else total + products
+    assert total is not None
+    return total
+
+
 def dense_gradients(
     uses_of: dict[Tensor, list[Use]], examples: slice, weights: Weights, tolerance: float
 ) -> dict[Tensor, Tensor]:

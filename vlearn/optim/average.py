@@ -18,10 +18,12 @@ class Average:
     def __init__(self) -> None:
         self.count = 0
         self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._trailing: tuple[int, ...] = ()  # axes of a statistic after those of its parameter
 
     def add(self, contributions: Iterable[Contribution]) -> None:
         """Count one whole draw, whose buffers go."""
         for slot, gradient, statistic in contributions:
+            self._trailing = tuple(statistic.shape[gradient.dim() :])
             total, statistics = self._of_parameter(slot.parameter, gradient.dtype)
             slot.of(total).add_(gradient)
             slot.of(statistics).add_(statistic)
@@ -82,7 +84,9 @@ class Average:
 
     def _of_parameter(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if p not in self._sums:
-            self._sums[p] = (torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype))
+            total = torch.zeros_like(p, dtype=dtype)
+            further = total.new_zeros(*p.shape, *self._trailing) if self._trailing else torch.zeros_like(total)
+            self._sums[p] = (total, further)
         return self._sums[p]
 
 

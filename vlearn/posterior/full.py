@@ -19,7 +19,8 @@ class Full(Gaussian):
         mean: posterior mean of each parameter by name; the order gives that of the precision's rows.
         precision: S ``[P, P]``, summed over the training data, prior included.
         num_data: number of training examples N.
-        ess: effective sample size of the draws, whose precision is S·ess/num_data; default num_data.
+        ess: effective sample size of the draws, whose precision is S·ess/num_data; default num_data. By name, where
+            it differs: √(ess/num_data) S √(ess/num_data).
         prior_precision: δ of the prior N(0, 1/δ) by name, which `kl` needs.
         parameters: the model's parameters by name, where the posterior belongs to a model.
         check: called before anything is read; raises if the state has moved on.
@@ -35,7 +36,7 @@ class Full(Gaussian):
         precision: Tensor,
         num_data: float,
         *,
-        ess: float | None = None,
+        ess: float | Mapping[str, float] | None = None,
         prior_precision: Mapping[str, float | Tensor] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         check: Callable[[], None] = lambda: None,
@@ -57,7 +58,7 @@ class Full(Gaussian):
             mean,
             [tuple(mean)],
             num_data,
-            ess={} if ess is None else dict.fromkeys(mean, ess),
+            ess=ess if ess is None or isinstance(ess, Mapping) else dict.fromkeys(mean, ess),
             prior_precision=prior_precision,
             parameters=parameters,
             check=check,

@@ -94,10 +94,9 @@ class Gaussian:
         self.need_scale("draws")
         drawn: dict[str, Tensor] = {}
         for group in self._each_group():
-            scale = math.sqrt(self._tempering(group[0]))
             for name, move in zip(group, self._block(group).draw(generator), strict=True):
                 mean = self.mean[name]
-                drawn[name] = torch.add(mean, move, alpha=scale).to(mean.dtype)
+                drawn[name] = torch.add(mean, move, alpha=math.sqrt(self._tempering(name))).to(mean.dtype)
         return {name: drawn[name] for name in self.names}
 
     def entropy(self) -> float:
