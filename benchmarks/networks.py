@@ -90,6 +90,42 @@ def resnet20_frn() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
+class CausalBlock(nn.Module):
+    """Causal self-attention and two linear layers, each after a layer norm and beside a shortcut."""
+
+    def __init__(self, features: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.attention_in = nn.Linear(features, 3 * features)
+        self.attention_out = nn.Linear(features, features)
+        self.mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        parts = self.attention_in(self.attention_norm(x)).chunk(3, -1)
+        q, k, v = (part.reshape(n, t, self.heads, -1).transpose(1, 2) for part in parts)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(attended.transpose(1, 2).reshape(n, t, d))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """GPT-2's architecture, embedding and output layer tied: tokens ``[N, T]`` -> logits ``[N, T, vocabulary]``."""
+
+    def __init__(self, vocabulary: int = 256, length: int = 64, features: int = 128, layers: int = 5, heads: int = 4):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, features), nn.Embedding(length, features)
+        self.blocks = nn.Sequential(*(CausalBlock(features, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(features)
+        self.out = nn.Linear(features, vocabulary, bias=False)
+        self.out.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.out(self.norm(self.blocks(self.tokens(x) + self.positions(positions))))
+
+
 NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
     "lenet5": lenet5,
     "digits_cnn": digits_cnn,

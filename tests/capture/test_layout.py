@@ -74,8 +74,8 @@ def test_a_model_that_does_not_run_without_an_example_is_refused():
     with pytest.raises(RuntimeError) as error:
         swept(model, torch.randn(N, N, 5))
     assert str(error.value) == (
-        "several axes are as long as the batch of 4, and the model does not run on one example less to tell which is "
-        "the one of the examples: use another batch size."
+        "an axis that may not be the one of the examples is as long as the batch of 4, and the model does not run on "
+        "one example less to tell: use another batch size."
     )
 
 

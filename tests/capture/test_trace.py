@@ -43,7 +43,7 @@ def places(case):
         ("mlp", {"0.weight": [("0", True)], "4.bias": [("4", True)]}),
         ("linear_used_twice", {"fc.weight": [("fc", True)] * 2}),
         ("weight_shared_by_two_layers", {"0.weight": [("0", True), ("2", True)], "2.bias": [("2", True)]}),
-        ("embedding_tied_with_the_output_layer", {"embedding.weight": [("embedding", False), ("out", True)]}),
+        ("embedding_tied_with_the_output_layer", {"embedding.weight": [("embedding", True), ("out", True)]}),
         ("subclass_of_linear_with_another_forward", {"0.weight": [("0", False)]}),
         ("pruned_weight", {"0.weight_orig": [("0", False)], "2.weight": [("2", True)]}),
         ("layer_called_with_a_keyword", {"fc.weight": [("fc", False)], "out.weight": [("out", True)]}),

@@ -6,12 +6,21 @@ import torch.nn.functional as F
 
 import vlearn
 from tests.oracles.networks import CASES
+from tests.oracles.networks.whole import WHOLE
 from tests.oracles.per_example import by_functorch, flat, moving, per_example, relative_error
 
 NUM_DATA, WEIGHT_DECAY = 50.0, 0.02
 TOLERANCE = 1e-10
 # A block that is given another module's weights as an argument sees the mean once the step has been taken.
 HANDED_OVER = ("layer_handed_to_a_block", "weight_handed_to_a_block")
+
+SLOW = {
+    "resnet20_with_filter_response_norm",
+    "language_model_with_tied_embeddings",
+    "transformer_with_low_rank_adapters",
+    "encoder_of_torch_nn",
+}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -46,7 +55,7 @@ def error(value, truth):
     return relative_error(value.reshape(len(value), -1), truth.reshape(len(truth), -1))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_live_equals_per_example_autograd(name):
     case = CASES[name]()
     twin = CASES[name]().model
@@ -81,7 +90,7 @@ def test_live_equals_per_example_autograd(name):
         assert s.residual.shape == s.deviation.shape == truth.residual.shape
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_sweep_equals_per_example_autograd(name):
     case = CASES[name]()
     twin = CASES[name]().model.eval()
@@ -115,3 +124,7 @@ def test_the_oracle_agrees_with_functorch():
     influence, change = by_functorch(case.model, case.x, case.target, loss, variance)
     assert error(influence, truth.self_influence(torch.diag(variance))) < 1e-13
     assert error(change, truth.deviation(torch.diag(variance))) < 1e-13
+
+
+def test_the_whole_models_are_of_twelve_kinds():
+    assert len(WHOLE) == 12 and set(WHOLE) <= set(CASES)

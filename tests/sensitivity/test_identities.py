@@ -14,6 +14,10 @@ OTHER_LOSSES = (
     "output_without_class_axis",
     "penalty_in_the_model_output_only",
     "logits_written_in_place",
+    "regression_with_two_targets",
+    "several_labels_at_once",
+    "language_model_with_tied_embeddings",
+    "transformer_with_low_rank_adapters",
 )
 CROSS_ENTROPY = [name for name in CASES if name not in OTHER_LOSSES]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

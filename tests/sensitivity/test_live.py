@@ -12,6 +12,7 @@ from tests.sensitivity.small import (
     LABELS,
     C,
     D,
+    PlainNorm,
     assert_equal,
     covariance_of,
     inputs,
@@ -44,7 +45,7 @@ def test_watching_adds_no_operator_to_a_training_step():
     free = ("detach", "alias", "_local_scalar_dense")  # views, and the step counter read as a number
 
     def step(watched):
-        model = network(nn.LayerNorm(8)).train()
+        model = network(PlainNorm(8)).train()
         optimizer = optimizer_of(model if watched else model.parameters())
         with Operations() as operations:
             if not watched:
@@ -222,7 +223,7 @@ def test_an_output_that_is_cast_at_the_end_has_its_residual_wherever_the_loss_is
 @pytest.mark.parametrize("how", ["eval", "no_grad", "eval with gradients"])
 def test_passes_that_do_not_train_change_nothing(where, how):
     def read(disturb):
-        model = network(nn.LayerNorm(8), nn.Dropout(0.4))
+        model = network(PlainNorm(8), nn.Dropout(0.4))
         optimizer = optimizer_of(model)
 
         def other_pass():
@@ -253,7 +254,7 @@ def test_passes_that_do_not_train_change_nothing(where, how):
 
 @pytest.mark.parametrize("loop", ["context", "two contexts", "closure", "modes", "context without watch before"])
 def test_every_loop_is_read_at_its_last_draw(loop):
-    model = network(nn.LayerNorm(8))
+    model = network(PlainNorm(8))
     optimizer = optimizer_of(model.parameters() if "without" in loop else model, mc_samples=2 if "two" in loop else 1)
     if "without" in loop:
         optimizer.watch(model)
@@ -278,7 +279,7 @@ def test_every_loop_is_read_at_its_last_draw(loop):
         closure()
         optimizer.eval()
         optimizer.step()
-    truth = truth_at(seen[-1], network(nn.LayerNorm(8)), x)
+    truth = truth_at(seen[-1], network(PlainNorm(8)), x)
     names = "param_" if "without" in loop else ""
     variance = optimizer.posterior().variance
     keys = [f"{names}{i}" for i in range(len(seen[-1]))] if names and names + "0" in variance else list(seen[-1])
@@ -303,7 +304,7 @@ def test_two_losses_of_one_pass_are_summed():
 
 
 def test_examples_that_the_loss_leaves_out_have_zero_rows():
-    model = network(nn.LayerNorm(8))
+    model = network(PlainNorm(8))
     optimizer = optimizer_of(model)
     optimizer.watch(model, loss_reduction="sum")
     rows(model(inputs())[:2]).sum().backward()
@@ -313,7 +314,7 @@ def test_examples_that_the_loss_leaves_out_have_zero_rows():
 
 
 def test_two_optimizers_read_their_own_parameters():
-    model = network(nn.LayerNorm(8))
+    model = network(PlainNorm(8))
     first = optimizer_of(list(model[0].parameters()))
     second = optimizer_of(list(model[2].parameters()) + list(model[3].parameters()))
     first.watch(model), second.watch(model)

@@ -16,6 +16,7 @@ from tests.sensitivity.small import (
     C,
     D,
     N,
+    PlainNorm,
     assert_equal,
     covariance_of,
     inputs,
@@ -150,7 +151,7 @@ def test_create_graph_is_refused():
         p.grad = None
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(D, 8), nn.LayerNorm(D)])
+@pytest.mark.parametrize("layer", [nn.Linear(D, 8), PlainNorm(D)])
 def test_a_sequence_first_layer_with_as_many_positions_as_examples_is_refused(layer):
     def build():
         torch.manual_seed(0)
@@ -165,13 +166,13 @@ def test_a_sequence_first_layer_with_as_many_positions_as_examples_is_refused(la
 
 
 def test_as_many_positions_as_examples_is_no_problem_with_the_examples_first():
-    model = Model(lambda m, x: m.out(m.norm(torch.tanh(m.fc(x))).mean(1)), fc=nn.Linear(D, 8), norm=nn.LayerNorm(8))
+    model = Model(lambda m, x: m.out(m.norm(torch.tanh(m.fc(x))).mean(1)), fc=nn.Linear(D, 8), norm=PlainNorm(8))
     model.out = nn.Linear(8, C)
     model.double()
     x = torch.randn(N, N, D, dtype=torch.float64)
     optimizer = optimizer_of(model)
     loss_of(model, x).backward()
-    twin = Model(model.function, fc=nn.Linear(D, 8), norm=nn.LayerNorm(8), out=nn.Linear(8, C)).double()
+    twin = Model(model.function, fc=nn.Linear(D, 8), norm=PlainNorm(8), out=nn.Linear(8, C)).double()
     truth = truth_at(weights_of(model), twin, x)
     s = optimizer.sensitivities(deviation=True)
     assert relative_error(s.deviation, truth.deviation(covariance_of(optimizer, model))) < 1e-10
@@ -182,7 +183,7 @@ def test_as_many_positions_as_examples_is_no_problem_with_the_examples_first():
 
 def with_checkpoint(reentrant):
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Dropout(0.5), nn.Linear(8, 8))
+    block = nn.Sequential(nn.Linear(8, 8), PlainNorm(8), nn.Dropout(0.5), nn.Linear(8, 8))
     parts = {"into": nn.Linear(D, 8), "block": block, "out": nn.Linear(8, C)}
     return Model(lambda m, x: m.out(checkpoint(m.block, m.into(x), use_reentrant=reentrant)), **parts).double()
 

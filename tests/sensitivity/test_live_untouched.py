@@ -12,6 +12,7 @@ import vlearn
 from tests.oracles.networks import Model
 from tests.oracles.per_example import flat, relative_error
 from tests.sensitivity.small import (
+    PlainNorm,
     assert_equal,
     covariance_of,
     inputs,
@@ -57,7 +58,7 @@ def test_replays_update_no_buffer_and_no_attribute():
 
 @pytest.mark.parametrize("kind", ["dropout", "fallback", "pruning"])
 def test_weights_gradients_modes_hooks_and_random_numbers_are_as_before(kind):
-    model = network({"dropout": nn.Dropout(0.3), "fallback": nn.LayerNorm(8), "pruning": nn.Linear(8, 8)}[kind])
+    model = network({"dropout": nn.Dropout(0.3), "fallback": PlainNorm(8), "pruning": nn.Linear(8, 8)}[kind])
     if kind == "pruning":
         prune.random_unstructured(model[2], "weight", amount=0.5)
     model[1].eval()
@@ -83,7 +84,7 @@ def test_weights_gradients_modes_hooks_and_random_numbers_are_as_before(kind):
 
 def test_training_with_and_without_reading_is_the_same_bit_for_bit():
     def train(read):
-        model = network(nn.LayerNorm(8), nn.Dropout(0.3))
+        model = network(PlainNorm(8), nn.Dropout(0.3))
         optimizer = vlearn.IVON(model, lr=0.1, ess=100)
         torch.manual_seed(2)
         for step in range(3):
@@ -100,7 +101,7 @@ def test_training_with_and_without_reading_is_the_same_bit_for_bit():
 
 
 def test_a_mode_changed_since_the_pass_does_not_matter():
-    model = network(nn.LayerNorm(8), nn.Dropout(0.5))
+    model = network(PlainNorm(8), nn.Dropout(0.5))
     optimizer = optimizer_of(model)
     torch.manual_seed(3)
     loss_of(model, inputs()).backward()
@@ -112,7 +113,7 @@ def test_a_mode_changed_since_the_pass_does_not_matter():
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_the_grad_mode_around_the_call_does_not_matter(context):
-    model = network(nn.LayerNorm(8))
+    model = network(PlainNorm(8))
     optimizer = optimizer_of(model)
     loss_of(model, inputs()).backward()
     before = optimizer.sensitivities(deviation=True)
@@ -172,7 +173,7 @@ def test_a_replay_that_fails_leaves_the_model_as_it_was(error):
             raise error("stop")
         return x
 
-    model = network(Model(maybe), nn.LayerNorm(8))
+    model = network(Model(maybe), PlainNorm(8))
     model[2].fails = False
     optimizer = optimizer_of(model)
     loss_of(model, inputs()).backward()

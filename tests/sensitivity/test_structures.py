@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
-from tests.oracles.networks import CASES
+from tests.oracles.networks import CASES, Case
 from tests.oracles.per_example import moving, per_example, relative_error
 from tests.posterior.structures import STRUCTURES, posterior_of
 from vlearn.sensitivity import rotated
@@ -18,10 +18,11 @@ NAMES = [name for name in CASES if name not in SPECIAL]
 
 def assert_exact(model, call, x, target, loss_fn, structure):
     posterior, covariance = posterior_of(moving(model), structure)
-    truth = per_example(model.eval(), call, lambda output: loss_fn(output, target, reduction="none"))
+    truth = per_example(model.eval(), call, Case(model, x, target, loss_fn).each_loss)
     table = vlearn.sweep(model, posterior, [(x, target)], loss_fn, "exact", progress=False)
     assert relative_error(table.self_influence, truth.self_influence(covariance)) < 1e-10
-    assert relative_error(table.deviation, truth.deviation(covariance).reshape(table.deviation.shape)) < 1e-10
+    change = truth.deviation(covariance)
+    assert relative_error(table.deviation.reshape(change.shape), change) < 1e-10
     assert relative_error(table.leverage, truth.leverage(covariance)) < 1e-10
 
 

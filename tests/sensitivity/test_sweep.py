@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vlearn
 from tests.oracles.networks import Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
+from tests.sensitivity.small import PlainNorm
 
 N, D, C = 12, 5, 3
 LABELS = torch.arange(N) % C
@@ -21,7 +22,7 @@ def inputs():
 
 def network(*between):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.LayerNorm(8), *between, nn.Linear(8, C)).double()
+    return nn.Sequential(nn.Linear(D, 8), nn.Tanh(), PlainNorm(8), *between, nn.Linear(8, C)).double()
 
 
 def optimizer_of(model, **arguments):

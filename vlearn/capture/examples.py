@@ -145,4 +145,4 @@ def _squared(gradients: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if torch.finfo(tensor.dtype).bits >= 32 else tensor.float()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

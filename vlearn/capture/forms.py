@@ -1,18 +1,21 @@
 """The per-example gradient of one parameter in the form in which its layer gives it.
 
-A layer that multiplies rows of its input by its weight has
+A layer brings what goes in and what comes out to rows,
 
     a  [N, G, T, I]   rows of the input      n example, t position (token, pixel), i input feature
     b  [N, G, T, O]   gradient of example n's own loss with respect to the output rows, o output feature
 
-and G groups (1 but for grouped convolutions). Its per-example gradient is G_n = Σ_t b_nt a_ntᵀ, [G, O, I].
-Moving the weight by w ∘ G_n, w the diagonal posterior variance, adds (w ∘ G_n) a_nt to the output rows; the
-self-influence is ⟨G_n, w ∘ G_n⟩ = Σ_t b_ntᵀ (w ∘ G_n) a_nt. With one position both come from one matrix
+with G groups (1 but for grouped convolutions). A weight's per-example gradient is then G_n = Σ_t b_nt a_ntᵀ,
+[G, O, I]. Moving the weight by w ∘ G_n, w the diagonal posterior variance, adds (w ∘ G_n) a_nt to the output rows;
+the self-influence is ⟨G_n, w ∘ G_n⟩ = Σ_t b_ntᵀ (w ∘ G_n) a_nt. With one position both come from one matrix
 product, (w ∘ b aᵀ) a = b ∘ (w a²), and nothing of size N x P is formed.
 
 Every form has
 
-    dense()             the gradients ``[N, *shape of the parameter]``
+    b                   the gradient of the output rows, ``[N, G, T, O]`` or summed over the positions
+    shape               of the parameter
+    entries             entries per example that the products work on; 0 where they are few
+    dense()             the gradients ``[N, *shape]``
     moved_rows(D)       change of the output rows ``[N, G, T, O]`` when example n's parameter moves by D_n
     weighted_square(w)  ⟨G_n, w ∘ G_n⟩ ``[N]``
     output_tangent(w)   moved_rows(w ∘ G_n)
@@ -22,9 +25,27 @@ Every form has
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Form(Protocol):
+    """What the file's docstring lists."""
+
+    @property
+    def b(self) -> Tensor: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def entries(self) -> int: ...
+    def dense(self) -> Tensor: ...
+    def moved_rows(self, direction: Tensor) -> Tensor: ...
+    def weighted_square(self, variance: Tensor) -> Tensor: ...
+    def output_tangent(self, variance: Tensor) -> Tensor: ...
+    def sum_of_squares(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -33,110 +54,132 @@ class Outer:
 
     a: Tensor  # [N, G, T, I]
     b: Tensor  # [N, G, T, O]
-    shape: torch.Size  # of the parameter
+    shape: torch.Size
+    transposed: bool = False  # the parameter holds [G, I, O], not [G, O, I]
 
     @property
     def entries(self) -> int:
-        """Entries per example that the products work on; 0 where no gradient is formed."""
         return 0 if self.b.shape[2] == 1 else self.shape.numel() + self.a[0].numel() + self.b[0].numel()
 
     def dense(self) -> Tensor:
-        return (self.b.mT @ self.a).reshape(-1, *self.shape)
+        return self._product().reshape(-1, *self.shape)
 
     def moved_rows(self, direction: Tensor) -> Tensor:
-        return self.a @ self._matrix(direction).mT
+        return self._times(self._matrix(direction))
 
     def weighted_square(self, variance: Tensor) -> Tensor:
         if self.b.shape[2] == 1:
             return self._weighted_inputs(variance).mul_(self.b).mul_(self.b).flatten(1).sum(1)
-        return (self.b.mT @ self.a).square_().flatten(1) @ variance.flatten()
+        return self._product().square_().flatten(1) @ variance.flatten()
 
     def output_tangent(self, variance: Tensor) -> Tensor:
         if self.b.shape[2] == 1:
             return self.b * self._weighted_inputs(variance)
-        return self.a @ (self.b.mT @ self.a).mul_(self._matrix(variance)).mT
+        return self._times(self._product().mul_(self._matrix(variance)))
 
     def sum_of_squares(self) -> Tensor:
-        if self.b.shape[2] == 1:
-            a, b = (rows.squeeze(2).square().transpose(0, 1) for rows in (self.a, self.b))  # [G, N, I], [G, N, O]
-            return (b.mT @ a).reshape(self.shape)
-        return (self.b.mT @ self.a).square_().sum(0).reshape(self.shape)
+        if self.b.shape[2] > 1:
+            return self._product().square_().sum(0).reshape(self.shape)
+        a, b = (rows.squeeze(2).square().transpose(0, 1) for rows in (self.a, self.b))  # [G, N, I], [G, N, O]
+        return (a.mT @ b if self.transposed else b.mT @ a).reshape(self.shape)
+
+    def _product(self) -> Tensor:
+        """G_n as the parameter holds it."""
+        return self.a.mT @ self.b if self.transposed else self.b.mT @ self.a
+
+    def _times(self, matrix: Tensor) -> Tensor:
+        """The input rows times a matrix as the parameter holds it."""
+        return self.a @ (matrix if self.transposed else matrix.mT)
 
     def _weighted_inputs(self, variance: Tensor) -> Tensor:
         """Σ_i w_oi a_ni² ``[N, G, 1, O]`` of the single position: one product with all examples as rows."""
         rows = self.a.square().squeeze(2).transpose(0, 1)  # [G, N, I]
-        return (rows @ self._matrix(variance).mT).transpose(0, 1).unsqueeze(2)
+        matrix = self._matrix(variance)
+        return (rows @ (matrix if self.transposed else matrix.mT)).transpose(0, 1).unsqueeze(2)
 
     def _matrix(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape[: tensor.dim() - len(self.shape)], self.a.shape[1], -1, self.a.shape[3])
+        lead = tensor.shape[: tensor.dim() - len(self.shape)]
+        return tensor.reshape(*lead, self.a.shape[1], *((-1, self.a.shape[3])[:: -1 if self.transposed else 1]))
 
 
 @dataclass(frozen=True)
-class Strips:
-    """The weight of a 2-D convolution: G_n = Σ_t b_nt (patch at t)ᵀ without the patches.
+class Indexed:
+    """G_n[v] = Σ_{t: token = v} b_nt, a table of which each position reads one row: sums over the rows that are read.
 
-    The input is unfolded along its width only; row r of the kernel meets the rows r·dilation + stride·(0 ... H-1)
-    of it. A fifth (for a 5x5 kernel) of the memory traffic of unfolded patches, which bounds small convolutions.
+    Nothing of the table's size is formed.
     """
 
-    strips: Tensor  # [N, G, I·kw, padded height, W]
-    b: Tensor  # [N, G, T, O], T = H·W
-    shape: torch.Size  # [O, I, kh, kw] of the parameter
-    height: int  # H
-    stride: int
-    dilation: int
+    tokens: Tensor  # [N, T]
+    b: Tensor  # [N, 1, T, O]
+    shape: torch.Size  # [V, O]
+    padding: int | None = None  # a row that counts as constant
+
+    entries = 0
+
+    def dense(self) -> Tensor:
+        n, v = self.b.shape[0], self.shape[0]
+        places = self.tokens + v * torch.arange(n, device=self.tokens.device).unsqueeze(1)
+        table = self.b.new_zeros(n * v, self.shape[1]).index_add_(0, places.flatten(), self._kept(self.b).flatten(0, 2))
+        return table.reshape(n, *self.shape)
+
+    def moved_rows(self, direction: Tensor) -> Tensor:
+        examples = torch.arange(len(direction), device=direction.device).unsqueeze(1)
+        return self._kept(direction[examples, self.tokens].unsqueeze(1))
+
+    def weighted_square(self, variance: Tensor) -> Tensor:
+        example, token, _, sums = self._read
+        return variance.new_zeros(len(self.b)).index_add_(0, example, (sums.square() * variance[token]).sum(1))
+
+    def output_tangent(self, variance: Tensor) -> Tensor:
+        _, token, place, sums = self._read
+        return (sums * variance[token])[place].reshape(self.b.shape)
+
+    def sum_of_squares(self) -> Tensor:
+        _, token, _, sums = self._read
+        return self.b.new_zeros(self.shape).index_add_(0, token, sums.square())
+
+    @cached_property
+    def _read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the rows read: (example ``[S]``, token ``[S]``, the one of each position ``[N·T]``, G ``[S, O]``)"""
+        v = self.shape[0]
+        examples = torch.arange(len(self.b), device=self.tokens.device).unsqueeze(1)
+        pairs, place = (self.tokens + v * examples).flatten().unique(return_inverse=True)
+        sums = self.b.new_zeros(len(pairs), self.shape[1]).index_add_(0, place, self._kept(self.b).flatten(0, 2))
+        return pairs // v, pairs % v, place, sums
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Rows ``[N, 1, T, O]`` with zeros at the padding."""
+        if self.padding is None:
+            return rows
+        return rows.masked_fill((self.tokens == self.padding)[:, None, :, None], 0)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """G_n = Σ_t b_nt ∘ a_nt, the gain of a normalisation layer: a is what the gain multiplies."""
+
+    a: Tensor  # [N, G, T, O]
+    b: Tensor  # [N, G, T, O]
+    shape: torch.Size
 
     @property
     def entries(self) -> int:
-        return self.shape.numel() + self.strips[0].numel() + self.b[0].numel()
+        return 2 * self.b[0].numel()
 
     def dense(self) -> Tensor:
-        return self._from_kernel_rows(self._dense())
+        return (self.a * self.b).sum(2).reshape(-1, *self.shape)
 
     def moved_rows(self, direction: Tensor) -> Tensor:
-        return self._moved(self._by_kernel_row(direction))
-
-    def patches(self) -> Outer:
-        """The same with the patches written out."""
-        n, g, columns = self.strips.shape[:3]
-        kernel_rows = torch.stack([self._rows(r) for r in range(self.shape[2])], 3)  # [N, G, I·kw, kh, T]
-        split = kernel_rows.reshape(n, g, self.shape[1], -1, *kernel_rows.shape[3:])  # [N, G, I, kw, kh, T]
-        return Outer(split.transpose(3, 4).reshape(n, g, columns * self.shape[2], -1).mT, self.b, self.shape)
+        return self.a * direction.reshape(-1, self.b.shape[1], 1, self.b.shape[3])
 
     def weighted_square(self, variance: Tensor) -> Tensor:
-        return self._dense().square_().flatten(1) @ self._by_kernel_row(variance).flatten()
+        return self.dense().square_().flatten(1) @ variance.flatten()
 
     def output_tangent(self, variance: Tensor) -> Tensor:
-        return self._moved(self._dense().mul_(self._by_kernel_row(variance)))
+        return self.moved_rows(self.dense().mul_(variance))
 
     def sum_of_squares(self) -> Tensor:
-        return self._from_kernel_rows(self._dense().square_().sum(0, keepdim=True))[0]
-
-    def _rows(self, r: int) -> Tensor:
-        """What row r of the kernel meets: ``[N, G, I·kw, T]``."""
-        start = r * self.dilation
-        return self.strips[..., start : start + self.stride * (self.height - 1) + 1 : self.stride, :].flatten(3)
-
-    def _dense(self) -> Tensor:
-        """Gradients by kernel row, ``[N, G, kh, O, I·kw]``."""
-        return torch.stack([self.b.mT @ self._rows(r).mT for r in range(self.shape[2])], 2)
-
-    def _moved(self, direction: Tensor) -> Tensor:
-        moved = direction[:, :, 0] @ self._rows(0)  # [N, G, O, T]
-        for r in range(1, self.shape[2]):
-            moved += direction[:, :, r] @ self._rows(r)
-        return moved.mT
-
-    def _from_kernel_rows(self, tensor: Tensor) -> Tensor:
-        """``[n, G, kh, O/G, I·kw]`` -> ``[n, O, I, kh, kw]``."""
-        n, g, kh, o, _ = tensor.shape
-        return tensor.reshape(n, g, kh, o, self.shape[1], -1).permute(0, 1, 3, 4, 2, 5).reshape(n, *self.shape)
-
-    def _by_kernel_row(self, tensor: Tensor) -> Tensor:
-        """``[..., O, I, kh, kw]`` -> ``[..., G, kh, O/G, I·kw]``."""
-        lead = tensor.shape[: tensor.dim() - 4]
-        split = tensor.reshape(*lead, self.strips.shape[1], -1, *self.shape[1:])  # [..., G, O/G, I, kh, kw]
-        return split.movedim(-2, len(lead) + 1).flatten(-2)
+        return self.dense().square_().sum(0)
 
 
 @dataclass(frozen=True)
@@ -162,6 +205,3 @@ class Shift:
 
     def sum_of_squares(self) -> Tensor:
         return self.b.square().sum(0).reshape(self.shape)
-
-
-Form = Outer | Strips | Shift

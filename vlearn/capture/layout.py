@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from vlearn.capture.replay import as_recorded, call_with, forward_mode, same_random_numbers
 from vlearn.capture.trace import Trace
-from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.tree import shapes
 from vlearn.capture.use import Use
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -27,33 +27,34 @@ def check_layout(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     """Raise RuntimeError if a recorded use does not have the examples along dimension 0."""
     total, root = trace.num_examples, trace.root
     assert root is not None
-    unclear = {(use.module, use.call): use for use in trace.uses if use.reached and _is_unclear(use, total)}
-    key = tuple((use.path, use.call, _shapes(use.args, use.kwargs)) for use in unclear.values())
+    unclear: dict[tuple[nn.Module, int], tuple[Use, Shapes]] = {}
+    for use in trace.uses:
+        module, call, before = use.seen_by or (use.module, use.call, shapes((use.args, use.kwargs)))
+        if use.reached and use.parameters and (use.of_constants or any(total in shape[1:] for shape in before)):
+            unclear[module, call] = use, before
+    key = tuple((use.path, call, before) for (_, call), (use, before) in unclear.items())
     if total < 2 or not unclear or key in _known.setdefault(root, set()):
         return
     seen = _shapes_with_one_less(trace, weights, {module for module, _ in unclear})
-    for (module, call), use in unclear.items():
+    for (module, call), (use, before) in unclear.items():
         calls = seen.get(module, [])
-        before = _shapes(use.args, use.kwargs)
         after = calls[call] if call < len(calls) else ()
         shrunk = len(before) == len(after) and all(
             new[:1] == (total - 1,) for old, new in zip(before, after, strict=True) if old[:1] == (total,)
         )
         if not shrunk:
             raise RuntimeError(
-                f"{use.path} ({type(module).__name__}): an input of shape {before[0]} has several axes as long as the "
-                f"batch of {total}, and dimension 0 is not the one of the examples: use a layer with the examples "
-                "first (batch_first=True), or another batch size."
+                f"{use.path} ({type(use.module).__name__}): {_described(before, total)}, and dimension 0 is not the "
+                "one of the examples: use a layer with the examples first (batch_first=True), or another batch size."
             )
     _known[root].add(key)
 
 
-def _is_unclear(use: Use, total: int) -> bool:
-    return bool(use.parameters) and any(total in shape[1:] for shape in _shapes(use.args, use.kwargs))
-
-
-def _shapes(args: Any, kwargs: Any) -> Shapes:
-    return tuple(tuple(leaf.shape) for leaf in tensor_leaves((args, kwargs)))
+def _described(before: Shapes, total: int) -> str:
+    several = [shape for shape in before if total in shape[1:]]
+    if several:
+        return f"an input of shape {several[0]} has several axes as long as the batch of {total}"
+    return f"an input of shape {before[0]} is as long as the batch of {total}"
 
 
 def _shapes_with_one_less(
@@ -65,7 +66,7 @@ def _shapes_with_one_less(
     assert root is not None
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.setdefault(module, []).append(_shapes(args, kwargs))
+        seen.setdefault(module, []).append(shapes((args, kwargs)))
 
     def fewer(leaf: Any) -> Any:
         return leaf[:-1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == total else leaf
@@ -76,8 +77,8 @@ def _shapes_with_one_less(
             call_with(root, weights, *tree_map(fewer, (trace.args, trace.kwargs)))
     except Exception as error:
         raise RuntimeError(
-            f"several axes are as long as the batch of {total}, and the model does not run on one example less to "
-            "tell which is the one of the examples: use another batch size."
+            f"an axis that may not be the one of the examples is as long as the batch of {total}, and the model does "
+            "not run on one example less to tell: use another batch size."
         ) from error
     finally:
         for handle in handles:

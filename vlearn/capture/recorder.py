@@ -13,9 +13,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from vlearn.capture.graph import Node, Span, nodes_of, survey
 from vlearn.capture.random_state import random_state
-from vlearn.capture.rules import RULES, Rule
+from vlearn.capture.rules import Rule, rule_of
+from vlearn.capture.shared import SharedCall, other_terms
 from vlearn.capture.trace import Trace
-from vlearn.capture.tree import detached, tensor_leaves, versions
+from vlearn.capture.tree import detached, shapes, tensor_leaves, versions
 from vlearn.capture.use import Use
 
 _HIDDEN = (
@@ -47,6 +48,7 @@ class _Frame:
     first_use: int  # in the trace's uses, of those made inside
     called: set[nn.Module] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
+    shared: list[SharedCall] = field(default_factory=list)  # made inside, by a child
 
 
 class Recorder:
@@ -66,6 +68,8 @@ class Recorder:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._frames:
             self._enter_root(module, args, kwargs)
+        elif self._frames[-1].shared:
+            self._find_shared(self._frames[-1], module, args, kwargs)
         self._frames.append(_Frame(module, len(self.trace.uses)))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -152,10 +156,15 @@ class Recorder:
     def _cover(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Make this call a use, if it owns tracked parameters; or leave them to the call around it."""
         module = frame.module
+        frame.pending += [p for shared in frame.shared if shared.certain for p in shared.parameters]
         owned = [p for p in module._parameters.values() if p is not None]
         wanted: list[Tensor] = [p for p in owned if p in self.trace.tracked and p.requires_grad]
-        rule = None if frame.pending else RULES.get(type(module))
+        rule = rule_of(type(module))
+        refusal = rule.refuses(module) if rule is not None and wanted else None
+        if refusal is not None:
+            self.trace.problems.append(f"{self.trace.paths[module]} ({type(module).__name__}): {refusal}")
         if frame.pending:
+            rule = None
             own = set(module.parameters())
             wanted += [p for p in frame.pending if p in own]
             if self._frames:  # a module that is called here may belong elsewhere
@@ -166,10 +175,16 @@ class Recorder:
         if not outputs:
             return
         if rule is not None:
-            fits = len(args) == 1 and not kwargs and rule.accepts(args[0]) and self._has_row_per_example(args[0])
+            single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
             # Pruning and the older weight_norm make the weight from a parameter of another name.
-            plain = all(p is module.weight or p is module.bias for p in wanted) and "forward" not in module.__dict__
-            rule = rule if fits and plain else None
+            plain = all(rule.covers(module, p) for p in wanted) and "forward" not in module.__dict__
+            fits = single and plain and self._has_row_per_example(args[0]) and rule.accepts(module, args[0])
+            if single and plain and self._frames and not args[0].requires_grad:
+                call = self.trace.calls.get(module, 0)
+                self._frames[-1].shared.append(SharedCall(module, call, wanted, rule, args[0], output, not fits))
+                if not self._has_row_per_example(args[0]):
+                    return
+            rule = rule if fits else None
         if rule is None:
             rows_fit = all(map(self._has_row_per_example, outputs)) and any(
                 map(self._has_row_per_example, tensor_leaves((args, kwargs)))
@@ -177,9 +192,12 @@ class Recorder:
             if not rows_fit or isinstance(module, nn.RNNBase):  # its final state is [layers, N, H]
                 self._leave_to_parent(module, wanted)
                 return
-            # What this module's forward may use without calling its owner (MultiheadAttention's out_proj).
+            # What this module's forward may use without calling its owner (MultiheadAttention's out_proj), if no call
+            # inside did.
+            inner = (use.module for use in self.trace.uses[frame.first_use :] if use.rule is None)
+            others = frame.called.union({module}, *(called.modules() for called in inner))
             for child in module.modules():
-                if child is not module and child not in frame.called:
+                if child not in others:
                     wanted += [p for p in child._parameters.values() if p is not None and p in self.trace.tracked]
         self._add_use(frame, module, wanted, rule, args, kwargs, output)
 
@@ -208,6 +226,7 @@ class Recorder:
             args=detached(args),
             kwargs=detached(kwargs),
             versions=versions((args, kwargs)),
+            of_constants=self._is_of_constants(args, kwargs),
             positions=positions,
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
@@ -220,16 +239,66 @@ class Recorder:
         if rule is None or trace.edges is not None or all(len(shape) == 2 for shape in use.shapes):
             use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
-            if trace.edges is None:
-                sources[i].register_hook(partial(use.receive, position))
-                if trace.probe is not None:
-                    trace.probe.ends.append((use, position, get_gradient_edge(sources[i])))
-            else:
-                trace.edges.append((use, position, get_gradient_edge(sources[i])))
+            self._wait_for_gradient(use, position, sources[i])
         trace.uses.append(use)
+
+    def _find_shared(self, frame: _Frame, reader: nn.Module, args: Any, kwargs: Any) -> None:
+        """Make uses of the calls inside a frame whose outputs are terms of what a module is about to be given."""
+        totals = [
+            leaf for leaf in tensor_leaves((args, kwargs)) if leaf.requires_grad and self._has_row_per_example(leaf)
+        ]
+        for shared in list(frame.shared):
+            for total in totals:
+                repeated = shared.for_all(total)
+                others = other_terms(total, shared.output) if repeated is not None else None
+                if others is not None:
+                    frame.shared.remove(shared)
+                    seen_by = reader, self.trace.calls.get(reader, 0), shapes((args, kwargs))
+                    self._add_shared_use(shared, repeated, total, others, seen_by)
+                    break
+
+    def _add_shared_use(
+        self, shared: SharedCall, repeated: Tensor | None, total: Tensor, others: list[Node], seen_by: Any
+    ) -> None:
+        trace = self.trace
+        for use in trace.uses:  # it looked like a row for each example
+            if use.module is shared.module and use.call == shared.call:
+                use.parameters = []
+        use = Use(
+            module=shared.module,
+            path=trace.paths[shared.module],
+            call=shared.call,
+            parameters=shared.parameters,
+            rule=shared.rule,
+            args=(repeated,),
+            kwargs={},
+            versions=versions(repeated),
+            positions=[0],
+            shapes=[tuple(total.shape)],
+            cotangents=[None],
+            seen_by=seen_by,
+        )
+        self._ends[use] = (others, nodes_of([total]), _get_sequence_nr() - self._first_node)
+        self._wait_for_gradient(use, 0, total)
+        trace.uses.append(use)
+
+    def _wait_for_gradient(self, use: Use, position: int, tensor: Tensor) -> None:
+        trace = self.trace
+        if trace.edges is not None:
+            trace.edges.append((use, position, get_gradient_edge(tensor)))
+            return
+        tensor.register_hook(partial(use.receive, position))
+        if trace.probe is not None:
+            trace.probe.ends.append((use, position, get_gradient_edge(tensor)))
 
     def _has_row_per_example(self, tensor: Tensor) -> bool:
         return tensor.dim() > 0 and tensor.shape[0] == self.trace.num_examples
+
+    def _is_of_constants(self, args: Any, kwargs: Any) -> bool:
+        """Whether some input neither requires grad nor is one of the model's own."""
+        own = {leaf.data_ptr() for leaf in tensor_leaves((self.trace.args, self.trace.kwargs))}
+        leaves = tensor_leaves((args, kwargs))
+        return any(self._has_row_per_example(x) and not x.requires_grad and x.data_ptr() not in own for x in leaves)
 
     def _leave_to_parent(self, module: nn.Module, wanted: list[Tensor]) -> None:
         if self._frames:

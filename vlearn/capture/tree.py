@@ -30,6 +30,11 @@ def detached(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
+    """The shape of each tensor."""
+    return tuple(tuple(leaf.shape) for leaf in tensor_leaves(tree))
+
+
 def versions(tree: Any) -> list[int]:
     """How often each tensor has been written in place."""
     return [leaf._version for leaf in tensor_leaves(tree)]

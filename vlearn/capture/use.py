@@ -26,6 +26,9 @@ class Use:
         cotangents: gradient of the backward pass with respect to each of those, None where it was not reached.
         outputs: their values with their versions: for the fallback, to check the recomputation against; elsewhere
             where they are cheap to keep, so that the deviation need not compute them again.
+        of_constants: whether an input may have come from no example, though it has as many rows as there are.
+        seen_by: of a call that all examples share (`vlearn.capture.shared`), the module that was given the sum, the
+            number of its call and the shapes of its inputs; None elsewhere.
     """
 
     module: nn.Module
@@ -40,6 +43,8 @@ class Use:
     shapes: list[tuple[int, ...]]
     cotangents: list[Tensor | None]
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
+    of_constants: bool = False
+    seen_by: tuple[nn.Module, int, tuple[tuple[int, ...], ...]] | None = None
 
     def receive(self, position: int, gradient: Tensor) -> None:
         shape = self.shapes[position]

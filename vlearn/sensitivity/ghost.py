@@ -156,7 +156,7 @@ def _known_outputs(trace: Trace, dtype: torch.dtype) -> Iterator[None]:
         uses_of.setdefault(use.module, []).append(use)
 
     def is_known(use: Use) -> bool:
-        output = use.intact_output if use.rule is not None else None
+        output = use.intact_output if use.rule is not None and use.rule.linear is not None else None
         return output is not None and output.dtype == dtype
 
     known = {m: uses for m, uses in uses_of.items() if len(uses) == trace.calls[m] and all(map(is_known, uses))}
@@ -178,7 +178,7 @@ def _carry_tangent(trace: Trace, module: nn.Module, uses: Iterator[Use], called:
         return type(module).forward(module, x)
     called.pop()
     use = next(uses)
-    assert use.rule is not None and use.intact_output is not None
+    assert use.rule is not None and use.rule.linear is not None and use.intact_output is not None
     primal, tangent = forward_ad.unpack_dual(x)
     trace.check_repeats(primal, use.input)
     if tangent is None:
@@ -299,6 +299,8 @@ def _moved_along(output: Any, positions: list[int], tangents: list[Tensor], size
         if size is not None:
             leaves[where[position]] = leaf + size.reshape(-1, *[1] * (extra.dim() - 1)) * extra
         else:
+            if leaf.shape != extra.shape:  # of a call that all examples share
+                leaf = leaf.expand(extra.shape).clone()
             primal, tangent = forward_ad.unpack_dual(leaf)
             leaves[where[position]] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)
     return tree_unflatten(leaves, structure)

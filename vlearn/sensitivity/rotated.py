@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlearn.capture.forms import Form, Outer, Shift, Strips
+from vlearn.capture.convolutions import Strips
+from vlearn.capture.forms import Form, Outer, Shift
 from vlearn.posterior.blocks import KroneckerBlock
 
 
@@ -76,9 +77,9 @@ def _rows(forms: Sequence[Form]) -> tuple[Tensor, Tensor] | None:
     if not weights:  # a bias with a block of its own
         b = forms[0].b  # [n, G, 1, O]
         return (b.new_ones(*b.shape[:3], 1), b) if b.shape[1] == 1 else None
-    if len(weights) > 1 or not isinstance(weights[0], Outer) or weights[0].b.shape[1] > 1:
+    weight = weights[0]
+    if len(weights) > 1 or not isinstance(weight, Outer) or weight.transposed or weight.b.shape[1] > 1:
         return None
-    (weight,) = weights
     ones = weight.a.new_ones(*weight.a.shape[:3], 1)
     columns = [ones if isinstance(form, Shift) else weight.a for form in forms]
     return (columns[0] if len(columns) == 1 else torch.cat(columns, 3)), weight.b

@@ -1,6 +1,6 @@
 """Small networks in float64, each with a batch: every way in which a layer can be used."""
 
-from tests.oracles.networks import blocks, layers, linear, structure
+from tests.oracles.networks import blocks, layers, linear, shared, structure, whole
 from tests.oracles.networks.case import CASES, Case, Model
 
-__all__ = ["CASES", "Case", "Model", "blocks", "layers", "linear", "structure"]
+__all__ = ["CASES", "Case", "Model", "blocks", "layers", "linear", "shared", "structure", "whole"]

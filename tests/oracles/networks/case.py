@@ -28,6 +28,11 @@ class Case:
             return model(**self.x)
         return model(*self.x) if isinstance(self.x, tuple) else model(self.x)
 
+    def each_loss(self, output: Tensor) -> Tensor:
+        """The loss of each example, its positions averaged."""
+        rows = self.loss(output, self.target, reduction="none")
+        return rows.reshape(len(rows), -1).mean(1)
+
 
 CASES: dict[str, Callable[[], Case]] = {}
 
