@@ -120,6 +120,8 @@ class LanguageModel(nn.Module):
         self.norm = nn.LayerNorm(features)
         self.out = nn.Linear(features, vocabulary, bias=False)
         self.out.weight = self.tokens.weight
+        for table in (self.tokens, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=x.device)

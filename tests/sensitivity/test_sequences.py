@@ -145,6 +145,18 @@ def test_the_probe_of_a_language_model_forms_no_curvature(monkeypatch):
         assert bool((table.leverage > 0).all())
 
 
+def test_probabilities_below_the_smallest_float_form_no_curvature(monkeypatch):
+    monkeypatch.setattr(losses, "curvature", lambda *_: pytest.fail("Λ was formed"))
+    x, y = tokens(masked=False)
+    model = language_model().float()
+    with torch.no_grad():
+        model.out.weight *= 300
+        smallest = model(x).softmax(-1).min()
+    assert float(smallest) < torch.finfo(torch.float32).tiny
+    posterior = vlearn.IVON(model, lr=0.1, ess=30).posterior()
+    vlearn.sweep(model, posterior, [(x, y)], lambda f, t: rows_by_token(f, t).sum(1), progress=False)
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_the_probe_of_confident_logits_in_float32_is_that_of_float64(size):
     x, y = tokens(masked=False)

@@ -177,6 +177,7 @@ def _softmax_curvature(
         p = output.detach().softmax(axis)
         image = p * (w - (p * w).sum(axis, keepdim=True))
         uneven = (flat_product - scale * flat_image).abs() > limit * scale * flat_image.abs().amax(axis, keepdim=True)
-        if not bool(uneven.any() | ((product - scale * image).abs() > limit * scale * p).any() | (scale < 0).any()):
+        seen = p.clamp_min(torch.finfo(p.dtype).tiny / torch.finfo(p.dtype).eps)  # below, p itself is rounded
+        if not bool(uneven.any() | ((product - scale * image).abs() > limit * scale * seen).any() | (scale < 0).any()):
             return axis, p, scale
     return None
