@@ -6,7 +6,7 @@ mean m; while the mean is in the weights the buffer holds θ. The mean is copied
 
 Parameters are cut into slots of rows and the slots gathered into blocks, which an update rule works
 through in cache: over whole tensors its ten elementwise operations are ten trips to memory, over blocks
-of 2**17 entries they are one, and temporaries never outgrow a block.
+of 2**20 entries they are one, and temporaries never outgrow a block.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from vlearn.optim.captured import Captured
     from vlearn.optim.local import LocalGradients
 
-CPU_BLOCK = 2**17  # entries; the best of 2**14 ... 2**20 on one and two threads
-COMPILED_CPU_BLOCK = 2**20  # one kernel has no temporaries but the noise
+# Entries. On one thread 2**18 is a tenth faster, but on several every operation waits for all of them: where other
+# processes want the cores too, blocks of 2**17 took three times as long as these.
+CPU_BLOCK = 2**20
 ACCELERATOR_BLOCK = 2**25  # there it only bounds the temporaries
 
 
@@ -234,8 +235,7 @@ def blocks(parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor], compiled
     open_block: list[Slot] = []
     filled = 0
     for parameter in parameters:
-        on_cpu = COMPILED_CPU_BLOCK if compiled else CPU_BLOCK
-        limit = on_cpu if parameter.device.type == "cpu" else ACCELERATOR_BLOCK
+        limit = CPU_BLOCK if parameter.device.type == "cpu" else ACCELERATOR_BLOCK
         for slot in _slots(parameter, buffers.pop(parameter, None), limit):
             size = slot.weights.numel()
             if compiled and size >= SMALLEST:
