@@ -22,10 +22,10 @@ from tests.distributed.problems import (
     with_all_draws,
 )
 from tests.distributed.ranks import Ranks
-from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, loss_of, network, plain, weights
+from tests.optim.table import DISTRIBUTED, FAMILY, LOOPS, Entry, data, equal, loss_of, network, plain, weights
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", range(len(FAMILY)), ids=map(str, FAMILY))
+family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 
 
 def made(entry: Entry, loop: str, wrapper: DistributedDataParallel, **kwargs: Any) -> Any:

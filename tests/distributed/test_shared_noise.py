@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.problems import STEPS, Draws, batches, record, replay, state_of
 from tests.distributed.ranks import Ranks
-from tests.optim.table import FAMILY, LOOPS, data, equal, loss_of, made, network
+from tests.optim.table import DISTRIBUTED, FAMILY, LOOPS, data, equal, loss_of, made, network
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", range(len(FAMILY)), ids=map(str, FAMILY))
+family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 PARTS = 2
 
 

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.problems import STEPS, batches, record, refusal, replay, state_of
 from tests.distributed.ranks import Ranks
-from tests.optim.table import FAMILY, equal, loss_of, network, weights
+from tests.optim.table import DISTRIBUTED, FAMILY, equal, loss_of, network, weights
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", range(len(FAMILY)), ids=map(str, FAMILY))
+family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 SETTINGS: dict[str, dict[str, Any]] = {
     "price": {},
     "gradsq": {"hess_approx": "gradsq"},

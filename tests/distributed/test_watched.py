@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.problems import STEPS, batches, record, replay, state_of, train
 from tests.distributed.ranks import Ranks
-from tests.optim.table import FAMILY, equal, loss_of, network, plain, weights
+from tests.optim.table import DISTRIBUTED, FAMILY, equal, loss_of, network, plain, weights
 from tests.oracles.per_example import per_example, relative_error
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", range(len(FAMILY)), ids=map(str, FAMILY))
+family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 
 
 def live(rank: int, number: int, options: dict[str, bool], inner: bool) -> Any:

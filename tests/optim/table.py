@@ -100,6 +100,9 @@ FULLVON_PRICE = Entry(
     variant="price",
 )
 FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE)
+# Places of those whose training in several processes is shown equal to one process. For the others such a test has yet
+# to replay the probes, watch the wrapper in every loop and say how the loss is divided.
+DISTRIBUTED = tuple(number for number, entry in enumerate(FAMILY) if entry is IVON)
 
 
 def needs_parameters_apart(entry: Entry) -> None:
