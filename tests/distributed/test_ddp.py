@@ -121,7 +121,7 @@ def large(rank: int, number: int, compiled: bool) -> Any:
 def test_a_compiled_step_takes_the_local_products_too(ranks: Ranks, number: int) -> None:
     plainly = ranks(large, number, False)[0][0]
     (first, calls), (second, _) = ranks(large, number, True)
-    assert equal(first, second) and calls
+    assert equal(first, second) and not calls  # the kernel would multiply the noise with the averaged gradient
     for a, b in zip(first, plainly, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import vlearn
+from vlearn.optim.threefry import new_key, normals
 
 pytestmark = pytest.mark.slow
 
@@ -69,14 +70,31 @@ def test_other_sizes_and_learning_rates_compile_nothing_anew() -> None:
             step(size, lr)
 
 
-def test_the_draw_of_a_compiled_step_has_the_posteriors_scale() -> None:
-    p = nn.Parameter(torch.zeros(100_000))
-    optimizer = vlearn.IVON([p], lr=0.1, ess=50, hess_init=2.0, weight_decay=0.0, compiled=True)
+def drawn(count: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A draw's standard normal noise."""
+    p = nn.Parameter(torch.zeros(count, dtype=dtype))
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = vlearn.IVON([p], 0.1, ess=50, hess_init=2.0, weight_decay=0.0, compiled=True, generator=generator)
     with optimizer.sampled_params():
         noise = p.detach() * math.sqrt(50 * 2.0)
-        assert abs(float(noise.mean())) < 5 / math.sqrt(1e5)
-        assert abs(float(noise.var()) - 1) < 5 * math.sqrt(2 / 1e5)
     assert not p.any()
+    return noise
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(100_000, torch.float32), (100_001, torch.float32), (2**15, torch.float64)]
+)
+def test_a_compiled_draw_has_the_posteriors_scale_and_comes_from_the_generator(count: int, dtype: torch.dtype) -> None:
+    noise = drawn(count, 1, dtype)
+    assert abs(float(noise.mean())) < 5 / math.sqrt(count)
+    assert abs(float(noise.var()) - 1) < 5 * math.sqrt(2 / count)
+    assert torch.equal(noise, drawn(count, 1, dtype))
+    assert abs(float((noise * drawn(count, 2, dtype)).mean())) < 5 / math.sqrt(count)
+
+
+def test_the_kernel_makes_the_numbers_that_the_formula_says() -> None:
+    key = new_key(torch.Generator().manual_seed(1), torch.device("cpu"))
+    torch.testing.assert_close(drawn(2**15, 1), torch.cat(normals(key, 2**14)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_watched_model_keeps_its_draw_for_the_sensitivities() -> None:

@@ -16,6 +16,7 @@ from vlearn.optim.diagnostics import Diagnostics, diagnose
 from vlearn.optim.draw import Slot
 from vlearn.optim.nonfinite import is_narrow
 from vlearn.optim.sampling import MeanView
+from vlearn.optim.threefry import new_key, normals
 from vlearn.posterior import Diagonal
 
 if TYPE_CHECKING:
@@ -43,13 +44,11 @@ class DiagonalState(_Optimizer):
         narrow = is_narrow(block[0].weights)  # then the draw is made around the master mean and rounded
         samples = [self._exact_mean(slot).clone() if narrow else slot.weights for slot in block]
         hessians = self._state_of(block, "hessian")
-        noise = normal(hessians, self._noise.on(hessians[0].device))
+        generator = self._noise.on(hessians[0].device)
         ess, weight_decay = self._scales(group)
-        if group.get("compiled") and len(block) == 1 and (tensors := flat(samples[0], hessians[0], noise[0])):
-            kernel(_draw)(*tensors, float(ess), float(weight_decay))
-            return
-        draw = _foreach_draw if use_foreach(group, block) else _plain_draw
-        draw(samples, hessians, noise, ess=ess, weight_decay=weight_decay)
+        if not (group.get("compiled") and _draw_compiled(samples, hessians, generator, ess, weight_decay)):
+            draw = _foreach_draw if use_foreach(group, block) else _plain_draw
+            draw(samples, hessians, normal(hessians, generator), ess=ess, weight_decay=weight_decay)
         if narrow:
             for slot, sample in zip(block, samples, strict=True):
                 slot.weights.copy_(sample)
@@ -110,9 +109,28 @@ def normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tensor
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-def _draw(weights: Tensor, hessian: Tensor, noise: Tensor, ess: float, weight_decay: float) -> None:
+def _draw_compiled(
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    generator: torch.Generator | None,
+    ess: float,
+    weight_decay: float,
+) -> bool:
+    """As `_plain_draw` for one large tensor, in a kernel that makes the noise too; False if the block is not one."""
+    if len(weights) > 1 or weights[0].dtype != torch.float32 or weights[0].numel() % 2:
+        return False
+    tensors = flat(weights[0], hessians[0])
+    if tensors is None:
+        return False
+    kernel(_draw)(*tensors, new_key(generator, weights[0].device), float(ess), float(weight_decay))
+    return True
+
+
+def _draw(weights: Tensor, hessian: Tensor, key: Tensor, ess: float, weight_decay: float) -> None:
     """`_plain_draw` of one tensor as one expression, to be compiled."""
-    weights.add_(noise * (ess * (hessian + weight_decay)).rsqrt())
+    half = len(weights) // 2
+    for rows, noise in zip((slice(None, half), slice(half, None)), normals(key, half), strict=True):
+        weights[rows].add_(noise * (ess * (hessian[rows] + weight_decay)).rsqrt())
 
 
 def _plain_draw(

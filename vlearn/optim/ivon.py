@@ -52,7 +52,8 @@ class IVON(DiagonalState, VariationalOptimizer):
             their generators are alike.
         foreach: multi-tensor operations; default wherever a block has several tensors.
         compiled: one kernel of torch.compile for each large tensor; the first step compiles it, for up to a minute,
-            and later processes find it in torch's cache.
+            and later processes find it in torch's cache. Float32 noise is made in the kernel, from a key that
+            `generator` gives: the draws are as good as those without it, and others.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
