@@ -13,21 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+BACKENDS = ("AsdlGGN", "BackPackGGN", "CurvlinopsGGN")
 
-def fit(model: nn.Module, x: Tensor, y: Tensor, structure: str, prior_precision: float, batch: int = 250) -> Any:
+
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    structure: str,
+    prior_precision: float,
+    batch: int = 250,
+    backend: str = "AsdlGGN",
+) -> Any:
     """A Laplace approximation of a classifier at its present weights.
-
-    The back end is ASDL, the fastest of laplace-torch's three for either structure; BackPACK's diagonal and
-    curvlinops' Kronecker factors are the same numbers.
 
     Args:
         model: left as it is; laplace-torch hooks a copy.
         structure: "diag" or "kron".
         prior_precision: δ on the scale of the loss summed over the data.
         batch: examples at a time.
+        backend: ASDL's is the fastest fit of the three for either structure; BackPACK's diagonal and curvlinops'
+            Kronecker factors are the same numbers. For Jacobians it depends on network and batch: curvlinops leaves
+            them to torch.func, whose cost per example grows with the batch.
     """
+    import laplace.curvature
     from laplace import Laplace
-    from laplace.curvature import AsdlGGN
 
     la = Laplace(
         copy.deepcopy(model).eval(),
@@ -35,7 +45,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, structure: str, prior_precision:
         subset_of_weights="all",
         hessian_structure=structure,
         prior_precision=prior_precision,
-        backend=AsdlGGN,
+        backend=getattr(laplace.curvature, backend),
     )
     with _quiet():
         la.fit(DataLoader(TensorDataset(x, y), batch_size=batch))
@@ -56,7 +66,8 @@ def deviation(la: Any, x: Tensor, y: Tensor, batch: int = 100) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning about the kind of hook that ASDL puts on a module."""
+    """Without torch's warnings about the hooks that ASDL and BackPACK put on modules."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using a non-full backward hook", FutureWarning)
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
         yield

@@ -1,23 +1,32 @@
-"""What sensitivities cost, as multiples of the training step that they come from.
+"""What sensitivities cost in time and memory, as multiples of the training step that they come from.
 
-    python -m benchmarks.sensitivity_cost [--smoke]
+    python -m benchmarks.sensitivity_cost [--data-root ROOT] [--smoke]
 
-Medians over interleaved rounds in one process, for one and two threads; the unit is one plain forward and backward
-pass of the same unwatched model on the same batch. "live" rows include the training step's own forward and backward
-pass; "sweep" is the whole pass over a batch at the mean. The last rows are how the same is computed without vlearn, on
-as few examples as finish soon, scaled to the batch:
+Time: medians over interleaved rounds in one process, for one and two threads; the unit is one plain forward and
+backward pass of the same unwatched model on the same batch. "live" rows include the training step's own forward and
+backward pass; "sweep" is the whole pass over a batch at the mean. Memory: the peak of two calls over what there was
+before, model, data and posterior among it, in a process of its own with one thread.
+
+How the same is computed without vlearn, each on the number of examples at a time that it is fastest with, of those
+tried; the time is scaled to the batch, the memory is that of these few:
 
     vmap(grad)      every example's gradient, then its product with the posterior variance: the self-influence
     vmap(jacrev)    every example's Jacobian, then diag(J Σ Jᵀ), the published code of the memory-perturbation paper
+    laplace-torch   the functional variance V, then V e, by the fastest of its back ends
+
+Where Fashion-MNIST is there (`benchmarks.data`), also the sweep of its 60,000 training images with LeNet-5.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +35,19 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vlearn
+from benchmarks import data, laplace
+from benchmarks.memory import in_fresh_process, peak, start_of_peak
 from benchmarks.networks import LanguageModel, lenet5, mlp, resnet20_frn
-from benchmarks.report import medians, print_table, provenance, write_json
+from benchmarks.report import medians, print_table, progress, provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"
-COLORS = ("#56B4E9", "#0072B2", "#F0C24B", "#D55E00")
+WHOLE = "whole data set"
+PLAIN = "plain forward + backward"
+GRADIENTS, JACOBIANS, LAPLACE = "vmap(grad)", "vmap(jacrev)", "laplace-torch"
 PEER_ROUNDS = 3
+MIB = 2**20
+
+Call = Callable[[], Any]
 
 
 def next_token(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -40,14 +56,13 @@ def next_token(output: Tensor, target: Tensor, reduction: str = "mean") -> Tenso
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, its batch, and on how many of its examples the other methods are timed; None: too large for them."""
+    """A network, its batch, and how many examples at a time are tried with each way without vlearn."""
 
     name: str
     build: Callable[[], nn.Module]
     batch: int
     rounds: int
-    with_gradients: int = 32
-    with_jacobians: int | None = 4
+    tried: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tokens: bool = False
     size: tuple[int, ...] = (1, 28, 28)
 
@@ -55,140 +70,315 @@ class Subject:
     def loss(self) -> Callable[..., Tensor]:
         return next_token if self.tokens else F.cross_entropy
 
-    def data(self) -> tuple[Tensor, Tensor]:
+    def model(self) -> nn.Module:
         torch.manual_seed(0)
+        return self.build()
+
+    def data(self, examples: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
         if self.tokens:
-            x = torch.randint(256, (self.batch, 65))
+            x = torch.randint(256, (examples, 65))
             return x[:, :-1], x[:, 1:]
-        return torch.randn(self.batch, *self.size), torch.randint(10, (self.batch,))
+        return torch.randn(examples, *self.size), torch.randint(10, (examples,))
 
 
+ALL_THREE = {GRADIENTS: (8, 32), JACOBIANS: (1, 4, 16), LAPLACE: (1, 4, 16)}
 SUBJECTS = (
-    Subject("MLP 784-500-300-10", lambda: mlp(784, 500, 300, 10), batch=256, rounds=41),
-    Subject("LeNet-5", lenet5, batch=256, rounds=41),
-    Subject("ResNet-20-FRN", resnet20_frn, batch=32, rounds=11, with_gradients=8, size=(3, 32, 32)),
+    Subject("MLP 784-500-300-10", partial(mlp, 784, 500, 300, 10), batch=256, rounds=41, tried=ALL_THREE),
+    Subject("LeNet-5", lenet5, batch=256, rounds=31, tried=ALL_THREE),
+    Subject("ResNet-20-FRN", resnet20_frn, 32, 9, {GRADIENTS: (4, 8), JACOBIANS: (1, 4)}, size=(3, 32, 32)),
     # The Jacobian of one sequence has 64 x 256 rows of a million entries.
-    Subject("GPT, 1M", LanguageModel, batch=16, rounds=15, with_gradients=8, with_jacobians=None, tokens=True),
+    Subject("GPT, 1M", LanguageModel, batch=16, rounds=11, tried={GRADIENTS: (2, 8)}, tokens=True),
 )
 
 
-def sensitivity_cost(subject: Subject) -> dict[str, float]:
-    """Milliseconds of a plain step, and multiples of it."""
-    x, y = subject.data()
-    plain, watched, swept = subject.build(), subject.build(), subject.build()
-    optimizer = vlearn.IVON(watched, lr=0.1, ess=60_000, hess_init=0.1)
-    posterior = vlearn.IVON(swept.named_parameters(), lr=0.1, ess=60_000, hess_init=0.1).posterior()
-
-    def training_step(model: nn.Module) -> None:
-        model.zero_grad()
-        subject.loss(model(x), y).backward()
-
-    def live(deviation: bool | None) -> Callable[[], None]:
-        def call() -> None:
-            training_step(watched)
-            if deviation is not None:
-                optimizer.sensitivities(deviation=deviation)
-
-        return call
-
-    def sweep(leverage: str | None) -> Callable[[], None]:
-        return lambda: vlearn.sweep(swept, posterior, [(x, y)], subject.loss, leverage=leverage) and None
-
-    seconds = medians(
-        {
-            "plain": lambda: training_step(plain),
-            "watched, nothing asked": live(None),
-            "live self-influence": live(False),
-            "live with deviation": live(True),
-            "sweep with LOO": sweep(None),
-            "sweep with LOO and leverage": sweep("probe"),
-        },
-        subject.rounds,
-    )
-    base = seconds.pop("plain")
-    multiples = {name: value / base for name, value in seconds.items()}
-    return {"plain step, ms": 1e3 * base} | multiples | without_vlearn(subject, plain, posterior.variance, base)
+def plain(subject: Subject, examples: int) -> Call:
+    model, (x, y) = subject.model(), subject.data(examples)
+    return lambda: training_step(model, subject, x, y)
 
 
-def without_vlearn(subject: Subject, model: nn.Module, variance: dict[str, Tensor], base: float) -> dict[str, float]:
-    """Multiples of a plain step of the whole batch, scaled from a few examples."""
-    x, y = subject.data()
-    values = {name: p.detach() for name, p in model.named_parameters()}
+def live(deviation: bool | None, subject: Subject, examples: int) -> Call:
+    """A training step of a watched model and its sensitivities, or None of them."""
+    model, (x, y) = subject.model(), subject.data(examples)
+    optimizer = vlearn.IVON(model, lr=0.1, ess=60_000, hess_init=0.1)
 
-    def output(values: dict[str, Tensor], one: Tensor) -> Tensor:
-        return functional_call(model, values, (one.unsqueeze(0),))
+    def call() -> None:
+        training_step(model, subject, x, y)
+        if deviation is not None:
+            optimizer.sensitivities(deviation=deviation)
+
+    return call
+
+
+def sweep(leverage: str | None, subject: Subject, examples: int) -> Call:
+    model, batch = subject.model(), subject.data(examples)
+    posterior = vlearn.IVON(model.named_parameters(), lr=0.1, ess=60_000, hess_init=0.1).posterior()
+    return lambda: vlearn.sweep(model, posterior, [batch], subject.loss, leverage=leverage, progress=False)
+
+
+def training_step(model: nn.Module, subject: Subject, x: Tensor, y: Tensor) -> None:
+    model.zero_grad()
+    subject.loss(model(x), y).backward()
+
+
+def by_gradients(subject: Subject, examples: int) -> Call:
+    model, (x, y) = subject.model(), subject.data(examples)
+    values, variance = {name: p.detach() for name, p in model.named_parameters()}, variances(model)
 
     def loss(values: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
-        return subject.loss(output(values, one), label.unsqueeze(0))
+        return subject.loss(functional_call(model, values, (one.unsqueeze(0),)), label.unsqueeze(0))
 
-    def by_gradients(n: int) -> None:
-        gradients = vmap(grad(loss), (None, 0, 0))(values, x[:n], y[:n])
-        sum(g.square().flatten(1) @ variance[name].flatten() for name, g in gradients.items())
+    def call() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # vmap would go through the fused one example by example
+            gradients = vmap(grad(loss), (None, 0, 0))(values, x, y)
+        return torch.stack([g.square().flatten(1) @ variance[name] for name, g in gradients.items()]).sum(0)
 
-    def by_jacobians(n: int) -> None:
-        jacobians = vmap(jacrev(lambda values, one: output(values, one).squeeze(0)), (None, 0))(values, x[:n])
-        sum(j.square().flatten(2) @ variance[name].flatten() for name, j in jacobians.items())
-
-    found = {"vmap(grad), scaled": float("nan"), "vmap(jacrev), scaled": float("nan")}
-    for name, call, n in zip(
-        found, (by_gradients, by_jacobians), (subject.with_gradients, subject.with_jacobians), strict=True
-    ):
-        if n is not None:
-            n = min(n, subject.batch)
-            with sdpa_kernel(SDPBackend.MATH):  # vmap would go through the fused one example by example
-                seconds = medians({name: lambda call=call, n=n: call(n)}, PEER_ROUNDS)[name]
-            found[name] = seconds * subject.batch / n / base
-    return found
+    return call
 
 
-def draw(found: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars: multiples of a plain training step."""
+def by_jacobians(subject: Subject, examples: int) -> Call:
+    model, (x, _) = subject.model(), subject.data(examples)
+    values, variance = {name: p.detach() for name, p in model.named_parameters()}, variances(model)
+
+    def output(values: dict[str, Tensor], one: Tensor) -> Tensor:
+        return functional_call(model, values, (one.unsqueeze(0),)).squeeze(0)
+
+    def call() -> Tensor:
+        jacobians = vmap(jacrev(output), (None, 0))(values, x)
+        return torch.stack([j.square().flatten(2) @ variance[name] for name, j in jacobians.items()]).sum(0)
+
+    return call
+
+
+def by_laplace(backend: str, subject: Subject, examples: int) -> Call:
+    """Each back end with a fit and a copy of the network of its own: they hook it in ways that do not go together."""
+    model, (x, y) = subject.model(), subject.data(examples)
+    la = laplace.fit(model, *subject.data(2), "diag", prior_precision=60.0, backend=backend)
+    return lambda: laplace.deviation(la, x, y, examples)
+
+
+def variances(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.full((p.numel(),), 1e-4) for name, p in model.named_parameters()}
+
+
+VLEARN: dict[str, Callable[[Subject, int], Call]] = {
+    "watched, nothing asked": partial(live, None),
+    "live self-influence": partial(live, False),
+    "live with deviation": partial(live, True),
+    "sweep with LOO": partial(sweep, None),
+    "sweep with LOO and leverage": partial(sweep, "probe"),
+}
+OTHERS: dict[str, dict[str, Callable[[Subject, int], Call]]] = {
+    GRADIENTS: {"": by_gradients},
+    JACOBIANS: {"": by_jacobians},
+    LAPLACE: {f"{backend}, ": partial(by_laplace, backend) for backend in laplace.BACKENDS},
+}
+
+
+class Method(NamedTuple):
+    """A way to compute something, `settings` in words, on so many examples at a time."""
+
+    name: str
+    build: Callable[[Subject, int], Call]
+    examples: int
+    settings: str = ""
+
+
+def methods(subject: Subject) -> Iterator[Method]:
+    """All that is compared, the others at their best settings."""
+    for name, build in {PLAIN: plain, **VLEARN}.items():
+        yield Method(name, build, subject.batch)
+    for name, counts in subject.tried.items():
+        if name == LAPLACE and importlib.util.find_spec("laplace") is None:
+            continue
+        tried = {
+            seconds_per_example(subject, build, n): Method(name, build, n, f"{variant}{n} at a time")
+            for variant, build in OTHERS[name].items()
+            for n in dict.fromkeys(min(n, subject.batch) for n in counts)
+        }
+        yield tried[min(tried)]
+
+
+def seconds_per_example(subject: Subject, build: Callable[[Subject, int], Call], examples: int) -> float:
+    call = build(subject, examples)
+    call()
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) / examples
+
+
+def times(subject: Subject, found: list[Method]) -> dict[str, float]:
+    """Milliseconds of a plain step, and multiples of it of everything for the whole batch."""
+    own = {method.name: method.build(subject, method.examples) for method in found if not method.settings}
+    seconds = medians(own, subject.rounds)
+    for method in found:
+        if method.settings:
+            per_call = medians({"": method.build(subject, method.examples)}, PEER_ROUNDS)[""]
+            seconds[method.name] = per_call * subject.batch / method.examples
+    base = seconds.pop(PLAIN)
+    return {"plain step, ms": 1e3 * base} | {name: value / base for name, value in seconds.items()}
+
+
+def peak_memory(subject: Subject, method: Method) -> float:
+    """MiB; to be called in a fresh process."""
+    torch.set_num_threads(1)
+    method.build(subject, min(2, method.examples))()  # libraries keep what they load
+    call = method.build(subject, method.examples)
+    before = start_of_peak()
+    call()
+    call()
+    return (peak() - before) / MIB
+
+
+def whole_data_set(images: data.Images, threads: int) -> dict[str, float]:
+    """The sweep of all training images with LeNet-5; to be called in a fresh process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = lenet5()
+    posterior = vlearn.IVON(model.named_parameters(), lr=0.1, ess=len(images.y), hess_init=0.1).posterior()
+    batches = list(zip(images.x.split(256), images.y.split(256), strict=True))
+    vlearn.sweep(model, posterior, batches[:2], F.cross_entropy, leverage=None, progress=False)
+    before, start = start_of_peak(), time.perf_counter()
+    for x, y in batches:
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+    middle = time.perf_counter()
+    vlearn.sweep(model, posterior, batches, F.cross_entropy, leverage=None, progress=False)
+    end = time.perf_counter()
+    return {
+        "images": len(images.y),
+        "plain forward + backward, s": middle - start,
+        "sweep with LOO, s": end - middle,
+        "peak, MiB": (peak() - before) / MIB,
+    }
+
+
+Table = dict[str, dict[str, float]]  # by network, then by method
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Bars on logarithmic axes: a column of panels for each network, time above memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    asked = [name for name in next(iter(found.values())) if "ms" not in name and "scaled" not in name]
-    width = 0.8 / len(found)
-    for k, (model, values) in enumerate(found.items()):
-        places = [i + (k - (len(found) - 1) / 2) * width for i in range(len(asked))]
-        bars = axes.bar(places, [values[name] for name in asked], width, label=model, color=COLORS[k])
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.axhline(1, color="0.5", linewidth=0.8)
-    axes.set_xticks(range(len(asked)), [name.replace(" ", "\n", 1) for name in asked], fontsize=8)
-    axes.set_ylabel("multiples of a plain\nforward + backward pass")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    multiples, memory = found["multiples"]["threads=1"], found["memory, MiB"]
+    figure = plt.figure(figsize=(13, 6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    rows = (
+        (upper, multiples, [*VLEARN, *OTHERS], "time in multiples of a plain forward + backward pass, one thread"),
+        (lower, memory, [PLAIN, *VLEARN, *OTHERS], "peak memory, MiB; of the others, of so many examples at a time"),
+    )
+    for part, table, names, label in rows:
+        panels = part.subplots(1, len(table), sharex=True, sharey=True)
+        part.supxlabel(label, fontsize=9)
+        for panel, (network, values) in zip(panels, table.items(), strict=True):
+            there = [name for name in names if name in values]
+            colors = ["0.6" if name == PLAIN else "#0072B2" if name in VLEARN else "#D55E00" for name in there]
+            bars = panel.barh(
+                [names.index(name) for name in there], [values[name] for name in there], 0.72, color=colors
+            )
+            settings = found["settings"][network] if table is memory else {}
+            counts = [f" ({settings[name].split(', ')[-1]})" if name in settings else "" for name in there]
+            texts = [f"{values[name]:.3g}{count}" for name, count in zip(there, counts, strict=True)]
+            panel.bar_label(bars, texts, fontsize=8, padding=2)
+            panel.set_xscale("log")
+            panel.set_yticks(range(len(names)), names)
+            panel.tick_params(labelsize=8)
+            panel.tick_params(axis="y", length=0)
+            panel.spines[["top", "right"]].set_visible(False)
+            if table is multiples:
+                panel.set_title(network, fontsize=10)
+                panel.axvline(1, color="0.4", linewidth=0.8)
+        panels[0].invert_yaxis()
+        shown = [values[name] for values in table.values() for name in names if name in values]
+        panels[0].set_xlim(0.7 * min(shown), (6 if table is multiples else 25) * max(shown))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
+def print_tables(found: dict[str, Any]) -> None:
+    """A table of times for each number of threads, one of memory, one of the whole data set."""
+    tables = {f"Multiples of one plain forward + backward pass, {key}": t for key, t in found["multiples"].items()}
+    tables["Peak memory of a call, MiB"] = found["memory, MiB"]
+    notes = [f"{n}: " + "; ".join(f"{m} {how}" for m, how in ways.items()) for n, ways in found["settings"].items()]
+    for title, table in tables.items():
+        names = dict.fromkeys(name for values in table.values() for name in values)
+        cells = [[name, *(_cell(values.get(name)) for values in table.values())] for name in names]
+        print_table(title, ["", *(f"{name}, batch {found['batch'][name]}" for name in table)], cells, notes)
+        notes = []
+    if WHOLE in found:
+        rows = [[name, _cell(value)] for name, value in found[WHOLE].items()]
+        print_table("LeNet-5 on Fashion-MNIST, two threads, batches of 256", ["", ""], rows)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a few rounds; nothing is written")
+    parser.add_argument("--data-root", type=Path, help="folder of the data sets")
+    parser.add_argument("--smoke", action="store_true", help="a few rounds on tiny batches; nothing is written")
     arguments = parser.parse_args(argv)
-    found: dict[str, dict[str, float]] = {}
-    for threads in (1,) if arguments.smoke else (1, 2):
-        torch.set_num_threads(threads)
-        for subject in SUBJECTS:
-            if arguments.smoke:
-                subject = replace(subject, batch=max(2, subject.batch // 16), rounds=2, with_gradients=2)
-            print(f"{subject.name}, {threads} threads ...", file=sys.stderr)
-            found[f"{subject.name}, batch {subject.batch}, threads={threads}"] = sensitivity_cost(subject)
-    rows = [
-        [quantity, *(f"{column[quantity]:.2f}" for column in found.values())] for quantity in next(iter(found.values()))
-    ]
-    print_table(
-        "Multiples of one plain forward + backward pass",
-        ["", *found],
-        rows,
-        ["scaled: timed on a few examples, times batch / examples; nan: one example's Jacobian takes 66 GB"],
-    )
+    subjects = SUBJECTS
+    if arguments.smoke:
+        few = {GRADIENTS: (2,), JACOBIANS: (1,), LAPLACE: (1,)}
+        subjects = [
+            replace(s, batch=max(2, s.batch // 16), rounds=2, tried={name: few[name] for name in s.tried})
+            for s in SUBJECTS
+        ]
+    before = torch.get_num_threads()
+    try:
+        with progress() as said:
+            found = measured(subjects, (1,) if arguments.smoke else (1, 2), said)
+            if not arguments.smoke:
+                said("Fashion-MNIST, the whole training set")
+                found |= with_images(arguments.data_root, said)
+    finally:
+        torch.set_num_threads(before)
+    print_tables(found)
     if not arguments.smoke:
         command = "python -m benchmarks.sensitivity_cost"
-        write_json(RESULTS / "sensitivity_cost.json", {**provenance(command, 0), "multiples": found})
+        write_json(RESULTS / "sensitivity_cost.json", {**provenance(command, 0), **found})
         draw(found, RESULTS / "sensitivity_cost.png")
+
+
+def measured(subjects: Sequence[Subject], threads: Sequence[int], said: Callable[[str], None]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    compared: dict[str, list[Method]] = {}
+    for subject in subjects:
+        said(f"{subject.name}: best settings of the others")
+        compared[subject.name] = list(methods(subject))
+    multiples: dict[str, Table] = {}
+    for count in threads:
+        torch.set_num_threads(count)
+        table = multiples[f"threads={count}"] = {}
+        for subject in subjects:
+            said(f"{subject.name}, {count} threads")
+            table[subject.name] = times(subject, compared[subject.name])
+    memory: Table = {subject.name: {} for subject in subjects}
+    for subject in subjects:
+        for method in compared[subject.name]:
+            said(f"{subject.name}, memory: {method.name}")
+            memory[subject.name][method.name] = in_fresh_process(peak_memory, subject, method)
+    return {
+        "batch": {subject.name: subject.batch for subject in subjects},
+        "settings": {name: {m.name: m.settings for m in found if m.settings} for name, found in compared.items()},
+        "multiples": multiples,
+        "memory, MiB": memory,
+    }
+
+
+def with_images(root: Path | None, said: Callable[[str], None]) -> dict[str, Any]:
+    """The entry of the whole data set; none where it is not there."""
+    try:
+        images = data.load("fashion-mnist", root)
+    except FileNotFoundError as error:
+        said(f"left out: {error}")
+        return {}
+    return {WHOLE: in_fresh_process(whole_data_set, images, 2)}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +22,10 @@ import torch
 from torch import nn
 
 import vlearn
+from benchmarks.memory import in_fresh_process, peak, start_of_peak
 from benchmarks.report import medians, print_table, provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"
-PROC = Path("/proc/self")
 PEER = "ivon-opt"
 OPTIMIZERS = (
     PEER,
@@ -98,13 +96,7 @@ def synchronised(step: Callable[[], None], device: str) -> Callable[[], None]:
 
 
 def peak_memory(name: str, millions: int, device: str) -> float:
-    """Bytes per parameter of peak memory over the model and its gradients, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.step_cost", "--peak", name, "--millions", str(millions)]
-    printed = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True).stdout
-    return float(printed.strip().splitlines()[-1])
-
-
-def print_peak(name: str, millions: int, device: str) -> None:
+    """Bytes per parameter of peak memory over the model and its gradients; to be called in a fresh process."""
     if "compiled" in name:  # what the compiler takes once is not the optimizer's
         optimizer_step(name, parameters(1, device))()
     weights = parameters(millions, device)
@@ -112,26 +104,7 @@ def print_peak(name: str, millions: int, device: str) -> None:
     step = optimizer_step(name, weights)
     for _ in range(3):
         step()
-    print((peak(device) - before) / (millions * 1e6))
-
-
-def start_of_peak(device: str) -> float:
-    """Bytes in use now, from which on the peak is looked for."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    elif PROC.exists():
-        (PROC / "clear_refs").write_text("5")  # the high-water mark starts anew
-    return peak(device)
-
-
-def peak(device: str) -> float:
-    """Peak bytes of this process. Not getrusage: on Linux that keeps the peak of the parent process."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    if not PROC.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    line = next(line for line in (PROC / "status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * float(line.split()[1])
+    return (peak(device) - before) / (millions * 1e6)
 
 
 def step_cost(millions: int, rounds: int, device: str) -> dict[str, dict[str, float]]:
@@ -145,7 +118,7 @@ def step_cost(millions: int, rounds: int, device: str) -> dict[str, dict[str, fl
             "step, ms": 1e3 * seconds[name],
             "of ivon-opt": seconds[name] / seconds.get(PEER, float("nan")),
             "of AdamW fused": seconds[name] / seconds["AdamW fused"],
-            "peak, bytes per parameter": peak_memory(name, millions, device),
+            "peak, bytes per parameter": in_fresh_process(peak_memory, name, millions, device),
         }
         for name in names
     }
@@ -180,13 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--millions", type=int, help="of parameters; 8 on the CPU, 100 on an accelerator")
     parser.add_argument("--smoke", action="store_true", help="a few rounds on a million; nothing is written")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     on_cpu = arguments.device == "cpu"
     millions = 1 if arguments.smoke else arguments.millions or (8 if on_cpu else 100)
-    if arguments.peak:
-        print_peak(arguments.peak, millions, arguments.device)
-        return
     found: dict[str, dict[str, dict[str, float]]] = {}
     counts = (1,) if arguments.smoke else (1, 2) if on_cpu else (torch.get_num_threads(),)
     for threads in counts:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import vlearn
 from benchmarks import laplace
+from benchmarks.networks import digits_cnn
 from benchmarks.pictures import LOOKS, Curves, agreement
 from vlearn.integrations.wandb import GeneralizationLogger
 from vlearn.posterior import Diagonal, from_laplace
@@ -99,17 +100,9 @@ class Digits:
 
 
 def network(settings: Settings) -> nn.Sequential:
-    """A CNN of 1,898 parameters."""
+    """The same initial weights for every optimizer."""
     torch.manual_seed(settings.seed)
-    first, second = settings.channels
-    return nn.Sequential(
-        nn.Conv2d(1, first, 3, stride=2, padding=1),
-        nn.Tanh(),
-        nn.Conv2d(first, second, 3),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(4 * second, 10),
-    )
+    return digits_cnn(*settings.channels)
 
 
 def train_ivon(

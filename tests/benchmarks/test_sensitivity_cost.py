@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import sensitivity_cost
+from benchmarks.data import Images
 
 
 @pytest.mark.slow
-def test_the_smoke_run_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    try:
-        sensitivity_cost.main(["--smoke"])
-    finally:
-        torch.set_num_threads(threads)
+def test_the_smoke_run_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    sensitivity_cost.main(["--smoke"])
     printed = capsys.readouterr().out
-    for words in ("live self-influence", "live with deviation", "sweep with LOO", "LeNet-5", "GPT", "vmap(jacrev)"):
+    for words in (*sensitivity_cost.VLEARN, "vmap(grad)", "vmap(jacrev)", "LeNet-5", "GPT, 1M", "Peak memory"):
         assert words in printed
+
+
+def test_the_picture_has_a_panel_for_each_network_though_some_miss_a_method(tmp_path: Path) -> None:
+    networks = [subject.name for subject in sensitivity_cost.SUBJECTS]
+    values = {name: 1.0 + place for place, name in enumerate((sensitivity_cost.PLAIN, *sensitivity_cost.VLEARN))}
+    found = {
+        "multiples": {"threads=1": dict.fromkeys(networks, values)},
+        "memory, MiB": {network: values | {"vmap(grad)": 20.0} for network in networks},
+        "settings": {network: {"vmap(grad)": "8 at a time"} for network in networks},
+    }
+    sensitivity_cost.draw(found, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_whole_data_set_is_timed_beside_its_plain_pass() -> None:
+    x, y = torch.randn(300, 1, 28, 28), torch.arange(300) % 10
+    found = sensitivity_cost.whole_data_set(Images("noise", x, y, x[:1], y[:1], x[:1], ()), torch.get_num_threads())
+    assert found["images"] == 300
+    assert set(found) == {"images", "plain forward + backward, s", "sweep with LOO, s", "peak, MiB"}
 
 
 def test_lenet_has_the_papers_number_of_parameters() -> None:
