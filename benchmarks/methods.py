@@ -1,0 +1,126 @@
+"""The optimizers that `benchmarks.family` compares: how each is made, stepped, and read as a posterior.
+
+Every one has the same grid of learning rates around the one that its documentation recommends, and the same prior.
+AdamW keeps its own decoupled weight decay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlearn
+from vlearn.posterior import Diagonal, from_optimizer
+from vlearn.posterior.base import Posterior
+
+GRID = (1 / 3, 1.0, 3.0)  # times each method's own rate
+IVON_OPT = "ivon-opt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a training run is given beside its learning rate.
+
+    Attributes:
+        hess_init, beta2: of IVON and ivon-opt, whose defaults are for runs of 10⁵ steps and more.
+    """
+
+    num_data: int
+    prior_precision: float
+    seed: int
+    hess_init: float
+    beta2: float
+
+    @property
+    def weight_decay(self) -> float:
+        return self.prior_precision / self.num_data
+
+    def variational(self) -> dict[str, Any]:
+        return {"ess": self.num_data, "weight_decay": self.weight_decay}
+
+    def vlearn(self) -> dict[str, Any]:
+        return {**self.variational(), "generator": torch.Generator().manual_seed(self.seed)}
+
+    def ivon(self) -> dict[str, Any]:
+        return {"hess_init": self.hess_init, "beta2": self.beta2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One optimizer.
+
+    Attributes:
+        rate: the learning rate in the middle of the grid.
+        make: (model, learning rate, problem) -> optimizer.
+        is_posterior: the state is a posterior whose draws are the method's prediction.
+    """
+
+    rate: float
+    make: Callable[[nn.Module, float, Problem], Any]
+    is_posterior: bool = True
+
+
+def _sgd(model: nn.Module, lr: float, problem: Problem) -> Any:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=problem.weight_decay)
+
+
+def _ivon_opt(model: nn.Module, lr: float, problem: Problem) -> Any:
+    import ivon
+
+    return ivon.IVON(model.parameters(), lr=lr, **problem.variational(), **problem.ivon())
+
+
+def _kfac(model: nn.Module, lr: float, problem: Problem, **settings: Any) -> Any:
+    kfac_von: Any = getattr(vlearn, "KFACVON")  # noqa: B009
+    return kfac_von(model, lr=lr, **problem.vlearn(), **settings)
+
+
+METHODS: dict[str, Method] = {
+    "SGD": Method(0.05, _sgd, is_posterior=False),
+    "AdamW": Method(1e-3, lambda model, lr, problem: torch.optim.AdamW(model.parameters(), lr=lr), is_posterior=False),
+    IVON_OPT: Method(0.1, _ivon_opt),
+    "IVON": Method(0.1, lambda model, lr, p: vlearn.IVON(model, lr=lr, **p.vlearn(), **p.ivon())),
+    "VON": Method(0.01, lambda model, lr, p: vlearn.VON(model, lr=lr, **p.vlearn())),
+    "VOGN": Method(0.01, lambda model, lr, p: vlearn.VOGN(model, lr=lr, **p.vlearn())),
+}
+if hasattr(vlearn, "KFACVON"):
+    METHODS["KFACVON"] = Method(0.01, _kfac)
+    METHODS["EK-FAC"] = Method(0.01, lambda model, lr, problem: _kfac(model, lr, problem, eigenvalue_correction=True))
+
+
+def training_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
+    """One step in the loop that the optimizer is made for: `loss` runs the model."""
+    own = optimizer.__module__.startswith("ivon")  # ivon-opt draws in a context, vlearn in the model's forward pass
+    with optimizer.sampled_params(train=True) if own else nullcontext():
+        optimizer.zero_grad()
+        loss().backward()
+    optimizer.step()
+
+
+def finish(optimizer: Any) -> None:
+    """Leave the model as a plain one."""
+    if hasattr(optimizer, "unwatch"):
+        optimizer.unwatch()
+
+
+def posterior_of(optimizer: Any, model: nn.Module, problem: Problem) -> Posterior | None:
+    """The posterior that an optimizer's state is, or implies; None of SGD, whose scale is arbitrary."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return None
+    if isinstance(optimizer, torch.optim.AdamW):
+        return from_optimizer(optimizer, model, problem.num_data, problem.prior_precision)
+    if hasattr(optimizer, "posterior"):
+        return optimizer.posterior()
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    (group,) = optimizer.param_groups
+    hessian = group["hess"].split([p.numel() for p in named.values()])  # one vector of all parameters in their order
+    precision = {
+        name: problem.num_data * (h.reshape(p.shape) + problem.weight_decay)
+        for (name, p), h in zip(named.items(), hessian, strict=True)
+    }
+    return Diagonal.from_precision(named, precision, problem.num_data, problem.prior_precision)
