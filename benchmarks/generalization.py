@@ -13,11 +13,10 @@ Every training run saves its state after each epoch under --runs; the same comma
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import vlearn
-from benchmarks import data as datasets
-from benchmarks import laplace, networks, pictures, report, resume, tracking
+from benchmarks import laplace, networks, pictures, report, resume, script, supervised
 from benchmarks.data import Images
 from benchmarks.pictures import Curves
+from benchmarks.supervised import Advance
 from benchmarks.training import losses
+from vlearn.posterior.base import Posterior
 
-RESULTS = Path(__file__).parent / "results" / "generalization"
 IVON, DIAGONAL, KRONECKER = pictures.LOOKS
-CHUNK = 500  # examples of a pass that only reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +147,6 @@ SMOKE = Experiment(
     num_test=200,
     part=100,
 )
-Advance = Callable[[str], None]
 
 
 def train(
@@ -162,51 +159,30 @@ def train(
     """
     torch.manual_seed(seed)
     model = networks.build(experiment.network).to(data.x.device)
-    steps = experiment.epochs * -(-len(data.y) // experiment.batch)
-    optimizer, schedule = (ivon if trainer == "IVON" else sgd)(experiment, model, len(data.y), steps, seed)
     settings = {**dataclasses.asdict(experiment), "seed": seed, "trainer": trainer}
-    checkpoint = resume.Checkpoint(runs / f"{data.name}-{len(data.y)}-{trainer}-seed{seed}.pt", settings)
+    training = supervised.Training(
+        model,
+        *optimizer_of(experiment, model, len(data.y), trainer),
+        data,
+        batch=experiment.batch,
+        epochs=experiment.epochs,
+        seed=seed,
+        checkpoint=resume.Checkpoint(runs / f"{data.name}-{len(data.y)}-{trainer}-seed{seed}.pt", settings),
+        found={"curves": Curves()},
+    )
+    optimizer, curves = training.optimizer, training.found["curves"]
     memory = vlearn.MemoryMap(len(data.y), memory_path(runs, data, seed)) if trainer == "IVON" else None
-    found: dict[str, Any] = {"curves": Curves(), "seconds": []}
-    order = torch.Generator().manual_seed(seed)
-    done = 0
-    if (saved := checkpoint.load()) is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        resume.set_random_state(saved["random"])
-        order.set_state(saved["order"])
-        found, done = saved["found"], saved["done"]
     if memory is not None:
-        memory.rewind(done)
-    for epoch in range(done + 1, experiment.epochs + 1):
-        began = time.perf_counter()
-        for index in torch.randperm(len(data.y), generator=order).split(experiment.batch):
-            index = index.to(data.x.device)
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.x[index]), data.y[index]).backward()
-            optimizer.step()
-            schedule.step()
-        found["seconds"].append(time.perf_counter() - began)
-        record(experiment, data, epoch, model, optimizer, found["curves"])
+        memory.rewind(training.done)
+    for epoch in training:
+        record(experiment, data, epoch, model, optimizer, curves)
         if memory is not None and epoch in experiment.mapped:
-            table = vlearn.sweep(model, optimizer.posterior(), batches(data), F.cross_entropy, progress=False)
-            memory.record_sweep(epoch, table, test_loss=found["curves"].test_loss[-1])
-        checkpoint.save(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "random": resume.random_state(),
-                "order": order.get_state(),
-                "found": found,
-                "done": epoch,
-            }
-        )
+            loader = supervised.batches(data.x, data.y)
+            table = vlearn.sweep(model, optimizer.posterior(), loader, F.cross_entropy, progress=False)
+            memory.record_sweep(epoch, table, test_loss=curves.test_loss[-1])
         advance(f"{data.name}, {trainer}, seed {seed}, epoch {epoch}/{experiment.epochs}")
-    if isinstance(optimizer, vlearn.IVON):
-        optimizer.unwatch()
-    return model, found
+    training.close()
+    return model, training.found
 
 
 def memory_path(runs: Path, data: Images, seed: int) -> Path:
@@ -214,23 +190,14 @@ def memory_path(runs: Path, data: Images, seed: int) -> Path:
     return runs / f"{data.name}-{len(data.y)}-memory-seed{seed}"
 
 
-def ivon(experiment: Experiment, model: nn.Module, num_data: int, steps: int, seed: int) -> tuple[Any, Any]:
-    optimizer = vlearn.IVON(
-        model,
-        lr=experiment.lr,
-        ess=num_data,
-        hess_init=experiment.hess_init,
-        beta2=experiment.beta2,
-        weight_decay=experiment.prior_precision / num_data,
-    )
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-
-def sgd(experiment: Experiment, model: nn.Module, num_data: int, steps: int, seed: int) -> tuple[Any, Any]:
-    first, last = experiment.sgd_lr
-    decay = experiment.prior_precision / num_data
-    optimizer = torch.optim.SGD(model.parameters(), lr=first, momentum=0.9, weight_decay=decay)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=last)
+def optimizer_of(experiment: Experiment, model: nn.Module, num_data: int, trainer: str) -> tuple[Any, Any]:
+    """The optimizer of "IVON" or "SGD", and its schedule."""
+    total = supervised.steps(num_data, experiment.epochs, experiment.batch)
+    delta = experiment.prior_precision
+    if trainer == "SGD":
+        return supervised.sgd(model, num_data, total, prior_precision=delta, lr=experiment.sgd_lr)
+    own = {"lr": experiment.lr, "hess_init": experiment.hess_init, "beta2": experiment.beta2}
+    return supervised.ivon(model, num_data, total, prior_precision=delta, **own)
 
 
 def record(experiment: Experiment, data: Images, epoch: int, model: nn.Module, optimizer: Any, curves: Curves) -> None:
@@ -246,37 +213,25 @@ def record(experiment: Experiment, data: Images, epoch: int, model: nn.Module, o
     note_losses(curves, epoch, model, data)
     for method, get in posteriors.items():
         began = time.perf_counter()
-        table = vlearn.sweep(model, get(), batches(data), F.cross_entropy, leverage=None, progress=False)
+        loo = supervised.loo_loss(model, get(), data)
         curves.seconds.setdefault(method, []).append(time.perf_counter() - began)
-        curves.loo_loss.setdefault(method, []).append(table.loo_loss.double().mean().item())
+        curves.loo_loss.setdefault(method, []).append(loo)
 
 
-def fitted(experiment: Experiment, data: Images, model: nn.Module, method: str) -> Any:
+def fitted(experiment: Experiment, data: Images, model: nn.Module, method: str) -> Posterior:
     """A Laplace approximation at the model's weights."""
     structure = {DIAGONAL: "diag", KRONECKER: "kron"}[method]
-    la = laplace.fit(model, data.x, data.y, structure, experiment.prior_precision, batch=256)
-    return vlearn.posterior.from_laplace(la)
+    return supervised.laplace_posterior(model, data, structure, experiment.prior_precision)
 
 
-def batches(data: Images, part: slice = slice(None)) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(data.x[part].split(CHUNK), data.y[part].split(CHUNK), strict=True))
-
-
-@torch.no_grad()
 def note_losses(curves: Curves, epoch: int, model: nn.Module, data: Images) -> None:
     """Add the mean losses of both halves at the model's weights."""
-    model.eval()
-    halves = []
-    for x, y in ((data.x, data.y), (data.x_test, data.y_test)):
-        output = torch.cat([model(rows) for rows in x.split(CHUNK)])
-        halves.append((F.cross_entropy(output, y, reduction="none").double(), (output.argmax(1) == y).double()))
-    model.train()
-    (train_losses, _), (test_losses, right) = halves
+    losses = supervised.measure(model, data)
     curves.steps.append(epoch)
-    curves.train_loss.append(train_losses.mean().item())
-    curves.test_loss.append(test_losses.mean().item())
-    curves.test_error.append((test_losses.std() / len(test_losses) ** 0.5).item())
-    curves.test_accuracy.append(right.mean().item())
+    curves.train_loss.append(losses.train.mean().item())
+    curves.test_loss.append(losses.test.mean().item())
+    curves.test_error.append(losses.test_error)
+    curves.test_accuracy.append(losses.right.mean().item())
 
 
 def time_laplace(experiment: Experiment, data: Images, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -311,26 +266,23 @@ def over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return {"mean": {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}, "deviation": deviation}
 
 
-def run_experiment(
-    name: str, experiment: Experiment, seeds: int, root: Path | None, runs: Path, device: str, advance: Advance
-) -> dict[str, Any]:
+def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
     """Every seed of one experiment."""
-    data = datasets.load(experiment.dataset, root).first(experiment.num_data, experiment.num_test).to(device)
     trainers = ["IVON", *(["SGD"] if experiment.laplace else [])]
     curves: dict[str, list[Curves]] = {}
     rows: dict[str, list[dict[str, float]]] = {}
     own: dict[str, Any] = {}
     for seed in range(seeds):
         for trainer in trainers:
-            model, found = train(experiment, data, seed, trainer, runs / name, advance)
+            model, found = train(experiment, data, seed, trainer, runs, advance)
             curves.setdefault(trainer, []).append(found["curves"])
             for each in found["curves"].loo_loss:
                 rows.setdefault(each, []).append(row(found["curves"], each, found["seconds"]))
             if trainer == "SGD" and not seed:
-                own = timed(experiment, data, model, seed, runs / name)
+                own = timed(experiment, data, model, seed, runs)
     return {
-        "experiment": dataclasses.asdict(experiment),
-        "remaining_weight_of_hess_init": experiment.beta2 ** (experiment.epochs * -(-len(data.y) // experiment.batch)),
+        "remaining_weight_of_hess_init": experiment.beta2
+        ** supervised.steps(len(data.y), experiment.epochs, experiment.batch),
         "table": {method: over_seeds(each) for method, each in rows.items()},
         "laplace_seconds": own,
         "curves": {trainer: [dataclasses.asdict(each) for each in found] for trainer, found in curves.items()},
@@ -388,42 +340,9 @@ def print_results(found: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="instead of each experiment's own")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--runs", type=Path, default=Path("runs/generalization"), help="what is needed to go on")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="a few seconds on digits, not written to results/")
-    arguments = parser.parse_args(argv)
-    chosen = {"digits": SMOKE} if arguments.smoke else {name: EXPERIMENTS[name] for name in arguments.experiments}
-    if arguments.epochs is not None:
-        chosen = {name: experiment.cut(arguments.epochs) for name, experiment in chosen.items()}
-    out = arguments.out or (arguments.runs / "smoke" if arguments.smoke else RESULTS)
-    seeds = 1 if arguments.smoke else arguments.seeds
-    for name, experiment in chosen.items():
-        settings = {**dataclasses.asdict(experiment), "seeds": seeds}
-        with tracking.tracked("vlearn-generalization", arguments.runs, settings) as (run, said):
-            try:
-                with report.progress() as advance:
-                    found = run_experiment(
-                        name, experiment, seeds, arguments.data_root, arguments.runs, arguments.device, advance
-                    )
-            except KeyboardInterrupt:
-                print("\nInterrupted: the same command goes on after the last whole epoch.", file=sys.stderr)
-                return 130
-            command = f"python -m benchmarks.generalization --experiments {name} --seeds {seeds}"
-            out.mkdir(parents=True, exist_ok=True)
-            report.write_json(out / f"{name}.json", {**report.provenance(command, 0), **found})
-            draw(found).savefig(out / f"{name}.png", dpi=144)
-            print_results(found)
-            print(said)
-            if run:
-                run.log({f"figures/{name}": tracking.image(out / f"{name}.png")})
-                run.summary.update({"table": found["table"]})
-    return 0
+    arguments = script.parser("generalization", __doc__, EXPERIMENTS, seeds=3).parse_args(argv)
+    chosen = script.chosen(arguments, EXPERIMENTS, SMOKE)
+    return script.run("generalization", arguments, chosen, run_experiment, draw, print_results)
 
 
 if __name__ == "__main__":

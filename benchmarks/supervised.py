@@ -1,0 +1,255 @@
+"""Training a classifier on images, saved after every epoch; and what the benchmarks then ask of it.
+
+The objective is Σ_i ℓ(y_i, f_i(θ)) + δ‖θ‖²/2 whichever optimizer minimises it: each works on its mean over the
+data, with weight decay δ/N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vlearn
+from benchmarks import laplace, resume
+from benchmarks.data import Images
+from vlearn.posterior.base import Posterior
+
+CHUNK = 500  # examples of a pass that only reads
+Advance = Callable[[str], None]
+
+
+def steps(num_data: int, epochs: int, batch: int) -> int:
+    """Number of optimizer steps of a whole run."""
+    return epochs * -(-num_data // batch)
+
+
+def ivon(
+    model: nn.Module,
+    num_data: int,
+    total_steps: int,
+    *,
+    prior_precision: float,
+    lr: float,
+    hess_init: float,
+    beta2: float,
+) -> tuple[vlearn.IVON, Any]:
+    """IVON and its schedule: the rate falls to zero along a cosine."""
+    optimizer = vlearn.IVON(
+        model, lr=lr, ess=num_data, hess_init=hess_init, beta2=beta2, weight_decay=prior_precision / num_data
+    )
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+
+
+def sgd(
+    model: nn.Module, num_data: int, total_steps: int, *, prior_precision: float, lr: tuple[float, float]
+) -> tuple[torch.optim.SGD, Any]:
+    """SGD with momentum and its schedule: from the first rate to the last along a cosine."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr[0], momentum=0.9, weight_decay=prior_precision / num_data)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=lr[1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained by "IVON" and by "SGD"; what a script adds to it is an experiment.
+
+    Attributes:
+        lr, hess_init: IVON's; the rate falls to zero along a cosine.
+        remaining: weight that hess_init still has at the end of IVON's run, β₂ᵗ; gives β₂ for any number of steps.
+        sgd_lr: first and last rate of SGD with momentum .9, along a cosine.
+        num_data, num_test: the first examples of either half; None for all.
+    """
+
+    title: str
+    dataset: str
+    network: str
+    epochs: int
+    batch: int
+    lr: float
+    hess_init: float
+    remaining: float
+    sgd_lr: tuple[float, float]
+    num_data: int | None = None
+    num_test: int | None = None
+
+    def cut(self, epochs: int) -> Recipe:
+        """The same with another number of epochs."""
+        return dataclasses.replace(self, epochs=epochs)
+
+    def beta2(self, total_steps: int) -> float:
+        """IVON's decay of the Hessian."""
+        return self.remaining ** (1 / total_steps)
+
+    def training(
+        self,
+        trainer: str,
+        model: nn.Module,
+        data: Images,
+        *,
+        prior_precision: float,
+        seed: int,
+        file: Path,
+        epochs: int | None = None,
+    ) -> Training:
+        """The run by one of the trainers, saved in a file that tells the settings it was saved with.
+
+        Args:
+            trainer: "IVON" or "SGD".
+            model: starts at its present weights.
+            prior_precision: δ on the scale of the summed loss.
+            epochs: instead of the recipe's own.
+        """
+        epochs = epochs or self.epochs
+        total = steps(len(data.y), epochs, self.batch)
+        if trainer == "IVON":
+            own = {"lr": self.lr, "hess_init": self.hess_init, "beta2": self.beta2(total)}
+            made = ivon(model, len(data.y), total, prior_precision=prior_precision, **own)
+        else:
+            made = sgd(model, len(data.y), total, prior_precision=prior_precision, lr=self.sgd_lr)
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)} | {
+            "trainer": trainer,
+            "prior_precision": prior_precision,
+            "seed": seed,
+            "epochs": epochs,
+            "num_data": len(data.y),
+        }
+        checkpoint = resume.Checkpoint(file, settings)
+        return Training(model, *made, data, batch=self.batch, epochs=epochs, seed=seed, checkpoint=checkpoint)
+
+
+class Training:
+    """One network in training, going on from the last epoch that was saved.
+
+    Iterating trains an epoch and gives its number; once the loop's body is through with it, everything is saved.
+
+    Args:
+        model, optimizer, schedule: as they are before the first epoch.
+        data: what is trained on; its test half is not touched.
+        batch: examples of a step.
+        epochs: of the whole run.
+        seed: of the order of the examples.
+        checkpoint: where the state is.
+        found: what the loop's body adds to, saved with the state.
+
+    Attributes:
+        found: the same, as it was saved last; "seconds" has those of training, by epoch.
+        done: epochs that were saved before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        data: Images,
+        *,
+        batch: int,
+        epochs: int,
+        seed: int,
+        checkpoint: resume.Checkpoint,
+        found: dict[str, Any] | None = None,
+    ):
+        self.model, self.optimizer, self.schedule, self.data = model, optimizer, schedule, data
+        self.batch, self.epochs, self.checkpoint = batch, epochs, checkpoint
+        self.order = torch.Generator().manual_seed(seed)
+        self.found: dict[str, Any] = {**(found or {}), "seconds": []}
+        self.done = 0
+        if (saved := checkpoint.load()) is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            resume.set_random_state(saved["random"])
+            self.order.set_state(saved["order"])
+            self.found, self.done = saved["found"], saved["done"]
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch in range(self.done + 1, self.epochs + 1):
+            began = time.perf_counter()
+            for index in torch.randperm(len(self.data.y), generator=self.order).split(self.batch):
+                index = index.to(self.data.x.device)
+                self.optimizer.zero_grad()
+                F.cross_entropy(self.model(self.data.x[index]), self.data.y[index]).backward()
+                self.optimizer.step()
+                self.schedule.step()
+            self.found["seconds"].append(time.perf_counter() - began)
+            yield epoch
+            self._save(epoch)
+
+    def close(self) -> None:
+        """Take IVON's hooks off the model."""
+        if isinstance(self.optimizer, vlearn.IVON):
+            self.optimizer.unwatch()
+
+    def _save(self, epoch: int) -> None:
+        self.checkpoint.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "random": resume.random_state(),
+                "order": self.order.get_state(),
+                "found": self.found,
+                "done": epoch,
+            }
+        )
+        self.done = epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Losses of a model at its weights, in nats, and whether each example is classified right."""
+
+    train: Tensor
+    test: Tensor
+    right: Tensor
+
+    @property
+    def test_error(self) -> float:
+        """Standard error of the mean test loss."""
+        return (self.test.std() / len(self.test) ** 0.5).item()
+
+
+def measure(model: nn.Module, data: Images) -> Losses:
+    """Every example's loss, of both halves, in eval mode and float64."""
+    train, _ = example_losses(model, data.x, data.y)
+    test, right = example_losses(model, data.x_test, data.y_test)
+    return Losses(train, test, right)
+
+
+@torch.no_grad()
+def example_losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Each example's cross-entropy ``[N]`` in eval mode, and whether it is classified right."""
+    training = model.training
+    model.eval()
+    output = torch.cat([model(rows) for rows in x.split(CHUNK)])
+    model.train(training)
+    return F.cross_entropy(output, y, reduction="none").double(), (output.argmax(1) == y).double()
+
+
+def batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What `vlearn.sweep` and its like read."""
+    return list(zip(x.split(CHUNK), y.split(CHUNK), strict=True))
+
+
+def posterior_after(training: Training, prior_precision: float) -> Posterior:
+    """IVON's own state, or a Kronecker Laplace approximation at the weights that SGD found."""
+    if isinstance(training.optimizer, vlearn.IVON):
+        return training.optimizer.posterior()
+    return laplace_posterior(training.model, training.data, "kron", prior_precision)
+
+
+def laplace_posterior(model: nn.Module, data: Images, structure: str, prior_precision: float) -> Posterior:
+    """A Laplace approximation of laplace-torch at the model's weights: "diag" or "kron"."""
+    return vlearn.posterior.from_laplace(laplace.fit(model, data.x, data.y, structure, prior_precision, batch=256))
+
+
+def loo_loss(model: nn.Module, posterior: Posterior, data: Images) -> float:
+    """Mean leave-one-out loss of the training examples, in nats."""
+    table = vlearn.sweep(model, posterior, batches(data.x, data.y), F.cross_entropy, leverage=None, progress=False)
+    return table.loo_loss.double().mean().item()
