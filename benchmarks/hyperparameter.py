@@ -1,0 +1,238 @@
+"""Does the training data alone find the prior precision? LOO and test loss over a grid of δ.
+
+    python -m benchmarks.hyperparameter [--experiments mnist-10000 fashion-mnist-10000] [--seeds 1] [--smoke]
+
+At each δ the network is trained by `vlearn.IVON`, whose state is the posterior, and by SGD with a Kronecker Laplace
+approximation of laplace-torch at the end. Both posteriors go through the same equation over all training examples,
+LOO = mean ℓ(y_i, f_i + V_i e_i): is its minimum where the test loss has its own (Nickl et al., 2023, arXiv:2310.19273,
+Fig. 4)? The regret is what choosing δ by LOO costs: the test loss there, less the smallest of the grid.
+
+Each grid point saves its state after every epoch under --runs; the same command goes on where it was interrupted. As
+published a case takes days on a CPU; those with 10,000 examples take about 25 minutes on one core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import networks, pictures, report, script, supervised
+from benchmarks.data import Images
+from benchmarks.pictures import Curves
+from benchmarks.supervised import Advance, Recipe
+from vlearn.plot.style import GREY, INK
+
+IVON, _, KRONECKER = pictures.LOOKS
+TRAINERS = {"IVON": IVON, "SGD": KRONECKER}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(Recipe):
+    """A recipe, and the grid of δ on the scale of the summed loss."""
+
+    prior_precisions: tuple[float, ...]
+
+
+MNIST = Experiment(  # Fig. 4a; network, rates and epochs as for Fig. 2a.
+    title="MNIST, MLP(500, 300)",
+    dataset="mnist",
+    network="mlp_500_300",
+    epochs=500,
+    batch=256,
+    prior_precisions=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+    lr=0.1,
+    hess_init=0.1,
+    remaining=0.01,
+    sgd_lr=(1e-2, 1e-3),
+)
+FASHION = Experiment(  # Fig. 4b, where the paper takes Adam; rates and epochs as for Fig. 2b.
+    title="Fashion-MNIST, LeNet-5",
+    dataset="fashion-mnist",
+    network="lenet5",
+    epochs=300,
+    batch=256,
+    prior_precisions=(10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0),
+    lr=0.1,
+    hess_init=0.1,
+    remaining=0.01,
+    sgd_lr=(1e-1, 1e-3),
+)
+EXPERIMENTS = {
+    "mnist-10000": dataclasses.replace(
+        MNIST, title="10,000 of MNIST, MLP(500, 300)", num_data=10_000, epochs=40, sgd_lr=(1e-1, 1e-3)
+    ),
+    "fashion-mnist-10000": dataclasses.replace(
+        FASHION, title="10,000 of Fashion-MNIST, LeNet-5", num_data=10_000, epochs=40, batch=100
+    ),
+    "mnist": MNIST,
+    "fashion-mnist": FASHION,
+}
+SMOKE = Experiment(
+    title="digits, small CNN",
+    dataset="digits",
+    network="digits_cnn",
+    epochs=4,
+    batch=50,
+    prior_precisions=(0.3, 3.0, 30.0),
+    lr=0.2,
+    hess_init=0.1,
+    remaining=0.5,
+    sgd_lr=(2e-1, 2e-3),
+    num_data=200,
+    num_test=200,
+)
+
+
+def grid_point(
+    experiment: Experiment, data: Images, trainer: str, prior_precision: float, seed: int, runs: Path, advance: Advance
+) -> dict[str, Any]:
+    """One network at one δ: its mean losses in nats at the end of training, and each test example's."""
+    torch.manual_seed(seed)
+    model = networks.build(experiment.network).to(data.x.device)
+    file = runs / f"{trainer}-delta{prior_precision:g}-seed{seed}.pt"
+    training = experiment.training(trainer, model, data, prior_precision=prior_precision, seed=seed, file=file)
+    for epoch in training:
+        advance(f"{data.name}, {trainer}, δ {prior_precision:g}, seed {seed}, epoch {epoch}/{experiment.epochs}")
+        if epoch == experiment.epochs:
+            losses = supervised.measure(model, data)
+            posterior = supervised.posterior_after(training, prior_precision)
+            training.found["losses"] = {
+                "train": losses.train.mean().item(),
+                "loo": supervised.loo_loss(model, posterior, data),
+                "test": losses.test.mean().item(),
+                "accuracy": losses.right.mean().item(),
+                "test_losses": losses.test.cpu().numpy(),
+            }
+    training.close()
+    return training.found["losses"]
+
+
+def choice(deltas: np.ndarray, points: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """What LOO chooses and what it costs.
+
+    Args:
+        deltas: ``[K]`` the grid.
+        points: `grid_point` of each δ and seed.
+
+    Returns:
+        Both minimisers of the means over the seeds, the grid steps between them, the regret with its standard error
+        over the test examples (the same in both means), and how alike the two curves are.
+    """
+    loo, test = (np.array([np.mean([p[which] for p in seeds]) for seeds in points]) for which in ("loo", "test"))
+    by_example = np.array([np.mean([p["test_losses"] for p in seeds], axis=0) for seeds in points])  # [K, N]
+    chosen, best = int(loo.argmin()), int(test.argmin())
+    difference = by_example[chosen] - by_example[best]
+    return {
+        "loo_minimiser": deltas[chosen],
+        "test_minimiser": deltas[best],
+        "grid_steps_apart": abs(chosen - best),
+        "test_minimum_inside_the_grid": 0 < best < len(deltas) - 1,
+        "regret": test[chosen] - test[best],
+        "regret_standard_error": difference.std() / len(difference) ** 0.5,
+        "smallest_test_loss": test[best],
+        "largest_test_loss": test.max(),
+        "pearson_over_grid": np.corrcoef(loo, test)[0, 1],
+        "mean_absolute_gap": np.abs(loo - test).mean(),
+    }
+
+
+def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
+    """Every grid point of one experiment, both trainers."""
+    deltas = np.array(experiment.prior_precisions)
+    table, curves = {}, {}
+    for trainer, method in TRAINERS.items():
+        points = [
+            [grid_point(experiment, data, trainer, delta, seed, runs, advance) for seed in range(seeds)]
+            for delta in experiment.prior_precisions
+        ]
+        table[method] = choice(deltas, points)
+        curves[method] = {
+            which: [[p[which] for p in each] for each in points] for which in ("train", "loo", "test", "accuracy")
+        }
+        curves[method]["test_error"] = [
+            np.mean([p["test_losses"] for p in each], axis=0).std() / len(data.y_test) ** 0.5 for each in points
+        ]
+    return {
+        "num_data": len(data.y),
+        "beta2": experiment.beta2(supervised.steps(len(data.y), experiment.epochs, experiment.batch)),
+        "table": table,
+        "curves": curves,
+    }
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """LOO, test and train loss over δ, one panel for each trainer; a line where LOO and test have their minima."""
+    titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace"}
+    deltas = found["experiment"]["prior_precisions"]
+    panels = {}
+    for method, curves in found["curves"].items():
+        means = {which: [float(np.mean(each)) for each in curves[which]] for which in ("train", "loo", "test")}
+        panels[titles[method]] = Curves(
+            steps=list(deltas),
+            train_loss=means["train"],
+            test_loss=means["test"],
+            test_error=list(curves["test_error"]),
+            loo_loss={method: means["loo"]},
+        )
+    figure = pictures.generalization(panels)
+    for ax, (method, row) in zip(figure.axes, found["table"].items(), strict=True):
+        ax.set(xscale="log", xlabel="prior precision δ")
+        for delta, color, style in (
+            (row["test_minimiser"], INK, (0, (4, 2))),
+            (row["loo_minimiser"], pictures.LOOKS[method][0], (0, (1, 2))),
+        ):
+            ax.axvline(delta, color=color, linestyle=style, linewidth=1.4, zorder=1)
+        ax.grid(visible=True, color=GREY, alpha=0.2)
+    figure.suptitle(found["experiment"]["title"], fontsize=12)
+    return figure
+
+
+def print_results(found: dict[str, Any]) -> None:
+    title = found["experiment"]["title"]
+    header = ("", "δ by LOO", "δ by test", "steps apart", "regret", "test: best", "worst", "|LOO-test|", "Pearson")
+    lines = [
+        (
+            method,
+            f"{row['loo_minimiser']:g}",
+            f"{row['test_minimiser']:g}" + ("" if row["test_minimum_inside_the_grid"] else " (edge)"),
+            str(row["grid_steps_apart"]),
+            f"{row['regret']:.4f} ± {row['regret_standard_error']:.4f}",
+            f"{row['smallest_test_loss']:.4f}",
+            f"{row['largest_test_loss']:.4f}",
+            f"{row['mean_absolute_gap']:.3f}",
+            f"{row['pearson_over_grid']:.3f}",
+        )
+        for method, row in found["table"].items()
+    ]
+    notes = [
+        f"{found['num_data']:,} training examples, {found['experiment']['epochs']} epochs. Losses in nats at the end "
+        "of training, means over the seeds; gap and correlation over the grid."
+    ]
+    report.print_table(f"Prior precision by leave-one-out: {title}", header, lines, notes)
+    curves = found["curves"]
+    parts = [(method, which) for method in curves for which in ("train", "loo", "test", "accuracy")]
+    report.print_table(
+        f"Over the grid: {title}",
+        ("δ", *(f"{method}\n{which}" for method, which in parts)),
+        [
+            (f"{delta:g}", *(f"{np.mean(curves[method][which][place]):.4f}" for method, which in parts))
+            for place, delta in enumerate(found["experiment"]["prior_precisions"])
+        ],
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 when everything was written, 130 when interrupted."""
+    arguments = script.parser("hyperparameter", __doc__, EXPERIMENTS, seeds=1).parse_args(argv)
+    chosen = script.chosen(arguments, EXPERIMENTS, SMOKE)
+    return script.run("hyperparameter", arguments, chosen, run_experiment, draw, print_results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
