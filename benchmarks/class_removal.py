@@ -1,0 +1,311 @@
+"""What would the model lose on a class that it had never seen? Estimates without training, against retraining.
+
+    python -m benchmarks.class_removal [--experiments mlp-10000 lenet5-10000] [--seeds 1] [--smoke]
+
+Each class of Fashion-MNIST is left out in turn (Nickl et al., 2023, arXiv:2310.19273, Fig. 3a). Estimates of the mean
+loss on its examples, from the model trained on all of them:
+
+- published: ℓ(y_i, f_i + V_i e_i) averaged over the class, each example as if it alone were removed;
+- joint: Δf_M = J_M Σ J_Mᵀ e_M, with every example's effect on every other (Eq. 14);
+- refined: Δf_M = (I - V_MΛ_M)⁻¹ V_M e_M, which needs the eigenvalues of V_MΛ_M below 1; else the joint one.
+
+Σ is a Kronecker Laplace approximation of laplace-torch after SGD, as published, and IVON's own state after IVON. The
+truth is the same trainer going on without the class, from the model's weights, with the summed loss and δ as they were:
+its mean loss on the removed examples and on the test examples of the class.
+
+Every training run saves its state after each epoch under --runs; the same command goes on where it was interrupted. As
+published LeNet-5 takes days on a CPU; the experiments with 10,000 examples take minutes on one core.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+import vlearn
+from benchmarks import networks, pictures, report, resume, script, supervised
+from benchmarks.data import Images
+from benchmarks.pictures import agreement
+from benchmarks.supervised import Advance, Recipe, Training
+from vlearn.plot.style import BLUE, GREEN, GREY, INK, ORANGE, tidy
+
+IVON, _, KRONECKER = pictures.LOOKS
+TRAINERS = {"SGD": KRONECKER, "IVON": IVON}
+ESTIMATES: dict[str, dict[str, Any]] = {
+    "published": {"how": "published"},
+    "joint": {"how": "joint"},
+    "refined": {"how": "joint", "refined": True, "tolerance": 1e-2, "max_iterations": 30},
+}
+LOOKS = {"published": (ORANGE, "o"), "joint": (BLUE, "s"), "refined": (GREEN, "^")}
+TRUTHS = {"removed": "its training examples", "test": "its test examples"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(Recipe):
+    """A recipe, its δ on the scale of the summed loss, and the epochs that go on without a class."""
+
+    prior_precision: float
+    retrained_epochs: int
+
+    def cut(self, epochs: int) -> Experiment:
+        """The same with another number of epochs, before and after the removal."""
+        retrained = max(1, round(self.retrained_epochs * epochs / self.epochs))
+        return dataclasses.replace(self, epochs=epochs, retrained_epochs=retrained)
+
+
+MLP = Experiment(  # As published for the warm starts of Fig. 2b.
+    title="Fashion-MNIST, MLP(32, 16)",
+    dataset="fashion-mnist",
+    network="mlp_32_16",
+    epochs=300,
+    batch=256,
+    prior_precision=100.0,
+    lr=0.1,
+    hess_init=0.1,
+    remaining=0.01,
+    sgd_lr=(1e-1, 1e-3),
+    retrained_epochs=150,
+)
+LENET5 = dataclasses.replace(MLP, title="Fashion-MNIST, LeNet-5", network="lenet5")
+# With the published weight decay, not the published δ.
+SMALL = {"num_data": 10_000, "prior_precision": 20.0, "epochs": 60, "retrained_epochs": 30, "batch": 100}
+EXPERIMENTS = {
+    "mlp-10000": dataclasses.replace(MLP, title="10,000 of Fashion-MNIST, MLP(32, 16)", **SMALL),
+    "lenet5-10000": dataclasses.replace(LENET5, title="10,000 of Fashion-MNIST, LeNet-5", **SMALL),
+    "mlp": MLP,
+    "lenet5": LENET5,
+}
+SMOKE = Experiment(
+    title="digits, small CNN",
+    dataset="digits",
+    network="digits_cnn",
+    epochs=10,
+    batch=20,
+    prior_precision=5.0,
+    lr=0.5,
+    hess_init=0.1,
+    remaining=0.01,
+    sgd_lr=(1e-1, 1e-3),
+    num_data=200,
+    num_test=200,
+    retrained_epochs=2,
+)
+
+
+def trained(
+    experiment: Experiment, data: Images, trainer: str, seed: int, runs: Path, advance: Advance
+) -> tuple[Training, dict[str, Any]]:
+    """The network with every class, and the estimates of the loss without each: ``[K]`` nats by name."""
+    torch.manual_seed(seed)
+    model = networks.build(experiment.network).to(data.x.device)
+    training = experiment.training(
+        trainer,
+        model,
+        data,
+        prior_precision=experiment.prior_precision,
+        seed=seed,
+        file=runs / f"{trainer}-all-seed{seed}.pt",
+    )
+    for epoch in training:
+        advance(f"{experiment.title}, {trainer}, seed {seed}, epoch {epoch}/{experiment.epochs}")
+    checkpoint = resume.Checkpoint(
+        runs / f"{trainer}-estimates-seed{seed}.pt", {**training.checkpoint.settings, "estimates": ESTIMATES}
+    )
+    found = checkpoint.load() or {}
+    if len(found) < 2 + len(ESTIMATES):
+        posterior = supervised.posterior_after(training, experiment.prior_precision)
+        found |= before(model, data)
+        for name, options in ESTIMATES.items():
+            if name in found:
+                continue
+            table = vlearn.leave_group_out(
+                model,
+                posterior,
+                supervised.batches(data.x, data.y),
+                data.y.cpu(),
+                F.cross_entropy,
+                progress=False,
+                **options,
+            )
+            found[name] = {"loss": table.left_out_loss.numpy(), "fallbacks": table.refined_fallbacks or 0}
+            checkpoint.save(found)
+            advance(f"{experiment.title}, {trainer}, seed {seed}, {name} estimates")
+    return training, found
+
+
+def before(model: nn.Module, data: Images) -> dict[str, Any]:
+    """Mean losses by class of the model that has seen them all."""
+    losses = supervised.measure(model, data)
+    return {
+        "accuracy": losses.right.mean().item(),
+        "trained": {
+            "removed": np.array([losses.train[data.y == k].mean().item() for k in range(len(data.classes))]),
+            "test": np.array([losses.test[data.y_test == k].mean().item() for k in range(len(data.classes))]),
+        },
+    }
+
+
+def retrain(
+    experiment: Experiment,
+    data: Images,
+    full: Training,
+    trainer: str,
+    label: int,
+    seed: int,
+    runs: Path,
+    advance: Advance,
+) -> dict[str, list[float]]:
+    """Mean losses on the removed class, after each epoch of going on without it."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(full.model)  # without the hooks of its optimizer, at the mean
+    training = experiment.training(
+        trainer,
+        model,
+        without(data, label),
+        prior_precision=experiment.prior_precision,
+        seed=seed,
+        file=runs / f"{trainer}-without{label}-seed{seed}.pt",
+        epochs=experiment.retrained_epochs,
+    )
+    training.found.setdefault("removed", [])
+    training.found.setdefault("test", [])
+    gone, gone_test = data.y == label, data.y_test == label
+    for epoch in training:
+        for name, x, y in (
+            ("removed", data.x[gone], data.y[gone]),
+            ("test", data.x_test[gone_test], data.y_test[gone_test]),
+        ):
+            training.found[name].append(supervised.example_losses(model, x, y)[0].mean().item())
+        advance(
+            f"{experiment.title}, {trainer}, seed {seed}, without {data.classes[label]}, "
+            f"epoch {epoch}/{experiment.retrained_epochs}"
+        )
+    training.close()
+    return {name: training.found[name] for name in TRUTHS}
+
+
+def without(data: Images, label: int) -> Images:
+    """The data set without the training examples of a class."""
+    kept = data.y != label
+    return dataclasses.replace(data, x=data.x[kept], y=data.y[kept], pictures=data.pictures[kept.cpu()])
+
+
+def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
+    """Both trainers, every class."""
+    table, by_class = {}, {}
+    for trainer, method in TRAINERS.items():
+        estimates, retrained, accuracies, fallbacks = [], [], [], 0
+        for seed in range(seeds):
+            full, found = trained(experiment, data, trainer, seed, runs, advance)
+            full.close()
+            estimates.append({"trained": found["trained"]["removed"], **{k: found[k]["loss"] for k in ESTIMATES}})
+            accuracies.append(found["accuracy"])
+            fallbacks += found["refined"]["fallbacks"]
+            retrained.append(
+                [
+                    retrain(experiment, data, full, trainer, label, seed, runs, advance)
+                    for label in range(len(data.classes))
+                ]
+            )
+        truth = {
+            t: np.array([[each[t] for each in classes] for classes in retrained]).mean(0) for t in TRUTHS
+        }  # [K, T]
+        estimate = {name: np.mean([each[name] for each in estimates], axis=0) for name in estimates[0]}  # [K]
+        table[method] = {name: compare(values, truth) for name, values in estimate.items()}
+        table[method]["refined"]["fallbacks"] = fallbacks
+        by_class[method] = {
+            "accuracy": float(np.mean(accuracies)),
+            "estimated": estimate,
+            "retrained": {t: values[:, -1] for t, values in truth.items()},
+            "retrained_by_epoch": truth,
+        }
+    return {"num_data": len(data.y), "classes": data.classes, "table": table, "by_class": by_class}
+
+
+def compare(estimate: np.ndarray, truth: dict[str, np.ndarray]) -> dict[str, Any]:
+    """An estimate ``[K]`` against the losses after retraining ``[K, T]``, over the classes."""
+    found: dict[str, Any] = {"mean": estimate.mean()}
+    for name, by_epoch in truth.items():
+        pearson, slope = agreement(estimate, by_epoch[:, -1])
+        log_pearson, _ = agreement(np.log(estimate), np.log(by_epoch[:, -1]))
+        found[name] = {
+            "mean": by_epoch[:, -1].mean(),
+            "pearson": pearson,
+            "pearson_of_logarithms": log_pearson,
+            "slope": slope,
+        }
+    return found
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """Losses on each class, in the order of the retrained ones, one panel for each posterior."""
+    titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace"}
+    figure, axes = plt.subplots(1, len(titles), figsize=(11.0, 4.6), sharey=True, layout="constrained")
+    for ax, (method, by_class) in zip(axes, found["by_class"].items(), strict=True):
+        order = np.argsort(by_class["retrained"]["removed"])
+        places = np.arange(len(order))
+        for name, fill in (("removed", INK), ("test", "none")):
+            values = np.array(by_class["retrained"][name])[order]
+            label = f"retrained without it: {TRUTHS[name]}"
+            ax.plot(places, values, "D", color=INK, markerfacecolor=fill, markersize=6, linestyle="", label=label)
+        for name, (color, marker) in LOOKS.items():
+            values = np.array(by_class["estimated"][name])[order]
+            ax.plot(places, values, marker=marker, color=color, markersize=6, linewidth=1.4, label=f"estimate: {name}")
+        values = np.array(by_class["estimated"]["trained"])[order]
+        ax.plot(places, values, color=GREY, linestyle=(0, (4, 2)), label="trained with it")
+        ax.set_yscale("log")
+        tidy(ax, "", "mean loss on the class, nats")
+        ax.set_xticks(places, [found["classes"][k] for k in order], rotation=45, ha="right")
+        ax.set_title(titles[method], fontsize=13, color=INK, loc="left", fontweight="bold")
+    axes[1].set_ylabel("")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"A class left out: {found['experiment']['title']}", fontsize=12)
+    return figure
+
+
+def print_results(found: dict[str, Any]) -> None:
+    header = ("", "estimate", "Pearson", "slope", "retrained,\nremoved", "Pearson", "slope", "retrained,\ntest")
+    lines = []
+    for method, rows in found["table"].items():
+        for name, row in rows.items():
+            numbers = [
+                text
+                for truth in TRUTHS
+                for text in (f"{row[truth]['pearson']:.3f}", f"{row[truth]['slope']:.2f}", f"{row[truth]['mean']:.2f}")
+            ]
+            lines.append((f"{method}: {name}", f"{row['mean']:.3f}", *numbers))
+    notes = [
+        f"{found['num_data']:,} training examples. Mean loss on the removed class in nats, over the classes; "
+        "correlation and slope of the retrained over the estimated losses, on the removed and on the test examples. "
+        "trained: the class's loss while it was there."
+    ]
+    for method, rows in found["table"].items():
+        by_class = found["by_class"][method]
+        curve = np.mean(by_class["retrained_by_epoch"]["removed"], axis=0)
+        half = curve[(len(curve) - 1) // 2]
+        notes.append(
+            f"{method}: accuracy {by_class['accuracy']:.2%} with every class; {rows['refined']['fallbacks']} refined "
+            f"estimates fell back to joint; halfway through the retraining the mean loss was {half:.2f}."
+        )
+    report.print_table(f"A class left out: {found['experiment']['title']}", header, lines, notes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 when everything was written, 130 when interrupted."""
+    arguments = script.parser("class_removal", __doc__, EXPERIMENTS, seeds=1).parse_args(argv)
+    chosen = script.chosen(arguments, EXPERIMENTS, SMOKE)
+    return script.run("class_removal", arguments, chosen, run_experiment, draw, print_results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
