@@ -1,7 +1,7 @@
 """The optimizers that `benchmarks.family` compares: how each is made, stepped, and read as a posterior.
 
-Every one has the same grid of learning rates around the one that its documentation recommends, and the same prior.
-AdamW keeps its own decoupled weight decay.
+Every one has the same grid of factors around a learning rate of its own, and the same prior. The rates are what each
+documentation recommends, for runs as short as here at its upper end. AdamW keeps its own decoupled weight decay.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ def _kfac(model: nn.Module, lr: float, problem: Problem, **settings: Any) -> Any
 
 
 METHODS: dict[str, Method] = {
-    "SGD": Method(0.05, _sgd, is_posterior=False),
-    "AdamW": Method(1e-3, lambda model, lr, problem: torch.optim.AdamW(model.parameters(), lr=lr), is_posterior=False),
-    IVON_OPT: Method(0.1, _ivon_opt),
-    "IVON": Method(0.1, lambda model, lr, p: vlearn.IVON(model, lr=lr, **p.vlearn(), **p.ivon())),
-    "VON": Method(0.01, lambda model, lr, p: vlearn.VON(model, lr=lr, **p.vlearn())),
-    "VOGN": Method(0.01, lambda model, lr, p: vlearn.VOGN(model, lr=lr, **p.vlearn())),
+    "SGD": Method(0.1, _sgd, is_posterior=False),
+    "AdamW": Method(3e-3, lambda model, lr, problem: torch.optim.AdamW(model.parameters(), lr=lr), is_posterior=False),
+    IVON_OPT: Method(0.2, _ivon_opt),
+    "IVON": Method(0.2, lambda model, lr, p: vlearn.IVON(model, lr=lr, **p.vlearn(), **p.ivon())),
+    "VON": Method(0.03, lambda model, lr, p: vlearn.VON(model, lr=lr, **p.vlearn())),
+    "VOGN": Method(0.03, lambda model, lr, p: vlearn.VOGN(model, lr=lr, **p.vlearn())),
 }
 if hasattr(vlearn, "KFACVON"):
-    METHODS["KFACVON"] = Method(0.01, _kfac)
-    METHODS["EK-FAC"] = Method(0.01, lambda model, lr, problem: _kfac(model, lr, problem, eigenvalue_correction=True))
+    METHODS["KFACVON"] = Method(0.03, _kfac)
+    METHODS["EK-FAC"] = Method(0.03, lambda model, lr, problem: _kfac(model, lr, problem, eigenvalue_correction=True))
 
 
 def training_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
