@@ -20,7 +20,7 @@ class Covariance:
         self.blocks = [(tuple(parameters), block) for parameters, block in blocks]
         self._found = {p: i for i, (parameters, _) in enumerate(self.blocks) for p in parameters}
 
-    def covers(self, parameter: Tensor) -> bool:
+    def __contains__(self, parameter: object) -> bool:
         return parameter in self._found
 
     def block_of(self, parameter: Tensor) -> tuple[tuple[Tensor, ...], Block]:

@@ -25,9 +25,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vlearn.capture.examples import CHUNK_ENTRIES, FALLBACK_ENTRIES, chunks, dense_gradients, entries_of, form_of
+from vlearn.capture.examples import (
+    CHUNK_ENTRIES,
+    FALLBACK_ENTRIES,
+    checked_uses,
+    chunks,
+    dense_gradients,
+    entries_of,
+    form_of,
+)
 from vlearn.capture.fallback import Weights, output_tangents
-from vlearn.capture.layout import check_layout
 from vlearn.capture.replay import (
     as_recorded,
     call_with,
@@ -71,10 +78,7 @@ def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: boo
         weights: the value of each parameter during the recorded pass.
         deviation: also form the tangents that `output_deviation` needs.
     """
-    check_layout(trace, weights)
-    uses_of = {p: uses for p, uses in trace.uses_of().items() if covariance.covers(p)}
-    for use in dict.fromkeys(use for uses in uses_of.values() for use in uses):
-        use.check_unchanged()
+    uses_of = checked_uses(trace, covariance, weights)
     result = Moved(covariance.zeros(trace.num_examples), {} if deviation else None)
     by_uses: dict[tuple[Use, ...], list[Tensor]] = {}
     rest: list[Tensor] = []

@@ -166,7 +166,7 @@ def linearize(
     Raises:
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and covariance.covers(p)]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
     with torch.enable_grad(), record(model, parameters) as trace:
         prediction = model(*batch.args, **batch.kwargs)
     if trace.problems:
