@@ -47,6 +47,21 @@ def digits_cnn(first: int = 8, second: int = 16) -> nn.Sequential:
     )
 
 
+def convnet(channels: int = 16) -> nn.Sequential:
+    """Three convolutions for colour images of any size, averaged over their positions."""
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * channels, 10),
+    )
+
+
 class FilterResponseNorm(nn.Module):
     """γ x/√(mean x² + ε) + β, then max(·, τ) (Singh, Krishnan, 2020, arXiv:1911.09737): no example sees another."""
 

@@ -56,14 +56,17 @@ def next_token(output: Tensor, target: Tensor, reduction: str = "mean") -> Tenso
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, its batch, and how many examples at a time are tried with each way without vlearn."""
+    """A network, its batch, and how many examples at a time are tried with each way without vlearn.
+
+    Inputs are noise of this size, or, with `tokens`, so many tokens.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     batch: int
     rounds: int
     tried: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    tokens: bool = False
+    tokens: int = 0
     size: tuple[int, ...] = (1, 28, 28)
 
     @property
@@ -77,9 +80,12 @@ class Subject:
     def data(self, examples: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
         if self.tokens:
-            x = torch.randint(256, (examples, 65))
+            x = torch.randint(256, (examples, self.tokens + 1))
             return x[:, :-1], x[:, 1:]
         return torch.randn(examples, *self.size), torch.randint(10, (examples,))
+
+    def batches(self, examples: int) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(*(part.split(self.batch) for part in self.data(examples)), strict=True))
 
 
 ALL_THREE = {GRADIENTS: (8, 32), JACOBIANS: (1, 4, 16), LAPLACE: (1, 4, 16)}
@@ -88,32 +94,39 @@ SUBJECTS = (
     Subject("LeNet-5", lenet5, batch=256, rounds=31, tried=ALL_THREE),
     Subject("ResNet-20-FRN", resnet20_frn, 32, 9, {GRADIENTS: (4, 8), JACOBIANS: (1, 4)}, size=(3, 32, 32)),
     # The Jacobian of one sequence has 64 x 256 rows of a million entries.
-    Subject("GPT, 1M", LanguageModel, batch=16, rounds=11, tried={GRADIENTS: (2, 8)}, tokens=True),
+    Subject("GPT, 1M", LanguageModel, batch=16, rounds=11, tried={GRADIENTS: (2, 8)}, tokens=64),
 )
 
 
 def plain(subject: Subject, examples: int) -> Call:
-    model, (x, y) = subject.model(), subject.data(examples)
-    return lambda: training_step(model, subject, x, y)
+    model, batches = subject.model(), subject.batches(examples)
+
+    def call() -> None:
+        for x, y in batches:
+            training_step(model, subject, x, y)
+
+    return call
 
 
 def live(deviation: bool | None, subject: Subject, examples: int) -> Call:
-    """A training step of a watched model and its sensitivities, or None of them."""
-    model, (x, y) = subject.model(), subject.data(examples)
+    """Training steps of a watched model and their sensitivities, or None of them."""
+    model, batches = subject.model(), subject.batches(examples)
     optimizer = vlearn.IVON(model, lr=0.1, ess=60_000, hess_init=0.1)
+    optimizer.posterior()  # its state is there from now on
 
     def call() -> None:
-        training_step(model, subject, x, y)
-        if deviation is not None:
-            optimizer.sensitivities(deviation=deviation)
+        for x, y in batches:
+            training_step(model, subject, x, y)
+            if deviation is not None:
+                optimizer.sensitivities(deviation=deviation)
 
     return call
 
 
 def sweep(leverage: str | None, subject: Subject, examples: int) -> Call:
-    model, batch = subject.model(), subject.data(examples)
+    model, batches = subject.model(), subject.batches(examples)
     posterior = vlearn.IVON(model.named_parameters(), lr=0.1, ess=60_000, hess_init=0.1).posterior()
-    return lambda: vlearn.sweep(model, posterior, [batch], subject.loss, leverage=leverage, progress=False)
+    return lambda: vlearn.sweep(model, posterior, batches, subject.loss, leverage=leverage, progress=False)
 
 
 def training_step(model: nn.Module, subject: Subject, x: Tensor, y: Tensor) -> None:

@@ -57,6 +57,17 @@ def test_the_batch_size_does_not_matter(size):
     assert torch.equal(table.index, torch.arange(N)) and len(table) == N
 
 
+@pytest.mark.parametrize("count", [64, 65, 130])
+def test_many_batches_stay_in_the_loaders_order(count):
+    model = network()
+    posterior = optimizer_of(model).posterior()
+    one = swept(model, posterior, [(inputs()[:1], LABELS[:1])])
+    examples = torch.arange(count) % N
+    table = swept(model, posterior, DataLoader(TensorDataset(inputs()[examples], LABELS[examples])))
+    assert torch.equal(table.index, torch.arange(count)) and table.loss[0] == one.loss[0]
+    assert_close(table, swept(model, posterior, [(inputs()[examples], LABELS[examples])]))
+
+
 def test_a_shuffled_indexed_loader_names_its_examples():
     model = network()
     posterior = optimizer_of(model).posterior()

@@ -18,6 +18,9 @@ from vlearn.sensitivity.losses import ExampleLoss, LossFunction, curvature_root
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
+# Small tensors that stay, between large ones that go, keep the heap from being used again: 20 times the table's size.
+JOINED_BATCHES = 64
+
 
 @dataclass(frozen=True)
 class SensitivityTable:
@@ -153,15 +156,18 @@ def sweep(
     asked.check(posterior)
     losses = ExampleLoss(loss_fn, per)
     rows: list[SensitivityTable] = []
+    parts: list[SensitivityTable] = []
     with at_mean(model, posterior) as covariance:
         for batch in shown(batches(loader, device_of(model)), loader, progress, "sweep"):
             at = linearize(model, covariance, batch, losses, output, asked.second_order)
             rows.append(_rows_of(at, asked) if per == "example" else _token_rows_of(at, asked))
             del at  # its graph goes before the next batch comes
-    if not rows:
+            if len(rows) == JOINED_BATCHES:
+                parts.append(_joined(rows))
+                rows = []
+    if not (parts or rows):
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
-
-    return _joined(rows)
+    return _joined(parts + rows)
 
 
 def _joined(rows: list[SensitivityTable]) -> SensitivityTable:
