@@ -34,8 +34,8 @@ from torch import nn
 
 import vlearn
 from benchmarks import networks, pictures, report, resume, script, supervised
+from benchmarks.agreement import agreement
 from benchmarks.data import Images
-from benchmarks.pictures import agreement
 from benchmarks.supervised import Advance, Recipe, Training
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, ORANGE, tidy
 

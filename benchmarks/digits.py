@@ -31,8 +31,9 @@ from torch import nn
 
 import vlearn
 from benchmarks import laplace, pictures, report, tracking
-from benchmarks.pictures import Curves, agreement
-from benchmarks.retraining import Retraining
+from benchmarks.agreement import agreement
+from benchmarks.pictures import Curves
+from benchmarks.removals import Retraining
 from benchmarks.training import (
     DIAGONAL,
     IVON,

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 import vlearn
 from benchmarks import data as datasets
 from benchmarks import generalization, report
+from benchmarks.agreement import spearman
 from vlearn.plot.style import BLUE, GREEN, ORANGE, VERMILLION, tidy
 
 RESULTS = Path(__file__).parent / "results" / "evolution"
@@ -45,7 +46,7 @@ def evolution(memory: vlearn.MemoryMap) -> dict[str, Any]:
         found[epoch] = {
             "mean_self_influence": values.mean(),
             "share_of_top_1_percent": values[top].sum() / values.sum(),
-            "spearman_with_last": np.corrcoef(_ranks(values), _ranks(last))[0, 1],
+            "spearman_with_last": spearman(values, last),
             "top_1_percent_shared_with_last": len(np.intersect1d(top, np.argsort(-last, kind="stable")[:count]))
             / count,
         }
@@ -71,10 +72,6 @@ def draw(memory: vlearn.MemoryMap, title: str) -> Figure:
 def _curve(ax: Axes, values: np.ndarray, label: str, color: str) -> None:
     means = [part.mean() for part in np.array_split(values, min(BINS, len(values)))]
     ax.plot((np.arange(len(means)) + 0.5) * 100 / len(means), means, color=color, label=label, linewidth=1.8)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import vlearn
 from benchmarks import laplace, report
+from benchmarks.agreement import agreement
 from benchmarks.digits import change, in_float64
-from benchmarks.pictures import agreement
-from benchmarks.retraining import Retraining
+from benchmarks.removals import Minimum, Retraining
 from benchmarks.training import Digits, Settings
 from vlearn.posterior import Diagonal, Factors, Full, Kronecker, Mixed, from_laplace
 from vlearn.posterior.base import Posterior
@@ -42,7 +42,9 @@ BY_LAPLACE = "K-FAC of laplace-torch"
 STRUCTURES = ("full", "block-diagonal by layer", "EK-FAC", "K-FAC", BY_LAPLACE, "diagonal", "IVON's state")
 
 
-def train(settings: Settings, data: Digits) -> tuple[nn.Module, Diagonal]:
+def train(
+    settings: Settings, data: Digits, each_epoch: Callable[[int, nn.Module], None] = lambda epoch, model: None
+) -> tuple[nn.Module, Diagonal]:
     """A network of 1,210 parameters at IVON's mean, with its posterior."""
     torch.manual_seed(settings.seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
@@ -56,12 +58,13 @@ def train(settings: Settings, data: Digits) -> tuple[nn.Module, Diagonal]:
         generator=torch.Generator().manual_seed(settings.seed),
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    for minibatches in data.minibatches(settings):
+    for epoch, minibatches in enumerate(data.minibatches(settings), 1):
         for index in minibatches:
             optimizer.zero_grad()
             F.cross_entropy(model(data.x[index]), data.y[index]).backward()
             optimizer.step()
             schedule.step()
+        each_epoch(epoch, model)
     optimizer.unwatch()
     return model, optimizer.posterior().clone()
 
@@ -158,9 +161,11 @@ def sweep(model: nn.Module, posterior: Posterior, data: Digits, refined: bool = 
     return vlearn.sweep(model, posterior, batches, F.cross_entropy, None, progress=False, refined=refined)
 
 
-def minimum_of(settings: Settings, data: Digits) -> tuple[Retraining, Any, nn.Module, Diagonal]:
+def minimum_of(
+    settings: Settings, data: Digits, each_epoch: Callable[[int, nn.Module], None] = lambda epoch, model: None
+) -> tuple[Retraining, Minimum, nn.Module, Diagonal]:
     """The retraining problem, its minimum near IVON's mean, the float64 model there, and IVON's posterior."""
-    model, ivon = train(settings, data)
+    model, ivon = train(settings, data, each_epoch)
     problem = Retraining(model, data.x, data.y, settings.prior_precision)
     minimum = problem.from_weights_of(model)
     return problem, minimum, problem.model_at(minimum), ivon

@@ -28,6 +28,7 @@ from torch import nn
 
 import vlearn
 from benchmarks import laplace, networks, pictures, report, resume, script, supervised
+from benchmarks.agreement import spearman
 from benchmarks.data import Images
 from benchmarks.pictures import Curves
 from benchmarks.supervised import Advance
@@ -151,11 +152,11 @@ SMOKE = Experiment(
 
 def train(
     experiment: Experiment, data: Images, seed: int, trainer: str, runs: Path, advance: Advance
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> supervised.Training:
     """One network by "IVON" or "SGD", its curves recorded along the way; goes on from the last epoch that was saved.
 
     Returns:
-        The model at the end, and {"curves": Curves, "seconds": of training, by epoch}.
+        The run at its end, with found = {"curves": Curves, "seconds": of training, by epoch}.
     """
     torch.manual_seed(seed)
     model = networks.build(experiment.network).to(data.x.device)
@@ -182,7 +183,7 @@ def train(
             memory.record_sweep(epoch, table, test_loss=curves.test_loss[-1])
         advance(f"{data.name}, {trainer}, seed {seed}, epoch {epoch}/{experiment.epochs}")
     training.close()
-    return model, training.found
+    return training
 
 
 def memory_path(runs: Path, data: Images, seed: int) -> Path:
@@ -253,7 +254,7 @@ def row(curves: Curves, method: str, seconds: Sequence[float]) -> dict[str, floa
     """Numbers of one method in one run."""
     loo, test = np.array(curves.loo_loss[method]), np.array(curves.test_loss)
     return losses(curves, method) | {
-        "spearman_over_epochs": float(np.corrcoef(np.argsort(np.argsort(loo)), np.argsort(np.argsort(test)))[0, 1]),
+        "spearman_over_epochs": spearman(loo, test),
         "seconds_of_sensitivities": sum(curves.seconds[method]),
         "seconds_of_sensitivities_each": float(np.median(curves.seconds[method])),
         "seconds_of_training_epoch": float(np.median(seconds)),
@@ -274,12 +275,13 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
     own: dict[str, Any] = {}
     for seed in range(seeds):
         for trainer in trainers:
-            model, found = train(experiment, data, seed, trainer, runs, advance)
+            training = train(experiment, data, seed, trainer, runs, advance)
+            found = training.found
             curves.setdefault(trainer, []).append(found["curves"])
             for each in found["curves"].loo_loss:
                 rows.setdefault(each, []).append(row(found["curves"], each, found["seconds"]))
             if trainer == "SGD" and not seed:
-                own = timed(experiment, data, model, seed, runs)
+                own = timed(experiment, data, training.model, seed, runs)
     return {
         "remaining_weight_of_hess_init": experiment.beta2
         ** supervised.steps(len(data.y), experiment.epochs, experiment.batch),

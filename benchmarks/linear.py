@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import vlearn
 from benchmarks import data, report
-from benchmarks.pictures import agreement
+from benchmarks.agreement import agreement
 from vlearn import conjugate
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
 from vlearn.posterior.base import Posterior

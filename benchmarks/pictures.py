@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import matplotlib
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import vlearn  # noqa: E402
+from benchmarks.agreement import agreement  # noqa: E402
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy  # noqa: E402
 
 LOOKS = {"IVON": (BLUE, "o"), "Laplace, diagonal": (VERMILLION, "s"), "Laplace, Kronecker": (GREEN, "^")}
@@ -69,31 +70,47 @@ def _redraw_legend(ax: Axes) -> None:
     ax.legend([lines[name] for name in order], names, frameon=False, fontsize=11, labelcolor=INK, loc="upper right")
 
 
-def retraining(predicted: Mapping[str, np.ndarray], retrained: Mapping[str, np.ndarray]) -> Figure:
-    """Predicted against true change of an example's own loss on its removal, one panel for each method."""
-    figure, axes = plt.subplots(
-        1, len(predicted), figsize=(3.4 * len(predicted), 3.9), sharex=True, sharey=True, layout="constrained"
-    )
-    largest = np.concatenate([*predicted.values(), *retrained.values()]).max()
-    low, high = 0.6 * FLOOR, 2 * largest
-    for ax, (method, values) in zip(np.atleast_1d(axes), predicted.items(), strict=True):
+def retraining(
+    predicted: Mapping[str, np.ndarray],
+    retrained: Mapping[str, np.ndarray],
+    quantity: str = "increase of own loss, nats",
+    scores: Container[str] = (),
+    columns: int = 4,
+) -> Figure:
+    """Predicted against true change on an example's removal, one panel for each method.
+
+    Args:
+        quantity: what changes, with its unit.
+        scores: the methods whose numbers have no unit, drawn on their own scale.
+        columns: panels side by side.
+    """
+    width = min(columns, len(predicted))
+    size = (3.4 * width, 3.9 * -(-len(predicted) // width))
+    figure, axes = plt.subplots(-(-len(predicted) // width), width, figsize=size, layout="constrained", squeeze=False)
+    units = [values for method, values in predicted.items() if method not in scores]
+    low, high = 0.6 * FLOOR, 2 * np.concatenate([*units, *retrained.values()]).max()
+    for ax, (method, values) in zip(axes.flat, predicted.items(), strict=False):
         truth = retrained[method]
-        color, marker = LOOKS[method]
-        ax.plot((low, high), (low, high), color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
-        drawn = [np.maximum(each, FLOOR) for each in (values, truth)]
+        color, marker = LOOKS.get(method, (BLUE, "o"))
+        floor = FLOOR
+        if method in scores:
+            floor = max(values.max() * FLOOR, values[values > 0].min())
+            limits = (0.6 * floor, 2 * values.max())
+        else:
+            limits = (low, high)
+            ax.plot(limits, limits, color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+        drawn = np.maximum(values, floor), np.maximum(truth, FLOOR)
         ax.scatter(*drawn, s=38, color=color, marker=marker, alpha=0.75, linewidths=0)
-        ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
-        tidy(ax, "predicted increase of own loss, nats", "increase after retraining, nats")
+        ax.set(xscale="log", yscale="log", xlim=limits, ylim=(low, high), box_aspect=1)
+        ax.minorticks_off()
+        tidy(ax, "score" if method in scores else f"predicted {quantity}", f"retrained {quantity}")
         ax.set_title(method, fontsize=13, color=INK, loc="left", fontweight="bold")
         pearson, slope = agreement(values, truth)
         style = {"transform": ax.transAxes, "va": "top", "fontsize": 11, "color": INK}
-        ax.text(0.04, 0.97, f"Pearson {pearson:.3f}\nslope {slope:.2f}", **style)
-    for ax in np.atleast_1d(axes)[1:]:
+        sized = "" if method in scores else f"\nslope {slope:.2f}"
+        ax.text(0.04, 0.97, f"Pearson {pearson:.3f}{sized}", **style)
+    for ax in axes.flat[len(predicted) :]:
+        ax.remove()
+    for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
     return figure
-
-
-def agreement(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Pearson correlation, and slope of the truth over the prediction: below 1 where too much is predicted."""
-    covariance = np.cov(predicted, truth)
-    return float(np.corrcoef(predicted, truth)[0, 1]), float(covariance[0, 1] / covariance[0, 0])

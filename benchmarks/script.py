@@ -17,6 +17,7 @@ from benchmarks.data import Images
 from benchmarks.supervised import Advance
 
 RESULTS = Path(__file__).parent / "results"
+NOT_IN_COMMAND = {"experiments", "seeds", "device", "data_root", "runs", "out", "smoke"}
 Run = Callable[[Any, Images, int, Path, Advance], dict[str, Any]]  # experiment, data, seeds, folder, progress -> found
 
 
@@ -36,8 +37,10 @@ def parser(script: str, description: str | None, experiments: Mapping[str, Any],
 
 
 def chosen(arguments: argparse.Namespace, experiments: Mapping[str, Any], smoke: Any) -> dict[str, Any]:
-    """The experiments that the options ask for, as they ask for them."""
-    found = {"digits": smoke} if arguments.smoke else {name: experiments[name] for name in arguments.experiments}
+    """The experiments that the options ask for, as they ask for them; `smoke` is one, or several by name."""
+    found = {name: experiments[name] for name in arguments.experiments}
+    if arguments.smoke:
+        found = dict(smoke) if isinstance(smoke, Mapping) else {"digits": smoke}
     if arguments.epochs is not None:
         found = {name: experiment.cut(arguments.epochs) for name, experiment in found.items()}
     if arguments.num_data is not None:
@@ -50,7 +53,7 @@ def run(
     arguments: argparse.Namespace,
     experiments: Mapping[str, Any],
     work: Run,
-    draw: Callable[[dict[str, Any]], Figure],
+    draw: Callable[[dict[str, Any]], Figure | Mapping[str, Figure]],
     show: Callable[[dict[str, Any]], None],
 ) -> int:
     """Run the experiments, write JSON and PNG of each, print its table; 0, or 130 when interrupted.
@@ -60,7 +63,8 @@ def run(
         arguments: what `parser` read.
         experiments: settings by name; each has `dataset`, `num_data` and `num_test`.
         work: does one; its numbers, with a "table", go to the JSON.
-        draw, show: the figure and the printed table of these numbers.
+        draw, show: the figure, or several by what they add to the experiment's name, and the printed table of these
+            numbers.
     """
     out = arguments.out or (arguments.runs / "smoke" if arguments.smoke else RESULTS / script)
     seeds = 1 if arguments.smoke else arguments.seeds
@@ -73,16 +77,20 @@ def run(
                 with report.progress() as advance:
                     found = work(experiment, images, seeds, arguments.runs / name, advance)
             except KeyboardInterrupt:
-                print("\nInterrupted: the same command goes on after the last whole epoch.", file=sys.stderr)
+                print("\nInterrupted: the same command goes on from what was saved last.", file=sys.stderr)
                 return 130
             found = {"experiment": dataclasses.asdict(experiment), **found}
             provenance = report.provenance(command(script, arguments, name, seeds), 0)
             report.write_json(out / f"{name}.json", {**provenance, **found})
-            draw(found).savefig(out / f"{name}.png", dpi=144)
+            drawn = draw(found)
+            figures = {f"{name}-{more}": each for more, each in drawn.items()} if isinstance(drawn, Mapping) else {}
+            for figure, each in (figures or {name: drawn}).items():
+                each.savefig(out / f"{figure}.png", dpi=144)
+                if logged:
+                    logged.log({f"figures/{figure}": tracking.image(out / f"{figure}.png")})
             show(found)
             print(said)
             if logged:
-                logged.log({f"figures/{name}": tracking.image(out / f"{name}.png")})
                 logged.summary.update({"table": found["table"]})
     return 0
 
@@ -92,8 +100,7 @@ def command(script: str, arguments: argparse.Namespace, name: str, seeds: int) -
     if arguments.smoke:
         return f"python -m benchmarks.{script} --smoke"
     parts = [f"python -m benchmarks.{script} --experiments {name} --seeds {seeds}"]
-    if arguments.epochs is not None:
-        parts.append(f"--epochs {arguments.epochs}")
-    if arguments.num_data is not None:
-        parts.append(f"--num-data {arguments.num_data}")
+    for option, value in vars(arguments).items():
+        if option not in NOT_IN_COMMAND and value not in (None, False):
+            parts.append(f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}"))
     return " ".join(parts)

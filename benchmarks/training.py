@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import vlearn
 from benchmarks import laplace
+from benchmarks.agreement import agreement
 from benchmarks.networks import digits_cnn
-from benchmarks.pictures import LOOKS, Curves, agreement
+from benchmarks.pictures import LOOKS, Curves
 from vlearn.integrations.wandb import GeneralizationLogger
 from vlearn.posterior import Diagonal, from_laplace
 from vlearn.posterior.base import Posterior

@@ -45,8 +45,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(trainer: str, tmp_path
             raise KeyboardInterrupt
 
     def run(runs: Path, advance: generalization.Advance) -> tuple[list[torch.Tensor], generalization.Curves]:
-        model, found = generalization.train(experiment, images, 0, trainer, runs, advance)
-        return list(model.parameters()), found["curves"]
+        training = generalization.train(experiment, images, 0, trainer, runs, advance)
+        return list(training.model.parameters()), training.found["curves"]
 
     whole, curves = run(tmp_path / "whole", lambda said: None)
     with pytest.raises(KeyboardInterrupt):

@@ -1,51 +1,103 @@
+"""The benchmark of predicted against true removals: it runs, goes on where it was, and truth is what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from benchmarks.retraining import TOLERANCE, Retraining
+pytest.importorskip("laplace")
+pytest.importorskip("sklearn")
 
-N, DELTA = 40, 0.5
+from benchmarks import data, retraining
 
-
-def newton(x, y, classes):
-    """Logistic regression on the summed loss with its prior, by Newton's method."""
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-
-    def objective(w):
-        return F.cross_entropy(x @ w.view(classes, -1).T, y, reduction="sum") + 0.5 * DELTA * w @ w
-
-    w = torch.zeros(classes * x.shape[1], dtype=x.dtype)
-    for _ in range(30):
-        w = w - torch.linalg.solve(torch.func.hessian(objective)(w), torch.func.grad(objective)(w))
-    return x @ w.view(classes, -1).T
+METHODS = {"IVON", "VON", "Laplace, diagonal", "Laplace, Kronecker", "Adam", "gradient norm", "EL2N", "TracIn"}
 
 
-def test_retraining_without_an_example_is_the_refit_by_newtons_method():
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_smoke_run_compares_every_method_on_both_targets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert retraining.main(["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    for name, more in (
+        ("digits", {"IVON, as trained", "full Gauss-Newton", "full, refined"}),
+        ("digits-warm-start", set()),
+    ):
+        numbers = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        (run,) = numbers["seeds"]
+        for target in ("probabilities", "own_loss"):
+            rows = run["table"][target]
+            assert METHODS | more <= set(rows)
+            values = [row["pearson"][0] for row in rows.values()]
+            assert values == sorted(values, reverse=True)
+            assert "slope" not in rows["EL2N"] and "slope" in rows["IVON"]
+            assert (tmp_path / "out" / f"{name}-{target.replace('_', '-')}.png").exists()
+    assert "predicted against true |Δp|₁" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(retraining.SMOKE))
+def test_an_interrupted_run_goes_on_after_the_last_removal(name: str, tmp_path: Path) -> None:
+    experiment = retraining.SMOKE[name]
+    images = data.load("digits").first(experiment.num_data)
+
+    def stop(said: str) -> None:
+        if "without 2 of" in said:
+            raise KeyboardInterrupt
+
+    def run(folder: str, advance: retraining.Advance) -> dict:
+        return retraining.run_seed(experiment, images, 0, tmp_path / folder, advance)
+
+    whole = run("whole", lambda said: None)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", stop)
+    said: list[str] = []
+    resumed = run("cut", said.append)
+    assert sum("retrained without" in each for each in said) == experiment.retrained - 2
+    assert not any("estimated by" in each for each in said)
+    for target in retraining.TARGETS:
+        np.testing.assert_allclose(resumed["retrained"][target], whole["retrained"][target], rtol=1e-6, atol=1e-9)
+        for method, numbers in whole["predicted"].items():
+            np.testing.assert_array_equal(resumed["predicted"][method][target], numbers[target])
+
+
+def test_truth_is_the_difference_between_the_runs_with_and_without_an_example() -> None:
     torch.manual_seed(0)
-    x, y = torch.randn(N, 4, dtype=torch.float64), torch.randint(0, 3, (N,))
-    model = nn.Linear(4, 3)
-    problem = Retraining(model, x, y, DELTA)
-    start = problem.from_weights_of(model)
-    examples = [0, 7, 31]
-    refits = list(problem.without(examples, start, workers=2))
-    for example, refit in zip(examples, refits, strict=True):
-        others = torch.arange(N) != example
-        expected = newton(x[others], y[others], 3)
-        torch.testing.assert_close(problem.model_at(refit)(x[others]), expected, rtol=0, atol=2e-5)
-    full = F.cross_entropy(newton(x, y, 3), y, reduction="none")
-    assert all(abs(problem.loss(start, i) - float(full[i])) < 2e-5 for i in range(N))
+    kept, y, examples = torch.randn(2, 5, 4), torch.tensor([0, 3, 1, 2, 2]), torch.tensor([4, 1, 2])
+    removed = {int(example): torch.randn(2, 4) for example in examples}
+    found = retraining.truths({"kept": kept, "removed": removed}, examples, y)
+    for place, example in enumerate(examples.tolist()):
+        before, after = kept[1, example].double(), removed[example][1].double()
+        moved = (after.softmax(0) - before.softmax(0)).abs().sum()
+        risen = F.cross_entropy(after, y[example]) - F.cross_entropy(before, y[example])
+        assert found["probabilities"][1, place] == pytest.approx(float(moved))
+        assert found["own_loss"][1, place] == pytest.approx(float(risen))
 
 
-def test_a_network_is_retrained_to_a_minimum_and_the_model_stays_as_it_was():
-    torch.manual_seed(0)
-    x, y = torch.randn(N, 3), torch.randint(0, 2, (N,))
-    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-    before = [p.detach().clone() for p in model.parameters()]
-    problem = Retraining(model, x, y, DELTA)
-    start = problem.from_weights_of(model)
-    assert start.converged and start.gradient <= TOLERANCE
-    # The own loss of an example can only rise when it is left out of a minimum close by.
-    for example, refit in zip(range(5), problem.without(range(5), start), strict=True):
-        assert refit.converged
-        assert problem.loss(refit, example) > problem.loss(start, example)
-    assert all(p.equal(q) for p, q in zip(model.parameters(), before, strict=True))
+def test_examples_are_spread_over_the_quantiles_and_fewer_are_the_first_of_more() -> None:
+    values = np.random.default_rng(0).permutation(1000)
+    many = retraining.spread(values, 200)
+    assert len(set(many.tolist())) == 200
+    assert np.diff(np.sort(values[many])).max() <= 2 * 1000 / 200
+    assert values[many[0]] == 999
+    np.testing.assert_array_equal(retraining.spread(values, 50), many[:50])
+
+
+def test_options_change_the_experiment_and_are_part_of_the_command() -> None:
+    arguments = retraining.parse(["--experiments", "mnist", "--num-data", "500", "--retraining-epochs", "2"])
+    experiment = retraining.chosen(arguments)["mnist"]
+    assert experiment.num_data == 500
+    assert experiment.retraining is not None and experiment.retraining[0] == 2
+    command = retraining.script.command("retraining", arguments, "mnist", 1)
+    assert command == (
+        "python -m benchmarks.retraining --experiments mnist --seeds 1 --num-data 500 --retraining-epochs 2"
+    )
