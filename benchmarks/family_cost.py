@@ -2,7 +2,7 @@
 
 Time: forward and backward pass and step of LeNet-5 on a batch of 256, medians over interleaved rounds in one process. A
 round is ten steps, so that what KFACVON does every tenth step is in each. Memory: each optimizer in a process of its
-own, peak over what the model, the batch and one plain forward and backward pass have taken before.
+own, the peak of its steps over what is there before the first, the model and the batch.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ import vlearn
 from vlearn.posterior import Diagonal, from_optimizer
 from vlearn.posterior.base import Posterior
 
-GRID = (1 / 3, 1.0, 3.0)  # times each method's own rate
+GRID = (1 / 3, 1.0, 3.0)  # times each method's own rate; where the best is at an end, the grid goes on
+MOST = 5  # rates that are tried
 IVON_OPT = "ivon-opt"
 
 

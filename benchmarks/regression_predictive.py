@@ -128,15 +128,15 @@ def optimizers() -> dict[str, Callable[..., Any]]:
     gaussian = {"likelihood": "gaussian"}
     found: dict[str, Callable[..., Any]] = {
         "IVON": lambda model, **settings: vlearn.IVON(model, lr=0.03, hess_init=1.0, beta2=0.9995, **settings),
-        "VON": lambda model, **settings: vlearn.VON(model, lr=0.01, beta2=0.999, **gaussian, **settings),
-        "VOGN": lambda model, **settings: vlearn.VOGN(model, lr=0.03, beta2=0.99, **settings),
-        "FullVON": lambda model, **settings: vlearn.FullVON(model, lr=0.03, beta2=0.999, **gaussian, **settings),
+        "VON": lambda model, **settings: vlearn.VON(model, lr=0.03, beta2=0.999, **gaussian, **settings),
+        "VOGN": lambda model, **settings: vlearn.VOGN(model, lr=0.1, beta2=0.99, **settings),
+        "FullVON": lambda model, **settings: vlearn.FullVON(model, lr=0.1, beta2=0.999, **gaussian, **settings),
     }
     kfac_von: Any = getattr(vlearn, "KFACVON", None)
     if kfac_von is not None:
         for name, corrected in {"KFACVON": False, "EK-FAC": True}.items():
             found[name] = lambda model, corrected=corrected, **settings: kfac_von(
-                model, lr=0.01, beta2=0.999, eigenvalue_correction=corrected, **gaussian, **settings
+                model, lr=0.03, beta2=0.999, eigenvalue_correction=corrected, **gaussian, **settings
             )
     return found
 
@@ -204,7 +204,7 @@ def distances(band: Band, truth: Band, grid: Tensor) -> dict[str, float]:
 
 
 def compare(
-    steps: int = 6000,
+    steps: int = 4000,
     chains: int = 24,
     warm_up: int = 600,
     kept: int = 1000,

@@ -64,6 +64,7 @@ def test_an_interrupted_run_goes_on_with_the_first_model_that_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(family, "METHODS", {name: METHODS[name] for name in ("SGD", "IVON")})
+    monkeypatch.setattr(family, "MOST", 3)
     monkeypatch.setattr(family, "LAPLACE", {})
     monkeypatch.setattr(family, "run_figures", lambda *arguments: {})
     monkeypatch.setattr(family, "print_figures", lambda found: None)
@@ -83,6 +84,22 @@ def test_an_interrupted_run_goes_on_with_the_first_model_that_is_missing(
     assert "the same command goes on" in capsys.readouterr().err
     assert family.main(arguments) == 0
     assert trained == ["SGD"] * 4 + ["IVON", "", *["IVON"] * 3]
+
+
+def test_the_grid_goes_on_while_the_best_rate_is_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "METHODS", {"SGD": dataclasses.replace(METHODS["SGD"], rate=1.0)})
+    monkeypatch.setattr(family, "train", lambda experiment, images, method, lr, seed: (lr, None, None))
+    images = data.load("digits").first(20, 10)
+
+    def tried(best: float) -> list[float]:
+        monkeypatch.setattr(family, "row", lambda lr, *rest: {"nll": abs(np.log(lr / best))})
+        return [
+            round(lr, 3) for lr in family.tune(family.SMOKE, images, "SGD", tmp_path / str(best), lambda said: None)
+        ]
+
+    assert tried(best=1.0) == [0.333, 1.0, 3.0]
+    assert tried(best=0.1) == [0.037, 0.111, 0.333, 1.0, 3.0]
+    assert tried(best=100.0) == [0.333, 1.0, 3.0, 9.0, 27.0]
 
 
 def test_a_rate_that_diverges_is_not_chosen() -> None:
