@@ -29,18 +29,20 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import vlearn
-from benchmarks import generalization, pictures, report, resume, script, supervised
+from benchmarks import generalization, report, resume, script, supervised
 from benchmarks.agreement import spearman
 from benchmarks.data import Images
 from benchmarks.generalization import Experiment
 from benchmarks.supervised import Advance
 from vlearn.plot.style import GREEN, INK, ORANGE, PURPLE, VERMILLION
+from vlearn.posterior.base import Posterior
 from vlearn.sensitivity import measures
 
 SMALL = generalization.EXPERIMENTS["overfit"]
 EXPERIMENTS = {"epochs": generalization.EXPERIMENTS["fashion-mnist"], "complexity": SMALL, "measures": SMALL}
 SMOKE = dict.fromkeys(EXPERIMENTS, generalization.SMOKE)
 PRIORS = {"underfit": 2000.0, "fit": 50.0, "overfit": 1.0}  # δ alone differs
+COLUMNS = ("leverage", "prediction_error", "self_influence")
 FLIPPED = 0.05  # share of the labels that are changed
 TOP = 0.01
 SHOWN = 7  # images of each measure
@@ -53,16 +55,30 @@ SHOWN_NUMBERS = (
     "median_error",
     "share_with_error_above_half",
 )
+State = dict[str, np.ndarray]  # COLUMNS of every example
 MEASURES = {"influence": VERMILLION, "Cook's distance": GREEN, "gradient norm": ORANGE, "memorization": PURPLE}
 
 
-def state_of(memory: vlearn.MemoryMap, snapshot: int) -> dict[str, np.ndarray]:
-    """Leverage, prediction error and self-influence of every example."""
-    names = ("leverage", "prediction_error", "self_influence")
-    return {name: np.asarray(memory.column(name)[snapshot], dtype=np.float64) for name in names}
+def recorded(memory: vlearn.MemoryMap, snapshot: int) -> State:
+    """What was recorded while the network was trained."""
+    return {name: np.asarray(memory.column(name)[snapshot], dtype=np.float64) for name in COLUMNS}
 
 
-def numbers_of(state: dict[str, np.ndarray]) -> dict[str, float]:
+def posterior_of(training: supervised.Training) -> Posterior:
+    assert isinstance(training.optimizer, vlearn.IVON)
+    return training.optimizer.posterior()
+
+
+def at_the_end(training: supervised.Training) -> State:
+    """What is at the end of training."""
+    loader = supervised.batches(training.data.x, training.data.y)
+    table = vlearn.sweep(
+        training.model, posterior_of(training), loader, F.cross_entropy, leverage="exact", progress=False
+    )
+    return {name: getattr(table, name).double().numpy() for name in COLUMNS}
+
+
+def numbers_of(state: State) -> dict[str, float]:
     """Where the points of one map are."""
     leverage, error = state["leverage"], state["prediction_error"]
     return {
@@ -75,13 +91,14 @@ def numbers_of(state: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def side_by_side(maps: dict[str, dict[str, np.ndarray]], circled_by: str) -> Figure:
+def side_by_side(maps: dict[str, State], circled_by: str) -> Figure:
     """One map a title, on common axes; the most influential examples of one of them are circled on all."""
     import matplotlib.pyplot as plt
 
     size = (3.7 * len(maps), 3.7)
     figure, axes = plt.subplots(1, len(maps), figsize=size, sharex=True, sharey=True, layout="constrained")
-    for ax, (title, state) in zip(np.atleast_1d(axes), maps.items(), strict=True):
+    axes = np.atleast_1d(axes)
+    for ax, (title, state) in zip(axes, maps.items(), strict=True):
         vlearn.plot.memory_map(**{**state, "self_influence": maps[circled_by]["self_influence"]}, ax=ax)
         ax.set_title(title, fontsize=12, loc="left", color=INK, fontweight="bold")
     leverage = np.concatenate([state["leverage"] for state in maps.values()])
@@ -94,8 +111,10 @@ def side_by_side(maps: dict[str, dict[str, np.ndarray]], circled_by: str) -> Fig
 
 def over_epochs(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> Found:
     """The map at every recorded epoch of one training run."""
-    memory, _ = recorded(experiment, data, runs / experiment.dataset, advance)
-    states = {f"epoch {step}": state_of(memory, i) for i, step in enumerate(memory.steps.tolist())}
+    folder = runs / experiment.dataset
+    generalization.train(experiment, data, 0, "IVON", folder, advance)
+    memory = vlearn.MemoryMap.open(generalization.memory_path(folder, data, 0))
+    states = {f"epoch {step}": recorded(memory, i) for i, step in enumerate(memory.steps.tolist())}
     table = {title: numbers_of(state) for title, state in states.items()}
     return {"table": table}, side_by_side(states, list(states)[-1])
 
@@ -104,8 +123,9 @@ def by_complexity(experiment: Experiment, data: Images, seeds: int, runs: Path, 
     """The same network and data under three priors."""
     states, table = {}, {}
     for name, delta in PRIORS.items():
-        memory, curves = recorded(with_prior(experiment, delta), data, runs / name, advance)
-        state = states[f"{name}, δ = {delta:g}"] = state_of(memory, -1)
+        training = generalization.train(with_prior(experiment, delta), data, 0, "IVON", runs / name, advance)
+        state = states[f"{name}, δ = {delta:g}"] = at_the_end(training)
+        curves = training.found["curves"]
         losses = {"train_loss": curves.train_loss[-1], "test_loss": curves.test_loss[-1]}
         table[name] = {**losses, "test_accuracy": curves.test_accuracy[-1], **numbers_of(state)}
     _, fit, overfit = states.values()
@@ -153,20 +173,16 @@ def measured(experiment: Experiment, data: Images, seed: int, runs: Path, advanc
     if (saved := checkpoint.load()) is not None:
         return saved
     training = generalization.train(experiment, data, seed, "IVON", runs, advance)
-    model, posterior = training.model, supervised.posterior_after(training, experiment.prior_precision)
+    model, posterior, state = training.model, posterior_of(training), at_the_end(training)
     loader = supervised.batches(data.x, data.y)
-    generator = torch.Generator(data.x.device).manual_seed(seed)
-    table = vlearn.sweep(model, posterior, loader, F.cross_entropy, progress=False, generator=generator)
-    assert table.leverage is not None
     found = {
-        "influence": table.self_influence,
         "Cook's distance": measures.cooks_distance(model, posterior, loader, F.cross_entropy),
         "gradient norm": measures.gradient_norm(model, loader, F.cross_entropy),
         "memorization": measures.memorization(model, posterior, loader, F.cross_entropy),
-        "prediction error": table.prediction_error,
-        "leverage": table.leverage,
     }
-    values = {name: each.double().numpy() for name, each in found.items()}
+    values = {"influence": state["self_influence"]}
+    values |= {name: each.double().numpy() for name, each in found.items()}
+    values |= {"prediction error": state["prediction_error"], "leverage": state["leverage"]}
     checkpoint.save(values)
     advance(f"{experiment.title}, seed {seed}: measured")
     return values
@@ -231,14 +247,6 @@ def _draw_row(axes: np.ndarray, pictures: np.ndarray, labels: list[str], color: 
         ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         ax.set_xlabel(label, fontsize=9, color=INK, labelpad=2)
         ax.spines[:].set(visible=True, color=color, linewidth=1.2)
-
-
-def recorded(
-    experiment: Experiment, data: Images, runs: Path, advance: Advance
-) -> tuple[vlearn.MemoryMap, pictures.Curves]:
-    """The rows and the curves of seed 0, after training as far as is missing."""
-    training = generalization.train(experiment, data, 0, "IVON", runs, advance)
-    return vlearn.MemoryMap.open(generalization.memory_path(runs, data, 0)), training.found["curves"]
 
 
 def with_prior(experiment: Experiment, prior_precision: float) -> Experiment:

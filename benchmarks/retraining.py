@@ -103,9 +103,9 @@ FASHION = Experiment(
     epochs=60,
     batch=256,
     lr=(1e-1, 1e-3),
-    held=40,
+    held=15,
     hess_init=0.1,
-    beta2=0.998,
+    beta2=0.995,
     retrained=100,
     retraining=(8, (3e-2, 1e-3)),
 )
