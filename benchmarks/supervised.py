@@ -112,6 +112,7 @@ class Recipe:
             made = ivon(model, len(data.y), total, prior_precision=prior_precision, **own)
         else:
             made = sgd(model, len(data.y), total, prior_precision=prior_precision, lr=self.sgd_lr)
+        others = {"IVON": {"sgd_lr"}, "SGD": {"lr", "hess_init", "remaining"}}[trainer]
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)} | {
             "trainer": trainer,
             "prior_precision": prior_precision,
@@ -119,6 +120,7 @@ class Recipe:
             "epochs": epochs,
             "num_data": len(data.y),
         }
+        settings = {name: value for name, value in settings.items() if name not in others}
         checkpoint = resume.Checkpoint(file, settings)
         return Training(model, *made, data, batch=self.batch, epochs=epochs, seed=seed, checkpoint=checkpoint)
 

@@ -28,7 +28,7 @@ def test_the_smoke_run_writes_a_figure_and_prints_one_table(tmp_path: Path, caps
     numbers = json.loads((tmp_path / "out" / "digits.json").read_text())
     assert list(numbers["table"]) == ["Laplace, Kronecker", "IVON"]
     for rows in numbers["table"].values():
-        assert list(rows) == ["trained", "published", "joint", "refined"]
+        assert list(rows) == ["trained", "published", "joint", "refined", "Gauss-Newton"]
         assert all(np.isfinite(row["removed"]["pearson"]) for row in rows.values())
     assert (tmp_path / "out" / "digits.png").exists()
     assert "A class left out: digits" in capsys.readouterr().out
@@ -78,7 +78,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> Non
 
 def test_the_network_that_is_retrained_starts_at_the_trained_weights(tmp_path: Path) -> None:
     images = data.load("digits").first(60, 60)
-    experiment = dataclasses.replace(class_removal.SMOKE, epochs=1, retrained_epochs=1, sgd_lr=(0.0, 0.0))
+    experiment = dataclasses.replace(
+        class_removal.SMOKE, epochs=1, retrained_epochs=1, sgd_lr=(0.0, 0.0), newton_iterations=0
+    )
     full, found = class_removal.trained(experiment, images, "SGD", 0, tmp_path, lambda message: None)
     before = [p.clone() for p in full.model.parameters()]
     losses = class_removal.retrain(experiment, images, full, "SGD", 2, 0, tmp_path, lambda message: None)
