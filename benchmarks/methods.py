@@ -90,8 +90,8 @@ METHODS: dict[str, Method] = {
     "VOGN": Method(0.03, lambda model, lr, p: vlearn.VOGN(model, lr=lr, **p.vlearn())),
 }
 if hasattr(vlearn, "KFACVON"):
-    METHODS["KFACVON"] = Method(0.03, _kfac)
-    METHODS["EK-FAC"] = Method(0.03, lambda model, lr, problem: _kfac(model, lr, problem, eigenvalue_correction=True))
+    METHODS["KFACVON"] = Method(0.1, _kfac)
+    METHODS["EK-FAC"] = Method(0.1, lambda model, lr, problem: _kfac(model, lr, problem, eigenvalue_correction=True))
 
 
 def training_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
