@@ -1,7 +1,7 @@
 """vlearn: variational optimizers for PyTorch, and each training example's sensitivity read from their state."""
 
 from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
-from vlearn.optim import IVON, VOGN, VON, FullVON
+from vlearn.optim import IVON, KFACVON, VOGN, VON, FullVON
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
 from vlearn.sensitivity import IndexedDataset, influence, leave_group_out, sweep
@@ -9,6 +9,7 @@ from vlearn.sensitivity import IndexedDataset, influence, leave_group_out, sweep
 __version__ = "0.1.0"
 __all__ = [
     "IVON",
+    "KFACVON",
     "VOGN",
     "VON",
     "FullVON",

@@ -34,6 +34,18 @@ class Pooled(nn.Module):
         return self.out(torch.tanh(self.inner(x)).mean(1))
 
 
+class Functional(nn.Module):
+    """A layer's weight is used once more, outside its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.second(torch.tanh(self.first(x)))
+        return self.out(torch.tanh(F.linear(torch.tanh(hidden), self.first.weight)))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "perceptron": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
     "convolution": (
@@ -42,6 +54,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "sequence": (Pooled, (6, 4)),
     "tied": (Tied, (4,)),
+    "functional": (Functional, (4,)),
     "normalised": (lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
 }
 

@@ -26,11 +26,17 @@ class Entry:
     captures: bool = False  # the update rule needs a watched model in every loop
     probes: bool = False  # it takes random numbers in every backward pass, and needs to know the model's output
     dense: bool = False  # the state joins all parameters
+    kronecker: bool = False  # the state joins the parameters of a layer
     variant: str = ""  # where the same optimizer is in the table with other settings
 
-    def state_size(self, count: int, of: int) -> int:
-        """Numbers in the state of some of a model's parameters, without the step and the mean of narrower ones."""
-        return count * (1 + (of if self.dense else 1))
+    def state_size(self, p: Tensor, model: nn.Module) -> int:
+        """Numbers in a parameter's state, without the step and the mean of narrower ones; the model is `network()`."""
+        if self.kronecker:
+            if p.dim() == 1:
+                return p.numel() + 1  # and whose last column it is
+            rows, columns = len(p), p.shape[1] + 1
+            return p.numel() + rows * columns + 2 * (rows**2 + columns**2) + 1
+        return p.numel() * (1 + (sum(q.numel() for q in model.parameters()) if self.dense else 1))
 
     def __str__(self) -> str:
         return f"{self.name}-{self.variant}" if self.variant else self.name
@@ -99,7 +105,30 @@ FULLVON_PRICE = Entry(
     dense=True,
     variant="price",
 )
-FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE)
+KFACVON = Entry(
+    "KFACVON",
+    lambda params, **kwargs: vlearn.KFACVON(
+        params, **{"lr": 0.1, "ess": 50, "hess_init": 0.5, "update_every": 2, **kwargs}
+    ),
+    bad=(
+        ({"lr": -1.0}, "lr=-1.0, but it must not be negative: try 0.1."),
+        ({"damping": -1.0}, "damping=-1.0, but it must not be negative: use 0."),
+        ({"tempering": 0.0}, "tempering=0.0, but it must be positive: use 1."),
+        ({"update_every": 0}, "update_every=0, but it must be a positive whole number of steps: use 10."),
+    ),
+    captures=True,
+    probes=True,
+    kronecker=True,
+)
+EKFACVON = Entry(
+    "KFACVON",
+    lambda params, **kwargs: KFACVON.make(params, **{"eigenvalue_correction": True, **kwargs}),
+    captures=True,
+    probes=True,
+    kronecker=True,
+    variant="EK-FAC",
+)
+FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON)
 # Places of those whose training in several processes is shown equal to one process. For the others such a test has yet
 # to replay the probes, watch the wrapper in every loop and say how the loss is divided.
 DISTRIBUTED = tuple(number for number, entry in enumerate(FAMILY) if entry is IVON)

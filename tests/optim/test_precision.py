@@ -298,31 +298,30 @@ def test_narrow_parameters_have_a_float32_state_and_master_mean(entry: Entry, dt
     model, (x, y) = network(dtype=dtype), data(dtype=dtype)
     optimizer = entry.make(model)
     plain(optimizer, model, x, y)
-    count = sum(p.numel() for p in model.parameters())
     for p in model.parameters():
         state = {key: value for key, value in optimizer.state[p].items() if key != "step"}
         assert all(value.dtype == torch.float32 for value in state.values())
-        assert sum(value.nbytes for value in state.values()) == 4 * (entry.state_size(p.numel(), count) + p.numel())
+        assert sum(value.nbytes for value in state.values()) == 4 * (entry.state_size(p, model) + p.numel())
         assert torch.equal(state["mean"].to(dtype), p)
     wide = network(dtype=torch.float32)
     optimizer = entry.make(wide)
     plain(optimizer, wide, *data(dtype=torch.float32))
     p = wide[0].weight
-    assert sum(v.nbytes for key, v in optimizer.state[p].items() if key != "step") == (
-        4 * entry.state_size(p.numel(), count)
-    )
+    assert sum(v.nbytes for key, v in optimizer.state[p].items() if key != "step") == 4 * entry.state_size(p, wide)
 
 
 @family
 def test_the_whole_state_of_bfloat16_parameters_moves_in_one_step(entry: Entry) -> None:
     """Also the Hessian, of which a step with the default beta2 changes 1e-5."""
     model, (x, y) = network(dtype=torch.bfloat16), data(dtype=torch.bfloat16)
-    optimizer = entry.make(model, beta2=0.99999)
+    settings = {"update_every": 1} if entry.kronecker else {}
+    optimizer = entry.make(model, beta2=0.99999, **settings)
     plain(optimizer, model, x, y)
-    before = states(optimizer)
+    before = {(p, key): value.clone() for p in model.parameters() for key, value in optimizer.state[p].items()}
     plain(optimizer, model, x, y)
-    for now, then in zip(states(optimizer), before, strict=True):
-        assert float((now != then).float().mean()) > 0.9
+    for (p, key), then in before.items():
+        if key not in ("column_of", "in_factor", "in_basis"):  # the same inputs have the same factor
+            assert float((optimizer.state[p][key] != then).float().mean()) > 0.9
 
 
 @family

@@ -119,12 +119,12 @@ class Indexed:
     def dense(self) -> Tensor:
         n, v = self.b.shape[0], self.shape[0]
         places = self.tokens + v * torch.arange(n, device=self.tokens.device).unsqueeze(1)
-        table = self.b.new_zeros(n * v, self.shape[1]).index_add_(0, places.flatten(), self._kept(self.b).flatten(0, 2))
+        table = self.b.new_zeros(n * v, self.shape[1]).index_add_(0, places.flatten(), self.kept(self.b).flatten(0, 2))
         return table.reshape(n, *self.shape)
 
     def moved_rows(self, direction: Tensor) -> Tensor:
         examples = torch.arange(len(direction), device=direction.device).unsqueeze(1)
-        return self._kept(direction[examples, self.tokens].unsqueeze(1))
+        return self.kept(direction[examples, self.tokens].unsqueeze(1))
 
     def weighted_square(self, variance: Tensor) -> Tensor:
         example, token, _, sums = self._read
@@ -144,10 +144,10 @@ class Indexed:
         v = self.shape[0]
         examples = torch.arange(len(self.b), device=self.tokens.device).unsqueeze(1)
         pairs, place = (self.tokens + v * examples).flatten().unique(return_inverse=True)
-        sums = self.b.new_zeros(len(pairs), self.shape[1]).index_add_(0, place, self._kept(self.b).flatten(0, 2))
+        sums = self.b.new_zeros(len(pairs), self.shape[1]).index_add_(0, place, self.kept(self.b).flatten(0, 2))
         return pairs // v, pairs % v, place, sums
 
-    def _kept(self, rows: Tensor) -> Tensor:
+    def kept(self, rows: Tensor) -> Tensor:
         """Rows ``[N, 1, T, O]`` with zeros at the padding."""
         if self.padding is None:
             return rows

@@ -102,8 +102,8 @@ class Recorder:
         self.trace.calls[module] = self.trace.calls.get(module, 0) + 1
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.trace.keep_output(output)
         self._cover_the_rest(frame, args, kwargs, output)
+        self.trace.keep_output(output)  # takes the ends of all uses
         self._ends = {}
 
     def _cover_the_rest(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class Average:
         self.count = 0
         self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._trailing: tuple[int, ...] = ()  # axes of a statistic after those of its parameter
+        self._joint: dict[Any, list[Tensor]] = {}  # by draw
 
     def add(self, contributions: Iterable[Contribution]) -> None:
         """Count one whole draw, whose buffers go."""
@@ -28,6 +30,15 @@ class Average:
             slot.of(total).add_(gradient)
             slot.of(statistics).add_(statistic)
         self.count += 1
+
+    def add_joint(self, statistics: Mapping[Any, Tensor]) -> None:
+        """A draw's statistics that are not of one parameter, by key."""
+        for key, statistic in statistics.items():
+            self._joint.setdefault(key, []).append(statistic)
+
+    def joint(self) -> dict[Any, Tensor]:
+        """The averages of those, each over the draws that have it."""
+        return {key: torch.stack(found).mean(0) if len(found) > 1 else found[0] for key, found in self._joint.items()}
 
     def of(self, block: list[Slot], last: list[Contribution] | None) -> tuple[list[Slot], list[Tensor], list[Tensor]]:
         """(slots that have a gradient, their average gradients, their average statistics).

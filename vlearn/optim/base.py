@@ -81,8 +81,12 @@ class VariationalOptimizer(Sampler, Optimizer):
         """Update the state and the exact means of a block from averages over the step's draws."""
         raise NotImplementedError
 
-    def _update_all(self, parts: Iterator[Part]) -> None:
-        """Update from the averages of each block; a rule that joins parameters collects the parts first."""
+    def _update_all(self, parts: Iterator[Part], joint: dict[Any, Tensor]) -> None:
+        """Update from the averages of each block; a rule that joins parameters collects the parts first.
+
+        Args:
+            joint: averages of what the captures gave that is not of one parameter, by its key.
+        """
         for part in parts:
             self._update(*part)
 
@@ -98,8 +102,8 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def _sums_over_examples(
         self, watch: Watch, wanted: Container[Tensor], weights: dict[Tensor, Tensor]
-    ) -> dict[Tensor, Tensor]:
-        """What a rule that needs captures sums over the examples of a pass, by parameter in its shape.
+    ) -> dict[Any, Tensor]:
+        """What a rule that needs captures sums over the examples of a pass, by parameter in its shape or by other keys.
 
         Args:
             watch: has the captures.
@@ -370,8 +374,10 @@ class VariationalOptimizer(Sampler, Optimizer):
         if synchronised:
             self._sum_up(draw)
             self._average.over_processes(self._every_parameter(), self._state_dtype, self._names)
+        elif draw.captured is not None:
+            self._average.add_joint(draw.captured.joint())
         try:
-            self._update_all(self._parts(draw, keep, synchronised))
+            self._update_all(self._parts(draw, keep, synchronised), self._average.joint())
         finally:
             draw.drop()
             mark_changed(draw.parameters)

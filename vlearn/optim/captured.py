@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ class Captured:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[Tensor, Tensor] = {}
+        self._sums: dict[Any, Tensor] = {}
         self.count = 0
         self.problem: Exception | None = None
 
-    def add(self, sums: Mapping[Tensor, Tensor], count: int) -> None:
+    def add(self, sums: Mapping[Any, Tensor], count: int) -> None:
         """One more pass.
 
         Args:
-            sums: by parameter, in its shape; further axes may follow.
+            sums: by parameter, in its shape; further axes may follow. By any other key, of any shape.
             count: number of its examples.
         """
         for p, found in sums.items():
@@ -46,3 +47,7 @@ class Captured:
         """
         found = self._sums.get(slot.parameter)
         return torch.zeros_like(like) if found is None else slot.of(found).to(like.dtype) / self.count
+
+    def joint(self) -> dict[Any, Tensor]:
+        """Averages over the examples of what is not of one parameter, by key."""
+        return {key: found / self.count for key, found in self._sums.items() if not isinstance(key, Tensor)}

@@ -26,6 +26,7 @@ class Diagnostics:
         signal_to_noise: median of ``|m|/σ`` over the weights, σ the standard deviation of the draws.
         clipped: share of entries that clip_radius bounds in a step from the present state.
         nonfinite_count: steps skipped for a gradient that was not finite.
+        decomposition_failures: eigendecompositions that failed, where an optimizer has any.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Diagnostics:
     signal_to_noise: float
     clipped: float
     nonfinite_count: int
+    decomposition_failures: int = 0
 
 
 @torch.no_grad()

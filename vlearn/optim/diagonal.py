@@ -81,7 +81,9 @@ class DiagonalState(_Optimizer):
     def posterior(self) -> Diagonal:
         """The posterior N(m, 1/(num_data·(h + wd))) as a view of the state: no copy, stale after the next step."""
         self._prepare_states()
-        names = {name: p for p, name in self._names().items() if p in self.state}
+        return self._diagonal_posterior({name: p for p, name in self._names().items() if p in self.state})
+
+    def _diagonal_posterior(self, names: dict[str, Tensor]) -> Diagonal:
         scales = {p: self._scales(group) for group in self.param_groups for p in group["params"]}
         return Diagonal(
             MeanView(self, names),

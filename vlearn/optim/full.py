@@ -158,7 +158,7 @@ class FullVON(CurvatureProbe, DenseState, VariationalOptimizer):
         score[at] = root * (precision @ (root * torch.cat([move.reshape(-1).to(precision) for move in moves])))
         return [torch.outer(g.reshape(-1).to(score), score).reshape(*g.shape, len(score)).to(g) for g in gradients]
 
-    def _update_all(self, parts: Iterator[Part]) -> None:
+    def _update_all(self, parts: Iterator[Part], joint: dict[Any, Tensor]) -> None:
         found = list(parts)
         if found:
             self._update_jointly(found)

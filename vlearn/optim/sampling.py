@@ -255,6 +255,8 @@ class Sampler:
         self._check_local(draw)
         blocks_of = ((self.param_groups[index], block) for index, block in draw.blocks)
         self._average.add(c for group, block in blocks_of for c in self._contributions(draw, group, block))
+        if draw.captured is not None:
+            self._average.add_joint(draw.captured.joint())
 
     def _check_local(self, draw: Draw) -> None:
         if draw.local is not None:

@@ -1,0 +1,318 @@
+"""KFACVON: noisy K-FAC, the variational online Newton method with Kronecker factors.
+
+Zhang, Sun, Duvenaud, Grosse, 2018, "Noisy Natural Gradient as Variational Inference", arXiv:1712.02390; EK-FAC is
+George et al., 2018, arXiv:1806.03884.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.capture.examples import sums_of_squares
+from vlearn.capture.factors import CONVENTIONS, Layer, factor_sums, layers_of
+from vlearn.optim.base import Part, VariationalOptimizer
+from vlearn.optim.curvature import CurvatureProbe
+from vlearn.optim.draw import Draw, Slot
+from vlearn.optim.eigenbasis import carried, eigen, product, with_factored_damping
+from vlearn.optim.groups import check
+from vlearn.optim.kronecker import KroneckerState
+from vlearn.optim.likelihood import Likelihood
+from vlearn.optim.newton import NewtonStep, newton_rules
+from vlearn.optim.noise import Noise, process_count
+from vlearn.optim.watch import Watch
+from vlearn.sensitivity.live import Selector
+
+FISHERS = ("probe", "sampled", "empirical")
+
+
+class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
+    r"""A Gaussian with a Kronecker product for the precision of each layer: the curvature within it, not its diagonal.
+
+    For a layer with weight M ``[O, I]``, its bias the last column, inputs a (1 appended), and gradients b of the output
+    rows, with E[uᵢuᵢᵀ] = ∂²ℓᵢ/∂f² sent back from the model's output f:
+
+        A ← running mean of a aᵀ = Q_A d_A Q_Aᵀ,  B ← running mean of b bᵀ = Q_B d_B Q_Bᵀ
+        s = β₂ᵗ·hess_init + (1 - β₂ᵗ)·d_B d_Aᵀ
+        θ = M + Q_B(E ∘ 1/√(ess·(s + wd)))Q_Aᵀ,  E standard normal
+        g ← β₁g + (1 - β₁) mean ∇ℓ̄(θ)
+        M ← M - lr·Q_B[Q_Bᵀ(g/(1 - β₁ᵗ) + wd·M)Q_A / (s + wd + damping)]Q_Aᵀ
+
+    Running means start at their first value and weigh older ones by β₂. The posterior precision is
+    num_data·Q(s + wd)Qᵀ, Q = Q_B ⊗ Q_A: the damping by wd is exact, and is the prior. Layers are linear layers,
+    convolutions of one group and embeddings, also user-registered ones that are matrix products; a bias in another
+    parameter group than its weight and all other parameters are diagonal, as in `VON`.
+
+    Args:
+        params: a model, which is then watched; or anything that torch.optim takes, with `watch(model)` before the
+            first step.
+        lr: learning rate, 1e-2 for networks; 1 with beta1=0 is a Newton step.
+        ess: effective sample size: the number of training examples.
+        hess_init: s at the start, per example. Its remaining weight after t steps is β₂ᵗ.
+        beta1: momentum of the gradient.
+        beta2: momentum of the factors; 0.99 forgets hess_init in 500 steps.
+        weight_decay: wd = δ/N for a prior precision δ and N examples.
+        mc_samples: draws per `step(closure)`.
+        sync: average gradients and factors over all processes at `step()`, without a DDP wrapper.
+        debias: divide the momentum by 1 - β₁ᵗ.
+        likelihood: what the loss is the negative logarithm of, see `VON`.
+        fisher: where b comes from: "probe" (u = R z, RRᵀ = ∂²ℓ/∂f², z random signs), "sampled" (u the residual of
+            labels sampled from the model) or "empirical" (the training gradients: no likelihood, and the less
+            curvature the better the examples are fitted).
+        kfac_approx: of positions that share a weight: "expand" takes them for independent, "reduce" for one, see
+            `vlearn.capture.factors`.
+        eigenvalue_correction: EK-FAC: s ← β₂s + (1 - β₂) mean (Q_BᵀG_nQ_A)², G_n the examples' own gradients from u.
+        factored_damping: Zhang's and K-FAC's: s + wd is the product (d_B + √wd/π)(d_A + π√wd).
+        update_every: steps from one eigendecomposition to the next.
+        output: which of several outputs of the model the likelihood is of: a key, an index or a callable.
+        damping: added to the preconditioner alone, never to the posterior.
+        tempering: τ, the weight of the KL divergence in the objective (Zhang's λ): ess/τ and wd·τ stand for ess and wd.
+        num_data: number of training examples N, the scale of sensitivities; default ess.
+        generator: of the noise; default torch's global one.
+        foreach: multi-tensor operations for diagonal parameters; default wherever a block has several tensors.
+        shared_noise: all processes take one draw, that of rank 0's generator.
+        nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
+            `nonfinite_count`, or "ignore": do not look.
+
+    Attributes:
+        decomposition_failures: eigendecompositions that failed, where the last good basis stayed.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 3)
+        >>> optimizer = KFACVON(model, lr=0.01, ess=100)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.tensor([0, 1, 2, 0]))
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.posterior().variance["weight"].shape
+        torch.Size([3, 2])
+    """
+
+    _copied = (
+        *CurvatureProbe._copied,
+        "fisher",
+        "kfac_approx",
+        "eigenvalue_correction",
+        "factored_damping",
+        "decomposition_failures",
+    )
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float,
+        ess: float,
+        hess_init: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        weight_decay: float = 1e-4,
+        mc_samples: int = 1,
+        sync: bool = False,
+        debias: bool = True,
+        *,
+        likelihood: Likelihood = "categorical",
+        fisher: str = "probe",
+        kfac_approx: str = "expand",
+        eigenvalue_correction: bool = False,
+        factored_damping: bool = False,
+        update_every: int = 10,
+        output: Selector = None,
+        damping: float = 0.0,
+        tempering: float = 1.0,
+        num_data: float | None = None,
+        generator: torch.Generator | None = None,
+        foreach: bool | None = None,
+        shared_noise: bool = False,
+        nonfinite: str = "raise",
+    ):
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": hess_init,
+            "beta1": beta1,
+            "beta2": beta2,
+            "betas": (beta1, beta2),
+            "weight_decay": weight_decay,
+            "mc_samples": mc_samples,
+            "sync": sync,
+            "debias": debias,
+            "update_every": update_every,
+            "damping": damping,
+            "tempering": tempering,
+            "num_data": num_data,
+            "foreach": foreach,
+            "shared_noise": shared_noise,
+            "nonfinite": nonfinite,
+        }
+        if fisher not in FISHERS:
+            raise ValueError(f"fisher={fisher!r}, but it must be 'probe', 'sampled' or 'empirical': use 'probe'.")
+        if kfac_approx not in CONVENTIONS:
+            raise ValueError(f"kfac_approx={kfac_approx!r}, but it must be 'expand' or 'reduce': use 'expand'.")
+        if eigenvalue_correction and factored_damping:
+            raise ValueError(
+                "factored_damping=True with eigenvalue_correction=True, whose s is no product of factors: use one of "
+                "them."
+            )
+        self.decomposition_failures = 0
+        self.fisher, self.kfac_approx = fisher, kfac_approx
+        self.eigenvalue_correction, self.factored_damping = eigenvalue_correction, factored_damping
+        self._check_group(defaults)
+        self._set_curvature(likelihood, "sampled" if fisher == "sampled" else "probe", output)
+        super().__init__(params, defaults, generator)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        whole = isinstance(group["update_every"], int) and group["update_every"] >= 1
+        check(
+            group,
+            [
+                *newton_rules(group),
+                ("tempering", group["tempering"] > 0, "must be positive: use 1"),
+                ("update_every", whole, "must be a positive whole number of steps: use 10"),
+            ],
+        )
+
+    def _scales(self, group: dict[str, Any]) -> tuple[float, float]:
+        return group["ess"] / group["tempering"], group["weight_decay"] * group["tempering"]
+
+    def _needs_captures(self) -> bool:
+        return True
+
+    def _probes(self) -> bool:
+        return self.fisher != "empirical"
+
+    def _new_noise(self, own: bool) -> Noise:
+        if process_count() > 1:
+            raise RuntimeError("KFACVON does not average its factors over processes: train in one, or use IVON.")
+        return super()._new_noise(own)
+
+    def _sums_over_examples(
+        self, watch: Watch, wanted: Container[Tensor], weights: dict[Tensor, Tensor]
+    ) -> dict[Any, Tensor]:
+        probed = self._probes()
+        trace, scale = (watch.probed_trace(), 1.0) if probed else (watch.checked_trace(), watch.scale)
+        known = self._layer_of()
+        new = {p for p in trace.tracked if p in wanted and p not in known and not bool(self.state[p]["step"])}
+        layers = [layer for layer in self._layers() if any(p in wanted for p in layer.parameters)]
+        layers += layers_of(trace, new, self._in_one_group) if new else []
+        corrected = {layer: self._basis(layer) for layer in layers if layer.weight in known}
+        sums: dict[Any, Tensor] = {}
+        sums.update(
+            factor_sums(
+                trace, layers, weights, self.kfac_approx, corrected if self.eigenvalue_correction else {}, scale
+            )
+        )
+        factored = {p for layer in layers for p in layer.parameters}
+        alone = {p for p in trace.tracked if p in wanted and p not in factored}
+        if alone:
+            squares = sums_of_squares(trace, alone, weights)
+            sums.update(squares if probed else {p: found * scale**2 for p, found in squares.items()})
+        return sums
+
+    def _in_one_group(self, weight: Tensor, bias: Tensor) -> bool:
+        same = weight.dtype == bias.dtype and weight.device == bias.device and len(weight) == bias.numel()
+        groups = [[any(p is q for q in group["params"]) for p in (weight, bias)] for group in self.param_groups]
+        return same and [True, True] in groups
+
+    def _statistic(
+        self, draw: Draw, group: dict[str, Any], block: list[Slot], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """ĥ of the diagonal parameters; nothing of the others, whose statistics are joint."""
+        layer_of = self._layer_of()
+        alone = [slot for slot in block if slot.parameter not in layer_of]
+        found = dict(zip(alone, super()._statistic(draw, group, alone, noise, gradients), strict=True))
+        return [
+            found[slot] if slot in found else gradient.new_zeros(()).expand_as(gradient)
+            for slot, gradient in zip(block, gradients, strict=True)
+        ]
+
+    def _update_all(self, parts: Iterator[Part], joint: dict[Any, Tensor]) -> None:
+        statistics_of: dict[Layer, dict[str, Tensor]] = {}
+        for (layer, name), statistic in joint.items():
+            statistics_of.setdefault(layer, {})[name] = statistic
+        for layer, found in statistics_of.items():
+            if layer.weight not in self._layer_of():
+                self._make_layer(layer, found["out_factor"], found["in_factor"])
+        layer_of = self._layer_of()
+        gradients: dict[Tensor, list[tuple[Slot, Tensor]]] = {}
+        for group, block, of_block, statistics in parts:
+            for slot, gradient in zip(block, of_block, strict=True):
+                if slot.parameter in layer_of:
+                    gradients.setdefault(slot.parameter, []).append((slot, gradient))
+            alone = [
+                each for each in zip(block, of_block, statistics, strict=True) if each[0].parameter not in layer_of
+            ]
+            if alone:
+                self._update(group, [s for s, _, _ in alone], [g for _, g, _ in alone], [h for _, _, h in alone])
+        for layer in self._layers():
+            if any(p in gradients for p in layer.parameters):
+                with torch.autocast(layer.weight.device.type, enabled=False):
+                    self._update_layer(layer, gradients, statistics_of.get(layer, {}))
+
+    def _update_layer(
+        self, layer: Layer, gradients: dict[Tensor, list[tuple[Slot, Tensor]]], statistics: dict[str, Tensor]
+    ) -> None:
+        group, state = self._group_of(layer), self.state[layer.weight]
+        lr, beta1, beta2 = float(group["lr"]), float(group["beta1"]), float(group["beta2"])
+        weight_decay = float(self._scales(group)[1])
+        directions = []
+        for p in layer.parameters:
+            momentum = self.state[p]["momentum"]
+            if p in gradients:
+                self.state[p]["step"] += 1
+                for slot, gradient in gradients[p]:
+                    slot.of(momentum).lerp_(gradient, 1 - beta1)
+            correction = 1 - beta1 ** float(self.state[p]["step"]) if group["debias"] else 1.0
+            mean = self.state[p].get("mean", p.data)
+            zero = p not in gradients
+            directions.append(
+                torch.zeros_like(mean) if zero else torch.add(momentum / correction, mean, alpha=weight_decay)
+            )
+        if statistics and beta2 < 1:
+            self._learn(layer, statistics, beta2)
+        due = (max(int(self.state[p]["step"]) for p in layer.parameters) - 1) % group["update_every"] == 0
+        if due and bool(state["learned"]):
+            self._decompose(layer, group, weight_decay)
+        precision = state["hessian"] + (weight_decay + float(group["damping"]))
+        moves = self._block(layer, precision.reciprocal_()).multiply([d.unsqueeze(0) for d in directions])
+        for p, move in zip(layer.parameters, moves, strict=True):
+            if p in gradients:
+                self.state[p].get("mean", p.data).sub_(move.squeeze(0), alpha=lr)
+                self._round_means([slot for slot, _ in gradients[p]])
+
+    def _learn(self, layer: Layer, statistics: dict[str, Tensor], beta2: float) -> None:
+        """Running means of the factors, and of EK-FAC's squares."""
+        state = self.state[layer.weight]
+        learned = state["learned"].mul_(beta2).add_(1 - beta2)
+        share = (1 - beta2) / learned  # the first value counts whole, each older one β₂ times the next
+        for name in ("out_factor", "in_factor"):
+            state[name].lerp_(statistics[name].to(state[name].dtype), share)
+        if "squares" in statistics:
+            state["hessian"].lerp_(statistics["squares"].to(state["hessian"].dtype), 1 - beta2)
+
+    def _decompose(self, layer: Layer, group: dict[str, Any], weight_decay: float) -> None:
+        """A new eigenbasis, with s in it; none if the decomposition fails."""
+        state = self.state[layer.weight]
+        before = self._basis(layer)
+        rows, columns = eigen(state["out_factor"], before[0]), eigen(state["in_factor"], before[1])
+        if rows is None or columns is None:
+            self.decomposition_failures += 1
+            return
+        after = (rows[1], columns[1])
+        if self.eigenvalue_correction and any(basis is not None for basis in before):
+            state["hessian"] = carried(state["hessian"], before, after)
+        else:
+            s = (
+                with_factored_damping(rows[0], columns[0], weight_decay)
+                if self.factored_damping
+                else product(rows[0], columns[0])
+            )
+            learned = state["learned"]
+            state["hessian"] = s.mul_(learned).add_(group["hess_init"] * (1 - learned))
+        for name, basis in zip(("out_basis", "in_basis"), after, strict=True):
+            if basis is not None:
+                state[name] = basis
