@@ -35,7 +35,7 @@ class Entry:
             if p.dim() == 1:
                 return p.numel() + 1  # and whose last column it is
             rows, columns = len(p), p.shape[1] + 1
-            return p.numel() + rows * columns + 2 * (rows**2 + columns**2) + 1
+            return p.numel() + rows * columns + 2 * (rows**2 + columns**2) + 3
         return p.numel() * (1 + (sum(q.numel() for q in model.parameters()) if self.dense else 1))
 
     def __str__(self) -> str:

@@ -124,6 +124,12 @@ def form_of(use: Use, p: Tensor, examples: slice) -> Form:
     return use.rule.form(use.module, p, _wide(use.input[examples]), _wide(use.cotangents[0][examples]))
 
 
+def gradient_rows(use: Use, examples: slice) -> Tensor:
+    """The gradient of the output rows ``[n, G, T, O]``, without what a form needs of the input."""
+    assert use.rule is not None and use.cotangents[0] is not None
+    return use.rule.rows(use.module, _wide(use.cotangents[0][examples]))
+
+
 def chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[slice]:
     """Slices of at most `limit` entries, given the entries that one example needs."""
     step = max(1, limit // entries) if entries else max(1, total)

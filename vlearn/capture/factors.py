@@ -16,14 +16,15 @@ is diagonal. These are B and A, but the other way round for an embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlearn.capture.convolutions import Strips
-from vlearn.capture.examples import checked_uses, chunks, form_of
+from vlearn.capture.examples import checked_uses, chunks, form_of, gradient_rows
 from vlearn.capture.fallback import Weights
 from vlearn.capture.forms import Form, Indexed, Outer, Shift
 from vlearn.capture.trace import Trace
@@ -71,6 +72,7 @@ def factor_sums(
     weights: Weights,
     convention: str,
     bases: Mapping[Layer, Basis],
+    due: Container[Layer],
     scale: float = 1.0,
 ) -> dict[tuple[Layer, str], Tensor]:
     """Sums over the examples of what each layer's factors are the means of.
@@ -81,6 +83,7 @@ def factor_sums(
         weights: the value of each parameter during the pass.
         convention: "expand" or "reduce".
         bases: of layers that EK-FAC's "squares" Σ_n (Q_outᵀ G_n Q_in)² are wanted of too.
+        due: layers whose A is wanted even if it is dear, as with several positions, of which the rows are many.
         scale: what the pass's gradients are to be multiplied with.
     Raises:
         RuntimeError: if a layer is used in a way in which it has no factors, or see `checked_uses`.
@@ -89,14 +92,17 @@ def factor_sums(
     sums: dict[tuple[Layer, str], Tensor] = {}
     for layer in layers:
         uses = next((uses_of[p] for p in layer.parameters if p in uses_of), [])
-        if uses and _kind(uses, layer.weight) is None:
+        if not uses:
+            continue
+        kind = _kind(uses, layer.weight)
+        if kind is None:
             raise RuntimeError(
                 f"{uses[0].path} ({type(uses[0].module).__name__}): its weight has Kronecker factors, but was used in "
                 "a way in which it has none: call the module in the same way in every step."
             )
-        for examples in _chunks(trace.num_examples, uses, layer.weight) if uses else ():
-            rows = _rows(layer, uses, examples, scale)
-            found = rows.factors(convention)
+        for examples in _chunks(trace.num_examples, uses, layer.weight):
+            rows = _Rows(layer, uses, examples, scale, kind)
+            found = rows.table_factors() if kind == "table" else rows.factors(convention, layer in due)
             if layer in bases:
                 found["squares"] = rows.squares(*bases[layer])
             for name, part in found.items():
@@ -104,65 +110,73 @@ def factor_sums(
     return sums
 
 
-class _MatrixRows(NamedTuple):
-    """A layer that is a matrix product: rows a ``[n, T, I]`` of its input, b ``[n, T, O]`` of its output."""
+@dataclass
+class _Rows:
+    """What enters and leaves a layer for some examples, over the positions of all its uses."""
 
-    a: Tensor
-    b: Tensor
-    transposed: bool  # the parameter holds [I, O]
+    layer: Layer
+    uses: list[Use]
+    examples: slice
+    scale: float
+    kind: str  # see `_kind_of_one`
 
-    def factors(self, convention: str) -> dict[str, Tensor]:
-        a, b = self.a, self.b
-        if convention == "reduce" and a.shape[1] > 1:
-            a, b = a.mean(1, keepdim=True), b.sum(1, keepdim=True)
-        found = _second_moment(b), _second_moment(a).div_(a.shape[1])
-        return dict(zip(("out_factor", "in_factor"), found[:: -1 if self.transposed else 1], strict=True))
+    def factors(self, convention: str, due: bool) -> dict[str, Tensor]:
+        reduced = convention == "reduce" and self.b.shape[1] > 1
+        outputs = _second_moment(self.b.sum(1) if reduced else self.b)
+        names = ("in_factor", "out_factor") if self.kind == "transposed" else ("out_factor", "in_factor")
+        if self.b.shape[1] > 1 and not due:
+            return {names[0]: outputs}
+        inputs = _second_moment(self.a.mean(1) if reduced else self.a)
+        return {names[0]: outputs, names[1]: inputs if reduced else inputs.div_(self.a.shape[1])}
 
-    def squares(self, out_basis: Tensor | None, in_basis: Tensor | None) -> Tensor:
-        (_, t, i), o = self.a.shape, self.b.shape[2]
-        b_basis, a_basis = (in_basis, out_basis) if self.transposed else (out_basis, in_basis)
-        if t > 1 and t * (i * i + o * o) > o * i * (o + i):  # turning G_n is less than turning its rows
-            gradients = _times(_times(self.a.mT @ self.b, b_basis).mT, a_basis)  # [n, O, I]
-            total = gradients.square_().sum(0)
-            return total.mT if self.transposed else total
-        a, b = _times(self.a, a_basis), _times(self.b, b_basis)
-        shape = torch.Size((i, o) if self.transposed else (o, i))
-        return Outer(a.unsqueeze(1), b.unsqueeze(1), shape, self.transposed).sum_of_squares()
-
-
-class _TableRows(NamedTuple):
-    """An embedding."""
-
-    form: Indexed
-
-    def factors(self, convention: str) -> dict[str, Tensor]:
-        tokens, b = self.form.tokens, self.form.kept(self.form.b)
-        counts = torch.bincount(tokens.flatten(), minlength=self.form.shape[0]).to(b.dtype)
-        if self.form.padding is not None:
-            counts[self.form.padding] = 0
+    def table_factors(self) -> dict[str, Tensor]:
+        tokens, b = self.table.tokens, self.table.kept(self.table.b)
+        counts = torch.bincount(tokens.flatten(), minlength=self.table.shape[0]).to(b.dtype)
+        if self.table.padding is not None:
+            counts[self.table.padding] = 0
         return {"out_factor": counts.div_(tokens.shape[1]), "in_factor": _second_moment(b)}
 
     def squares(self, out_basis: Tensor | None, in_basis: Tensor | None) -> Tensor:
-        return replace(self.form, b=_times(self.form.b, in_basis)).sum_of_squares()
+        if self.kind == "table":
+            return replace(self.table, b=_times(self.table.b, in_basis)).sum_of_squares()
+        (o, i), t = (len(out_basis), len(in_basis)), self.b.shape[1]  # pyright: ignore  (both are matrices)
+        if t > 1 and t * (i * i + o * o) > o * i * (o + i):  # turning G_n is less than turning its rows
+            return (out_basis.mT @ self.gradients() @ in_basis).square_().sum(0)  # pyright: ignore
+        transposed = self.kind == "transposed"
+        b_basis, a_basis = (in_basis, out_basis) if transposed else (out_basis, in_basis)
+        a, b = _times(self.a, a_basis).unsqueeze(1), _times(self.b, b_basis).unsqueeze(1)
+        return Outer(a, b, torch.Size((o, i)), transposed).sum_of_squares()
 
+    def gradients(self) -> Tensor:
+        """G_n as the parameter's matrix, with the bias's column."""
+        rows = len(self.layer.weight)
+        total = sum(form.dense() for form in self.forms)
+        assert isinstance(total, Tensor)
+        weight = total.reshape(len(total), rows, -1) * self.scale
+        return weight if self.layer.bias is None else torch.cat([weight, self.b.sum(1).unsqueeze(2)], 2)
 
-def _rows(layer: Layer, uses: list[Use], examples: slice, scale: float) -> _MatrixRows | _TableRows:
-    forms = [form_of(use, layer.weight, examples) for use in uses]
-    if isinstance(forms[0], Indexed):
-        tokens = torch.cat([form.tokens for form in forms], 1)  # pyright: ignore
-        b = torch.cat([form.b for form in forms], 2)
-        return _TableRows(replace(forms[0], tokens=tokens, b=b if scale == 1 else b * scale))
-    outers = [outer for form in forms if isinstance(outer := _written_out(form), Outer)]
-    inputs, outputs = [outer.a.squeeze(1) for outer in outers], [outer.b.squeeze(1) for outer in outers]
-    a = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
-    b = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    if layer.bias is not None:
-        a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
-    return _MatrixRows(a, b if scale == 1 else b * scale, outers[0].transposed)
+    @cached_property
+    def a(self) -> Tensor:
+        """Rows of the input ``[n, T, I]``."""
+        outers = [form.patches() if isinstance(form, Strips) else form for form in self.forms]
+        rows = _joined([outer.a.squeeze(1) for outer in outers if isinstance(outer, Outer)], 1)
+        return rows if self.layer.bias is None else torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
 
+    @cached_property
+    def b(self) -> Tensor:
+        """Gradients of the output rows ``[n, T, O]``."""
+        rows = _joined([gradient_rows(use, self.examples).squeeze(1) for use in self.uses], 1)
+        return rows if self.scale == 1 else rows * self.scale
 
-def _written_out(form: Form) -> Form:
-    return form.patches() if isinstance(form, Strips) else form
+    @cached_property
+    def table(self) -> Indexed:
+        tables = [form for form in self.forms if isinstance(form, Indexed)]
+        tokens = _joined([table.tokens for table in tables], 1)
+        return replace(tables[0], tokens=tokens, b=self.b.unsqueeze(1))
+
+    @cached_property
+    def forms(self) -> list[Form]:
+        return [form_of(use, self.layer.weight, self.examples) for use in self.uses]
 
 
 def _chunks(total: int, uses: list[Use], weight: Tensor) -> Iterable[slice]:
@@ -179,6 +193,7 @@ def _kind(uses: list[Use], weight: Tensor) -> str | None:
 
 
 def _kind_of_one(use: Use, weight: Tensor) -> str | None:
+    """ "matrix", "transposed" (the parameter holds [I, O]), "table" (an embedding), or None."""
     names = [name for name, p in use.module._parameters.items() if p is weight]
     if use.rule is None or len(names) != 1 or names[0] not in use.rule.forms:
         return None
@@ -200,6 +215,10 @@ def _second_moment(rows: Tensor) -> Tensor:
     """Σ over all rows of the outer product of each with itself."""
     flat = rows.reshape(-1, rows.shape[-1])
     return flat.mT @ flat
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def _times(rows: Tensor, basis: Tensor | None) -> Tensor:

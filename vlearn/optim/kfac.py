@@ -6,6 +6,7 @@ George et al., 2018, arXiv:1806.03884.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
@@ -199,13 +200,10 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
         new = {p for p in trace.tracked if p in wanted and p not in known and not bool(self.state[p]["step"])}
         layers = [layer for layer in self._layers() if any(p in wanted for p in layer.parameters)]
         layers += layers_of(trace, new, self._in_one_group) if new else []
-        corrected = {layer: self._basis(layer) for layer in layers if layer.weight in known}
-        sums: dict[Any, Tensor] = {}
-        sums.update(
-            factor_sums(
-                trace, layers, weights, self.kfac_approx, corrected if self.eigenvalue_correction else {}, scale
-            )
-        )
+        due = {layer for layer in layers if self._is_due(layer, self._updates_of(layer) + 1)}
+        bases = {layer: self._basis(layer) for layer in layers if layer.weight in known}
+        bases = bases if self.eigenvalue_correction else {}
+        sums: dict[Any, Tensor] = dict(factor_sums(trace, layers, weights, self.kfac_approx, bases, due, scale))
         factored = {p for layer in layers for p in layer.parameters}
         alone = {p for p in trace.tracked if p in wanted and p not in factored}
         if alone:
@@ -274,8 +272,7 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
             )
         if statistics and beta2 < 1:
             self._learn(layer, statistics, beta2)
-        due = (max(int(self.state[p]["step"]) for p in layer.parameters) - 1) % group["update_every"] == 0
-        if due and bool(state["learned"]):
+        if self._is_due(layer, self._updates_of(layer)) and bool(state["learned"]):
             self._decompose(layer, group, weight_decay)
         precision = state["hessian"] + (weight_decay + float(group["damping"]))
         moves = self._block(layer, precision.reciprocal_()).multiply([d.unsqueeze(0) for d in directions])
@@ -284,13 +281,27 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
                 self.state[p].get("mean", p.data).sub_(move.squeeze(0), alpha=lr)
                 self._round_means([slot for slot, _ in gradients[p]])
 
+    def _updates_of(self, layer: Layer) -> int:
+        return max(int(self.state[p]["step"]) for p in layer.parameters)
+
+    def _is_due(self, layer: Layer, step: int) -> bool:
+        """Whether a layer's eigenbasis is made anew in a step, counted from 1."""
+        return (step - 1) % self._group_of(layer)["update_every"] == 0
+
     def _learn(self, layer: Layer, statistics: dict[str, Tensor], beta2: float) -> None:
-        """Running means of the factors, and of EK-FAC's squares."""
+        """Running means of the factors, and of EK-FAC's squares.
+
+        The first value counts whole, an older one β₂ times the next; a value stands for all steps since the last.
+        """
         state = self.state[layer.weight]
         learned = state["learned"].mul_(beta2).add_(1 - beta2)
-        share = (1 - beta2) / learned  # the first value counts whole, each older one β₂ times the next
-        for name in ("out_factor", "in_factor"):
-            state[name].lerp_(statistics[name].to(state[name].dtype), share)
+        rate = math.log(beta2) if beta2 > 0 else -math.inf
+        for name, age in (("out_factor", state["out_age"]), ("in_factor", state["in_age"])):
+            age += 1
+            if name in statistics:
+                share = (-torch.expm1(age * rate) / learned).clamp_max_(1)  # 1 - β₂ᵃᵍᵉ
+                state[name].lerp_(statistics[name].to(state[name].dtype), share)
+                age.zero_()
         if "squares" in statistics:
             state["hessian"].lerp_(statistics["squares"].to(state["hessian"].dtype), 1 - beta2)
 

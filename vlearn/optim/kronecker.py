@@ -4,6 +4,7 @@ A parameter starts with a diagonal Hessian; the first captured pass that shows f
 with its bias as the last column. Then the state of its weight is
 
     out_factor, in_factor   running means of B ``[O, O]`` and A ``[I, I]``, or ``[O]``, ``[I]`` where diagonal
+    out_age, in_age         steps since the last value of each
     learned                 weight of the passes in those means that is not hess_init's, 1 - β₂ᵗ
     out_basis, in_basis     Q_B, Q_A, missing where the factor is diagonal
     hessian                 s ``[O, I]`` in that basis, per example, without the weight decay wd
@@ -53,12 +54,13 @@ class KroneckerState(DiagonalState):
 
     def _make_layer(self, layer: Layer, out_factor: Tensor, in_factor: Tensor) -> None:
         """Replace the diagonal states of parameters that have not been updated yet."""
-        every, weight = self._every_parameter(), self.state[layer.weight]
+        every: list[Tensor] = self._every_parameter()
+        weight: dict[str, Tensor] = self.state[layer.weight]
         hessian = weight["hessian"]
         columns = sum(p.numel() for p in layer.parameters) // len(hessian)
         weight["hessian"] = hessian.new_full((len(hessian), columns), float(self._group_of(layer)["hess_init"]))
         weight["out_factor"], weight["in_factor"] = (torch.zeros_like(f).to(hessian) for f in (out_factor, in_factor))
-        weight["learned"] = hessian.new_zeros(())
+        weight |= {name: hessian.new_zeros(()) for name in ("learned", "out_age", "in_age")}
         if layer.bias is not None:
             del self.state[layer.bias]["hessian"]
             place = next(i for i, p in enumerate(every) if p is layer.weight)
