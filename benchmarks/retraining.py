@@ -333,7 +333,7 @@ def retrain(
 
 
 def truths(found: dict[str, Any], examples: Tensor, y: Tensor) -> dict[str, np.ndarray]:
-    """True changes ``[E, K]`` after each epoch of retraining, and the own losses without the examples at the end."""
+    """True changes ``[E, K]`` after each epoch of retraining, and own losses ``[K]`` at the end, with and without."""
     kept = found["kept"][:, examples].double()
     removed = torch.stack([found["removed"][example] for example in examples.tolist()], 1).double()
     labels = y.cpu()[examples].expand(len(kept), -1)
@@ -342,6 +342,7 @@ def truths(found: dict[str, Any], examples: Tensor, y: Tensor) -> dict[str, np.n
     return {
         "probabilities": (removed.softmax(2) - kept.softmax(2)).abs().sum(2).numpy(),
         "own_loss": after - before,
+        "before": before[-1],
         "after": after[-1],
         "moved_anyway": (kept.softmax(2) - kept[:1].softmax(2)).abs().sum(2).numpy(),
     }
@@ -359,6 +360,8 @@ def compare(estimated: dict[str, Estimate], truth: dict[str, np.ndarray], exampl
                 del row["slope"]
             else:
                 row["mean_over_true_mean"] = float(predicted.mean() / true.mean())
+                if target == "own_loss":
+                    row["loo_loss"] = float((truth["before"] + predicted).mean())
             rows[method] = row
         table[target] = dict(sorted(rows.items(), key=lambda row: -row[1]["pearson"][0]))
     return table
@@ -388,7 +391,7 @@ def run_seed(experiment: Experiment, data: Images, seed: int, runs: Path, advanc
         "seed": seed,
         **case.numbers,
         "unconverged": found["unconverged"],
-        "mean_own_loss_retrained": truth["after"].mean(),
+        "loo_loss_retrained": truth["after"].mean(),
         "by_epoch": {
             "true_probabilities": truth["probabilities"].mean(1),
             "true_own_loss": truth["own_loss"].mean(1),
@@ -434,13 +437,16 @@ def print_seed(title: str, found: dict[str, Any]) -> None:
             f"loss is {changes[half] / changes[-1]:.0%} of that at the end, with a Pearson correlation of "
             f"{found['by_epoch']['pearson_with_the_end'][half]:.3f} between the two."
         )
-    header = ("", "Pearson", "slope", "Spearman", "mean predicted / true")
+    notes.append(f"LOO: mean loss of these examples without them; {found['loo_loss_retrained']:.4f} after retraining.")
     for target, quantity in TARGETS.items():
-        lines = []
+        header, lines = ["", "Pearson", "slope", "Spearman", "predicted\n/ true"], []
+        header += ["LOO"] * (target == "own_loss")
         for method, row in found["table"][target].items():
-            ratio = f"{row['mean_over_true_mean']:.2f}" if "slope" in row else "-"
+            means = [f"{row['mean_over_true_mean']:.2f}" if "slope" in row else "-"]
+            if target == "own_loss":
+                means.append(f"{row['loo_loss']:.4f}" if "slope" in row else "-")
             cells = [_shown(row.get(name), digits) for name, digits in (("pearson", 3), ("slope", 2), ("spearman", 3))]
-            lines.append((method, *cells, ratio))
+            lines.append((method, *cells, *means))
         about = f"{title}: predicted against true {quantity}, {len(found['examples'])} examples"
         report.print_table(about, header, lines, notes if target == "own_loss" else ())
 
