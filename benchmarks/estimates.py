@@ -5,7 +5,9 @@ arXiv:2310.19273, Eq. 13) and ℓ(y, f + V e) - ℓ(y, f) of the own loss. Gradi
 only rank, the same for both.
 
 Each optimizer gets its state by running on from the given weights with a learning rate of zero. So its mean stays
-there, and all are asked about the same network.
+there, and all are asked about the same network. A variational one averages the curvature over its draws, where that is
+not the curvature at the mean; "at the mean" is the same optimizer with draws a hundredth as wide, by ess, while its
+sensitivities stay on the scale of the data.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from vlearn.posterior import from_laplace, from_optimizer
 from vlearn.posterior.base import Posterior
 from vlearn.sensitivity import measures
 
+NARROW = 1e4  # times the effective sample size
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -105,15 +108,18 @@ def posteriors(model: nn.Module, x: Tensor, y: Tensor, held: Held) -> dict[str, 
     def fitted(structure: str) -> Callable[[], Posterior]:
         return lambda: from_laplace(laplace.fit(model, x, y, structure, held.prior_precision))
 
+    narrow = {"ess": NARROW * num_data, "num_data": num_data}
     found = {
         "IVON": variational(vlearn.IVON, hess_init=held.hess_init, beta2=held.beta2),
         "VON": variational(vlearn.VON),
+        "VON, at the mean": variational(vlearn.VON, **narrow),
         "Laplace, diagonal": fitted("diag"),
         "Laplace, Kronecker": fitted("kron"),
         "Adam": adam,
     }
     if (kfac := getattr(vlearn, "KFACVON", None)) is not None:
         found["KFACVON"] = variational(kfac)
+        found["KFACVON, at the mean"] = variational(kfac, **narrow)
     return found
 
 
