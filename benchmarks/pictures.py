@@ -75,7 +75,7 @@ def retraining(
     retrained: Mapping[str, np.ndarray],
     quantity: str = "increase of own loss, nats",
     scores: Container[str] = (),
-    columns: int = 4,
+    columns: int = 5,
 ) -> Figure:
     """Predicted against true change on an example's removal, one panel for each method.
 
@@ -85,8 +85,9 @@ def retraining(
         columns: panels side by side.
     """
     width = min(columns, len(predicted))
-    size = (3.4 * width, 3.9 * -(-len(predicted) // width))
-    figure, axes = plt.subplots(-(-len(predicted) // width), width, figsize=size, layout="constrained", squeeze=False)
+    rows = -(-len(predicted) // width)
+    size = (3.4 * width, 3.9) if rows == 1 else (2.9 * width, 3.2 * rows)
+    figure, axes = plt.subplots(rows, width, figsize=size, layout="constrained", squeeze=False)
     units = [values for method, values in predicted.items() if method not in scores]
     low, high = 0.6 * FLOOR, 2 * np.concatenate([*units, *retrained.values()]).max()
     for ax, (method, values) in zip(axes.flat, predicted.items(), strict=False):
@@ -100,10 +101,11 @@ def retraining(
             limits = (low, high)
             ax.plot(limits, limits, color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
         drawn = np.maximum(values, floor), np.maximum(truth, FLOOR)
-        ax.scatter(*drawn, s=38, color=color, marker=marker, alpha=0.75, linewidths=0)
+        ax.scatter(*drawn, s=38 / rows**0.5, color=color, marker=marker, alpha=0.75, linewidths=0)
         ax.set(xscale="log", yscale="log", xlim=limits, ylim=(low, high), box_aspect=1)
         ax.minorticks_off()
-        tidy(ax, "score" if method in scores else f"predicted {quantity}", f"retrained {quantity}")
+        predicted_as = f"predicted {quantity}" if rows == 1 else "predicted"
+        tidy(ax, "score" if method in scores else predicted_as, f"retrained {quantity}")
         ax.set_title(method, fontsize=13, color=INK, loc="left", fontweight="bold")
         pearson, slope = agreement(values, truth)
         style = {"transform": ax.transAxes, "va": "top", "fontsize": 11, "color": INK}
