@@ -25,6 +25,14 @@ from vlearn.capture.use import Use
 Weights = dict[Tensor, Tensor]
 
 
+class _RefusedError(RuntimeError):
+    def __init__(self, use: Use, reason: str):
+        super().__init__(
+            f"{use.path} ({type(use.module).__name__}): {reason}, so its per-example gradients are not defined. "
+            "Use a module that treats dimension 0 as examples, each alone, and is deterministic."
+        )
+
+
 def per_example_gradients(use: Use, examples: slice, weights: Weights, tolerance: float) -> Weights:
     """Gradient of each example's own loss with respect to the parameters of one use.
 
@@ -122,7 +130,7 @@ def _example_call(
         output = call_with(use.module, now, args, kwargs)
         outputs = [tensor_leaves(output)[position] for position in use.positions]
         if any(o.shape != (1, *shape[1:]) for o, shape in zip(outputs, use.shapes, strict=True)):
-            raise RuntimeError(_refusal(use, "run on one example at a time it gives outputs of another shape"))
+            raise _RefusedError(use, "run on one example at a time it gives outputs of another shape")
         return outputs
 
     return names, call, batched
@@ -135,16 +143,21 @@ def _each_example(use: Use, vectorised: Callable, single: Callable, batched: lis
             return vmap(vectorised, randomness="error")(batched, others)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             if "randomness" in str(error):
-                raise RuntimeError(_refusal(use, "it draws random numbers itself")) from error
+                raise _RefusedError(use, "it draws random numbers itself") from error
         before = torch.get_rng_state()
         leaves, structure = tree_flatten(others)
-        rows = [
-            single([b[n] for b in batched], tree_unflatten([leaf[n] for leaf in leaves], structure))
-            for n in range(batched[0].shape[0])
-        ]
+        try:
+            rows = [
+                single([b[n] for b in batched], tree_unflatten([leaf[n] for leaf in leaves], structure))
+                for n in range(batched[0].shape[0])
+            ]
+        except _RefusedError:
+            raise
+        except Exception as error:
+            raise _RefusedError(use, f"it does not run on one example at a time ({error})") from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-            raise RuntimeError(_refusal(use, "it draws random numbers itself"))
+            raise _RefusedError(use, "it draws random numbers itself")
         flat = [tree_flatten(row) for row in rows]
         return tree_unflatten([torch.stack(column) for column in zip(*(f[0] for f in flat), strict=True)], flat[0][1])
 
@@ -162,11 +175,4 @@ def _check_outputs(use: Use, outputs: list[Tensor], examples: slice, tolerance: 
     for output, (recorded, _) in zip(outputs, use.outputs, strict=True):
         if not is_close(output.squeeze(1), recorded[examples], tolerance):
             reason = "run on one example at a time it gives other outputs than on the batch"
-            raise RuntimeError(_refusal(use, reason))
-
-
-def _refusal(use: Use, reason: str) -> str:
-    return (
-        f"{use.path} ({type(use.module).__name__}): {reason}, so its per-example gradients are not defined. "
-        "Use a module that treats dimension 0 as examples and is deterministic, or freeze its parameters."
-    )
+            raise _RefusedError(use, reason)

@@ -42,6 +42,7 @@ from vlearn.capture.replay import (
     same_random_numbers,
     tangents_in_reverse,
 )
+from vlearn.capture.separate import check_separate
 from vlearn.capture.trace import Trace
 from vlearn.capture.tree import tensor_leaves
 from vlearn.capture.use import Use
@@ -93,6 +94,7 @@ def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: boo
         if not _add_rotated(result, parameters, uses_of, covariance):
             with as_recorded(trace):
                 _add_dense(result, {p: uses_of[p] for p in parameters}, covariance, weights, trace.tolerance)
+    check_separate(trace, weights)
     return result
 
 

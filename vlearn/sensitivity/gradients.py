@@ -10,6 +10,7 @@ from vlearn.capture.examples import dense_gradients
 from vlearn.capture.fallback import Weights
 from vlearn.capture.layout import check_layout
 from vlearn.capture.replay import as_recorded
+from vlearn.capture.separate import check_separate
 from vlearn.sensitivity.linearize import Linearization
 
 GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
@@ -23,6 +24,7 @@ def example_gradients(at: Linearization, limit: int | None = None) -> Iterator[t
     """
     at.pull_back_residuals(last=True)
     check_layout(at.trace, at.weights)
+    check_separate(at.trace, at.weights)
     if limit is None:
         limit = max(1, GRADIENT_ENTRIES // sum(p.numel() for p in at.weights))
     for start in range(0, len(at.batch.index), limit):

@@ -1,0 +1,109 @@
+"""Examples that meet in the model are refused, wherever they meet; models that only look like it are not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vlearn
+from tests.oracles.networks import Model
+from tests.oracles.per_example import relative_error
+from tests.sensitivity.small import C, D, N, covariance_of, inputs, loss_of, optimizer_of, truth_at, weights_of
+
+ORDER = torch.tensor([2, 0, 5, 3, 1, 4])
+
+
+def between(middle, **parts):
+    """Two linear layers with a function of (model, hidden values) between them."""
+    torch.manual_seed(0)
+    model = Model(lambda m, x: m.out(middle(m, m.into(x))), into=nn.Linear(D, 4), out=nn.Linear(4, C), **parts)
+    return model.double()
+
+
+def permuted(m, h):
+    order = h[:, 0].argsort()
+    return m.inner(h[order])[order.argsort()]
+
+
+MIXING = {
+    "mean over the batch": lambda m, h: torch.tanh(h - 0.3 * h.mean(0)),
+    "largest of the batch": lambda m, h: h - h.max(0).values,
+    "batch normalisation by hand": lambda m, h: F.batch_norm(h, None, None, training=True),
+    "attention over the batch": lambda m, h: torch.softmax(h @ h.T, 1) @ h,
+    "neighbour": lambda m, h: h + h.roll(1, 0),
+    "statistics without gradient": lambda m, h: h / h.std().detach(),
+    "example number": lambda m, h: h * torch.arange(1, len(h) + 1).flip(0).unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("deviation", [False, True])
+def test_examples_that_meet_between_two_layers_are_refused(name, deviation):
+    model = between(MIXING[name])
+    optimizer = optimizer_of(model)
+    loss_of(model, inputs()).backward()
+    with pytest.raises(RuntimeError, match=r"what goes into out \(Linear\) depends on the other examples of the batch"):
+        optimizer.sensitivities(deviation=deviation)
+
+
+def test_examples_that_meet_before_the_first_layer_or_after_the_last_are_refused():
+    for model, where in (
+        (Model(lambda m, x: m.fc(x - x.mean(0)), fc=nn.Linear(D, C)), r"what goes into fc \(Linear\)"),
+        (Model(lambda m, x: m.fc(x).softmax(0), fc=nn.Linear(D, C)), r"the output of Model \(Model\)"),
+    ):
+        posterior = optimizer_of(model.double()).posterior()
+        loader = [(inputs(), torch.arange(N) % C)]
+        with pytest.raises(RuntimeError, match=where):
+            vlearn.sweep(model, posterior, loader, F.cross_entropy, progress=False)
+        with pytest.raises(RuntimeError, match=where):
+            vlearn.influence(model, posterior, loader, loader, F.cross_entropy, progress=False)
+
+
+def test_examples_in_another_order_inside_are_refused():
+    model = between(permuted, inner=nn.Linear(4, 4))
+    optimizer = optimizer_of(model)
+    loss_of(model, inputs()).backward()
+    with pytest.raises(RuntimeError, match=r"what goes into inner \(Linear\) depends on the other examples"):
+        optimizer.sensitivities()
+
+
+def test_the_gradients_of_a_model_that_draws_random_numbers_show_it_too():
+    model = between(lambda m, h: m.drop(h) - 0.3 * h.mean(0), drop=nn.Dropout(0.5))
+    optimizer = optimizer_of(model)
+    loss_of(model, inputs()).backward()
+    with pytest.raises(RuntimeError, match=r"makes of the output of into \(Linear\) depends on the other examples"):
+        optimizer.sensitivities()
+
+
+def test_a_model_that_only_runs_on_whole_batches_shows_it_in_its_gradients():
+    model = between(lambda m, h: h[ORDER] + h)
+    optimizer = optimizer_of(model)
+    loss_of(model, inputs()).backward()
+    with pytest.raises(RuntimeError, match=r"makes of the output of into \(Linear\) depends on the other examples"):
+        optimizer.sensitivities()
+
+
+SEPARATE = {
+    "dropout": lambda m, h: F.dropout(h, 0.5),
+    "noise of a generator": lambda m, h: h + torch.randn(h.shape, generator=m.generator, dtype=h.dtype),
+    "order of the features": lambda m, h: h[:, [2, 0, 3, 1]],
+    "statistics of the features": lambda m, h: (h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True).detach(),
+    "choice for each example": lambda m, h: torch.where(h.sum(1, keepdim=True) > 0, h.tanh(), 2 * h),
+    "gathered and put back": lambda m, h: torch.zeros_like(h).index_add(0, (r := (h[:, 0] > 0).nonzero()[:, 0]), h[r]),
+    "masked classes": lambda m, h: h.masked_fill(h > 0.5, -torch.inf).softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_what_each_example_goes_through_alone_is_exact(name):
+    model, twin = between(SEPARATE[name]), between(SEPARATE[name])
+    model.generator, twin.generator = (torch.Generator().manual_seed(0) for _ in range(2))
+    optimizer = optimizer_of(model)
+    torch.manual_seed(3)
+    loss_of(model, inputs()).backward()
+    torch.manual_seed(3)
+    truth = truth_at(weights_of(model), twin, inputs())
+    state = torch.get_rng_state()
+    found = optimizer.sensitivities().self_influence
+    assert relative_error(found, truth.self_influence(covariance_of(optimizer, model))) < 1e-10
+    assert torch.equal(state, torch.get_rng_state())
