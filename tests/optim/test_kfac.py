@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
+from tests.capture.test_factors import problem as words
 from tests.optim.networks import at_draw, cross_entropy, problem
 from tests.optim.table import EKFACVON, KFACVON, data, loss_of, network, plain, weights
 from tests.optim.test_full import covariance_of
@@ -128,9 +129,9 @@ def test_draws_have_the_stated_covariance(entry: Any, tempering: float) -> None:
 
 
 @entries
-@pytest.mark.parametrize("name", ["perceptron", "convolution", "sequence", "normalised"])
+@pytest.mark.parametrize("name", ["perceptron", "convolution", "sequence", "normalised", "words"])
 def test_sensitivities_come_from_its_state(entry: Any, name: str) -> None:
-    model, x, y = problem(name)
+    model, x, y = words("words") if name == "words" else problem(name)
     optimizer = entry.make(model, beta2=0.5)
     for _ in range(3):
         plain_step(optimizer, lambda: F.cross_entropy(model(x), y))
@@ -278,3 +279,74 @@ def test_other_fisher_matrices_train(fisher: str) -> None:
     for _ in range(30):
         plain(optimizer, model, x, y)
     assert loss() < before
+
+
+def test_factors_are_averaged_over_micro_batches_by_their_examples_and_over_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    signs = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    monkeypatch.setattr(likelihood_module, "_signs", lambda like, generator: signs.expand(like.shape))
+
+    def factors(how: str) -> list[Tensor]:
+        model, x, y = problem("sequence")
+        optimizer = vlearn.KFACVON(model, 0.0, CERTAIN, beta2=0.0, num_data=50)
+        if how == "draws":
+            for part in (slice(0, 4), slice(3, 7)):
+                with optimizer.sampled_params(train=True):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x[part]), y[part]).backward()
+        else:
+            for part in (slice(0, 5), slice(5, 7)) if how == "micro-batches" else (slice(0, 7),):
+                F.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+        names = ("in_factor", "out_factor")
+        return [optimizer.state[layer.weight][name] for layer in optimizer._layers() for name in names]
+
+    whole = factors("whole")
+    for a, b in zip(factors("micro-batches"), whole, strict=True):
+        torch.testing.assert_close(a, b)
+    columns = torch.cat([problem("sequence")[1][3], torch.ones(6, 1)], 1)  # of the example that both draws have
+    torch.testing.assert_close(factors("draws")[0] * 8, whole[0] * 7 + columns.mT @ columns / 6)
+
+
+def test_inputs_of_many_positions_are_taken_on_the_steps_that_use_them() -> None:
+    """A value stands for the steps since the last, so that a steady mean moves as if it had been taken in each."""
+    model, x, y = problem("sequence")
+    beta2, taken = 0.8, []
+    optimizer = vlearn.KFACVON(model, 0.0, CERTAIN, beta2=beta2, update_every=3, num_data=50)
+    for t in range(7):
+        inputs = x * (1 + t)
+        plain_step(optimizer, lambda inputs=inputs: F.cross_entropy(model(inputs), y))
+        taken.append(optimizer.state[model.inner.weight]["in_factor"].clone())  # type: ignore[union-attr, index]
+    columns = [torch.cat([x * (1 + t), torch.ones(*x.shape[:2], 1)], 2).flatten(0, 1) for t in (0, 3, 6)]
+    values = [rows.mT @ rows / len(rows) for rows in columns]
+    shares = torch.tensor([beta2**6, beta2**3 * (1 - beta2**3) / (1 - beta2), (1 - beta2**3) / (1 - beta2)]).double()
+    mean = sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True))
+    assert torch.equal(taken[0], taken[2]) and not torch.equal(taken[2], taken[3])
+    torch.testing.assert_close(taken[6], mean)
+
+
+def test_a_layer_whose_factors_would_be_too_large_is_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlearn.optim.kfac.LARGEST", 6)  # the first layer has six inputs and a bias
+    model, (x, y) = network(), data()
+    optimizer = KFACVON.make(model)
+    plain(optimizer, model, x, y)
+    assert [layer.parameters for layer in optimizer._layers()] == [(model[2].weight, model[2].bias)]
+
+
+@entries
+def test_a_failed_first_decomposition_leaves_the_start(entry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, y) = network(), data()
+    optimizer = entry.make(model)
+
+    def fail(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError("it did not converge")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fail)
+        plain(optimizer, model, x, y)
+        plain(optimizer, model, x, y)
+    assert optimizer.decomposition_failures == 2
+    assert bool((optimizer.state[model[0].weight]["hessian"] == 0.5).all())
+    plain(optimizer, model, x, y)
+    assert not bool((optimizer.state[model[0].weight]["hessian"] == 0.5).any())

@@ -47,18 +47,22 @@ class Layer(NamedTuple):
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
-def layers_of(trace: Trace, wanted: Container[Tensor], may_join: Callable[[Tensor, Tensor], bool]) -> list[Layer]:
+def layers_of(
+    trace: Trace, wanted: Container[Tensor], may_join: Callable[[Tensor, Tensor], bool], largest: int
+) -> list[Layer]:
     """The layers of a recorded pass that have factors.
 
     Args:
         wanted: the parameters that may be in one.
         may_join: (weight, bias) -> whether the bias may be the weight's last column.
+        largest: rows that a factor may have, unless it is diagonal.
     """
     uses_of = {p: uses for p, uses in trace.uses_of().items() if p in wanted}
     layers = []
     for weight, uses in uses_of.items():
         kind = _kind(uses, weight)
-        if kind is None:
+        columns = weight[0].numel()
+        if kind is None or max(columns + 1, 0 if kind == "table" else len(weight)) > largest:
             continue
         biases = [p for p in uses[0].parameters if uses_of.get(p) == uses and _is_shift(uses[0], p)]
         joined = kind == "matrix" and len(biases) == 1 and may_join(weight, biases[0])

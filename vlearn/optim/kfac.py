@@ -28,6 +28,7 @@ from vlearn.optim.watch import Watch
 from vlearn.sensitivity.live import Selector
 
 FISHERS = ("probe", "sampled", "empirical")
+LARGEST = 2**13  # rows of a factor: it takes 256 MiB, and its decomposition a minute of a CPU
 
 
 class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
@@ -45,7 +46,8 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
     Running means start at their first value and weigh older ones by β₂. The posterior precision is
     num_data·Q(s + wd)Qᵀ, Q = Q_B ⊗ Q_A: the damping by wd is exact, and is the prior. Layers are linear layers,
     convolutions of one group and embeddings, also user-registered ones that are matrix products; a bias in another
-    parameter group than its weight and all other parameters are diagonal, as in `VON`.
+    parameter group than its weight, layers with more than 8192 inputs or outputs, and all other parameters are
+    diagonal, as in `VON`. Where positions share a weight, A takes the inputs of every `update_every`-th step alone.
 
     Args:
         params: a model, which is then watched; or anything that torch.optim takes, with `watch(model)` before the
@@ -199,10 +201,10 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
         known = self._layer_of()
         new = {p for p in trace.tracked if p in wanted and p not in known and not bool(self.state[p]["step"])}
         layers = [layer for layer in self._layers() if any(p in wanted for p in layer.parameters)]
-        layers += layers_of(trace, new, self._in_one_group) if new else []
+        layers += layers_of(trace, new, self._in_one_group, LARGEST) if new else []
         due = {layer for layer in layers if self._is_due(layer, self._updates_of(layer) + 1)}
-        bases = {layer: self._basis(layer) for layer in layers if layer.weight in known}
-        bases = bases if self.eigenvalue_correction else {}
+        bases = {layer: self._basis(layer) for layer in layers if self.eigenvalue_correction and layer.weight in known}
+        bases = {layer: basis for layer, basis in bases.items() if basis != (None, None)}  # its decomposition failed
         sums: dict[Any, Tensor] = dict(factor_sums(trace, layers, weights, self.kfac_approx, bases, due, scale))
         factored = {p for layer in layers for p in layer.parameters}
         alone = {p for p in trace.tracked if p in wanted and p not in factored}
