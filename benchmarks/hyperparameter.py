@@ -26,7 +26,7 @@ from benchmarks import networks, pictures, report, script, supervised
 from benchmarks.data import Images
 from benchmarks.pictures import Curves
 from benchmarks.supervised import Advance, Recipe
-from vlearn.plot.style import GREY, INK
+from vlearn.plot.style import INK
 
 IVON, _, KRONECKER = pictures.LOOKS
 TRAINERS = {"SGD": KRONECKER, "IVON": IVON}
@@ -183,19 +183,19 @@ def draw(found: dict[str, Any]) -> Figure:
     figure = pictures.generalization(panels)
     for ax, (method, row) in zip(figure.axes, found["table"].items(), strict=True):
         ax.set(xscale="log", xlabel="prior precision δ")
-        for delta, color, style in (
-            (row["test_minimiser"], INK, (0, (4, 2))),
-            (row["loo_minimiser"], pictures.LOOKS[method][0], (0, (1, 2))),
-        ):
-            ax.axvline(delta, color=color, linestyle=style, linewidth=1.4, zorder=1)
-        ax.grid(visible=True, color=GREY, alpha=0.2)
+        ax.get_legend().remove()
+        for which, color, style in (("test", INK, (0, (4, 2))), ("loo", pictures.LOOKS[method][0], (0, (1, 2)))):
+            name = {"test": "test", "loo": "leave-one-out"}[which]
+            minimiser = row[f"{which}_minimiser"]
+            ax.axvline(minimiser, color=color, linestyle=style, linewidth=1.4, zorder=1, label=f"least {name}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(found["experiment"]["title"], fontsize=12)
     return figure
 
 
 def print_results(found: dict[str, Any]) -> None:
     title = found["experiment"]["title"]
-    header = ("", "δ by LOO", "δ by test", "steps apart", "regret", "test: best", "worst", "|LOO-test|", "Pearson")
+    header = ("", "δ by LOO", "δ by test", "steps apart", "regret", "best test", "|LOO-test|", "Pearson")
     lines = [
         (
             method,
@@ -204,7 +204,6 @@ def print_results(found: dict[str, Any]) -> None:
             str(row["grid_steps_apart"]),
             f"{row['regret']:.4f} ± {row['regret_standard_error']:.4f}",
             f"{row['smallest_test_loss']:.4f}",
-            f"{row['largest_test_loss']:.4f}",
             f"{row['mean_absolute_gap']:.3f}",
             f"{row['pearson_over_grid']:.3f}",
         )
@@ -215,14 +214,19 @@ def print_results(found: dict[str, Any]) -> None:
         "of training, means over the seeds; gap and correlation over the grid."
     ]
     report.print_table(f"Prior precision by leave-one-out: {title}", header, lines, notes)
-    curves = found["curves"]
-    parts = [(method, which) for method in curves for which in ("train", "loo", "test", "accuracy")]
+    deltas = found["experiment"]["prior_precisions"]
     report.print_table(
         f"Over the grid: {title}",
-        ("δ", *(f"{method}\n{which}" for method, which in parts)),
+        ("", "δ", "train", "LOO", "test", "accuracy"),
         [
-            (f"{delta:g}", *(f"{np.mean(curves[method][which][place]):.4f}" for method, which in parts))
-            for place, delta in enumerate(found["experiment"]["prior_precisions"])
+            (
+                method,
+                f"{delta:g}",
+                *(f"{np.mean(curves[which][place]):.4f}" for which in ("train", "loo", "test")),
+                f"{np.mean(curves['accuracy'][place]):.2%}",
+            )
+            for method, curves in found["curves"].items()
+            for place, delta in enumerate(deltas)
         ],
     )
 
