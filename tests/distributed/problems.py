@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +14,17 @@ from tests.optim import table
 from tests.optim.table import Entry, data, loss_of, states
 
 STEPS = 3
-Draws = list[list[Tensor]]  # for each draw, the sampled weights of each block of parameters
+
+
+@dataclass
+class Drawn:
+    """What a draw took random numbers for: the weights of each slot, and the probe of each backward pass under it."""
+
+    weights: list[Tensor]
+    probes: list[Tensor] = field(default_factory=list)
+
+
+Draws = list[Drawn]
 
 
 def batches(rank: int, parts: int = 1) -> list[tuple[Tensor, Tensor]]:
@@ -25,25 +37,39 @@ def batches(rank: int, parts: int = 1) -> list[tuple[Tensor, Tensor]]:
 def record(optimizer: Any) -> Draws:
     """The list to which the optimizer's draws will be added."""
     draws: Draws = []
-    perturb = optimizer._perturb
+    perturb, probe = optimizer._perturb_all, optimizer._probe
 
-    def recording(group: dict[str, Any], block: list[Any]) -> None:
-        perturb(group, block)
-        draws.append([slot.weights.clone() for slot in block])
+    def perturbing(blocks: Iterator[Any]) -> None:
+        drawn = list(blocks)
+        perturb(iter(drawn))
+        draws.append(Drawn([slot.weights.clone() for _, block in drawn for slot in block]))
 
-    optimizer._perturb = recording
+    def probing(*args: Any) -> Tensor:
+        draws[-1].probes.append(probe(*args))
+        return draws[-1].probes[-1]
+
+    optimizer._perturb_all, optimizer._probe = perturbing, probing
     return draws
 
 
 def replay(optimizer: Any, draws: Draws) -> None:
     """Let the optimizer make these draws instead of its own."""
-    given = iter(draws)
+    given, probes = iter(draws), iter(())
 
-    def replaying(group: dict[str, Any], block: list[Any]) -> None:
-        for slot, weights in zip(block, next(given), strict=True):
+    def perturbing(blocks: Iterator[Any]) -> None:
+        nonlocal probes
+        drawn = next(given)
+        probes = iter(drawn.probes)
+        for slot, weights in zip([slot for _, block in blocks for slot in block], drawn.weights, strict=True):
             slot.weights.copy_(weights)
 
-    optimizer._perturb = replaying
+    optimizer._perturb_all, optimizer._probe = perturbing, lambda *_: next(probes)
+
+
+def alternating(draws: list[Draws], each: int = 1) -> Draws:
+    """The draws of all ranks in the order in which one process makes them: `each` of every rank in a step."""
+    steps = len(draws[0]) // each
+    return [draw for step in range(steps) for own in draws for draw in own[step * each : (step + 1) * each]]
 
 
 def train(loop: str, optimizer: Any, wrapper: DistributedDataParallel, micro: list[Any], no_sync: bool = False) -> None:
@@ -75,10 +101,9 @@ def with_all_draws(
     entry: Entry, model: nn.Module, draws: list[Draws], parts: int = 1, steps: int = STEPS, **kwargs: Any
 ) -> Any:
     """Train in one process on every rank's draws, each with that rank's batch; a context for each."""
-    optimizer = table.made(entry, "context", model, **kwargs)
+    optimizer = table.made(entry, "context", model, loss_scale=1 / parts, **kwargs)
     made = len(draws[0]) // steps
-    order = [draws[rank][step * made + k] for step in range(steps) for rank in range(len(draws)) for k in range(made)]
-    replay(optimizer, order)
+    replay(optimizer, alternating(draws, made))
     for _ in range(steps):
         for rank in range(len(draws)):
             for _ in range(made):

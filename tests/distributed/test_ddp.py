@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.problems import (
     STEPS,
+    alternating,
     batches,
     record,
     refusal,
@@ -22,7 +23,8 @@ from tests.distributed.problems import (
     with_all_draws,
 )
 from tests.distributed.ranks import Ranks
-from tests.optim.table import DISTRIBUTED, FAMILY, LOOPS, Entry, data, equal, loss_of, network, plain, weights
+from tests.optim import table
+from tests.optim.table import DISTRIBUTED, FAMILY, IVON, LOOPS, Entry, data, equal, loss_of, network, plain, weights
 
 pytestmark = pytest.mark.slow
 family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
@@ -30,17 +32,14 @@ family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number])
 
 def made(entry: Entry, loop: str, wrapper: DistributedDataParallel, **kwargs: Any) -> Any:
     """The optimizer that sees the wrapper, the model in it ("inner"), or its parameters alone."""
-    if loop in ("plain", "inner"):
-        return entry.make(wrapper if loop == "plain" else wrapper.module, **kwargs)
-    optimizer = entry.make(wrapper.module.parameters(), **kwargs)
-    if entry.captures:
-        optimizer.watch(wrapper)
-    return optimizer
+    if loop == "inner":
+        return table.made(entry, "plain", wrapper.module, **kwargs)
+    return table.made(entry, loop, wrapper, **kwargs)
 
 
 def own_draws(rank: int, number: int, loop: str, parts: int, no_sync: bool, options: dict, settings: dict) -> Any:
     wrapper = DistributedDataParallel(network(seed=rank), **options)
-    optimizer = made(FAMILY[number], loop, wrapper, **settings)
+    optimizer = made(FAMILY[number], loop, wrapper, loss_scale=1 / parts, **settings)
     draws = record(optimizer)
     for _ in range(STEPS):
         train(loop, optimizer, wrapper, batches(rank, parts), no_sync)
@@ -51,9 +50,9 @@ def assert_two_are_one(ranks: Ranks, number: int, loop: str, parts: int = 1, no_
     settings = options.pop("settings", {})
     (first, state), (second, other) = ranks(own_draws, number, loop, parts, no_sync, options, settings)
     assert equal(state, other)
-    assert not any(
-        torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)
-    )
+    for one, two in zip(first, second, strict=True):
+        pairs = [*zip(one.weights, two.weights, strict=True), *zip(one.probes, two.probes, strict=True)]
+        assert not any(torch.equal(a, b) for a, b in pairs)
     rule = {key: value for key, value in settings.items() if key != "mc_samples"}
     one = with_all_draws(FAMILY[number], network(), [first, second], parts, **rule)
     if (parts == 1 or no_sync) and "mc_samples" not in settings:
@@ -117,7 +116,7 @@ def large(rank: int, number: int, compiled: bool) -> Any:
     return state_of(optimizer), calls
 
 
-@family
+@pytest.mark.parametrize("number", [n for n in DISTRIBUTED if FAMILY[n] is IVON])
 def test_a_compiled_step_takes_the_local_products_too(ranks: Ranks, number: int) -> None:
     plainly = ranks(large, number, False)[0][0]
     (first, calls), (second, _) = ranks(large, number, True)
@@ -165,8 +164,8 @@ class Branches(nn.Module):
 
 def branches_on(rank: int, number: int) -> Any:
     model = Branches()
-    optimizer = FAMILY[number].make([{"params": model.parameters()}])
     wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = made(FAMILY[number], "context", wrapper)
     draws = record(optimizer)
     x, y = batches(rank)[0]
     for _ in range(STEPS):
@@ -182,8 +181,8 @@ def test_a_parameter_that_one_rank_does_not_use_counts_as_zero_there(ranks: Rank
     (first, state), (second, other) = ranks(branches_on, number)
     assert equal(state, other)
     model = Branches()
-    optimizer = FAMILY[number].make([{"params": model.parameters()}])
-    replay(optimizer, [draw for both in zip(first, second, strict=True) for draw in both])
+    optimizer = table.made(FAMILY[number], "context", model)
+    replay(optimizer, alternating([first, second]))
     for _ in range(STEPS):
         for rank in range(2):
             x, y = batches(rank)[0]
@@ -247,26 +246,29 @@ def test_gradients_that_change_between_backward_and_step_are_refused(
         assert untouched
 
 
+def two_micro_batches(optimizer: Any, model: nn.Module, inner: nn.Module, micro: list[Any], how: str) -> None:
+    """Two backward passes; between them something is done to the gradient of the first."""
+    optimizer.zero_grad()
+    loss_of(model, *micro[0]).backward()
+    if how == "clip":
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    if how == "zero_grad":
+        optimizer.zero_grad()
+    if how == "model.zero_grad":
+        model.zero_grad()
+    if how == "in place":
+        model.zero_grad(set_to_none=False)
+    if how == "autograd.grad":
+        torch.autograd.grad(loss_of(inner, *micro[1]), list(model.parameters()))
+    loss_of(model, *micro[1]).backward()
+
+
 def between_micro_batches(rank: int, number: int, how: str, bucket_view: bool) -> Any:
-    """What is done to the gradient of a first micro-batch before the second comes."""
     wrapper = DistributedDataParallel(network(), gradient_as_bucket_view=bucket_view)
     optimizer = FAMILY[number].make(wrapper)
     draws, messages = record(optimizer), []
-    first, second = batches(rank, 2)
     for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(wrapper, *first).backward()
-        if how == "clip":
-            torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1e-3)
-        if how == "zero_grad":
-            optimizer.zero_grad()
-        if how == "model.zero_grad":
-            wrapper.zero_grad()
-        if how == "in place":
-            wrapper.zero_grad(set_to_none=False)
-        if how == "autograd.grad":
-            torch.autograd.grad(loss_of(wrapper.module, *second), list(wrapper.parameters()))
-        loss_of(wrapper, *second).backward()
+        two_micro_batches(optimizer, wrapper, wrapper.module, batches(rank, 2), how)
         messages.append(refusal(optimizer.step))
     return draws, state_of(optimizer), messages
 
@@ -283,14 +285,12 @@ def test_what_happens_to_gradients_between_micro_batches_counts_or_is_refused(
         return
     assert set(messages) == {"nothing was raised"}
     assert equal(state, other)
-    optimizer = FAMILY[number].make((model := network()).parameters())
-    replay(optimizer, [draw for both in zip(first, second, strict=True) for draw in both])
+    optimizer = table.made(FAMILY[number], "context", model := network())
+    replay(optimizer, alternating([first, second]))
     for _ in range(STEPS):
         for rank in range(2):
             with optimizer.sampled_params(train=True):
-                optimizer.zero_grad()
-                for x, y in batches(rank, 2)[0 if how == "autograd.grad" else 1 :]:
-                    loss_of(model, x, y).backward()
+                two_micro_batches(optimizer, model, model, batches(rank, 2), how)
         optimizer.step()
     for a, b in zip(state, state_of(optimizer), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
@@ -346,6 +346,7 @@ def test_gradients_that_are_averaged_by_hand_are_right_with_shared_noise(ranks: 
 
 def train_alone(optimizer: Any, model: nn.Module, rank: int) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer.watch(model, loss_scale=scaler.get_scale)
     for k in range(STEPS + rank):
         optimizer.zero_grad()
         for x, y in batches(rank, 2):
@@ -412,12 +413,12 @@ def first_draws(rank: int, generator: bool, seed: int) -> Any:
 @pytest.mark.parametrize("generator", [False, True])
 def test_processes_seeded_alike_draw_differently_and_again_the_same(ranks: Ranks, generator: bool) -> None:
     first, second = ranks(first_draws, generator, 3)
-    every = [draw[0] for draw in first + second]
+    every = [draw.weights[0] for draw in first + second]
     assert not any(torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
     again, _ = ranks(first_draws, generator, 3)
-    assert all(equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(equal(a.weights, b.weights) for a, b in zip(first, again, strict=True))
     other, _ = ranks(first_draws, generator, 4)
-    assert not equal(first[0], other[0])
+    assert not equal(first[0].weights, other[0].weights)
 
 
 def many_draws(rank: int, count: int) -> torch.Tensor:

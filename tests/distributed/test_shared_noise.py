@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.problems import STEPS, Draws, batches, record, replay, state_of
+from tests.distributed.problems import STEPS, Drawn, Draws, batches, record, replay, state_of
 from tests.distributed.ranks import Ranks
 from tests.optim.table import DISTRIBUTED, FAMILY, LOOPS, data, equal, loss_of, made, network
 
@@ -20,6 +20,8 @@ PARTS = 2
 def train(loop: str, how: str, optimizer: Any, model: Any, micro: list[Any]) -> None:
     """Clipped and scaled steps over micro-batches of the batch that this process has."""
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled="scaled" in how)
+    if optimizer._watch is not None:
+        optimizer.watch(model, loss_scale=lambda: scaler.get_scale() / len(micro))
 
     def backward() -> None:
         optimizer.zero_grad()
@@ -76,12 +78,19 @@ def test_two_ranks_are_one_process_with_the_whole_batch(
     ranks: Ranks, number: int, loop: str, how: str, bucket_view: bool
 ) -> None:
     (first, state), (second, other) = ranks(on_ranks, number, loop, how, bucket_view)
-    assert all(equal(a, b) for a, b in zip(first, second, strict=True)) and len(first) == STEPS
+    assert all(equal(a.weights, b.weights) for a, b in zip(first, second, strict=True)) and len(first) == STEPS
     assert equal(state, other)
-    for a, b in zip(state, on_one(number, loop, how, first), strict=True):
+    whole = [together(a, b) for a, b in zip(first, second, strict=True)]
+    for a, b in zip(state, on_one(number, loop, how, whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     if "clipped" in how:
-        assert not equal(state, on_one(number, loop, "as it is", first))
+        assert not equal(state, on_one(number, loop, "as it is", whole))
+
+
+def together(first: Drawn, second: Drawn) -> Drawn:
+    """One draw of two ranks, with the probes of all their micro-batches, in one pass."""
+    assert not any(torch.equal(a, b) for a, b in zip(first.probes, second.probes, strict=True))
+    return Drawn(first.weights, [torch.cat(first.probes + second.probes)] if first.probes else [])
 
 
 def ensemble_on_the_first(rank: int) -> list[torch.Tensor]:
@@ -91,7 +100,7 @@ def ensemble_on_the_first(rank: int) -> list[torch.Tensor]:
     if rank == 0:
         with optimizer.sampled_params():
             pass
-    return [block for draw in draws for block in draw]
+    return [weights for draw in draws for weights in draw.weights]
 
 
 def test_a_draw_for_predicting_asks_no_other_rank(ranks: Ranks) -> None:

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.problems import STEPS, batches, record, refusal, replay, state_of
+from tests.distributed.problems import STEPS, alternating, batches, record, refusal, replay, state_of
 from tests.distributed.ranks import Ranks
-from tests.optim.table import DISTRIBUTED, FAMILY, equal, loss_of, network, weights
+from tests.optim import table
+from tests.optim.table import DISTRIBUTED, FAMILY, IVON, equal, loss_of, network, weights
 
 pytestmark = pytest.mark.slow
 family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 SETTINGS: dict[str, dict[str, Any]] = {
-    "price": {},
+    "defaults": {},
     "gradsq": {"hess_approx": "gradsq"},
     "shared": {"shared_noise": True},
 }
@@ -27,6 +28,13 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     first, _, last = model.children()
     last.bias.requires_grad_(False)  # type: ignore[union-attr]
     return [{"params": first.parameters(), "lr": 0.2}, {"params": last.parameters(), "weight_decay": 0.01}]
+
+
+def made(number: int, model: nn.Module, **kwargs: Any) -> Any:
+    optimizer = FAMILY[number].make(groups(model), **kwargs)
+    if FAMILY[number].captures:
+        optimizer.watch(model)
+    return optimizer
 
 
 def step(optimizer: Any, model: nn.Module, rank: int, contexts: int, unused: bool = False, scale: float = 1.0) -> None:
@@ -43,7 +51,7 @@ def step(optimizer: Any, model: nn.Module, rank: int, contexts: int, unused: boo
 
 def on_ranks(rank: int, number: int, setting: str, contexts: int, unused: bool) -> Any:
     model = network()
-    optimizer = FAMILY[number].make(groups(model), sync=True, **SETTINGS[setting])
+    optimizer = made(number, model, sync=True, **SETTINGS[setting])
     draws = record(optimizer)
     for _ in range(STEPS):
         step(optimizer, model, rank, contexts, unused)
@@ -51,8 +59,11 @@ def on_ranks(rank: int, number: int, setting: str, contexts: int, unused: bool) 
     return draws, state_of(optimizer)
 
 
-@family
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("number", "setting"),
+    [(n, setting) for n in DISTRIBUTED for setting in SETTINGS if FAMILY[n] is IVON or setting != "gradsq"],
+    ids=str,
+)
 @pytest.mark.parametrize("contexts", [1, 2])
 @pytest.mark.parametrize("unused", [False, True])
 def test_two_ranks_are_one_process_with_both_draws(
@@ -60,12 +71,11 @@ def test_two_ranks_are_one_process_with_both_draws(
 ) -> None:
     (first, state), (second, other) = ranks(on_ranks, number, setting, contexts, unused)
     assert equal(state, other)
-    assert equal(first[0], second[0]) == (setting == "shared")
+    assert equal(first[0].weights, second[0].weights) == (setting == "shared")
 
     model = network()
-    optimizer = FAMILY[number].make(groups(model), **SETTINGS[setting])
-    made = 2 * contexts  # two groups, so two blocks
-    replay(optimizer, [d for s in range(STEPS) for draws in (first, second) for d in draws[s * made : (s + 1) * made]])
+    optimizer = made(number, model, **SETTINGS[setting])
+    replay(optimizer, alternating([first, second], contexts))
     for _ in range(STEPS):
         for rank in range(2):
             step(optimizer, model, rank, contexts, unused)
@@ -93,7 +103,7 @@ def test_with_the_wrapper_it_would_average_twice_and_is_refused(ranks: Ranks, nu
 
 def with_one_rank_overflown(rank: int, number: int, rule: str, contexts: int, at: int) -> Any:
     model = network()
-    optimizer = FAMILY[number].make(model.parameters(), sync=True, nonfinite=rule)
+    optimizer = table.made(FAMILY[number], "context", model, sync=True, nonfinite=rule)
     for k in range(contexts):
         step(optimizer, model, rank, 1, scale=float("inf") if rank == 1 and k == at else 1.0)
     message = ""
@@ -106,10 +116,16 @@ def with_one_rank_overflown(rank: int, number: int, rule: str, contexts: int, at
     return message, changed, optimizer.nonfinite_count, optimizer.step() or state_of(optimizer)
 
 
+def name_of(number: int, place: int) -> str:
+    """What a parameter is called: as in the model, where that is watched."""
+    names = [name for name, _ in network().named_parameters()]
+    return repr(names[place] if FAMILY[number].captures else f"param_{place}")
+
+
 @family
 def test_a_gradient_that_is_not_finite_in_one_rank_stops_all(ranks: Ranks, number: int) -> None:
     (own, *first), (seen, *second) = ranks(with_one_rank_overflown, number, "raise", 1, 0)
-    assert "a parameter in another process is not finite" in own and "param_0" in seen
+    assert "a parameter in another process is not finite" in own and name_of(number, 0) in seen
     for changed, count, _ in (first, second):
         assert (changed, count) == (False, 0)
     assert equal(first[2], second[2])
@@ -125,7 +141,7 @@ def unlike(rank: int, number: int, how: str) -> str:
     model = network()
     if how == "frozen":
         model[0].bias.requires_grad_(rank == 0)
-    optimizer = FAMILY[number].make(model.parameters(), sync=True)
+    optimizer = table.made(FAMILY[number], "context", model, sync=True)
 
     def whole() -> None:
         step(optimizer, model, rank, 1 + rank if how == "draws" else 1)
@@ -138,7 +154,7 @@ def unlike(rank: int, number: int, how: str) -> str:
 @pytest.mark.parametrize("how", ["frozen", "draws"])
 def test_processes_that_do_not_train_alike_are_told(ranks: Ranks, number: int, how: str) -> None:
     expected = {
-        "frozen": "'param_1' is frozen in some processes only",
+        "frozen": f"{name_of(number, 1)} is frozen in some processes only",
         "draws": "some processes are at step() while others begin another draw",
     }
     for message in ranks(unlike, number, how):

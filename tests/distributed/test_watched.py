@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.problems import STEPS, batches, record, replay, state_of, train
 from tests.distributed.ranks import Ranks
-from tests.optim.table import DISTRIBUTED, FAMILY, equal, loss_of, network, plain, weights
-from tests.oracles.per_example import per_example, relative_error
+from tests.optim.networks import at_draw, covariance_of, cross_entropy
+from tests.optim.table import DISTRIBUTED, FAMILY, equal, loss_of, made, network, plain, weights
+from tests.oracles.per_example import relative_error
 
 pytestmark = pytest.mark.slow
 family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
@@ -49,13 +50,9 @@ def test_sensitivities_are_those_of_one_process_with_that_draw_and_minibatch(
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert found.step == STEPS + 1
 
-        truth = per_example(
-            model, lambda m, x=x: m(x), lambda output, y=y: nn.functional.cross_entropy(output, y, reduction="none")
-        )
-        optimizer.zero_grad()
-        names = [name for name, _ in model.named_parameters()]
-        variance = torch.cat([optimizer.posterior().variance[name].flatten() for name in names])
-        assert relative_error(found.self_influence, truth.self_influence(torch.diag(variance))) < 1e-10
+        truth = at_draw(model, x, cross_entropy(y))
+        covariance = covariance_of(optimizer, model)
+        assert relative_error(found.self_influence, truth.self_influence(covariance)) < 1e-10
         assert relative_error(found.residual, truth.residual) < 1e-12
 
 
@@ -105,10 +102,11 @@ def test_names_and_the_mean_are_those_of_the_model_inside(ranks: Ranks, number: 
 
 def many_steps(rank: int, number: int, loop: str, settings: dict[str, Any]) -> list[torch.Tensor]:
     torch.manual_seed(rank)
-    model = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 3))
+    width = 10 if FAMILY[number].dense else 300
+    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
     model = model.to(settings.pop("dtype", torch.float32))
     wrapper = DistributedDataParallel(model)
-    optimizer = FAMILY[number].make(wrapper if loop == "plain" else model.parameters(), **settings)
+    optimizer = made(FAMILY[number], loop, wrapper, loss_scale=1 / 2, **settings)
     dtype = next(model.parameters()).dtype
     micro = [(x.to(dtype), y) for x, y in batches(rank, 2)]
     for _ in range(30):

@@ -87,3 +87,14 @@ def cross_entropy(y: Tensor) -> Callable[[Tensor], Tensor]:
 def hessian_of(optimizer: Any, model: nn.Module) -> Tensor:
     """The state's Hessian diagonal as one vector."""
     return torch.cat([optimizer.state[p]["hessian"].reshape(-1) for p in model.parameters()])
+
+
+def covariance_of(optimizer: Any, model: nn.Module) -> Tensor:
+    """Σ on the num_data scale, as sensitivities use it."""
+    count = sum(p.numel() for p in model.parameters())
+    parameters = dict(model.named_parameters())
+    covariance = optimizer.posterior().covariance(parameters)
+    unit = torch.eye(count, dtype=torch.float64)
+    parts = unit.split([p.numel() for p in parameters.values()], 1)
+    columns = covariance.multiply({p: part.reshape(count, *p.shape) for p, part in zip(parameters.values(), parts)})  # noqa: B905
+    return torch.cat([columns[p].reshape(count, -1) for p in parameters.values()], 1)

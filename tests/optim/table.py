@@ -129,9 +129,8 @@ EKFACVON = Entry(
     variant="EK-FAC",
 )
 FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON)
-# Places of those whose training in several processes is shown equal to one process. For the others such a test has yet
-# to replay the probes, watch the wrapper in every loop and say how the loss is divided.
-DISTRIBUTED = tuple(number for number, entry in enumerate(FAMILY) if entry is IVON)
+# Places of those that train in several processes; the ranks take an entry by its place.
+DISTRIBUTED = tuple(number for number, entry in enumerate(FAMILY) if not entry.kronecker)
 
 
 def needs_parameters_apart(entry: Entry) -> None:

@@ -12,8 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
-from tests.optim.networks import NETWORKS, at_draw, cross_entropy, problem
-from tests.optim.table import FULLVON, FULLVON_PRICE, data, loss_of, network, plain
+from tests.optim.networks import NETWORKS, at_draw, covariance_of, cross_entropy, problem
+from tests.optim.table import (
+    FULLVON,
+    FULLVON_PRICE,
+    data,
+    equal,
+    loss_of,
+    modes,
+    network,
+    plain,
+    states,
+    weights,
+)
 from tests.optim.test_von import CERTAIN, mean_over_signs, plain_step
 from tests.oracles.per_example import relative_error
 
@@ -29,17 +40,6 @@ def hessian_of(optimizer: vlearn.FullVON) -> Tensor:
     """H ``[P, P]`` of the state."""
     rows = [state["hessian"] for state in optimizer.state.values()]
     return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
-
-
-def covariance_of(optimizer: vlearn.FullVON, model: nn.Module) -> Tensor:
-    """Σ on the num_data scale, as sensitivities use it."""
-    count = sum(p.numel() for p in model.parameters())
-    parameters = dict(model.named_parameters())
-    covariance = optimizer.posterior().covariance(parameters)
-    unit = torch.eye(count, dtype=torch.float64)
-    parts = unit.split([p.numel() for p in parameters.values()], 1)
-    columns = covariance.multiply({p: part.reshape(count, *p.shape) for p, part in zip(parameters.values(), parts)})  # noqa: B905
-    return torch.cat([columns[p].reshape(count, -1) for p in parameters.values()], 1)
 
 
 @rules
@@ -188,6 +188,20 @@ def test_the_positive_definite_rule_at_most_halves_the_precision_whatever_the_si
         if before is not None:
             assert float(torch.linalg.eigvalsh(now - before / 2).min()) > 0
         before = now
+
+
+def test_prices_estimate_is_the_same_in_one_parameter_group_and_in_several() -> None:
+    """Also from a draw that is in the weights when step() is called."""
+    found = []
+    for several in (False, True):
+        model = network()
+        parameters = list(model.parameters())
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:]}] if several else parameters
+        optimizer = FULLVON_PRICE.make(groups)
+        torch.manual_seed(3)
+        modes(optimizer, model, *data())
+        found.append(states(optimizer) + weights(model))
+    assert equal(*found)
 
 
 def test_prices_estimate_has_the_hessian_as_its_mean() -> None:

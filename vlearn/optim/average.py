@@ -101,19 +101,19 @@ class Average:
         return self._sums[p]
 
 
-def worst(code: int, at_step: bool, device: torch.device) -> int:
-    """The greatest of all processes' codes, for a decision that they must take alike.
+def worst(code: int, at_step: bool, device: torch.device, group: Any) -> int:
+    """The greatest code of all processes of a group, for a decision that they must take alike.
 
     Raises:
         RuntimeError: if some processes are at `step()` and others begin another draw.
     """
     mine = torch.tensor([code, at_step], dtype=torch.float32, device=device)
-    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(gathered, mine)
-    codes, places = torch.stack(gathered).int().unbind(1)
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, mine, group=group)
+    codes, places = torch.stack(gathered).cpu().int().unbind(1)
     if len(places.unique()) > 1:
         raise RuntimeError(
-            "sync=True, but some processes are at step() while others begin another draw for it: enter "
+            "some processes are at step() while others begin another draw for it: enter "
             "sampled_params(train=True) equally often in all of them."
         )
     return int(codes.max())

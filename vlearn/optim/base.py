@@ -30,11 +30,11 @@ from vlearn.optim.loading import loaded_as_saved
 from vlearn.optim.nonfinite import first_nonfinite, is_narrow
 from vlearn.optim.sampling import Sampler
 from vlearn.optim.watch import Watch, watchers
-from vlearn.optim.wrappers import is_sharded, named_parameters
+from vlearn.optim.wrappers import averaged, is_sharded, named_parameters
 from vlearn.posterior.base import Posterior
 from vlearn.sensitivity.live import Selector, Sensitivities
 
-_RULES = ("ignore", "skip", "raise")  # of `nonfinite`, the stricter the later
+_RULES = ("ignore", "skip", "raise", "fail")  # of `nonfinite`, the stricter the later; "fail": there is no step
 
 
 class Part(NamedTuple):
@@ -300,10 +300,9 @@ class VariationalOptimizer(Sampler, Optimizer):
         self._settle()
         try:
             loss, finite = self._run(closure) if closure is not None else (None, True)
-            if finite:
-                draw = checked_draw(self, closure is not None)
-                if self._may_update(draw):
-                    self._apply(draw)
+            draw = self._checked_draw(closure is not None) if finite else None
+            if draw is not None:
+                self._apply(draw)
         except BaseException:
             self._drop_draws()
             raise
@@ -319,8 +318,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         try:
             for call in range(self._mc_samples()):
                 if call > 0:
-                    draw = checked_draw(self, True)
-                    if not self._may_update(draw):
+                    draw = self._checked_draw(True)
+                    if draw is None:
                         return _average_loss(losses), False
                     self._keep_gradients(draw)
                 if call == 0 and self._draw is not None:
@@ -347,15 +346,29 @@ class VariationalOptimizer(Sampler, Optimizer):
     def _mc_samples(self) -> int:
         return max(group["mc_samples"] for group in self.param_groups)
 
-    def _may_update(self, draw: Draw) -> bool:
-        """Apply the `nonfinite` rule of the groups."""
-        found, rule = None, "ignore"
-        for group in self.param_groups:
-            if group["nonfinite"] != "ignore":
-                p = first_nonfinite((p, self._gradient_of(draw, p)) for p in group["params"])
-                if p is not None and rule != "raise":
-                    found, rule = p, group["nonfinite"]
+    def _checked_draw(self, has_closure: bool) -> Draw | None:
+        """The draw to update from; None if the `nonfinite` rule of the groups is to skip the step.
+
+        Raises:
+            RuntimeError, FloatingPointError: where this process has no step, or another whose step is the same.
+        """
+        draw, found, rule, problem = None, None, "ignore", None
+        try:
+            draw = checked_draw(self, has_closure)
+            for group in self.param_groups:
+                if group["nonfinite"] != "ignore":
+                    p = first_nonfinite((p, self._gradient_of(draw, p)) for p in group["params"])
+                    if p is not None and rule != "raise":
+                        found, rule = p, group["nonfinite"]
+        except Exception as error:
+            if self._draw is None:
+                raise  # the others may not be at step()
+            rule, problem = "fail", error
         rule = _RULES[self._agreed(_RULES.index(rule), at_step=True)]
+        if problem is not None:
+            raise problem
+        if rule == "fail":
+            raise RuntimeError("another process has no step to take, which its own error explains: none was taken.")
         if rule == "raise":
             where = repr(self._names()[found]) if found is not None else "a parameter in another process"
             raise FloatingPointError(
@@ -365,7 +378,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         if rule == "skip":
             self.nonfinite_count += 1
             self._drop_draws()
-        return rule == "ignore"
+            return None
+        return draw
 
     def _apply(self, draw: Draw) -> None:
         follow_betas(self.param_groups, self._betas)
@@ -402,14 +416,24 @@ class VariationalOptimizer(Sampler, Optimizer):
                 continue
             last = None if synchronised else self._contributions(draw, group, block)
             slots, gradients, statistics = self._average.of(block, last)
-            # With one draw for all, only what comes from this process's own examples differs.
-            if not synchronised and (draw.local is not None or draw.captured is not None):
-                self._wrappers.average(slots, statistics)
+            if slots and draw.captured is not None and not draw.captured.count:
+                # As it is: an average would count draws in which a parameter has no gradient as zero.
+                statistics = self._statistic(draw, group, slots, [], gradients)
+            elif slots and not synchronised:
+                statistics = self._average_statistics(draw, slots, statistics)
             if slots:
                 yield Part(group, slots, gradients, statistics)
             self._round_means(slots)
             for slot in block:
                 slot.show_mean() if keep else slot.drop_draw()
+
+    def _average_statistics(self, draw: Draw, slots: list[Slot], statistics: list[Tensor]) -> list[Tensor]:
+        """Averages over the processes whose gradients are averaged already."""
+        if draw.local is not None:
+            return self._wrappers.average(slots, statistics)
+        if draw.captured is not None and self._over_processes("shared_noise"):  # from each process's own examples
+            return averaged(statistics, self._wrappers.group_of(self.moving()))
+        return statistics
 
     def _round_means(self, block: list[Slot]) -> None:
         """Write the exact means of narrower weights into them."""

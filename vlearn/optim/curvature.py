@@ -51,5 +51,5 @@ class CurvatureProbe(_Optimizer):
         return self._needs_captures()
 
     def _probe(self, watch: Watch, output: Tensor, residual: Tensor) -> Tensor:
-        generator = self._noise.on(output.device)
+        generator = self._noise.of_examples.on(output.device)
         return probe(self.likelihood, self.hessian, output, residual, watch.weight_of_rows, generator)

@@ -159,6 +159,8 @@ class FullVON(CurvatureProbe, DenseState, VariationalOptimizer):
         return [torch.outer(g.reshape(-1).to(score), score).reshape(*g.shape, len(score)).to(g) for g in gradients]
 
     def _update_all(self, parts: Iterator[Part], joint: dict[Any, Tensor]) -> None:
+        if self._draw is not None:
+            self._draw.finish()  # the sample stays in the buffers: Price's estimate wants all of it for every block
         found = list(parts)
         if found:
             self._update_jointly(found)

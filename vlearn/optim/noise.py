@@ -26,11 +26,15 @@ class Noise:
     Args:
         generator: the user's; None for torch's global ones.
         seed: of new generators that are used instead.
+
+    Attributes:
+        of_examples: for random numbers that belong to this process's own examples, also where the draw is shared.
     """
 
     def __init__(self, generator: torch.Generator | None, seed: int | None = None):
         self._generator = generator
         self._seed = seed
+        self.of_examples = self
         self._streams: dict[torch.device, torch.Generator] = {}
 
     @classmethod
@@ -50,7 +54,9 @@ class Noise:
         seed = _number(generator).to(device)
         first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
         torch.distributed.broadcast(seed, first, group=group)
-        return cls(generator, int(seed))
+        noise = cls(generator, int(seed))
+        noise.of_examples = cls(generator, _mixed(int(seed), torch.distributed.get_rank()))
+        return noise
 
     def on(self, device: torch.device) -> torch.Generator | None:
         """The generator for noise on a device; None is torch's global one."""

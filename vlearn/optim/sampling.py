@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vlearn.optim.average import Average, Contribution, worst
 from vlearn.optim.captured import Captured
@@ -69,7 +70,11 @@ class Sampler:
     def _statistic(
         self, draw: Draw, group: dict[str, Any], block: list[Slot], noise: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
-        """What one draw adds to the average beside its gradient; may overwrite the noise θ - m."""
+        """What one draw adds to the average beside its gradient; may overwrite the noise θ - m.
+
+        On a step without captures, for a rule that needs them, what leaves the state as it is; the noise may be empty
+        then.
+        """
         raise NotImplementedError
 
     def _needs_captures(self) -> bool:
@@ -104,8 +109,23 @@ class Sampler:
         return any(group[setting] for group in self.param_groups) and process_count() > 1
 
     def _agreed(self, code: int, at_step: bool) -> int:
-        """The greatest code of all processes, where gradients are not averaged before `step()` looks at them."""
-        return worst(code, at_step, self.param_groups[0]["params"][0].device) if self._over_processes("sync") else code
+        """The greatest code of all processes whose step is one: none may wait for another that does not come."""
+        parameters = self.moving() if process_count() > 1 else []
+        if not parameters or not self._averages(wrapper := self._wrappers.first(parameters)):
+            return code
+        group = None if wrapper is None or self._over_processes("sync") else wrapper.process_group
+        return worst(code, at_step, parameters[0].device, group)
+
+    def _averages(self, wrapper: DistributedDataParallel | None) -> bool:
+        """Whether `step()` averages anything over processes.
+
+        Args:
+            wrapper: around the parameters.
+        """
+        if wrapper is not None and wrapper._join_config.enable:
+            return False  # it raises: others may have stopped
+        shared = self._over_processes("shared_noise")
+        return self._over_processes("sync") or (self._needs_captures() if shared else wrapper is not None)
 
     def _new_noise(self, own: bool) -> Noise:
         """Where the next draw's noise comes from; an ensemble's never from another process, which may not draw."""

@@ -19,6 +19,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vlearn.capture.hooks import hooks_are_silent, is_recomputed, module_paths
 from vlearn.capture.probe import Probe
@@ -123,6 +124,9 @@ class Watch:
         self.links: list[Link] = []
         self._handles: list[Any] = []
         for module in dict.fromkeys(model.modules()):
+            # The wrapper's own part of a pass talks to other processes, which a replay or a probe must not repeat.
+            if isinstance(module, DistributedDataParallel):
+                continue
             link: Any = Link()  # the type of what torch.compiler.disable makes of its methods is lost
             self.links.append(link)
             self._handles += [

@@ -48,28 +48,45 @@ class Wrappers:
         self.searched = True
         self.add(gc.get_objects(), parameters)
 
+    def first(self, parameters: Iterable[Tensor]) -> DistributedDataParallel | None:
+        """The first wrapper around any of the parameters."""
+        return next((wrapper for p in parameters if (wrapper := self.around(p)) is not None), None)
+
     def group_of(self, parameters: Iterable[Tensor]) -> Any:
         """The process group of the first wrapper around any of the parameters; None is the default group."""
-        found = (wrapper.process_group for p in parameters if (wrapper := self.around(p)) is not None)
-        return next(found, None)
+        wrapper = self.first(parameters)
+        return None if wrapper is None else wrapper.process_group
 
     def around(self, p: Tensor) -> DistributedDataParallel | None:
         wrapper = self._of.get(p)
         return None if wrapper is None else wrapper()
 
-    def average(self, slots: list[Slot], statistics: list[Tensor]) -> None:
-        """Average the statistics of reduced parameters over their processes: one message for a block."""
+    def average(self, slots: list[Slot], statistics: list[Tensor]) -> list[Tensor]:
+        """Statistics, those of reduced parameters averaged over their processes: one message for a block."""
+        statistics = list(statistics)
         together: dict[Any, list[int]] = {}
         for i, slot in enumerate(slots):
             wrapper = self.around(slot.parameter)
             if wrapper is not None:
                 together.setdefault(wrapper.process_group, []).append(i)
         for group, where in together.items():
-            message = torch.cat([statistics[i].reshape(-1) for i in where])
-            torch.distributed.all_reduce(message, group=group)
-            message.div_(group.size())
-            for i, part in zip(where, message.split([statistics[i].numel() for i in where]), strict=True):
-                statistics[i] = part.view_as(statistics[i])
+            for i, part in zip(where, averaged([statistics[i] for i in where], group), strict=True):
+                statistics[i] = part
+        return statistics
+
+
+def averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """Averages over the processes of a group, by one message.
+
+    Args:
+        tensors: of one dtype and device.
+        group: None for the default one.
+    """
+    message = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(message, group=group)
+    message.div_(torch.distributed.get_world_size(group))
+    parts = message.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
