@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -95,6 +96,12 @@ def train(loop: str, optimizer: Any, wrapper: DistributedDataParallel, micro: li
         backward()
     optimizer.step()
     optimizer.eval()
+
+
+def together(first: Drawn, second: Drawn) -> Drawn:
+    """One draw of two ranks, with the probes of all their micro-batches, in one pass."""
+    assert not any(torch.equal(a, b) for a, b in zip(first.probes, second.probes, strict=True))
+    return Drawn(first.weights, [torch.cat(first.probes + second.probes)] if first.probes else [])
 
 
 def with_all_draws(

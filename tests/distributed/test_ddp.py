@@ -19,6 +19,7 @@ from tests.distributed.problems import (
     refusal,
     replay,
     state_of,
+    together,
     train,
     with_all_draws,
 )
@@ -335,10 +336,10 @@ def test_gradients_that_something_else_averages_are_refused(
 
 @family
 def test_gradients_that_are_averaged_by_hand_are_right_with_shared_noise(ranks: Ranks, number: int) -> None:
-    (message, draws, state), (_, _, other) = ranks(by_hand, number, "after, shared")
+    (message, first, state), (_, second, other) = ranks(by_hand, number, "after, shared")
     assert message == "nothing was raised" and equal(state, other)
     optimizer = FAMILY[number].make(model := network())
-    replay(optimizer, draws)
+    replay(optimizer, [together(a, b) for a, b in zip(first, second, strict=True)])
     plain(optimizer, model, *data(count=12))
     for a, b in zip(state, state_of(optimizer), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)

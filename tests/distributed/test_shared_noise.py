@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.problems import STEPS, Drawn, Draws, batches, record, replay, state_of
+from tests.distributed.problems import STEPS, Draws, batches, record, replay, state_of, together
 from tests.distributed.ranks import Ranks
 from tests.optim.table import DISTRIBUTED, FAMILY, LOOPS, data, equal, loss_of, made, network
 
@@ -85,12 +85,6 @@ def test_two_ranks_are_one_process_with_the_whole_batch(
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     if "clipped" in how:
         assert not equal(state, on_one(number, loop, "as it is", whole))
-
-
-def together(first: Drawn, second: Drawn) -> Drawn:
-    """One draw of two ranks, with the probes of all their micro-batches, in one pass."""
-    assert not any(torch.equal(a, b) for a, b in zip(first.probes, second.probes, strict=True))
-    return Drawn(first.weights, [torch.cat(first.probes + second.probes)] if first.probes else [])
 
 
 def ensemble_on_the_first(rank: int) -> list[torch.Tensor]:

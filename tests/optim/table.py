@@ -27,6 +27,8 @@ class Entry:
     probes: bool = False  # it takes random numbers in every backward pass, and needs to know the model's output
     dense: bool = False  # the state joins all parameters
     kronecker: bool = False  # the state joins the parameters of a layer
+    rate: float = 0.01  # the learning rate that the documentation names for networks
+    options: dict[str, Any] = field(default_factory=dict)  # that make the variant at its defaults
     variant: str = ""  # where the same optimizer is in the table with other settings
 
     def state_size(self, p: Tensor, model: nn.Module) -> int:
@@ -58,6 +60,7 @@ IVON = Entry(
         ({"num_data": -5}, "num_data=-5, but it must be positive: use the number of training examples."),
         ({"nonfinite": "stop"}, "nonfinite='stop', but it must be 'raise', 'skip' or 'ignore': use 'raise'."),
     ),
+    rate=0.1,
 )
 VOGN = Entry(
     "VOGN",
@@ -98,6 +101,7 @@ FULLVON = Entry(
     captures=True,
     probes=True,
     dense=True,
+    rate=0.05,
 )
 FULLVON_PRICE = Entry(
     "FullVON",
@@ -126,6 +130,7 @@ EKFACVON = Entry(
     captures=True,
     probes=True,
     kronecker=True,
+    options={"eigenvalue_correction": True},
     variant="EK-FAC",
 )
 FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,15 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
+from benchmarks.data import default_root
+from benchmarks.networks import LanguageModel
+from tests.optim.table import FAMILY, Entry
 
-KINDS: dict[str, tuple[Callable[..., Any], float]] = {
-    "IVON": (vlearn.IVON, 0.1),
-    "VOGN": (vlearn.VOGN, 0.01),
-    "VON": (vlearn.VON, 0.01),
-    "FullVON": (vlearn.FullVON, 0.05),
-    "KFACVON": (vlearn.KFACVON, 0.01),
-    "EK-FAC": (partial(vlearn.KFACVON, eigenvalue_correction=True), 0.01),
-}
+pytestmark = pytest.mark.slow
+kinds = pytest.mark.parametrize("entry", [e for e in FAMILY if e.options or not e.variant], ids=str)
+
+
+def at_defaults(entry: Entry, model: nn.Module, ess: float, **kwargs: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return getattr(vlearn, entry.name)(model, entry.rate, ess, generator=generator, **entry.options, **kwargs)
 
 
 class Bigrams(nn.Module):
@@ -54,14 +55,12 @@ def problem(task: str) -> tuple[nn.Module, Tensor, Tensor, Callable[[Tensor, Ten
     return model, x, scores.argmax(1), F.cross_entropy
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "regression", "language"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_and_its_draws_predict(kind: str, task: str) -> None:
+@kinds
+def test_it_trains_and_its_draws_predict(entry: Entry, task: str) -> None:
     model, x, y, loss = problem(task)
-    make, lr = KINDS[kind]
-    likelihood = {"likelihood": "gaussian"} if task == "regression" and kind not in ("IVON", "VOGN") else {}
-    optimizer = make(model, lr, len(x), generator=torch.Generator().manual_seed(0), **likelihood)
+    likelihood = {"likelihood": "gaussian"} if task == "regression" and entry.probes else {}
+    optimizer = at_defaults(entry, model, len(x), **likelihood)
     start = float(loss(model.eval()(x), y).detach())
     model.train()
     for step in range(400):
@@ -76,5 +75,57 @@ def test_it_trains_and_its_draws_predict(kind: str, task: str) -> None:
         for _ in range(16):
             with optimizer.sampled_params():
                 drawn.append(float(loss(model(x), y)))
-    if (kind, task) != ("VOGN", "regression"):  # whose squares are small with the residuals, its draws wide
+    if (entry.name, task) != ("VOGN", "regression"):  # whose squares are small with the residuals, its draws wide
         assert sum(drawn) / len(drawn) < start
+
+
+CONTEXT = 32
+
+
+def shakespeare() -> Tensor:
+    """The text as numbers of its characters."""
+    path = default_root() / "text" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is not there: set VLEARN_DATA")
+    text = path.read_text()
+    number = {character: i for i, character in enumerate(sorted(set(text)))}
+    return torch.tensor([number[character] for character in text])
+
+
+def pieces(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs ``[N, T]``, and the characters that follow each."""
+    rows = text[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
+    return rows[:, :-1], rows[:, 1:]
+
+
+@kinds
+def test_a_small_gpt_learns_more_of_shakespeare_than_how_often_he_uses_each_character(entry: Entry) -> None:
+    text = shakespeare()
+    shares = text.bincount() / len(text)
+    entropy = float(-(shares * shares.log()).sum())
+    training, held_out = text[:-100_000], pieces(text[-100_000:], torch.arange(0, 99_000, 1_000))
+    torch.manual_seed(0)
+    size = {"features": 4, "layers": 1, "heads": 1} if entry.dense else {"features": 32, "layers": 2, "heads": 4}
+    model = LanguageModel(len(shares), CONTEXT, **size)
+    optimizer = at_defaults(entry, model, len(training))  # the loss is the mean over all characters
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    @torch.no_grad()
+    def evaluated() -> float:
+        model.eval()
+        found = float(loss(*held_out))
+        model.train()
+        return found
+
+    losses = [evaluated()]
+    for step in range(240):
+        optimizer.zero_grad()
+        loss(*pieces(training, torch.randint(0, len(training) - CONTEXT, (16,)))).backward()
+        optimizer.step()
+        if step % 60 == 59:
+            losses.append(evaluated())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < entropy
+    with optimizer.sampled_params():
+        assert evaluated() < entropy
