@@ -58,7 +58,7 @@ class Experiment:
 
     Attributes:
         prior_precision: δ on the scale of the summed loss.
-        hess_init, beta2: of IVON and ivon-opt.
+        hess_init, beta2: of every variational optimizer.
         held_out: share of the training data that the learning rate is chosen by.
     """
 
@@ -215,7 +215,7 @@ def run_experiment(
     steps = experiment.epochs * -(-len(data.y) // experiment.batch)
     return {
         "experiment": dataclasses.asdict(experiment),
-        "remaining_weight_of_hess_init": {"IVON": experiment.beta2**steps},
+        "remaining_weight_of_hess_init": experiment.beta2**steps,
         "learning_rates": {method: {"chosen": chosen[method], "held_out": tried[method]} for method in METHODS},
         "table": {name: over_seeds(each) for name, each in in_order(rows).items()},
         "seeds": rows,
@@ -252,8 +252,8 @@ def print_results(found: dict[str, Any]) -> None:
     notes = [
         f"Means ± standard deviations over {len(next(iter(found['seeds'].values())))} seeds; NLL and leave-one-out "
         "loss (of the training data alone, at the mean) in nats.",
-        f"Learning rates: {rates}. IVON's hess_init keeps a weight of "
-        f"{found['remaining_weight_of_hess_init']['IVON']:.2f}.",
+        f"Learning rates: {rates}. hess_init keeps a weight of "
+        f"{found['remaining_weight_of_hess_init']:.2f} where it is not said otherwise.",
     ]
     report.print_table(f"The family: {found['experiment']['title']}", header, lines, notes)
 

@@ -21,6 +21,7 @@ from vlearn.posterior.base import Posterior
 GRID = (1 / 3, 1.0, 3.0)  # times each method's own rate; where the best is at an end, the grid goes on
 MOST = 5  # rates that are tried
 IVON_OPT = "ivon-opt"
+FORGETFUL = "VON, default beta2"  # without hess_init within hundreds of steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Problem:
     """What a training run is given beside its learning rate.
 
     Attributes:
-        hess_init, beta2: of IVON and ivon-opt, whose defaults are for runs of 10⁵ steps and more.
+        hess_init, beta2: of every variational optimizer. Their defaults are for other lengths of training, and with
+            fewer examples than parameters much hangs on what hess_init still weighs at the end.
     """
 
     num_data: int
@@ -42,13 +44,15 @@ class Problem:
         return self.prior_precision / self.num_data
 
     def variational(self) -> dict[str, Any]:
-        return {"ess": self.num_data, "weight_decay": self.weight_decay}
+        return {
+            "ess": self.num_data,
+            "weight_decay": self.weight_decay,
+            "hess_init": self.hess_init,
+            "beta2": self.beta2,
+        }
 
     def vlearn(self) -> dict[str, Any]:
         return {**self.variational(), "generator": torch.Generator().manual_seed(self.seed)}
-
-    def ivon(self) -> dict[str, Any]:
-        return {"hess_init": self.hess_init, "beta2": self.beta2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ def _sgd(model: nn.Module, lr: float, problem: Problem) -> Any:
 def _ivon_opt(model: nn.Module, lr: float, problem: Problem) -> Any:
     import ivon
 
-    return ivon.IVON(model.parameters(), lr=lr, **problem.variational(), **problem.ivon())
+    return ivon.IVON(model.parameters(), lr=lr, **problem.variational())
 
 
 def _kfac(model: nn.Module, lr: float, problem: Problem, **settings: Any) -> Any:
@@ -85,8 +89,11 @@ METHODS: dict[str, Method] = {
     "SGD": Method(0.1, _sgd, is_posterior=False),
     "AdamW": Method(3e-3, lambda model, lr, problem: torch.optim.AdamW(model.parameters(), lr=lr), is_posterior=False),
     IVON_OPT: Method(0.2, _ivon_opt),
-    "IVON": Method(0.2, lambda model, lr, p: vlearn.IVON(model, lr=lr, **p.vlearn(), **p.ivon())),
+    "IVON": Method(0.2, lambda model, lr, p: vlearn.IVON(model, lr=lr, **p.vlearn())),
     "VON": Method(0.03, lambda model, lr, p: vlearn.VON(model, lr=lr, **p.vlearn())),
+    FORGETFUL: Method(
+        0.03, lambda model, lr, p: vlearn.VON(model, lr=lr, **{**p.vlearn(), "hess_init": 1.0, "beta2": 0.99})
+    ),
     "VOGN": Method(0.03, lambda model, lr, p: vlearn.VOGN(model, lr=lr, **p.vlearn())),
 }
 if hasattr(vlearn, "KFACVON"):
