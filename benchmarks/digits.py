@@ -245,7 +245,7 @@ def write(out: Path, figures: dict[str, Figure], numbers: dict[str, Any]) -> Non
     """Put everything beside its place first, so that an interrupt leaves the old results whole."""
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png.new", dpi=144, format="png")
+        pictures.save(figure, out / f"{name}.png.new")
     report.write_json(out / "digits.json.new", numbers)
     for name in [f"{figure}.png" for figure in figures] + ["digits.json"]:
         (out / f"{name}.new").replace(out / name)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import vlearn
 from benchmarks import data as datasets
-from benchmarks import generalization, report
+from benchmarks import generalization, pictures, report
 from benchmarks.agreement import spearman
 from vlearn.plot.style import BLUE, GREEN, ORANGE, VERMILLION, tidy
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.evolution --experiment {name}"
     report.write_json(out / f"{name}.json", {**report.provenance(command, 0), "epochs": found})
-    draw(memory, experiment.title).savefig(out / f"{name}.png", dpi=144)
+    pictures.save(draw(memory, experiment.title), out / f"{name}.png")
     header = ("epoch", "mean self-influence", "held by the top 1%", "Spearman with the last", "top 1% in common")
     lines = [
         (

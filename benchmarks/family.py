@@ -35,6 +35,7 @@ from benchmarks import (
     laplace,
     logistic_posterior,
     networks,
+    pictures,
     regression_predictive,
     report,
     resume,
@@ -281,8 +282,8 @@ def run_figures(out: Path, runs: Path, smoke: bool, advance: Advance) -> dict[st
     regression = once(runs / "regression.pt", asked, lambda: regression_predictive.compare(**few, advance=advance))
     steps = {"steps": few["steps"]} if smoke else {}
     logistic = once(runs / "logistic.pt", asked, lambda: logistic_posterior.compare(**steps, advance=advance))
-    family_pictures.bands(regression).savefig(out / "regression.png", dpi=144)
-    family_pictures.ellipses(logistic).savefig(out / "logistic.png", dpi=144)
+    pictures.save(family_pictures.bands(regression), out / "regression.png")
+    pictures.save(family_pictures.ellipses(logistic), out / "logistic.png")
     return {
         "regression": regression["distances"],
         "chains": regression["chains"],
@@ -302,7 +303,7 @@ def run_all(arguments: argparse.Namespace, chosen: dict[str, Experiment], out: P
                 )
             command = f"python -m benchmarks.family --experiments {name} --seeds {seeds}"
             report.write_json(out / f"{name}.json", {**report.provenance(command, 0), **found})
-            family_pictures.comparison(found["table"], experiment.title).savefig(out / f"{name}.png", dpi=144)
+            pictures.save(family_pictures.comparison(found["table"], experiment.title), out / f"{name}.png")
             print_results(found)
             if run:
                 run.log({f"figures/{name}": tracking.image(out / f"{name}.png")})

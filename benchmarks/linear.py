@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks import data, report
+from benchmarks import data, pictures, report
 from benchmarks.agreement import agreement
 from vlearn import conjugate
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     command = f"python -m benchmarks.linear --sets {' '.join(names)} --seeds {len(settings.seeds)}"
     numbers = {**report.provenance(command, 0), "settings": dataclasses.asdict(settings), "sets": found}
     report.write_json(out / "linear.json", numbers)
-    draw(found, settings).savefig(out / "linear.png", dpi=144)
+    pictures.save(draw(found, settings), out / "linear.png")
     show(found, settings, [f"Figure and numbers: {report.relative(out)}"])
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -33,6 +34,12 @@ class Curves:
     test_accuracy: list[float] = field(default_factory=list)
     loo_loss: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)  # fit, if there is one, and sweep
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A PNG, whatever the path ends in; pyplot keeps every figure that is not closed."""
+    figure.savefig(path, dpi=144, format="png")
+    plt.close(figure)
 
 
 def generalization(runs: Mapping[str, Curves]) -> Figure:

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import data as datasets
-from benchmarks import report, tracking
+from benchmarks import pictures, report, tracking
 from benchmarks.data import Images
 from benchmarks.supervised import Advance
 
@@ -85,7 +85,7 @@ def run(
             drawn = draw(found)
             figures = {f"{name}-{more}": each for more, each in drawn.items()} if isinstance(drawn, Mapping) else {}
             for figure, each in (figures or {name: drawn}).items():
-                each.savefig(out / f"{figure}.png", dpi=144)
+                pictures.save(each, out / f"{figure}.png")
                 if logged:
                     logged.log({f"figures/{figure}": tracking.image(out / f"{figure}.png")})
             show(found)

@@ -61,8 +61,9 @@ def layers_of(
     layers = []
     for weight, uses in uses_of.items():
         kind = _kind(uses, weight)
-        columns = weight[0].numel()
-        if kind is None or max(columns + 1, 0 if kind == "table" else len(weight)) > largest:
+        if kind is None or not weight.numel():
+            continue
+        if max(weight[0].numel() + 1, 0 if kind == "table" else len(weight)) > largest:
             continue
         biases = [p for p in uses[0].parameters if uses_of.get(p) == uses and _is_shift(uses[0], p)]
         joined = kind == "matrix" and len(biases) == 1 and may_join(weight, biases[0])
