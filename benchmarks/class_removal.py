@@ -318,7 +318,7 @@ def draw(found: dict[str, Any]) -> Figure:
 
 
 def print_results(found: dict[str, Any]) -> None:
-    columns = ("|difference|", "Pearson", "slope")
+    columns = ("gap", "Pearson", "slope")
     header = ("", "estimate", "retrained,\nremoved", *columns, "retrained,\ntest", *columns)
     lines = []
     for method, rows in found["table"].items():
@@ -331,8 +331,8 @@ def print_results(found: dict[str, Any]) -> None:
             lines.append((f"{method}: {name}", f"{row['mean']:.3f}", *numbers))
     notes = [
         f"{found['num_data']:,} training examples. Mean loss on the removed class in nats, over the classes; "
-        "difference, correlation and slope of the retrained over the estimated losses, on the removed and on the test "
-        "examples. trained: the class's loss while it was there."
+        "absolute gap, correlation and slope of the retrained over the estimated losses, on the removed and on the "
+        "test examples. trained: the class's loss while it was there."
     ]
     for method, rows in found["table"].items():
         by_class = found["by_class"][method]
