@@ -9,7 +9,7 @@ from torch import nn
 
 import vlearn
 from tests.oracles.per_example import flat, moving, per_example, relative_error
-from vlearn.sensitivity.losses import ExampleLoss, curvature, curvature_root
+from vlearn.sensitivity.losses import ExampleLoss, curvature, curvature_probe, curvature_root
 
 N, D, C = 6, 5, 3
 CLASS_WEIGHTS = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
@@ -249,6 +249,24 @@ def test_the_root_of_the_curvature_squares_to_it(name):
     hessian = curvature(residual, output)
     root = curvature_root(hessian, output)
     assert relative_error(root @ root.mT, hessian) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_probe_of_an_example_between_two_classes_is_exact(seed):
+    """Λ has rank one, so that signs square away; with the symmetric root the probe would be double or nothing."""
+
+    def residual(scores):
+        return torch.autograd.grad(F.cross_entropy(scores, torch.tensor([1])), scores, create_graph=True)[0]
+
+    scores = torch.full((1, 4), -60.0, dtype=torch.float64)
+    scores[0, [1, 3]] = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    scores.requires_grad_()
+    zero = torch.zeros_like(scores, requires_grad=True)
+    generator = torch.Generator().manual_seed(seed)
+    (probe,) = curvature_probe(residual(scores), scores, (residual(zero), zero), generator)
+    p = scores.detach()[0].softmax(0)
+    difference = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)
+    assert relative_error(torch.outer(probe, probe), p[1] * p[3] * torch.outer(difference, difference)) < 1e-12
 
 
 def test_a_loss_without_second_derivative_is_swept_without_leverage():

@@ -17,7 +17,7 @@ from vlearn.optim.base import Part, VariationalOptimizer
 from vlearn.optim.curvature import CurvatureProbe
 from vlearn.optim.dense import DenseState, cholesky, positions, rows_of, split
 from vlearn.optim.draw import Draw, Slot
-from vlearn.optim.groups import check, common_rules
+from vlearn.optim.groups import check, common_rules, lasting_precision
 from vlearn.optim.likelihood import Likelihood
 from vlearn.optim.watch import Watch
 from vlearn.sensitivity.live import Selector
@@ -124,9 +124,7 @@ class FullVON(CurvatureProbe, DenseState, VariationalOptimizer):
         super().__init__(params, defaults, generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        kept = group["beta2"] > 0 or group["weight_decay"] > 0
-        rule = "must be positive without weight decay: the precision of a flat direction would be zero"
-        check(group, [*common_rules(group), ("beta2", kept, rule)])
+        check(group, [*common_rules(group), lasting_precision(group)])
 
     def _sums_over_examples(
         self, watch: Watch, wanted: Container[Tensor], weights: dict[Tensor, Tensor]

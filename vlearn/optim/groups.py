@@ -39,10 +39,16 @@ def common_rules(group: dict[str, Any]) -> list[Rule]:
         ("num_data", group["num_data"] is None or group["num_data"] > 0, positive),
         (
             "nonfinite",
-            group["nonfinite"] in ("raise", "skip", "ignore"),
+            group["nonfinite"] in _NONFINITE,
             "must be 'raise', 'skip' or 'ignore': use 'raise'",
         ),
     ]
+
+
+def lasting_precision(group: dict[str, Any]) -> Rule:
+    """The rule of an estimate that may be zero: a Hessian of the last estimate alone needs weight decay beside it."""
+    lasts = group["beta2"] > 0 or group["weight_decay"] > 0
+    return "beta2", lasts, "must be positive without weight decay: the precision of a flat direction would be zero"
 
 
 def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

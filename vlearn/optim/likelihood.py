@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution
 
-from vlearn.sensitivity.losses import curvature, curvature_root
+from vlearn.sensitivity.losses import curvature, curvature_root, softmax_root
 
 Likelihood = str | Callable[[Tensor], Distribution]
 LIKELIHOODS = ("categorical", "gaussian")
@@ -60,8 +60,7 @@ def _categorical(scores: Tensor, how: str, generator: torch.Generator | None) ->
     if how == "sampled":
         labels = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
         return p - F.one_hot(labels, p.shape[-1]).to(p.dtype)
-    root, z = p.sqrt(), _signs(scores, generator)
-    return root * z - p * (root * z).sum(-1, keepdim=True)  # R = diag(√p) - p √pᵀ
+    return softmax_root(p, _signs(scores, generator), -1)
 
 
 @torch.enable_grad()

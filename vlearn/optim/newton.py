@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlearn.optim.diagonal import DiagonalState, use_foreach
 from vlearn.optim.draw import Draw, Slot
-from vlearn.optim.groups import Rule, common_rules
+from vlearn.optim.groups import Rule, common_rules, lasting_precision
 
 
 class NewtonStep(DiagonalState):
@@ -55,10 +55,9 @@ class NewtonStep(DiagonalState):
 
 def newton_rules(group: dict[str, Any]) -> list[Rule]:
     """Rules of the settings of an online Newton step."""
-    kept = group["beta2"] > 0 or group["weight_decay"] > 0
     return [
         *common_rules(group),
-        ("beta2", kept, "must be positive without weight decay: the precision of a flat direction would be zero"),
+        lasting_precision(group),
         ("damping", group["damping"] >= 0, "must not be negative: use 0"),
     ]
 

@@ -38,9 +38,9 @@ def memory_map(
     Args:
         memory: a record; or None, and give the arrays.
         snapshot: which snapshot of ``memory``, negative from the end; default the last one with leverage.
-        leverage: ``[N]`` tr(Λ_i V_i), effective parameters, best from a sweep with leverage="exact": one probe of an
-            example between two classes sees nearly none of it half of the time. Drawn on a log scale; what is below
-            10⁻⁵ of the largest stands at its left end.
+        leverage: ``[N]`` tr(Λ_i V_i), effective parameters, best from a sweep with leverage="exact": the probe
+            of a sweep is noisy in a single row. Drawn on a log scale; what is below 10⁻⁵ of the largest stands at
+            its left end.
         prediction_error: ``[N]`` ‖p_i - y_i‖/√2.
         self_influence: ``[N]`` g_iᵀΣg_i; the ``top`` largest are circled and numbered. Default none is.
         images: ``[N, H, W]``, ``[N, 1, H, W]``, ``[N, 3, H, W]`` or ``[N, H, W, 3]``; the circled examples

@@ -99,9 +99,9 @@ def curvature(residual: Tensor, output: Tensor) -> Tensor:
 def curvature_factor(hessian: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """(R_n ``[N, C, C]``, d_n ``[N, C]`` of ±1) with R_n diag(d_n) R_nᵀ = Λ_n.
 
-    For softmax cross-entropy, whatever its weights and targets, Λ = s·(diag p - p pᵀ) and R = √s·(diag √p - p √pᵀ)
-    in closed form; that case is recognised by its value. Else R comes from the eigenvectors of Λ; d is -1 where
-    the loss is not convex in the output.
+    For softmax cross-entropy, whatever its weights and targets, Λ = s·(diag p - p pᵀ) and R has a closed form, see
+    `softmax_root`; that case is recognised by its value. Else R comes from the eigenvectors of Λ; d is -1 where the
+    loss is not convex in the output.
 
     Args:
         hessian: Λ ``[N, C, C]``.
@@ -114,12 +114,43 @@ def curvature_factor(hessian: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     tolerance = 100 * torch.finfo(p.dtype).eps * hessian.abs().amax(dim=(1, 2)).clamp_min(torch.finfo(p.dtype).tiny)
     error = (hessian - scale[:, None, None] * spread).abs().amax(dim=(1, 2))
     if bool((error <= tolerance).all()):
-        root = p.sqrt()
-        root = scale.sqrt()[:, None, None] * (torch.diag_embed(root) - p.unsqueeze(2) * root.unsqueeze(1))
-        return root, torch.ones_like(p)
+        columns = softmax_root(p.unsqueeze(2), torch.eye(p.shape[1], dtype=p.dtype, device=p.device), 1)
+        return scale.sqrt()[:, None, None] * columns, torch.ones_like(p)
     values, vectors = torch.linalg.eigh(hessian)
     values = values.masked_fill((values < 0) & (values > -tolerance.unsqueeze(1)), 0)  # rounding of a convex loss
     return vectors * values.abs().sqrt().unsqueeze(1), torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+
+
+def softmax_root(p: Tensor, z: Tensor, axis: int) -> Tensor:
+    """R z along an axis, R the Cholesky factor of diag p - p pᵀ: R Rᵀ is the curvature of softmax cross-entropy.
+
+    With q_k the sum of the entries of p after the k-th (Tanabe and Sagae, 1992, "An Exact Cholesky Decomposition and
+    the Generalized Inverse of the Variance-Covariance Matrix of the Multinomial Distribution"),
+
+        R_kk = √(p_k q_k/q_{k-1}),  R_ik = -p_i R_kk/q_k  for i > k
+
+    Of an example between two classes R has one column, so that zᵀRᵀV R z is no estimate but tr(ΛV) itself for signs z;
+    with the root diag √p - p √pᵀ it is twice that or nothing.
+
+    Args:
+        p: probabilities.
+        z: what R is multiplied with, in a shape that broadcasts with p's.
+        axis: of the classes in both.
+    """
+    before = p.flip(axis).cumsum(axis).flip(axis)  # q_{k-1}; 1 - Σ would have no small values
+    after = _shifted(before, axis, -1)
+    diagonal = (p * (after / before.clamp_min(torch.finfo(p.dtype).tiny))).sqrt()
+    moved = diagonal * z
+    shares = torch.where(after > 0, moved / after, 0.0)
+    # Not the sum with the own share less that: where q_k is tiny, its share hides the others.
+    return moved - p * _shifted(shares.cumsum(axis), axis, 1)
+
+
+def _shifted(x: Tensor, axis: int, steps: int) -> Tensor:
+    """Entries moved along an axis by one place up or down, with a zero where none came from."""
+    kept = x.narrow(axis, 0 if steps > 0 else 1, x.shape[axis] - 1)
+    zero = torch.zeros_like(x.narrow(axis, 0, 1))
+    return torch.cat([zero, kept] if steps > 0 else [kept, zero], axis)
 
 
 def curvature_root(hessian: Tensor, output: Tensor) -> Tensor:
@@ -147,8 +178,7 @@ def curvature_probe(
     softmax = _softmax_curvature(residual, output, at_zero)
     if softmax is not None:
         axis, p, scale = softmax
-        root = p.sqrt()
-        return scale.sqrt() * (root * z - p * (root * z).sum(axis, keepdim=True))
+        return scale.sqrt() * softmax_root(p, z, axis)
     root = curvature_root(curvature(residual, output), output)
     return (root @ z.reshape(*z.shape[:1], -1, 1)).reshape(output.shape)
 
