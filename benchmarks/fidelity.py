@@ -29,8 +29,9 @@ import vlearn
 from benchmarks import laplace, report
 from benchmarks.agreement import agreement
 from benchmarks.digits import change, in_float64
+from benchmarks.networks import mlp
 from benchmarks.removals import Minimum, Retraining
-from benchmarks.training import Digits, Settings
+from benchmarks.training import Digits, Settings, epochs
 from vlearn.posterior import Diagonal, Factors, Full, Kronecker, Mixed, from_laplace
 from vlearn.posterior.base import Posterior
 from vlearn.sensitivity.sweep import SensitivityTable
@@ -47,7 +48,7 @@ def train(
 ) -> tuple[nn.Module, Diagonal]:
     """A network of 1,210 parameters at IVON's mean, with its posterior."""
     torch.manual_seed(settings.seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    model = mlp(64, 16, 10)
     optimizer = vlearn.IVON(
         model,
         lr=settings.lr,
@@ -57,13 +58,7 @@ def train(
         weight_decay=settings.weight_decay,
         generator=torch.Generator().manual_seed(settings.seed),
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    for epoch, minibatches in enumerate(data.minibatches(settings), 1):
-        for index in minibatches:
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.x[index]), data.y[index]).backward()
-            optimizer.step()
-            schedule.step()
+    for epoch in epochs(model, optimizer, settings, data):
         each_epoch(epoch, model)
     optimizer.unwatch()
     return model, optimizer.posterior().clone()
@@ -126,7 +121,7 @@ def posteriors(model: nn.Module, data: Digits, prior_precision: float, ivon: Dia
         block = slice(start, start + size)
         by_layer.append(Full({name: mean[name] for name in layer.names}, whole[block, block], num_data))
         start += size
-    kfac = {layer.names: Factors.of(*covariances(layer)) for layer in layers}
+    kfac = kfac_of(layers)
     ekfac = {layer.names: corrected(layer, kfac[layer.names]) for layer in layers}
     entries = whole.diagonal().split([p.numel() for p in mean.values()])
     diagonal = {name: part.reshape(p.shape) for (name, p), part in zip(mean.items(), entries, strict=True)}
@@ -141,6 +136,11 @@ def posteriors(model: nn.Module, data: Digits, prior_precision: float, ivon: Dia
         "IVON's state": in_float64(ivon),
     }
     return {name: found[name] for name in STRUCTURES}
+
+
+def kfac_of(layers: list[Layer]) -> dict[tuple[str, ...], Factors]:
+    """K-FAC's factors of every layer."""
+    return {layer.names: Factors.of(*covariances(layer)) for layer in layers}
 
 
 def covariances(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ def compare(settings: Settings, data: Digits, say: Callable[[str], None] = lambd
     ranks = np.argsort(tables["full"].self_influence.numpy(), kind="stable")
     examples = ranks[np.linspace(0, settings.num_data - 1, settings.retrained).round().astype(int)]
     truth, unconverged = [], int(not minimum.converged)
-    for example, refit in zip(examples, problem.without(examples, minimum, report.cores()), strict=True):
+    for example, refit in zip(examples, problem.without(examples.tolist(), minimum, report.cores()), strict=True):
         truth.append(problem.loss(refit, example) - problem.loss(minimum, example))
         unconverged += not refit.converged
         say(f"δ = {settings.prior_precision:g}: {len(truth)} of {len(examples)} retrained")

@@ -179,7 +179,7 @@ def train(
         record(experiment, data, epoch, model, optimizer, curves)
         if memory is not None and epoch in experiment.mapped:
             loader = supervised.batches(data.x, data.y)
-            # One probe of an example between two classes misses nearly all of its leverage half of the time.
+            # The map shows single rows, in which a probe's noise would be seen.
             table = vlearn.sweep(
                 model, optimizer.posterior(), loader, F.cross_entropy, leverage="exact", progress=False
             )

@@ -106,6 +106,25 @@ def network(settings: Settings) -> nn.Sequential:
     return digits_cnn(*settings.channels)
 
 
+def epochs(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    data: Digits,
+    after_step: Callable[[Tensor], None] = lambda index: None,
+) -> Iterator[int]:
+    """Train along a cosine schedule; the number of each epoch, from 1, when its steps are done."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    for epoch, minibatches in enumerate(data.minibatches(settings), 1):
+        for index in minibatches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(data.x[index]), data.y[index]).backward()
+            optimizer.step()
+            schedule.step()
+            after_step(index)
+        yield epoch
+
+
 def train_ivon(
     settings: Settings, data: Digits, memory: vlearn.MemoryMap | None, run: Any, advance: Callable[[], None]
 ) -> tuple[nn.Module, Diagonal, Curves, list[float]]:
@@ -124,32 +143,31 @@ def train_ivon(
         weight_decay=settings.weight_decay,
         generator=torch.Generator().manual_seed(settings.seed),
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     logger = run and GeneralizationLogger(run, every=20, images=data.x, labels=data.y, table_every=5)
     curves, live = Curves(), []
-    for epoch, minibatches in enumerate(data.minibatches(settings), 1):
+
+    def follow(index: Tensor) -> None:
+        start = time.perf_counter()
+        s = optimizer.sensitivities()
+        live.append(time.perf_counter() - start)
         if memory is not None:
-            memory.new_snapshot((epoch - 1) * settings.steps_per_epoch)
-        for index in minibatches:
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.x[index]), data.y[index]).backward()
-            optimizer.step()
-            schedule.step()
-            start = time.perf_counter()
-            s = optimizer.sensitivities()
-            live.append(time.perf_counter() - start)
-            if memory is not None:
-                memory.record(index, s)
-            if logger:
-                logger.log_step(optimizer)
+            memory.record(index, s)
+        if logger:
+            logger.log_step(optimizer)
+
+    if memory is not None:
+        memory.new_snapshot(0)
+    for epoch in epochs(model, optimizer, settings, data, follow):
+        step = epoch * settings.steps_per_epoch
         if epoch in settings.checkpoints:
-            step = epoch * settings.steps_per_epoch
             note_losses(curves, step, model, data)
             table = timed_sweep(curves, IVON, model, optimizer.posterior, data)
             if memory is not None:
                 memory.record_sweep(step, table, test_loss=curves.test_loss[-1])
             if logger:
                 logger.log_sweep(step, table, test_loss=curves.test_loss[-1])
+        if memory is not None and epoch < settings.epochs:
+            memory.new_snapshot(step)
         advance()
     if logger:
         logger.close()
@@ -166,14 +184,8 @@ def train_sgd(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=settings.sgd_lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     curves = Curves()
-    for epoch, minibatches in enumerate(data.minibatches(settings), 1):
-        for index in minibatches:
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.x[index]), data.y[index]).backward()
-            optimizer.step()
-            schedule.step()
+    for epoch in epochs(model, optimizer, settings, data):
         if epoch in settings.checkpoints:
             note_losses(curves, epoch * settings.steps_per_epoch, model, data)
             for method in methods:

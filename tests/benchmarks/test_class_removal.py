@@ -16,12 +16,6 @@ pytest.importorskip("sklearn")
 from benchmarks import class_removal, data, networks
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.slow
 def test_the_smoke_run_writes_a_figure_and_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert class_removal.main(["--smoke", "--out", str(tmp_path / "out")]) == 0

@@ -25,12 +25,6 @@ from vlearn.posterior import from_laplace
 FILES = ["digits.json", "digits.png", "figures.json", "logistic.png", "regression.png"]
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.slow
 def test_the_smoke_run_writes_figures_and_prints_every_method(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -15,12 +15,6 @@ pytest.importorskip("sklearn")
 from benchmarks import data, hyperparameter
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.slow
 def test_the_smoke_run_writes_a_figure_and_prints_minimisers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

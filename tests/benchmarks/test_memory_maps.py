@@ -14,12 +14,6 @@ pytest.importorskip("sklearn")
 from benchmarks import data, generalization, memory_maps
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.slow
 def test_the_smoke_run_draws_all_three_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]

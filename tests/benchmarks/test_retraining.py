@@ -18,12 +18,6 @@ from benchmarks import data, retraining
 METHODS = {"IVON", "VON", "Laplace, diagonal", "Laplace, Kronecker", "Adam", "gradient norm", "EL2N", "TracIn"}
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.slow
 def test_the_smoke_run_compares_every_method_on_both_targets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

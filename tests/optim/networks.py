@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.oracles.per_example import PerExample, per_example
+from tests.oracles.per_example import PerExample, per_example, relative_error
 
 
 class Tied(nn.Module):
@@ -98,3 +98,17 @@ def covariance_of(optimizer: Any, model: nn.Module) -> Tensor:
     parts = unit.split([p.numel() for p in parameters.values()], 1)
     columns = covariance.multiply({p: part.reshape(count, *p.shape) for p, part in zip(parameters.values(), parts)})  # noqa: B905
     return torch.cat([columns[p].reshape(count, -1) for p in parameters.values()], 1)
+
+
+def error_of_sensitivities(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Largest relative error of one step's self-influence and deviation, Σ the diagonal of the optimizer's state."""
+    F.cross_entropy(model(x), y).backward()
+    truth = at_draw(model, x, cross_entropy(y))
+    optimizer.step()
+    posterior = optimizer.posterior()
+    covariance = torch.diag(torch.cat([posterior.variance[name].reshape(-1) for name in posterior.names]))
+    found = optimizer.sensitivities(deviation=True)
+    return max(
+        relative_error(found.self_influence, truth.self_influence(covariance)),
+        relative_error(found.deviation, truth.deviation(covariance)),
+    )

@@ -134,6 +134,7 @@ EKFACVON = Entry(
     variant="EK-FAC",
 )
 FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON)
+family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 # Places of those that train in several processes; the ranks take an entry by its place.
 DISTRIBUTED = tuple(number for number, entry in enumerate(FAMILY) if not entry.kronecker)
 

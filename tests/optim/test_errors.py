@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, loss_of, made, network, plain, states, weights
+from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, family, loss_of, made, network, plain, states, weights
 
-family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 bad = pytest.mark.parametrize(
     "entry, settings, message",
     [(entry, *case) for entry in FAMILY for case in entry.bad],

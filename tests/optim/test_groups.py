@@ -16,6 +16,7 @@ from tests.optim.table import (
     Entry,
     data,
     equal,
+    family,
     loss_of,
     made,
     needs_gradients_alone,
@@ -26,7 +27,6 @@ from tests.optim.table import (
     weights,
 )
 
-family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 overrides = pytest.mark.parametrize(
     "entry, settings",
     [(entry, settings) for entry in FAMILY for settings in entry.overrides],

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tests.optim.table import (
-    FAMILY,
     LOOPS,
     Entry,
     data,
     equal,
+    family,
     loss_of,
     made,
     needs_gradients_alone,
@@ -27,7 +27,6 @@ from tests.optim.table import (
     weights,
 )
 
-family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 loops = pytest.mark.parametrize("loop", LOOPS)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.optim.table import (
-    FAMILY,
     Entry,
     data,
     equal,
+    family,
     loss_of,
     needs_gradients_alone,
     needs_no_probe,
@@ -27,8 +27,6 @@ from tests.optim.table import (
     weights,
 )
 from tests.oracles.networks import Model
-
-family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from tests.optim.table import (
-    FAMILY,
     LOOPS,
     Entry,
     data,
     equal,
+    family,
     loss_of,
     made,
     needs_gradients_alone,
@@ -22,7 +22,6 @@ from tests.optim.table import (
     weights,
 )
 
-family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 loops = pytest.mark.parametrize("loop", LOOPS)
 
 

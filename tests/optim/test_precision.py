@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import vlearn
 from tests.optim.table import (
-    FAMILY,
     LOOPS,
     Entry,
     data,
     equal,
+    family,
     loss_of,
     made,
     needs_no_probe,
@@ -28,7 +28,6 @@ from tests.optim.table import (
     weights,
 )
 
-family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 scaled_loops = pytest.mark.parametrize("loop", ["plain", "context", "modes"])
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 

@@ -11,9 +11,8 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, made, network, plain, states, weights
+from tests.optim.table import LOOPS, Entry, data, equal, family, made, network, plain, states, weights
 
-family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
-from tests.optim.networks import NETWORKS, at_draw, cross_entropy, hessian_of, problem
+from tests.optim.networks import NETWORKS, at_draw, cross_entropy, error_of_sensitivities, hessian_of, problem
 from tests.optim.table import data, equal, loss_of, network, plain, states, weights
 from tests.oracles.per_example import relative_error
 
@@ -191,16 +191,7 @@ def test_a_step_without_per_example_gradients_is_refused_and_leaves_the_mean(cas
 
 def test_sensitivities_come_from_its_state() -> None:
     model, x, y = problem("perceptron")
-    optimizer = optimizer_of(model)
-    F.cross_entropy(model(x), y).backward()
-    truth = at_draw(model, x, cross_entropy(y))
-    optimizer.step()
-    posterior = optimizer.posterior()
-    covariance = torch.diag(torch.cat([posterior.variance[name].reshape(-1) for name in posterior.names]))
-    found = optimizer.sensitivities(deviation=True)
-    assert found.deviation is not None
-    assert relative_error(found.self_influence, truth.self_influence(covariance)) < 1e-10
-    assert relative_error(found.deviation, truth.deviation(covariance)) < 1e-10
+    assert error_of_sensitivities(optimizer_of(model), model, x, y) < 1e-10
 
 
 def test_sums_over_chunks_are_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
-from tests.optim.networks import NETWORKS, at_draw, cross_entropy, hessian_of, problem
+from tests.optim.networks import NETWORKS, at_draw, cross_entropy, error_of_sensitivities, hessian_of, problem
 from tests.optim.table import data, equal, network, plain, states, weights
 from tests.oracles.per_example import PerExample, relative_error
 from vlearn.optim import likelihood as likelihood_module
@@ -227,16 +227,7 @@ def test_on_bayesian_linear_regression_it_converges_to_the_mean_field_posterior(
 
 def test_sensitivities_come_from_its_state() -> None:
     model, x, y = problem("perceptron")
-    optimizer = vlearn.VON(model, 0.1, 50)
-    F.cross_entropy(model(x), y).backward()
-    truth = at_draw(model, x, cross_entropy(y))
-    optimizer.step()
-    posterior = optimizer.posterior()
-    covariance = torch.diag(torch.cat([posterior.variance[name].reshape(-1) for name in posterior.names]))
-    found = optimizer.sensitivities(deviation=True)
-    assert found.deviation is not None
-    assert relative_error(found.self_influence, truth.self_influence(covariance)) < 1e-10
-    assert relative_error(found.deviation, truth.deviation(covariance)) < 1e-10
+    assert error_of_sensitivities(vlearn.VON(model, 0.1, 50), model, x, y) < 1e-10
 
 
 class Two(nn.Module):
