@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
+from tests.optim.table import FAMILY, equal, states, weights
 from tests.oracles.networks import Model
 from tests.oracles.per_example import relative_error
 from tests.sensitivity.small import C, D, N, covariance_of, inputs, loss_of, optimizer_of, truth_at, weights_of
@@ -44,6 +45,23 @@ def test_examples_that_meet_between_two_layers_are_refused(name, deviation):
     loss_of(model, inputs()).backward()
     with pytest.raises(RuntimeError, match=r"what goes into out \(Linear\) depends on the other examples of the batch"):
         optimizer.sensitivities(deviation=deviation)
+
+
+@pytest.mark.parametrize("entry", [entry for entry in FAMILY if entry.captures], ids=str)
+def test_a_step_that_learns_from_single_examples_refuses_them_before_anything_changes(entry):
+    for middle, right in ((MIXING["mean over the batch"], False), (lambda m, h: torch.tanh(h), True)):
+        model = between(middle)
+        optimizer = entry.make(model)
+        mean = weights(model)
+        loss_of(model, inputs()).backward()
+        state = states(optimizer)
+        if right:
+            optimizer.step()
+            assert not equal(weights(model), mean)
+        else:
+            with pytest.raises(RuntimeError, match=r"what goes into out \(Linear\) depends on the other examples"):
+                optimizer.step()
+            assert equal(weights(model), mean) and equal(states(optimizer), state)
 
 
 def test_examples_that_meet_before_the_first_layer_or_after_the_last_are_refused():

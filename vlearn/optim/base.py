@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vlearn.capture.separate import check_separate
 from vlearn.optim.average import Average
 from vlearn.optim.checks import check_first_gradients, checked_draw
 from vlearn.optim.draw import Draw, Slot, mark_changed
@@ -455,7 +456,9 @@ class VariationalOptimizer(Sampler, Optimizer):
             weights = {p: samples.get(p, p.data) for p in trace.tracked}
             with torch.autocast(next(iter(samples)).device.type, enabled=False):
                 wanted = {p for p in draw.parameters if self._gradient_of(draw, p) is not None}
-                captured.add(self._sums_over_examples(watch, wanted, weights), trace.num_examples)
+                sums = self._sums_over_examples(watch, wanted, weights)
+            check_separate(trace, weights)
+            captured.add(sums, trace.num_examples)
         except (RuntimeError, ValueError) as error:  # for step() to raise: the training pass itself can go on
             captured.problem = error
 
