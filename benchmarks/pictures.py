@@ -74,7 +74,7 @@ def _redraw_legend(ax: Axes) -> None:
     lines = {line.get_label(): line for line in ax.get_lines()}
     order = [text.get_text() for text in ax.get_legend().get_texts()]
     names = [f"{name} (± standard error)" if name == "test" else name for name in order]
-    ax.legend([lines[name] for name in order], names, frameon=False, fontsize=11, labelcolor=INK, loc="upper right")
+    ax.legend([lines[name] for name in order], names, frameon=False, fontsize=11, labelcolor=INK)
 
 
 def retraining(
