@@ -44,7 +44,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def generalization(runs: Mapping[str, Curves]) -> Figure:
     """Train, leave-one-out and test loss over training, one panel for each run by its title, on one scale."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.8 * len(runs), 4.0), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.8 * len(runs), 5.0), sharey=True, layout="constrained")
     for ax, (title, curves) in zip(np.atleast_1d(axes), runs.items(), strict=True):
         names = {f"leave-one-out: {method}": method for method in curves.loo_loss}
         if len(names) == 1:
@@ -74,7 +74,8 @@ def _redraw_legend(ax: Axes) -> None:
     lines = {line.get_label(): line for line in ax.get_lines()}
     order = [text.get_text() for text in ax.get_legend().get_texts()]
     names = [f"{name} (± standard error)" if name == "test" else name for name in order]
-    ax.legend([lines[name] for name in order], names, frameon=False, fontsize=11, labelcolor=INK)
+    below = {"loc": "upper left", "bbox_to_anchor": (0, -0.13)}  # curves may be anywhere inside
+    ax.legend([lines[name] for name in order], names, frameon=False, fontsize=11, labelcolor=INK, **below)
 
 
 def retraining(
