@@ -47,7 +47,7 @@ class Experiment:
         lr, hess_init, beta2: IVON's; the rate falls to zero along a cosine.
         sgd_lr: first and last rate of SGD with momentum .9, along a cosine.
         recorded: epochs after which IVON's LOO loss is taken; `laplace` those for the fits; `mapped` those after
-            which every example's row is kept, by IVON with seed 0.
+            which every example's row is kept.
         part: examples that laplace-torch's own route is timed on.
     """
 
@@ -151,9 +151,12 @@ SMOKE = Experiment(
 
 
 def train(
-    experiment: Experiment, data: Images, seed: int, trainer: str, runs: Path, advance: Advance
+    experiment: Experiment, data: Images, seed: int, trainer: str, runs: Path, advance: Advance, mapped: bool = True
 ) -> supervised.Training:
     """One network by "IVON" or "SGD", its curves recorded along the way; goes on from the last epoch that was saved.
+
+    Args:
+        mapped: keep IVON's rows of every example, at the epochs that the experiment names.
 
     Returns:
         The run at its end, with found = {"curves": Curves, "seconds": of training, by epoch}.
@@ -172,8 +175,8 @@ def train(
         found={"curves": Curves()},
     )
     optimizer, curves = training.optimizer, training.found["curves"]
-    mapped = trainer == "IVON" and not seed
-    memory = vlearn.MemoryMap(len(data.y), memory_path(runs, data, seed)) if mapped else None
+    with_rows = mapped and trainer == "IVON"
+    memory = vlearn.MemoryMap(len(data.y), memory_path(runs, data, seed)) if with_rows else None
     if memory is not None:
         memory.rewind(training.done)
     for epoch in training:
@@ -279,7 +282,7 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
     own: dict[str, Any] = {}
     for seed in range(seeds):
         for trainer in trainers:
-            training = train(experiment, data, seed, trainer, runs, advance)
+            training = train(experiment, data, seed, trainer, runs, advance, mapped=not seed)
             found = training.found
             curves.setdefault(trainer, []).append(found["curves"])
             for each in found["curves"].loo_loss:

@@ -113,10 +113,10 @@ def side_by_side(maps: dict[str, State], circled_by: str) -> Figure:
 
 
 def over_epochs(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> Found:
-    """The map at every recorded epoch of one training run."""
-    folder = runs / experiment.dataset
-    generalization.train(experiment, data, 0, "IVON", folder, advance)
-    memory = vlearn.MemoryMap.open(generalization.memory_path(folder, data, 0))
+    """The map at every recorded epoch of one training run, that of the last seed."""
+    folder, seed = runs / experiment.dataset, seeds - 1
+    generalization.train(experiment, data, seed, "IVON", folder, advance)
+    memory = vlearn.MemoryMap.open(generalization.memory_path(folder, data, seed))
     states = {f"epoch {step}": recorded(memory, i) for i, step in enumerate(memory.steps.tolist())}
     table = {title: numbers_of(state) for title, state in states.items()}
     return {"table": table}, side_by_side(states, list(states)[-1])
