@@ -10,6 +10,7 @@ each rank had at earlier epochs (Nickl et al., 2023, arXiv:2310.19273, Fig. 3b).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 
 import vlearn
 from benchmarks import data as datasets
-from benchmarks import generalization, pictures, report
+from benchmarks import generalization, pictures, report, tracking
 from benchmarks.agreement import spearman
 from vlearn.plot.style import BLUE, GREEN, ORANGE, VERMILLION, tidy
 
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         for epoch, row in found.items()
     ]
-    report.print_table(f"Self-influence over training: {experiment.title}", header, lines)
+    said = tracking.log_results("evolution", dataclasses.asdict(experiment), found, {name: out / f"{name}.png"})
+    report.print_table(f"Self-influence over training: {experiment.title}", header, lines, [said])
     return 0
 
 

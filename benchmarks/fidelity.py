@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks import laplace, report
+from benchmarks import laplace, report, tracking
 from benchmarks.agreement import agreement
 from benchmarks.digits import change, in_float64
 from benchmarks.networks import mlp
@@ -255,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     command = f"python -m benchmarks.fidelity --seed {arguments.seed}"
     report.write_json(arguments.out, {**report.provenance(command, arguments.seed), "results": results})
     print_results(results)
+    table = {f"δ = {each['prior_precision']:g}": each["structures"] for each in results}
+    print(tracking.log_results("fidelity", dataclasses.asdict(settings), table))
     return 0
 
 

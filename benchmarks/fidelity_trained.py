@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
-from benchmarks import fidelity, report
+from benchmarks import fidelity, report, tracking
 from benchmarks.agreement import agreement
 from benchmarks.digits import change
 from benchmarks.networks import mlp
@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     found = {"table": over_seeds(results), "results": results}
     report.write_json(arguments.out, {**report.provenance(command, arguments.seeds), **found})
     print_results(results)
+    print(tracking.log_results("fidelity_trained", dataclasses.asdict(SETTINGS), found["table"]))
     return 0
 
 

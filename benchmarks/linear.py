@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks import data, pictures, report
+from benchmarks import data, pictures, report, tracking
 from benchmarks.agreement import agreement
 from vlearn import conjugate
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
@@ -356,7 +356,9 @@ def main(argv: list[str] | None = None) -> int:
     numbers = {**report.provenance(command, 0), "settings": dataclasses.asdict(settings), "sets": found}
     report.write_json(out / "linear.json", numbers)
     pictures.save(draw(found, settings), out / "linear.png")
-    show(found, settings, [f"Figure and numbers: {report.relative(out)}"])
+    table = {name: {key: each for key, each in found[name].items() if not isinstance(each, list)} for name in found}
+    said = tracking.log_results("linear", dataclasses.asdict(settings), table, {"linear": out / "linear.png"})
+    show(found, settings, [f"Figure and numbers: {report.relative(out)}", said])
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,19 @@ def tracked(project: str, folder: Path, config: dict[str, Any]) -> Iterator[tupl
     finally:
         if run is not None:
             run.finish(exit_code=int(failed))
+
+
+def log_results(script: str, config: dict[str, Any], table: Any, figures: Mapping[str, Path] | None = None) -> str:
+    """One run of a script that is done: its settings, its table, its pictures.
+
+    Returns:
+        One sentence for the reader.
+    """
+    with tracked(f"vlearn-{script.replace('_', '-')}", Path("runs") / script, config) as (run, said):
+        if run is not None:
+            run.log({f"figures/{name}": image(path) for name, path in (figures or {}).items()})
+            run.summary.update({"table": table})
+    return said
 
 
 def image(path: Path) -> Any:
