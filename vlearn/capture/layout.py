@@ -33,7 +33,7 @@ def check_layout(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
         if use.reached and use.parameters and (use.of_constants or any(total in shape[1:] for shape in before)):
             unclear[module, call] = use, before
     key = tuple((use.path, call, before) for (_, call), (use, before) in unclear.items())
-    if total < 2 or not unclear or key in _known.setdefault(root, set()):
+    if trace.is_part or total < 2 or not unclear or key in _known.setdefault(root, set()):
         return
     seen = _shapes_with_one_less(trace, weights, {module for module, _ in unclear})
     for (module, call), (use, before) in unclear.items():

@@ -40,7 +40,7 @@ def check_separate(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     assert root is not None
     few = min(total - 1, FEW)
     key = (tuple((use.path, use.call) for use in trace.uses), few, len(trace.in_train_mode))
-    if few < 1 or key in _known.setdefault(root, set()):
+    if trace.is_part or few < 1 or key in _known.setdefault(root, set()):
         return
     with as_recorded(trace):
         met = _met_in_values(trace, weights, few) or _met_in_gradients(trace, weights, few)

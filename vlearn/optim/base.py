@@ -14,7 +14,7 @@ The weights are the posterior mean whenever no draw is active.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -533,7 +533,9 @@ class VariationalOptimizer(Sampler, Optimizer):
             self._watch.remove()
             self._watch = None
 
-    def sensitivities(self, deviation: bool = False, output: Selector = None) -> Sensitivities:
+    def sensitivities(
+        self, deviation: bool = False, output: Selector = None, examples: Tensor | Sequence[int] | slice | None = None
+    ) -> Sensitivities:
         """Each example's sensitivity, from the training step's own forward and backward pass.
 
         Σ is the state at the call, the weights are the step's draw. Nothing is computed unless this is called.
@@ -543,19 +545,22 @@ class VariationalOptimizer(Sampler, Optimizer):
                 forward pass.
             output: which of several outputs residual, prediction error and deviation speak of: a key, an index or
                 a callable of the whole output. The self-influence is that of the whole loss.
+            examples: which of the minibatch's examples, as numbers ``[K]``, a slice or a mask; default all. The cost
+                falls with their number.
         Returns:
-            One row per example of the last minibatch.
+            One row per example of the last minibatch, or of those of it that were asked for, in their order.
         Raises:
             RuntimeError: if the model is not watched, no backward pass has come since its last training forward
                 pass, or examples have no gradient of their own.
-            ValueError: if `output` selects no tensor that the loss depends on, or is None and there are several.
+            ValueError: if `output` selects no tensor that the loss depends on, or is None and there are several; if
+                `examples` are not different numbers of examples of the minibatch.
         """
         if self._watch is None:
             raise RuntimeError(
                 f"sensitivities() needs a watched model: use {type(self).__name__}(model, ...) or "
                 "optimizer.watch(model)."
             )
-        return self._watch.sensitivities(deviation, output)
+        return self._watch.sensitivities(deviation, output, examples)
 
 
 def _average_loss(losses: list[Any]) -> Any:

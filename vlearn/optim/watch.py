@@ -370,7 +370,7 @@ class Watch:
                 "minibatch: concatenate the inputs, or call backward() after each forward pass."
             )
 
-    def sensitivities(self, deviation: bool, output: Selector) -> Sensitivities:
+    def sensitivities(self, deviation: bool, output: Selector, examples: Any) -> Sensitivities:
         trace, optimizer = self.trace, self.optimizer
         if trace is None:
             last = f"; the last captured step is {self.trace_step}" if self.trace_step else ""
@@ -383,7 +383,7 @@ class Watch:
         samples = draw.samples() if draw is not None else {}
         weights = {p: samples.get(p, p.data) for p in trace.tracked}
         covariance = optimizer.posterior().covariance({name: p for p, name in optimizer._names().items()})
-        return live_sensitivities(trace, covariance, weights, self.scale, self.trace_step, deviation, output)
+        return live_sensitivities(trace, covariance, weights, self.scale, self.trace_step, deviation, output, examples)
 
 
 def _frame_of_call() -> FrameType:

@@ -69,6 +69,20 @@ class Moved:
             self.tangents[use] = [self.self_influence.new_zeros(shape) for shape in use.shapes]
         self.tangents[use][output][examples] += tangent
 
+    def among(self, whole: Trace, part: Trace, numbers: Tensor) -> Moved:
+        """The same rows among those of all examples, which stay, from those of a part, see `part_of`."""
+        assert self.tangents is not None
+        found = Moved(self.self_influence.new_zeros(whole.num_examples), {})
+        found.self_influence[numbers] = self.self_influence
+        assert found.tangents is not None
+        for use, its_part in zip(whole.uses, part.uses, strict=True):
+            if its_part in self.tangents:
+                full = [rows.new_zeros(shape) for rows, shape in zip(self.tangents[its_part], use.shapes, strict=True)]
+                for tensor, rows in zip(full, self.tangents[its_part], strict=True):
+                    tensor[numbers] = rows
+                found.tangents[use] = full
+        return found
+
 
 def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: bool) -> Moved:
     """Multiply every example's gradient by Σ.

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from vlearn.capture.examples import checked_uses
 from vlearn.capture.fallback import Weights
+from vlearn.capture.part import numbers_of, part_of
+from vlearn.capture.separate import check_separate
 from vlearn.capture.trace import Trace
 from vlearn.capture.tree import tensor_leaves
 from vlearn.posterior.covariance import Covariance
-from vlearn.sensitivity.ghost import moved, output_deviation
+from vlearn.sensitivity.ghost import Moved, moved, output_deviation
 
 Selector = str | int | Callable[[Any], Tensor] | None
 
@@ -51,6 +54,7 @@ def live_sensitivities(
     step: int,
     deviation: bool = False,
     output: Selector = None,
+    examples: Any = None,
 ) -> Sensitivities:
     """Read the sensitivities out of a recorded training step.
 
@@ -63,14 +67,31 @@ def live_sensitivities(
         step: number of the step.
         deviation: also compute the deviation.
         output: which of several outputs residual and deviation speak of.
+        examples: ``[K]`` which of the examples; None for all.
+    Raises:
+        RuntimeError: if examples have no gradient of their own, or none has come.
+        ValueError: if `output` or `examples` name what is not there.
     """
     if trace.problems:
         raise RuntimeError(f"sensitivities are not defined for this step: {trace.problems[0]}")
     if not trace.received:
         raise RuntimeError("sensitivities() before backward(): no gradient has reached the model's output yet.")
+    whole, numbers = trace, None
+    if examples is not None:
+        numbers = numbers_of(examples, trace.num_examples, next(iter(weights.values())).device)
+        checked_uses(whole, covariance, weights)
+        check_separate(whole, weights)
+        trace = part_of(whole, numbers)
     residual = select(as_output(trace, trace.cotangents), output) * scale
     moves = moved(trace, covariance, weights, deviation)
-    change = select(as_output(trace, output_deviation(trace, moves, weights)), output) * scale if deviation else None
+    change = None
+    if deviation:
+        found = (
+            output_deviation(trace, moves, weights)
+            if numbers is None
+            else _of_part(whole, trace, numbers, moves, weights)
+        )
+        change = select(as_output(trace, found), output) * scale
     return Sensitivities(
         residual=residual,
         self_influence=moves.self_influence * scale**2,
@@ -78,6 +99,17 @@ def live_sensitivities(
         deviation=change,
         step=step,
     )
+
+
+def _of_part(whole: Trace, part: Trace, numbers: Tensor, moves: Moved, weights: Weights) -> list[Tensor]:
+    """Changes of the outputs of some examples; by a pass over all of them where the model needs those.
+
+    A model that draws random numbers draws others for fewer examples.
+    """
+    try:
+        return output_deviation(part, moves, weights)
+    except RuntimeError:
+        return [tensor[numbers] for tensor in output_deviation(whole, moves.among(whole, part, numbers), weights)]
 
 
 def prediction_error(residual: Tensor) -> Tensor:
