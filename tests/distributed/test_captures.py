@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.problems import STEPS, alternating, record, refusal, replay, state_of
 from tests.distributed.ranks import Ranks
 from tests.optim import table
-from tests.optim.table import DISTRIBUTED, FAMILY, data, equal, loss_of, network, weights
+from tests.optim.table import FAMILY, data, equal, loss_of, network, weights
 
 pytestmark = pytest.mark.slow
-captured = [number for number in DISTRIBUTED if FAMILY[number].captures]
+captured = [number for number in range(len(FAMILY)) if FAMILY[number].captures]
 family = pytest.mark.parametrize("number", captured, ids=[str(FAMILY[number]) for number in captured])
 settings = pytest.mark.parametrize("setting", ["own", "shared", "sync"])
 SETTINGS: dict[str, dict[str, Any]] = {"own": {}, "shared": {"shared_noise": True}, "sync": {"sync": True}}
@@ -107,12 +107,17 @@ def unused_on_a_step_without_captures(rank: int, number: int) -> tuple[list[Tens
     optimizer, model = made(number, "sync", network(), every=2)
     x, y = unequal(rank)
     table.context(optimizer, model, x, y)
-    before = [state["hessian"].clone() for state in optimizer.state.values()]
+    before = [hessian.clone() for hessian in hessians(optimizer)]
     with optimizer.sampled_params(train=True):
         optimizer.zero_grad()
         (model[0](x).square().mean() if rank == 1 else loss_of(model, x, y)).backward()  # type: ignore[operator]
     optimizer.step()
-    return before, [state["hessian"] for state in optimizer.state.values()]
+    return before, hessians(optimizer)
+
+
+def hessians(optimizer: Any) -> list[Tensor]:
+    """Those of parameters, or of layers."""
+    return [state["hessian"] for state in optimizer.state.values() if "hessian" in state]
 
 
 @family

@@ -25,10 +25,9 @@ from tests.distributed.problems import (
 )
 from tests.distributed.ranks import Ranks
 from tests.optim import table
-from tests.optim.table import DISTRIBUTED, FAMILY, IVON, LOOPS, Entry, data, equal, loss_of, network, plain, weights
+from tests.optim.table import FAMILY, IVON, LOOPS, Entry, data, equal, loss_of, network, numbered, plain, weights
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 
 
 def made(entry: Entry, loop: str, wrapper: DistributedDataParallel, **kwargs: Any) -> Any:
@@ -62,7 +61,7 @@ def assert_two_are_one(ranks: Ranks, number: int, loop: str, parts: int = 1, no_
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
-@family
+@numbered
 @pytest.mark.parametrize("loop", [*LOOPS, "inner"])
 @pytest.mark.parametrize(("parts", "no_sync"), [(1, False), (2, False), (2, True)])
 def test_two_ranks_are_one_process_with_both_draws(
@@ -71,7 +70,7 @@ def test_two_ranks_are_one_process_with_both_draws(
     assert_two_are_one(ranks, number, loop, parts, no_sync)
 
 
-@family
+@numbered
 @pytest.mark.parametrize("loop", ["plain", "context"])
 @pytest.mark.parametrize(
     ("option", "parts", "no_sync"),
@@ -88,7 +87,7 @@ def test_so_they_are_with_every_option_of_the_wrapper(
     assert_two_are_one(ranks, number, loop, parts, no_sync, **{option: True})
 
 
-@family
+@numbered
 @pytest.mark.parametrize("bucket_view", [False, True])
 def test_so_they_are_with_several_draws_in_each(ranks: Ranks, number: int, bucket_view: bool) -> None:
     assert_two_are_one(ranks, number, "closure", settings={"mc_samples": 3}, gradient_as_bucket_view=bucket_view)
@@ -117,7 +116,7 @@ def large(rank: int, number: int, compiled: bool) -> Any:
     return state_of(optimizer), calls
 
 
-@pytest.mark.parametrize("number", [n for n in DISTRIBUTED if FAMILY[n] is IVON])
+@pytest.mark.parametrize("number", [n for n in range(len(FAMILY)) if FAMILY[n] is IVON])
 def test_a_compiled_step_takes_the_local_products_too(ranks: Ranks, number: int) -> None:
     plainly = ranks(large, number, False)[0][0]
     (first, calls), (second, _) = ranks(large, number, True)
@@ -141,7 +140,7 @@ def compiled_model(rank: int, number: int, how: str) -> list[torch.Tensor]:
     return state_of(optimizer)
 
 
-@family
+@numbered
 def test_a_compiled_model_trains_as_the_eager_one(ranks: Ranks, number: int) -> None:
     eager, _ = ranks(compiled_model, number, "")
     for how in ("wrapper", "inside"):
@@ -177,7 +176,7 @@ def branches_on(rank: int, number: int) -> Any:
     return draws, state_of(optimizer)
 
 
-@family
+@numbered
 def test_a_parameter_that_one_rank_does_not_use_counts_as_zero_there(ranks: Ranks, number: int) -> None:
     (first, state), (second, other) = ranks(branches_on, number)
     assert equal(state, other)
@@ -234,7 +233,7 @@ def changed_gradients(rank: int, number: int, loop: str, how: str) -> Any:
     return message, equal(weights(wrapper), before)
 
 
-@family
+@numbered
 @pytest.mark.parametrize("loop", ["plain", "context", "closure", "modes"])
 @pytest.mark.parametrize("how", ["clip", "value", "written", "unscale_", "scaler"])
 def test_gradients_that_change_between_backward_and_step_are_refused(
@@ -274,7 +273,7 @@ def between_micro_batches(rank: int, number: int, how: str, bucket_view: bool) -
     return draws, state_of(optimizer), messages
 
 
-@family
+@numbered
 @pytest.mark.parametrize("how", ["clip", "zero_grad", "model.zero_grad", "in place", "autograd.grad"])
 @pytest.mark.parametrize("bucket_view", [False, True])
 def test_what_happens_to_gradients_between_micro_batches_counts_or_is_refused(
@@ -319,7 +318,7 @@ def by_hand(rank: int, number: int, where: str) -> Any:
     return refusal(optimizer.step), draws, state_of(optimizer)
 
 
-@family
+@numbered
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
@@ -334,7 +333,7 @@ def test_gradients_that_something_else_averages_are_refused(
         assert re.search(expected, message)
 
 
-@family
+@numbered
 def test_gradients_that_are_averaged_by_hand_are_right_with_shared_noise(ranks: Ranks, number: int) -> None:
     (message, first, state), (_, second, other) = ranks(by_hand, number, "after, shared")
     assert message == "nothing was raised" and equal(state, other)
@@ -370,7 +369,7 @@ def alone(rank: int, number: int) -> Any:
     return draws, state_of(optimizer)
 
 
-@family
+@numbered
 def test_processes_that_train_each_their_own_model_are_left_alone(ranks: Ranks, number: int) -> None:
     for rank, (draws, state) in enumerate(ranks(alone, number)):
         model = network(seed=rank)
@@ -389,7 +388,7 @@ def joined(rank: int, number: int, watched: bool) -> str:
     return message
 
 
-@family
+@numbered
 @pytest.mark.parametrize("watched", [True, False])
 def test_uneven_inputs_are_refused(ranks: Ranks, number: int, watched: bool) -> None:
     for message in ranks(joined, number, watched):
@@ -459,7 +458,7 @@ def sharded(rank: int, number: int, how: str) -> str:
     return "nothing was raised"
 
 
-@family
+@numbered
 @pytest.mark.parametrize("how", ["fully_shard", "original", "flat"])
 def test_sharded_parameters_are_refused(ranks: Ranks, number: int, how: str) -> None:
     for message in ranks(sharded, number, how):

@@ -10,10 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.problems import STEPS, Draws, batches, record, replay, state_of, together
 from tests.distributed.ranks import Ranks
-from tests.optim.table import DISTRIBUTED, FAMILY, LOOPS, data, equal, loss_of, made, network
+from tests.optim.table import FAMILY, LOOPS, data, equal, loss_of, made, network, numbered
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 PARTS = 2
 
 
@@ -64,7 +63,7 @@ def on_one(number: int, loop: str, how: str, draws: Draws) -> list[torch.Tensor]
     return state_of(optimizer)
 
 
-@family
+@numbered
 @pytest.mark.parametrize(
     ("loop", "how", "bucket_view"),
     [

@@ -12,10 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.problems import STEPS, alternating, batches, record, refusal, replay, state_of
 from tests.distributed.ranks import Ranks
 from tests.optim import table
-from tests.optim.table import DISTRIBUTED, FAMILY, IVON, equal, loss_of, network, weights
+from tests.optim.table import FAMILY, IVON, equal, loss_of, network, numbered, weights
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "gradsq": {"hess_approx": "gradsq"},
@@ -61,7 +60,7 @@ def on_ranks(rank: int, number: int, setting: str, contexts: int, unused: bool) 
 
 @pytest.mark.parametrize(
     ("number", "setting"),
-    [(n, setting) for n in DISTRIBUTED for setting in SETTINGS if FAMILY[n] is IVON or setting != "gradsq"],
+    [(n, setting) for n in range(len(FAMILY)) for setting in SETTINGS if FAMILY[n] is IVON or setting != "gradsq"],
     ids=str,
 )
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -94,7 +93,7 @@ def with_the_wrapper(rank: int, number: int) -> Any:
     return construction, hooks, refusal(optimizer.step), equal(weights(wrapper), weights(network()))
 
 
-@family
+@numbered
 def test_with_the_wrapper_it_would_average_twice_and_is_refused(ranks: Ranks, number: int) -> None:
     for construction, hooks, at_step, at_mean in ranks(with_the_wrapper, number):
         assert "drop sync=True, or the wrapper" in construction and hooks == 0
@@ -122,7 +121,7 @@ def name_of(number: int, place: int) -> str:
     return repr(names[place] if FAMILY[number].captures else f"param_{place}")
 
 
-@family
+@numbered
 def test_a_gradient_that_is_not_finite_in_one_rank_stops_all(ranks: Ranks, number: int) -> None:
     (own, *first), (seen, *second) = ranks(with_one_rank_overflown, number, "raise", 1, 0)
     assert "a parameter in another process is not finite" in own and name_of(number, 0) in seen
@@ -150,7 +149,7 @@ def unlike(rank: int, number: int, how: str) -> str:
     return refusal(whole)
 
 
-@family
+@numbered
 @pytest.mark.parametrize("how", ["frozen", "draws"])
 def test_processes_that_do_not_train_alike_are_told(ranks: Ranks, number: int, how: str) -> None:
     expected = {

@@ -12,11 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.problems import STEPS, batches, record, replay, state_of, train
 from tests.distributed.ranks import Ranks
 from tests.optim.networks import at_draw, covariance_of, cross_entropy
-from tests.optim.table import DISTRIBUTED, FAMILY, equal, loss_of, made, network, plain, weights
+from tests.optim.table import FAMILY, equal, loss_of, made, network, numbered, plain, weights
 from tests.oracles.per_example import relative_error
 
 pytestmark = pytest.mark.slow
-family = pytest.mark.parametrize("number", DISTRIBUTED, ids=[str(FAMILY[number]) for number in DISTRIBUTED])
 
 
 def live(rank: int, number: int, options: dict[str, bool], inner: bool) -> Any:
@@ -31,7 +30,7 @@ def live(rank: int, number: int, options: dict[str, bool], inner: bool) -> Any:
     return before, draws, optimizer.sensitivities(deviation=True)
 
 
-@family
+@numbered
 @pytest.mark.parametrize("option", ["", "gradient_as_bucket_view", "static_graph", "find_unused_parameters", "inner"])
 def test_sensitivities_are_those_of_one_process_with_that_draw_and_minibatch(
     ranks: Ranks, number: int, option: str
@@ -92,7 +91,7 @@ def names_and_means(rank: int, number: int) -> None:
     assert not any(module._forward_hooks for module in wrapper.modules())
 
 
-@family
+@numbered
 def test_names_and_the_mean_are_those_of_the_model_inside(ranks: Ranks, number: int) -> None:
     ranks(names_and_means, number)
 
@@ -114,7 +113,7 @@ def many_steps(rank: int, number: int, loop: str, settings: dict[str, Any]) -> l
     return state_of(optimizer)
 
 
-@family
+@numbered
 @pytest.mark.parametrize("loop", ["plain", "context"])
 @pytest.mark.parametrize("settings", [{}, {"shared_noise": True}, {"dtype": torch.bfloat16}], ids=str)
 def test_the_state_of_the_ranks_stays_bitwise_equal(
@@ -152,7 +151,7 @@ def resumed(rank: int, number: int, folder: str, settings: dict[str, Any]) -> An
     return state_of(optimizer), state_of(again)
 
 
-@family
+@numbered
 @pytest.mark.parametrize("settings", [{}, {"shared_noise": True}], ids=str)
 def test_both_ranks_resume_bitwise_from_what_one_has_saved(
     ranks: Ranks, number: int, tmp_path: Any, settings: dict[str, Any]

@@ -135,8 +135,7 @@ EKFACVON = Entry(
 )
 FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON)
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
-# Places of those that train in several processes; the ranks take an entry by its place.
-DISTRIBUTED = tuple(number for number, entry in enumerate(FAMILY) if not entry.kronecker)
+numbered = pytest.mark.parametrize("number", range(len(FAMILY)), ids=map(str, FAMILY))  # as other processes take them
 
 
 def needs_parameters_apart(entry: Entry) -> None:

@@ -250,6 +250,39 @@ def test_a_part_of_a_layer_that_is_frozen_stays_and_the_other_goes_on(entry: Any
     assert not torch.equal(other, moving)
 
 
+class Branches(nn.Module):
+    """Two layers with one bias, of which a pass uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Linear(6, 3, dtype=torch.float64) for _ in range(2))
+        self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        return (self.first, self.second)[which](x)
+
+
+@entries
+def test_a_bias_that_draws_show_with_two_weights_is_in_the_first_layer_and_then_refused(entry: Any) -> None:
+    model, (x, y) = Branches(), data()
+    optimizer = entry.make(model.parameters())
+    optimizer.watch(model)
+
+    def step() -> None:
+        for which in range(2):
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x, which), y).backward()
+        optimizer.step()
+
+    step()
+    assert [layer.parameters for layer in optimizer._layers()] == [(model.first.weight, model.first.bias)]
+    assert optimizer.state[model.second.weight]["hessian"].shape == (3, 6)
+    with pytest.raises(RuntimeError, match="call the module in the same way in every step"):
+        step()
+
+
 @pytest.mark.parametrize(
     "setting, message",
     [

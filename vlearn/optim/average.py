@@ -20,7 +20,7 @@ class Average:
         self.count = 0
         self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._trailing: tuple[int, ...] = ()  # axes of a statistic after those of its parameter
-        self._joint: dict[Any, list[Tensor]] = {}  # by draw
+        self.joint: dict[Any, list[Tensor]] = {}  # each draw's statistics that are not of one parameter, by key
 
     def add(self, contributions: Iterable[Contribution]) -> None:
         """Count one whole draw, whose buffers go."""
@@ -34,11 +34,7 @@ class Average:
     def add_joint(self, statistics: Mapping[Any, Tensor]) -> None:
         """A draw's statistics that are not of one parameter, by key."""
         for key, statistic in statistics.items():
-            self._joint.setdefault(key, []).append(statistic)
-
-    def joint(self) -> dict[Any, Tensor]:
-        """The averages of those, each over the draws that have it."""
-        return {key: torch.stack(found).mean(0) if len(found) > 1 else found[0] for key, found in self._joint.items()}
+            self.joint.setdefault(key, []).append(statistic)
 
     def of(self, block: list[Slot], last: list[Contribution] | None) -> tuple[list[Slot], list[Tensor], list[Tensor]]:
         """(slots that have a gradient, their average gradients, their average statistics).
@@ -70,9 +66,12 @@ class Average:
         parameters: list[Tensor],
         dtype_of: Callable[[Tensor], torch.dtype],
         names: Callable[[], dict[Tensor, str]],
+        has_statistic: Callable[[Tensor], bool],
     ) -> None:
         """Average the sums over all processes; a parameter that none of them has a gradient for stays out.
 
+        Args:
+            has_statistic: of parameters for which it is false, statistics are zero.
         Raises:
             RuntimeError: if a parameter is frozen in some processes only.
         """
@@ -89,7 +88,8 @@ class Average:
                 )
         for p, there in zip(parameters, present.unbind(1), strict=True):
             if bool(there.any()):
-                for tensor in self._of_parameter(p, dtype_of(p)):
+                gradient, statistic = self._of_parameter(p, dtype_of(p))
+                for tensor in (gradient, statistic) if has_statistic(p) else (gradient,):
                     torch.distributed.all_reduce(tensor)
                     tensor.div_(len(gathered))
 

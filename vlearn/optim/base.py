@@ -82,11 +82,12 @@ class VariationalOptimizer(Sampler, Optimizer):
         """Update the state and the exact means of a block from averages over the step's draws."""
         raise NotImplementedError
 
-    def _update_all(self, parts: Iterator[Part], joint: dict[Any, Tensor]) -> None:
+    def _update_all(self, parts: Iterator[Part], joint: dict[Any, list[Tensor]]) -> None:
         """Update from the averages of each block; a rule that joins parameters collects the parts first.
 
         Args:
-            joint: averages of what the captures gave that is not of one parameter, by its key.
+            joint: what the captures gave that is not of one parameter, by its key: one for each of this process's
+                draws that has it.
         """
         for part in parts:
             self._update(*part)
@@ -388,11 +389,11 @@ class VariationalOptimizer(Sampler, Optimizer):
         synchronised = self._over_processes("sync")
         if synchronised:
             self._sum_up(draw)
-            self._average.over_processes(self._every_parameter(), self._state_dtype, self._names)
+            self._average.over_processes(self._every_parameter(), self._state_dtype, self._names, self._has_statistic)
         elif draw.captured is not None:
             self._average.add_joint(draw.captured.joint())
         try:
-            self._update_all(self._parts(draw, keep, synchronised), self._average.joint())
+            self._update_all(self._parts(draw, keep, synchronised), self._average.joint)
         finally:
             draw.drop()
             mark_changed(draw.parameters)
@@ -430,11 +431,14 @@ class VariationalOptimizer(Sampler, Optimizer):
 
     def _average_statistics(self, draw: Draw, slots: list[Slot], statistics: list[Tensor]) -> list[Tensor]:
         """Averages over the processes whose gradients are averaged already."""
-        if draw.local is not None:
-            return self._wrappers.average(slots, statistics)
-        if draw.captured is not None and self._over_processes("shared_noise"):  # from each process's own examples
-            return averaged(statistics, self._wrappers.group_of(self.moving()))
-        return statistics
+        there = [i for i, slot in enumerate(slots) if self._has_statistic(slot.parameter)]
+        own = [statistics[i] for i in there]
+        if own and draw.local is not None:
+            own = self._wrappers.average([slots[i] for i in there], own)
+        elif own and draw.captured is not None and self._over_processes("shared_noise"):  # each process's own examples
+            own = averaged(own, self._wrappers.group_of(self.moving()))
+        found = dict(zip(there, own, strict=True))
+        return [found.get(i, statistic) for i, statistic in enumerate(statistics)]
 
     def _round_means(self, block: list[Slot]) -> None:
         """Write the exact means of narrower weights into them."""

@@ -31,7 +31,8 @@ def eigen(factor: Tensor, before: Tensor | None) -> Eigen | None:
     if not bool(values.isfinite().all()):
         return None
     overlaps = basis.diagonal() if before is None else (basis * before).sum(0)
-    return values.clamp_min_(0), basis.mul_(torch.where(overlaps < 0, -1.0, 1.0).to(basis.dtype))
+    basis.mul_(torch.where(overlaps < 0, -1.0, 1.0).to(basis.dtype))
+    return values.clamp_min_(0), basis.contiguous()  # as another process gets it: by columns, products round otherwise
 
 
 def product(rows: Tensor, columns: Tensor) -> Tensor:

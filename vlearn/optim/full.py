@@ -156,7 +156,7 @@ class FullVON(CurvatureProbe, DenseState, VariationalOptimizer):
         score[at] = root * (precision @ (root * torch.cat([move.reshape(-1).to(precision) for move in moves])))
         return [torch.outer(g.reshape(-1).to(score), score).reshape(*g.shape, len(score)).to(g) for g in gradients]
 
-    def _update_all(self, parts: Iterator[Part], joint: dict[Any, Tensor]) -> None:
+    def _update_all(self, parts: Iterator[Part], joint: dict[Any, list[Tensor]]) -> None:
         if self._draw is not None:
             self._draw.finish()  # the sample stays in the buffers: Price's estimate wants all of it for every block
         found = list(parts)

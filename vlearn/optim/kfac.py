@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from vlearn.optim.base import Part, VariationalOptimizer
 from vlearn.optim.curvature import CurvatureProbe
 from vlearn.optim.draw import Draw, Slot
 from vlearn.optim.eigenbasis import carried, eigen, product, with_factored_damping
+from vlearn.optim.exchange import averages, made_once
 from vlearn.optim.groups import check
 from vlearn.optim.kronecker import KroneckerState
 from vlearn.optim.likelihood import Likelihood
 from vlearn.optim.newton import NewtonStep, newton_rules
-from vlearn.optim.noise import Noise, process_count
 from vlearn.optim.watch import Watch
 from vlearn.sensitivity.live import Selector
 
@@ -188,11 +189,6 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
     def _probes(self) -> bool:
         return self.fisher != "empirical"
 
-    def _new_noise(self, own: bool) -> Noise:
-        if process_count() > 1:
-            raise RuntimeError("KFACVON does not average its factors over processes: train in one, or use IVON.")
-        return super()._new_noise(own)
-
     def _sums_over_examples(
         self, watch: Watch, wanted: Container[Tensor], weights: dict[Tensor, Tensor]
     ) -> dict[Any, Tensor]:
@@ -215,6 +211,7 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
 
     def _in_one_group(self, weight: Tensor, bias: Tensor) -> bool:
         same = weight.dtype == bias.dtype and weight.device == bias.device and len(weight) == bias.numel()
+        same = same and self._group_over([weight]) is self._group_over([bias])
         groups = [[any(p is q for q in group["params"]) for p in (weight, bias)] for group in self.param_groups]
         return same and [True, True] in groups
 
@@ -230,12 +227,12 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
             for slot, gradient in zip(block, gradients, strict=True)
         ]
 
-    def _update_all(self, parts: Iterator[Part], joint: dict[Any, Tensor]) -> None:
+    def _update_all(self, parts: Iterator[Part], joint: dict[Any, list[Tensor]]) -> None:
         statistics_of: dict[Layer, dict[str, Tensor]] = {}
-        for (layer, name), statistic in joint.items():
+        for (layer, name), statistic in self._averaged(joint).items():
             statistics_of.setdefault(layer, {})[name] = statistic
         for layer, found in statistics_of.items():
-            if layer.weight not in self._layer_of():
+            if not any(p in self._layer_of() for p in layer.parameters):
                 self._make_layer(layer, found["out_factor"], found["in_factor"])
         layer_of = self._layer_of()
         gradients: dict[Tensor, list[tuple[Slot, Tensor]]] = {}
@@ -248,40 +245,22 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
             ]
             if alone:
                 self._update(group, [s for s, _, _ in alone], [g for _, g, _ in alone], [h for _, _, h in alone])
-        for layer in self._layers():
-            if any(p in gradients for p in layer.parameters):
-                with torch.autocast(layer.weight.device.type, enabled=False):
-                    self._update_layer(layer, gradients, statistics_of.get(layer, {}))
+        moving = [layer for layer in self._layers() if any(p in gradients for p in layer.parameters)]
+        for layer in moving:
+            self._learn(layer, gradients, statistics_of.get(layer, {}))
+        self._decompose([layer for layer in moving if self._is_due(layer, self._updates_of(layer))])
+        for layer in moving:
+            with torch.autocast(layer.weight.device.type, enabled=False):
+                self._move(layer, gradients)
 
-    def _update_layer(
-        self, layer: Layer, gradients: dict[Tensor, list[tuple[Slot, Tensor]]], statistics: dict[str, Tensor]
-    ) -> None:
-        group, state = self._group_of(layer), self.state[layer.weight]
-        lr, beta1, beta2 = float(group["lr"]), float(group["beta1"]), float(group["beta2"])
-        weight_decay = float(self._scales(group)[1])
-        directions = []
-        for p in layer.parameters:
-            momentum = self.state[p]["momentum"]
-            if p in gradients:
-                self.state[p]["step"] += 1
-                for slot, gradient in gradients[p]:
-                    slot.of(momentum).lerp_(gradient, 1 - beta1)
-            correction = 1 - beta1 ** float(self.state[p]["step"]) if group["debias"] else 1.0
-            mean = self.state[p].get("mean", p.data)
-            zero = p not in gradients
-            directions.append(
-                torch.zeros_like(mean) if zero else torch.add(momentum / correction, mean, alpha=weight_decay)
-            )
-        if statistics and beta2 < 1:
-            self._learn(layer, statistics, beta2)
-        if self._is_due(layer, self._updates_of(layer)) and bool(state["learned"]):
-            self._decompose(layer, group, weight_decay)
-        precision = state["hessian"] + (weight_decay + float(group["damping"]))
-        moves = self._block(layer, precision.reciprocal_()).multiply([d.unsqueeze(0) for d in directions])
-        for p, move in zip(layer.parameters, moves, strict=True):
-            if p in gradients:
-                self.state[p].get("mean", p.data).sub_(move.squeeze(0), alpha=lr)
-                self._round_means([slot for slot, _ in gradients[p]])
+    def _averaged(self, joint: dict[Any, list[Tensor]]) -> dict[tuple[Layer, str], Tensor]:
+        """Over the step's draws, of all processes whose gradients are averaged."""
+        every, found = self._every_parameter(), {}
+        processes_of = {layer: self._group_over(layer.parameters) for layer, _ in joint}
+        for processes in dict.fromkeys(self._group_over([p]) for p in every):
+            of_these = {key: drawn for key, drawn in joint.items() if processes_of[key[0]] is processes}
+            found |= averages(of_these, every, self._state_dtype, processes)
+        return found
 
     def _updates_of(self, layer: Layer) -> int:
         return max(int(self.state[p]["step"]) for p in layer.parameters)
@@ -290,12 +269,23 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
         """Whether a layer's eigenbasis is made anew in a step, counted from 1."""
         return (step - 1) % self._group_of(layer)["update_every"] == 0
 
-    def _learn(self, layer: Layer, statistics: dict[str, Tensor], beta2: float) -> None:
-        """Running means of the factors, and of EK-FAC's squares.
+    def _learn(
+        self, layer: Layer, gradients: dict[Tensor, list[tuple[Slot, Tensor]]], statistics: dict[str, Tensor]
+    ) -> None:
+        """Running means of the gradient, of the factors, and of EK-FAC's squares.
 
-        The first value counts whole, an older one β₂ times the next; a value stands for all steps since the last.
+        The first value of a factor counts whole, an older one β₂ times the next; a value stands for all steps since
+        the last.
         """
-        state = self.state[layer.weight]
+        group, state = self._group_of(layer), self.state[layer.weight]
+        beta1, beta2 = float(group["beta1"]), float(group["beta2"])
+        for p in layer.parameters:
+            for slot, gradient in gradients.get(p, ()):
+                slot.of(self.state[p]["momentum"]).lerp_(gradient, 1 - beta1)
+            if p in gradients:
+                self.state[p]["step"] += 1
+        if not statistics or beta2 == 1:
+            return
         learned = state["learned"].mul_(beta2).add_(1 - beta2)
         rate = math.log(beta2) if beta2 > 0 else -math.inf
         for name, age in (("out_factor", state["out_age"]), ("in_factor", state["in_age"])):
@@ -307,25 +297,62 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
         if "squares" in statistics:
             state["hessian"].lerp_(statistics["squares"].to(state["hessian"].dtype), 1 - beta2)
 
-    def _decompose(self, layer: Layer, group: dict[str, Any], weight_decay: float) -> None:
-        """A new eigenbasis, with s in it; none if the decomposition fails."""
+    def _decompose(self, layers: list[Layer]) -> None:
+        """New eigenbases, with s in them; a layer keeps its own if the decomposition fails."""
+        learned = [layer for layer in layers if bool(self.state[layer.weight]["learned"])]
+        by_processes: dict[Any, list[Layer]] = {}
+        for layer in learned:
+            by_processes.setdefault(self._group_over(layer.parameters), []).append(layer)
+        for processes, those in by_processes.items():
+            likes = [[tensor for _, tensor in self._in_eigenbasis(layer)] for layer in those]
+            made = made_once([partial(self._decomposed, layer) for layer in those], likes, processes)
+            for layer, found in zip(those, made, strict=True):
+                if found is None:
+                    self.decomposition_failures += 1
+                else:
+                    names = [name for name, _ in self._in_eigenbasis(layer)]
+                    self.state[layer.weight].update(zip(names, found, strict=True))
+
+    def _in_eigenbasis(self, layer: Layer) -> list[tuple[str, Tensor]]:
+        """What `_decomposed` gives of a layer, by its name in the state, and tensors of that shape."""
         state = self.state[layer.weight]
-        before = self._basis(layer)
-        rows, columns = eigen(state["out_factor"], before[0]), eigen(state["in_factor"], before[1])
-        if rows is None or columns is None:
-            self.decomposition_failures += 1
-            return
-        after = (rows[1], columns[1])
-        if self.eigenvalue_correction and any(basis is not None for basis in before):
-            state["hessian"] = carried(state["hessian"], before, after)
-        else:
-            s = (
-                with_factored_damping(rows[0], columns[0], weight_decay)
-                if self.factored_damping
-                else product(rows[0], columns[0])
+        factors = (("out_basis", state["out_factor"]), ("in_basis", state["in_factor"]))
+        return [("hessian", state["hessian"]), *((name, factor) for name, factor in factors if factor.dim() == 2)]
+
+    def _decomposed(self, layer: Layer) -> list[Tensor] | None:
+        """s in a new eigenbasis, and that; None if the decomposition fails."""
+        group, state, before = self._group_of(layer), self.state[layer.weight], self._basis(layer)
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            rows, columns = eigen(state["out_factor"], before[0]), eigen(state["in_factor"], before[1])
+            if rows is None or columns is None:
+                return None
+            after = (rows[1], columns[1])
+            if self.eigenvalue_correction and any(basis is not None for basis in before):
+                s = carried(state["hessian"], before, after)
+            else:
+                s = (
+                    with_factored_damping(rows[0], columns[0], float(self._scales(group)[1]))
+                    if self.factored_damping
+                    else product(rows[0], columns[0])
+                )
+                s.mul_(state["learned"]).add_(group["hess_init"] * (1 - state["learned"]))
+        return [s, *(basis for basis in after if basis is not None)]
+
+    def _move(self, layer: Layer, gradients: dict[Tensor, list[tuple[Slot, Tensor]]]) -> None:
+        group = self._group_of(layer)
+        weight_decay = float(self._scales(group)[1])
+        directions = []
+        for p in layer.parameters:
+            mean = self.state[p].get("mean", p.data)
+            correction = 1 - group["beta1"] ** float(self.state[p]["step"]) if group["debias"] else 1.0
+            directions.append(
+                torch.add(self.state[p]["momentum"] / correction, mean, alpha=weight_decay)
+                if p in gradients
+                else torch.zeros_like(mean)
             )
-            learned = state["learned"]
-            state["hessian"] = s.mul_(learned).add_(group["hess_init"] * (1 - learned))
-        for name, basis in zip(("out_basis", "in_basis"), after, strict=True):
-            if basis is not None:
-                state[name] = basis
+        precision = self.state[layer.weight]["hessian"] + (weight_decay + float(group["damping"]))
+        moves = self._block(layer, precision.reciprocal_()).multiply([d.unsqueeze(0) for d in directions])
+        for p, move in zip(layer.parameters, moves, strict=True):
+            if p in gradients:
+                self.state[p].get("mean", p.data).sub_(move.squeeze(0), alpha=float(group["lr"]))
+                self._round_means([slot for slot, _ in gradients[p]])

@@ -52,6 +52,9 @@ class KroneckerState(DiagonalState):
             self._found = {p: layer for layer in layers for p in layer.parameters}
         return self._found
 
+    def _has_statistic(self, p: Tensor) -> bool:
+        return p not in self._layer_of()
+
     def _make_layer(self, layer: Layer, out_factor: Tensor, in_factor: Tensor) -> None:
         """Replace the diagonal states of parameters that have not been updated yet."""
         every: list[Tensor] = self._every_parameter()

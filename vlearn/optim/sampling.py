@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,10 @@ class Sampler:
         """
         raise NotImplementedError
 
+    def _has_statistic(self, p: Tensor) -> bool:
+        """Whether `_statistic` says anything of a parameter; it is zero else. The same in all processes."""
+        return True
+
     def _needs_captures(self) -> bool:
         """Whether the update rule wants the captures of the training passes."""
         return False
@@ -126,6 +130,18 @@ class Sampler:
             return False  # it raises: others may have stopped
         shared = self._over_processes("shared_noise")
         return self._over_processes("sync") or (self._needs_captures() if shared else wrapper is not None)
+
+    def _group_over(self, parameters: Iterable[Tensor]) -> Any:
+        """The processes over which `step()` averages what it learns from examples of parameters; None: it does not."""
+        if process_count() == 1:
+            return None
+        everyone = torch.distributed.group.WORLD
+        if self._over_processes("sync"):
+            return everyone
+        if self._over_processes("shared_noise"):
+            moving = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+            return self._wrappers.group_of(moving) or everyone
+        return self._wrappers.group_of(parameters)
 
     def _new_noise(self, own: bool) -> Noise:
         """Where the next draw's noise comes from; an ensemble's never from another process, which may not draw."""

@@ -82,9 +82,13 @@ def averaged(tensors: list[Tensor], group: Any) -> list[Tensor]:
         tensors: of one dtype and device.
         group: None for the default one.
     """
+    return [total.div_(torch.distributed.get_world_size(group)) for total in summed(tensors, group)]
+
+
+def summed(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """Sums over the processes of a group, as `averaged`."""
     message = torch.cat([tensor.reshape(-1) for tensor in tensors])
     torch.distributed.all_reduce(message, group=group)
-    message.div_(torch.distributed.get_world_size(group))
     parts = message.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
