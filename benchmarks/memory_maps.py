@@ -42,7 +42,7 @@ from vlearn.sensitivity.sweep import SensitivityTable
 SMALL = generalization.EXPERIMENTS["overfit"]
 EXPERIMENTS = {"epochs": generalization.EXPERIMENTS["fashion-mnist"], "complexity": SMALL, "measures": SMALL}
 SMOKE = dict.fromkeys(EXPERIMENTS, generalization.SMOKE)
-PRIORS = {"underfit": 2000.0, "fit": 50.0, "overfit": 1.0}  # δ alone differs
+PRIORS = {"underfit": 300.0, "fit": 50.0, "overfit": 1.0}  # δ alone differs
 COLUMNS = ("leverage", "prediction_error", "self_influence")
 FLIPPED = 0.05  # share of the labels that are changed
 TOP = 0.01
