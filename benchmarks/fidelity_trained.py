@@ -127,7 +127,7 @@ def over_seeds(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             values = {name: [r[where][name] for r in group] for name in NUMBERS}
             found.append(
                 {
-                    "method": f"{key[0]}, {key[1]} epochs, δ = {key[2]:g}, at the {where}",
+                    "method": f"{key[0]}, {key[1]} epochs, δ = {key[2]:g}, {where}",
                     "mean": {name: float(np.mean(each)) for name, each in values.items()},
                     "deviation": {
                         name: float(np.std(each, ddof=1)) if len(each) > 1 else 0.0 for name, each in values.items()
@@ -139,7 +139,11 @@ def over_seeds(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_results(results: list[dict[str, Any]]) -> None:
     rows = [
-        (row["method"], *(f"{row['mean'][name]:.3f} ± {row['deviation'][name]:.3f}" for name in NUMBERS))
+        (
+            row["method"],
+            *(f"{row['mean'][name]:.3f}" for name in NUMBERS[:2]),
+            *(f"{row['mean'][name]:.3f}±{row['deviation'][name]:.3f}" for name in NUMBERS[2:]),
+        )
         for row in over_seeds(results)
     ]
     report.print_table("KFACVON trained from scratch", ("", "train", "test", "LOO", "Pearson", "slope"), rows)
