@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import vlearn
-from tests.oracles.networks import CASES
-from tests.sensitivity.small import LABELS, PlainNorm, inputs, loss_of, network, optimizer_of
+from tests.oracles.networks import CASES, Model
+from tests.sensitivity.small import LABELS, C, D, N, PlainNorm, inputs, loss_of, network, optimizer_of
 from tests.sensitivity.test_exactness import NAMES, TOLERANCE, error, with_uneven_state
 
 ROWS = [2, 0]
@@ -63,6 +63,29 @@ def test_dropout_keeps_the_masks_of_the_whole_batch():
     torch.manual_seed(2)
     whole, optimizer = read(nn.Dropout(0.5))
     assert_rows(optimizer.sensitivities(deviation=True, examples=ROWS), whole, ROWS)
+
+
+def test_a_mask_as_long_as_the_examples_that_are_asked_for_is_no_row_of_theirs():
+    torch.manual_seed(0)
+    mask = torch.triu(torch.full((4, 4), -torch.inf, dtype=torch.float64), 1)
+    attention = nn.MultiheadAttention(D, 1, batch_first=True)
+    model = Model(lambda m, x: m.out(m.mix(x, x, x, attn_mask=mask)[0].mean(1)), mix=attention, out=nn.Linear(D, C))
+    optimizer = optimizer_of(model.double())
+    x = torch.randn(N, 4, D, dtype=torch.float64)
+    loss_of(model, x).backward()
+    whole = optimizer.sensitivities(deviation=True)
+    chosen = [5, 0, 3, 1]
+    assert_rows(optimizer.sensitivities(deviation=True, examples=chosen), whole, chosen)
+
+
+def test_an_input_written_since_the_forward_pass_is_refused_for_some_examples_too():
+    model = network()
+    optimizer = optimizer_of(model)
+    x = inputs()
+    loss_of(model, x).backward()
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        optimizer.sensitivities(deviation=True, examples=ROWS)
 
 
 def test_correlated_posteriors_give_the_same_rows():

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.replay import call_with, forward_mode, tangents_in_reverse
 from vlearn.capture.trace import is_close
-from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.tree import is_per_example, tensor_leaves
 from vlearn.capture.use import Use
 
 Weights = dict[Tensor, Tensor]
@@ -118,8 +118,7 @@ def _example_call(
     leaves, structure = tree_flatten((use.args, use.kwargs))
     dtype = weights[use.parameters[0]].dtype  # autocast may have handed the module narrower inputs
     leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
-    total = use.shapes[0][0]
-    is_batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == total for x in leaves]
+    is_batched = use.per_example or [is_per_example(x, use.shapes[0][0]) for x in leaves]
     batched = [x[examples] for x, flag in zip(leaves, is_batched, strict=True) if flag]
 
     def call(values: dict[str, Tensor], example: list[Tensor]) -> list[Tensor]:

@@ -11,11 +11,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from vlearn.capture.replay import as_recorded, call_with, forward_mode, same_random_numbers
 from vlearn.capture.trace import Trace
-from vlearn.capture.tree import shapes
+from vlearn.capture.tree import rows_of, shapes
 from vlearn.capture.use import Use
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -33,7 +32,7 @@ def check_layout(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
         if use.reached and use.parameters and (use.of_constants or any(total in shape[1:] for shape in before)):
             unclear[module, call] = use, before
     key = tuple((use.path, call, before) for (_, call), (use, before) in unclear.items())
-    if trace.is_part or total < 2 or not unclear or key in _known.setdefault(root, set()):
+    if trace.examples is not None or total < 2 or not unclear or key in _known.setdefault(root, set()):
         return
     seen = _shapes_with_one_less(trace, weights, {module for module, _ in unclear})
     for (module, call), (use, before) in unclear.items():
@@ -68,13 +67,10 @@ def _shapes_with_one_less(
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         seen.setdefault(module, []).append(shapes((args, kwargs)))
 
-    def fewer(leaf: Any) -> Any:
-        return leaf[:-1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == total else leaf
-
     handles = [module.register_forward_hook(note, with_kwargs=True, prepend=True) for module in modules]
     try:
         with as_recorded(trace), same_random_numbers(trace), forward_mode(root.modules()):
-            call_with(root, weights, *tree_map(fewer, (trace.args, trace.kwargs)))
+            call_with(root, weights, *rows_of((trace.args, trace.kwargs), total, slice(-1)))
     except Exception as error:
         raise RuntimeError(
             f"an axis that may not be the one of the examples is as long as the batch of {total}, and the model does "

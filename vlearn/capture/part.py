@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from vlearn.capture.trace import Trace
-from vlearn.capture.tree import tensor_leaves, versions
+from vlearn.capture.tree import is_per_example, rows_of, tensor_leaves, versions
 from vlearn.capture.use import Use
 
 
@@ -21,37 +21,29 @@ def part_of(trace: Trace, examples: Tensor) -> Trace:
     It is not checked again: `check_layout` and `check_separate` want the whole batch.
     """
     total = trace.num_examples
-
-    def rows(leaf: Any) -> Any:
-        return leaf[examples] if isinstance(leaf, Tensor) and leaf.shape[:1] == (total,) else leaf
-
     part = copy.copy(trace)
-    part.is_part, part.num_examples = True, len(examples)
-    part.args, part.kwargs = tree_map(rows, (trace.args, trace.kwargs))
+    part.examples, part.num_examples = examples, len(examples)
+    part.args, part.kwargs, part.output = rows_of((trace.args, trace.kwargs, trace.output), total, examples)
     part.versions = versions((part.args, part.kwargs))
-    part.output = tree_map(rows, trace.output)
-    part.output_versions = [
-        _version(leaf, before, chosen)
-        for leaf, before, chosen in zip(
-            tensor_leaves(trace.output), trace.output_versions, tensor_leaves(part.output), strict=True
-        )
-    ]
-    part.cotangents = [rows(cotangent) for cotangent in trace.cotangents]
-    part.uses = [_part_of_use(use, rows, len(examples), total) for use in trace.uses]
+    outputs = zip(tensor_leaves(trace.output), trace.output_versions, tensor_leaves(part.output), strict=True)
+    part.output_versions = [_version(*each) for each in outputs]
+    part.cotangents = rows_of(trace.cotangents, total, examples)
+    part.uses = [_part_of_use(use, total, examples) for use in trace.uses]
     return part
 
 
-def _part_of_use(use: Use, rows: Any, count: int, total: int) -> Use:
-    args, kwargs = tree_map(rows, (use.args, use.kwargs))
-    outputs = [(chosen := rows(out), _version(out, before, chosen)) for out, before in use.outputs]
+def _part_of_use(use: Use, total: int, examples: Tensor) -> Use:
+    args, kwargs = rows_of((use.args, use.kwargs), total, examples)
+    outputs = [(chosen := rows_of(out, total, examples), _version(out, before, chosen)) for out, before in use.outputs]
     return dataclasses.replace(
         use,
         args=args,
         kwargs=kwargs,
         versions=versions((args, kwargs)),
-        shapes=[(count, *shape[1:]) if shape[:1] == (total,) else shape for shape in use.shapes],
-        cotangents=[rows(cotangent) for cotangent in use.cotangents],
+        shapes=[(len(examples), *shape[1:]) if shape[:1] == (total,) else shape for shape in use.shapes],
+        cotangents=rows_of(use.cotangents, total, examples),
         outputs=outputs,
+        per_example=[is_per_example(leaf, total) for leaf in tree_leaves((use.args, use.kwargs))],
     )
 
 

@@ -20,11 +20,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.replay import as_recorded, call_with, same_random_numbers
 from vlearn.capture.trace import Trace, is_close
-from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.tree import rows_of, tensor_leaves
 from vlearn.capture.use import Use
 
 FEW = 4
@@ -40,7 +40,7 @@ def check_separate(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     assert root is not None
     few = min(total - 1, FEW)
     key = (tuple((use.path, use.call) for use in trace.uses), few, len(trace.in_train_mode))
-    if trace.is_part or few < 1 or key in _known.setdefault(root, set()):
+    if trace.examples is not None or few < 1 or key in _known.setdefault(root, set()):
         return
     with as_recorded(trace):
         met = _met_in_values(trace, weights, few) or _met_in_gradients(trace, weights, few)
@@ -168,12 +168,7 @@ def _by_example(tensor: Tensor) -> Tensor:
 
 
 def _first_examples(trace: Trace, count: int) -> tuple[Any, Any]:
-    def first(leaf: Any) -> Any:
-        has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == trace.num_examples
-        return leaf[:count] if has_rows else leaf
-
-    args, kwargs = tree_map(first, (trace.args, trace.kwargs))
-    return args, kwargs
+    return rows_of((trace.args, trace.kwargs), trace.num_examples, slice(count))
 
 
 def _root(trace: Trace) -> nn.Module:

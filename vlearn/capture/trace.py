@@ -41,7 +41,7 @@ class Trace:
         self.problems: list[str] = []
         self.root: nn.Module | None = None
         self.num_examples = 0
-        self.is_part = False  # some of the examples of another trace, see `vlearn.capture.part`
+        self.examples: Tensor | None = None  # of a part: which of the whole batch's, see `vlearn.capture.part`
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
         self.versions: list[int] = []

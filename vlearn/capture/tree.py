@@ -30,6 +30,16 @@ def detached(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def is_per_example(leaf: Any, total: int) -> bool:
+    """Whether a leaf is a tensor with a row for each of so many examples."""
+    return isinstance(leaf, Tensor) and leaf.shape[:1] == (total,)
+
+
+def rows_of(tree: Any, total: int, examples: slice | Tensor) -> Any:
+    """The same structure with some of the rows of each tensor that has one for each of so many examples."""
+    return tree_map(lambda leaf: leaf[examples] if is_per_example(leaf, total) else leaf, tree)
+
+
 def shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
     """The shape of each tensor."""
     return tuple(tuple(leaf.shape) for leaf in tensor_leaves(tree))

@@ -29,6 +29,8 @@ class Use:
         of_constants: whether an input may have come from no example, though it has as many rows as there are.
         seen_by: of a call that all examples share (`vlearn.capture.shared`), the module that was given the sum, the
             number of its call and the shapes of its inputs; None elsewhere.
+        per_example: of a part of the batch, which leaves of (args, kwargs) have a row for each example: another may
+            be as long by chance. None elsewhere: those that are as long as the batch.
     """
 
     module: nn.Module
@@ -45,6 +47,7 @@ class Use:
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
     of_constants: bool = False
     seen_by: tuple[nn.Module, int, tuple[tuple[int, ...], ...]] | None = None
+    per_example: list[bool] | None = None
 
     def receive(self, position: int, gradient: Tensor) -> None:
         shape = self.shapes[position]

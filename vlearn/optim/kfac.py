@@ -339,6 +339,7 @@ class KFACVON(CurvatureProbe, KroneckerState, NewtonStep, VariationalOptimizer):
         return [s, *(basis for basis in after if basis is not None)]
 
     def _move(self, layer: Layer, gradients: dict[Tensor, list[tuple[Slot, Tensor]]]) -> None:
+        """m ← m - lr·Q_B[(Q_Bᵀ(ĝ + wd·M)Q_A)/(s + wd + γ)]Q_Aᵀ; a parameter without a gradient stays."""
         group = self._group_of(layer)
         weight_decay = float(self._scales(group)[1])
         directions = []

@@ -69,19 +69,21 @@ class Moved:
             self.tangents[use] = [self.self_influence.new_zeros(shape) for shape in use.shapes]
         self.tangents[use][output][examples] += tangent
 
-    def among(self, whole: Trace, part: Trace, numbers: Tensor) -> Moved:
-        """The same rows among those of all examples, which stay, from those of a part, see `part_of`."""
+    def within(self, whole: Trace, part: Trace) -> Moved:
+        """The products of a part (`part_of`) as rows among those of all examples, zero for the others."""
         assert self.tangents is not None
-        found = Moved(self.self_influence.new_zeros(whole.num_examples), {})
-        found.self_influence[numbers] = self.self_influence
-        assert found.tangents is not None
-        for use, its_part in zip(whole.uses, part.uses, strict=True):
-            if its_part in self.tangents:
-                full = [rows.new_zeros(shape) for rows, shape in zip(self.tangents[its_part], use.shapes, strict=True)]
-                for tensor, rows in zip(full, self.tangents[its_part], strict=True):
-                    tensor[numbers] = rows
-                found.tangents[use] = full
-        return found
+
+        def spread(rows: Tensor, total: tuple[int, ...]) -> Tensor:
+            found = rows.new_zeros(total)
+            found[part.examples] = rows
+            return found
+
+        tangents = {
+            use: [spread(rows, shape) for rows, shape in zip(self.tangents[chosen], use.shapes, strict=True)]
+            for use, chosen in zip(whole.uses, part.uses, strict=True)
+            if chosen in self.tangents
+        }
+        return Moved(spread(self.self_influence, (whole.num_examples,)), tangents)
 
 
 def moved(trace: Trace, covariance: Covariance, weights: Weights, deviation: bool) -> Moved:

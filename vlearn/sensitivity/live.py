@@ -76,22 +76,18 @@ def live_sensitivities(
         raise RuntimeError(f"sensitivities are not defined for this step: {trace.problems[0]}")
     if not trace.received:
         raise RuntimeError("sensitivities() before backward(): no gradient has reached the model's output yet.")
-    whole, numbers = trace, None
+    part = trace
     if examples is not None:
-        numbers = numbers_of(examples, trace.num_examples, next(iter(weights.values())).device)
-        checked_uses(whole, covariance, weights)
-        check_separate(whole, weights)
-        trace = part_of(whole, numbers)
-    residual = select(as_output(trace, trace.cotangents), output) * scale
-    moves = moved(trace, covariance, weights, deviation)
+        chosen = numbers_of(examples, trace.num_examples, next(iter(weights.values())).device)
+        checked_uses(trace, covariance, weights)
+        check_separate(trace, weights)
+        part = part_of(trace, chosen)
+    residual = select(as_output(part, part.cotangents), output) * scale
+    moves = moved(part, covariance, weights, deviation)
     change = None
     if deviation:
-        found = (
-            output_deviation(trace, moves, weights)
-            if numbers is None
-            else _of_part(whole, trace, numbers, moves, weights)
-        )
-        change = select(as_output(trace, found), output) * scale
+        found = output_deviation(trace, moves, weights) if part is trace else _of_part(trace, part, moves, weights)
+        change = select(as_output(part, found), output) * scale
     return Sensitivities(
         residual=residual,
         self_influence=moves.self_influence * scale**2,
@@ -101,15 +97,16 @@ def live_sensitivities(
     )
 
 
-def _of_part(whole: Trace, part: Trace, numbers: Tensor, moves: Moved, weights: Weights) -> list[Tensor]:
+def _of_part(whole: Trace, part: Trace, moves: Moved, weights: Weights) -> list[Tensor]:
     """Changes of the outputs of some examples; by a pass over all of them where the model needs those.
 
     A model that draws random numbers draws others for fewer examples.
     """
+    whole.check_unchanged()
     try:
         return output_deviation(part, moves, weights)
     except RuntimeError:
-        return [tensor[numbers] for tensor in output_deviation(whole, moves.among(whole, part, numbers), weights)]
+        return [tensor[part.examples] for tensor in output_deviation(whole, moves.within(whole, part), weights)]
 
 
 def prediction_error(residual: Tensor) -> Tensor:

@@ -133,8 +133,8 @@ def softmax_root(p: Tensor, z: Tensor, axis: int) -> Tensor:
     with the root diag √p - p √pᵀ it is twice that or nothing.
 
     Args:
-        p: probabilities.
-        z: what R is multiplied with, in a shape that broadcasts with p's.
+        p: ``[..., C, ...]`` probabilities.
+        z: what R is multiplied with: ``[..., C, ...]``, or broadcast with p in the other axes.
         axis: of the classes in both.
     """
     before = p.flip(axis).cumsum(axis).flip(axis)  # q_{k-1}; 1 - Σ would have no small values
