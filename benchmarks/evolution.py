@@ -26,6 +26,7 @@ from benchmarks.agreement import spearman
 from vlearn.plot.style import BLUE, GREEN, ORANGE, VERMILLION, tidy
 
 RESULTS = Path(__file__).parent / "results" / "evolution"
+EXPERIMENTS = [name for name, experiment in generalization.EXPERIMENTS.items() if experiment.mapped]
 COLORS = (ORANGE, GREEN, BLUE, VERMILLION)
 BINS = 60  # of neighbouring ranks, each drawn by its mean
 
@@ -78,7 +79,7 @@ def _curve(ax: Axes, values: np.ndarray, label: str, color: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=list(generalization.EXPERIMENTS), default="fashion-mnist")
+    parser.add_argument("--experiment", choices=EXPERIMENTS, default="fashion-mnist")
     parser.add_argument("--epochs", type=int, help="instead of the experiment's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data-root", type=Path)
@@ -91,8 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.epochs is not None:
         experiment = experiment.cut(arguments.epochs)
     out = arguments.out or (arguments.runs / "smoke" if arguments.smoke else RESULTS)
+    data = datasets.load(experiment.dataset, arguments.data_root)
+    data = data.first(experiment.num_data, experiment.num_test).to(arguments.device)
     try:
-        memory = recorded(experiment, arguments.runs / name, arguments.data_root, arguments.device)
+        with report.progress() as advance:
+            memory = generalization.recorded_rows(experiment, data, arguments.runs / name, advance)
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on after the last whole epoch.", file=sys.stderr)
         return 130
@@ -115,14 +119,6 @@ def main(argv: list[str] | None = None) -> int:
     said = tracking.log_results("evolution", dataclasses.asdict(experiment), found, {name: out / f"{name}.png"})
     report.print_table(f"Self-influence over training: {experiment.title}", header, lines, [said])
     return 0
-
-
-def recorded(experiment: generalization.Experiment, runs: Path, root: Path | None, device: str) -> vlearn.MemoryMap:
-    """The rows of seed 0, after training as far as is missing."""
-    data = datasets.load(experiment.dataset, root).first(experiment.num_data, experiment.num_test).to(device)
-    with report.progress() as advance:
-        generalization.train(experiment, data, 0, "IVON", runs, advance)
-    return vlearn.MemoryMap.open(generalization.memory_path(runs, data, 0))
 
 
 if __name__ == "__main__":

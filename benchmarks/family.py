@@ -42,7 +42,6 @@ from benchmarks import (
     tracking,
 )
 from benchmarks.data import Images
-from benchmarks.generalization import over_seeds
 from benchmarks.methods import GRID, METHODS, MOST, Problem, finish, posterior_of, training_step
 from benchmarks.scores import at_mean, by_draws, leave_one_out, linearised, scores
 from vlearn.posterior import from_laplace
@@ -218,7 +217,7 @@ def run_experiment(
         "experiment": dataclasses.asdict(experiment),
         "remaining_weight_of_hess_init": experiment.beta2**steps,
         "learning_rates": {method: {"chosen": chosen[method], "held_out": tried[method]} for method in METHODS},
-        "table": {name: over_seeds(each) for name, each in in_order(rows).items()},
+        "table": {name: report.over_seeds(each) for name, each in in_order(rows).items()},
         "seeds": rows,
     }
 

@@ -118,33 +118,24 @@ def sweep_of_structure(model: nn.Module, data: Digits, settings: Settings, metho
     return fidelity.sweep(model, Kronecker(mean, factors, decay, ess, settings.num_data), data)
 
 
-def over_seeds(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of each method's numbers, at each place."""
-    found = []
-    for key in dict.fromkeys((r["method"], r["epochs"], r["prior_precision"]) for r in results):
-        group = [r for r in results if (r["method"], r["epochs"], r["prior_precision"]) == key]
+    groups: dict[str, list[dict[str, float]]] = {}
+    for r in results:
         for where in PLACES:
-            values = {name: [r[where][name] for r in group] for name in NUMBERS}
-            found.append(
-                {
-                    "method": f"{key[0]}, {key[1]} epochs, δ = {key[2]:g}, {where}",
-                    "mean": {name: float(np.mean(each)) for name, each in values.items()},
-                    "deviation": {
-                        name: float(np.std(each, ddof=1)) if len(each) > 1 else 0.0 for name, each in values.items()
-                    },
-                }
-            )
-    return found
+            title = f"{r['method']}, {r['epochs']} epochs, δ = {r['prior_precision']:g}, {where}"
+            groups.setdefault(title, []).append(r[where])
+    return {title: report.over_seeds(rows) for title, rows in groups.items()}
 
 
 def print_results(results: list[dict[str, Any]]) -> None:
     rows = [
         (
-            row["method"],
+            title,
             *(f"{row['mean'][name]:.3f}" for name in NUMBERS[:2]),
             *(f"{row['mean'][name]:.3f}±{row['deviation'][name]:.3f}" for name in NUMBERS[2:]),
         )
-        for row in over_seeds(results)
+        for title, row in over_seeds(results).items()
     ]
     report.print_table("KFACVON trained from scratch", ("", "train", "test", "LOO", "Pearson", "slope"), rows)
 
@@ -172,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     command = f"python -m benchmarks.fidelity_trained --seeds {arguments.seeds}"
     found = {"table": over_seeds(results), "results": results}
-    report.write_json(arguments.out, {**report.provenance(command, arguments.seeds), **found})
+    report.write_json(arguments.out, {**report.provenance(command, 0), **found})
     print_results(results)
     print(tracking.log_results("fidelity_trained", dataclasses.asdict(SETTINGS), found["table"]))
     return 0

@@ -198,6 +198,20 @@ def memory_path(runs: Path, data: Images, seed: int) -> Path:
     return runs / f"{data.name}-{len(data.y)}-memory-seed{seed}"
 
 
+def recorded_rows(experiment: Experiment, data: Images, runs: Path, advance: Advance) -> vlearn.MemoryMap:
+    """IVON's rows of every example at the mapped epochs of seed 0, after training as far as is missing.
+
+    Raises:
+        ValueError: if the run was trained without them.
+    """
+    train(experiment, data, 0, "IVON", runs, advance)
+    path = memory_path(runs, data, 0)
+    memory = vlearn.MemoryMap.open(path)
+    if missing := sorted(set(experiment.mapped) - set(memory.steps.tolist())):
+        raise ValueError(f"{path} has no rows of epochs {missing}: the run went past them; give another --runs folder")
+    return memory
+
+
 def optimizer_of(experiment: Experiment, model: nn.Module, num_data: int, trainer: str) -> tuple[Any, Any]:
     """The optimizer of "IVON" or "SGD", and its schedule."""
     total = supervised.steps(num_data, experiment.epochs, experiment.batch)
@@ -268,12 +282,6 @@ def row(curves: Curves, method: str, seconds: Sequence[float]) -> dict[str, floa
     }
 
 
-def over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of every number over the seeds."""
-    deviation = {name: float(np.std([r[name] for r in rows], ddof=1)) if len(rows) > 1 else 0.0 for name in rows[0]}
-    return {"mean": {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}, "deviation": deviation}
-
-
 def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
     """Every seed of one experiment."""
     trainers = ["IVON", *(["SGD"] if experiment.laplace else [])]
@@ -292,7 +300,7 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
     return {
         "remaining_weight_of_hess_init": experiment.beta2
         ** supervised.steps(len(data.y), experiment.epochs, experiment.batch),
-        "table": {method: over_seeds(each) for method, each in rows.items()},
+        "table": {method: report.over_seeds(each) for method, each in rows.items()},
         "laplace_seconds": own,
         "curves": {trainer: [dataclasses.asdict(each) for each in found] for trainer, found in curves.items()},
     }

@@ -113,10 +113,8 @@ def side_by_side(maps: dict[str, State], circled_by: str) -> Figure:
 
 
 def over_epochs(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> Found:
-    """The map at every recorded epoch of one training run, that of the last seed."""
-    folder, seed = runs / experiment.dataset, seeds - 1
-    generalization.train(experiment, data, seed, "IVON", folder, advance)
-    memory = vlearn.MemoryMap.open(generalization.memory_path(folder, data, seed))
+    """The map at every recorded epoch of one training run, that of seed 0."""
+    memory = generalization.recorded_rows(experiment, data, runs / experiment.dataset, advance)
     states = {f"epoch {step}": recorded(memory, i) for i, step in enumerate(memory.steps.tolist())}
     table = {title: numbers_of(state) for title, state in states.items()}
     return {"table": table}, side_by_side(states, list(states)[-1])
@@ -164,7 +162,7 @@ def by_measure(experiment: Experiment, data: Images, seeds: int, runs: Path, adv
         "fell_back_from_cooks_distance": int(clean["fell back"].sum()),
         "spearman_with_influence": {name: spearman(clean[name], clean["influence"]) for name in MEASURES},
         "share_of_changed_labels": FLIPPED,
-        "table": {name: generalization.over_seeds([row[name] for row in rows]) for name in rows[0]},
+        "table": {name: report.over_seeds([row[name] for row in rows]) for name in rows[0]},
         "most_extreme": {name: each[:SHOWN] for name, each in tops.items()},
     }
     return found, draw_measures(clean, tops, data)

@@ -80,11 +80,6 @@ def _ivon_opt(model: nn.Module, lr: float, problem: Problem) -> Any:
     return ivon.IVON(model.parameters(), lr=lr, **problem.variational())
 
 
-def _kfac(model: nn.Module, lr: float, problem: Problem, **settings: Any) -> Any:
-    kfac_von: Any = getattr(vlearn, "KFACVON")  # noqa: B009
-    return kfac_von(model, lr=lr, **problem.vlearn(), **settings)
-
-
 METHODS: dict[str, Method] = {
     "SGD": Method(0.1, _sgd, is_posterior=False),
     "AdamW": Method(3e-3, lambda model, lr, problem: torch.optim.AdamW(model.parameters(), lr=lr), is_posterior=False),
@@ -95,10 +90,9 @@ METHODS: dict[str, Method] = {
         0.03, lambda model, lr, p: vlearn.VON(model, lr=lr, **{**p.vlearn(), "hess_init": 1.0, "beta2": 0.99})
     ),
     "VOGN": Method(0.03, lambda model, lr, p: vlearn.VOGN(model, lr=lr, **p.vlearn())),
+    "KFACVON": Method(0.1, lambda model, lr, p: vlearn.KFACVON(model, lr=lr, **p.vlearn())),
+    "EK-FAC": Method(0.1, lambda model, lr, p: vlearn.KFACVON(model, lr=lr, **p.vlearn(), eigenvalue_correction=True)),
 }
-if hasattr(vlearn, "KFACVON"):
-    METHODS["KFACVON"] = Method(0.1, _kfac)
-    METHODS["EK-FAC"] = Method(0.1, lambda model, lr, problem: _kfac(model, lr, problem, eigenvalue_correction=True))
 
 
 def training_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 PACKAGES = ("vlearn", "torch", "numpy", "laplace-torch", "ivon-opt", "scikit-learn", "wandb")
@@ -67,6 +68,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.print(table)
     for note in notes:
         console.print(note, style="dim", highlight=False)
+
+
+def over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of every number over the seeds."""
+    deviation = {name: float(np.std([r[name] for r in rows], ddof=1)) if len(rows) > 1 else 0.0 for name in rows[0]}
+    return {"mean": {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}, "deviation": deviation}
 
 
 @contextmanager

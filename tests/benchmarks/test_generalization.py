@@ -56,3 +56,13 @@ def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     generalization.train(experiment, images, 0, "IVON", tmp_path, lambda said: None)
     with pytest.raises(ValueError, match=r"belongs to other settings \(lr\): give another --runs folder"):
         generalization.train(dataclasses.replace(experiment, lr=0.3), images, 0, "IVON", tmp_path, lambda said: None)
+
+
+def test_rows_that_a_run_did_not_record_are_missed_before_anything_is_drawn(tmp_path: Path) -> None:
+    images = data.load("digits").first(60, 20)
+    experiment = dataclasses.replace(generalization.SMOKE, epochs=2, recorded=(1, 2), mapped=(1, 2))
+    rows = generalization.recorded_rows(experiment, images, tmp_path / "with", lambda said: None)
+    assert rows.steps.tolist() == [1, 2]
+    generalization.train(experiment, images, 0, "IVON", tmp_path / "without", lambda said: None, mapped=False)
+    with pytest.raises(ValueError, match=r"has no rows of epochs \[1, 2\]: the run went past them; give another"):
+        generalization.recorded_rows(experiment, images, tmp_path / "without", lambda said: None)

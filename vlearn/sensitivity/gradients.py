@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from vlearn.capture.examples import dense_gradients
-from vlearn.capture.fallback import Weights
-from vlearn.capture.layout import check_layout
+from vlearn.capture.examples import checked_uses, dense_gradients
 from vlearn.capture.replay import as_recorded
 from vlearn.capture.separate import check_separate
 from vlearn.sensitivity.linearize import Linearization
@@ -23,18 +21,12 @@ def example_gradients(at: Linearization, limit: int | None = None) -> Iterator[t
         limit: largest number of examples at a time; those of `GRADIENT_ENTRIES` by default.
     """
     at.pull_back_residuals(last=True)
-    check_layout(at.trace, at.weights)
+    uses_of = checked_uses(at.trace, at.weights, at.weights)
     check_separate(at.trace, at.weights)
     if limit is None:
         limit = max(1, GRADIENT_ENTRIES // sum(p.numel() for p in at.weights))
     for start in range(0, len(at.batch.index), limit):
         examples = slice(start, min(start + limit, len(at.batch.index)))
-        yield examples, _gradients(at, examples)
-
-
-def _gradients(at: Linearization, examples: slice) -> Weights:
-    uses_of = at.trace.uses_of()
-    for use in dict.fromkeys(use for uses in uses_of.values() for use in uses):
-        use.check_unchanged()
-    with as_recorded(at.trace):
-        return dense_gradients(uses_of, examples, at.weights, at.trace.tolerance)
+        with as_recorded(at.trace):
+            gradients = dense_gradients(uses_of, examples, at.weights, at.trace.tolerance)
+        yield examples, gradients
