@@ -109,18 +109,16 @@ def posteriors(model: nn.Module, x: Tensor, y: Tensor, held: Held) -> dict[str, 
         return lambda: from_laplace(laplace.fit(model, x, y, structure, held.prior_precision))
 
     narrow = {"ess": NARROW * num_data, "num_data": num_data}
-    found = {
+    return {
         "IVON": variational(vlearn.IVON, hess_init=held.hess_init, beta2=held.beta2),
         "VON": variational(vlearn.VON),
         "VON, at the mean": variational(vlearn.VON, **narrow),
         "Laplace, diagonal": fitted("diag"),
         "Laplace, Kronecker": fitted("kron"),
         "Adam": adam,
+        "KFACVON": variational(vlearn.KFACVON),
+        "KFACVON, at the mean": variational(vlearn.KFACVON, **narrow),
     }
-    if (kfac := getattr(vlearn, "KFACVON", None)) is not None:
-        found["KFACVON"] = variational(kfac)
-        found["KFACVON, at the mean"] = variational(kfac, **narrow)
-    return found
 
 
 def scores(

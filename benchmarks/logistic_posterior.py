@@ -111,12 +111,10 @@ def optimizers() -> dict[str, Callable[..., Any]]:
         "VOGN": vlearn.VOGN,
         "FullVON": lambda model, **settings: vlearn.FullVON(model, **bernoulli, **settings),
     }
-    kfac_von: Any = getattr(vlearn, "KFACVON", None)
-    if kfac_von is not None:
-        for name, corrected in {"KFACVON": False, "EK-FAC": True}.items():
-            found[name] = lambda model, corrected=corrected, **settings: kfac_von(
-                model, eigenvalue_correction=corrected, **bernoulli, **settings
-            )
+    for name, corrected in {"KFACVON": False, "EK-FAC": True}.items():
+        found[name] = lambda model, corrected=corrected, **settings: vlearn.KFACVON(
+            model, eigenvalue_correction=corrected, **bernoulli, **settings
+        )
     return found
 
 

@@ -132,12 +132,10 @@ def optimizers() -> dict[str, Callable[..., Any]]:
         "VOGN": lambda model, **settings: vlearn.VOGN(model, lr=0.1, beta2=0.99, **settings),
         "FullVON": lambda model, **settings: vlearn.FullVON(model, lr=0.1, beta2=0.999, **gaussian, **settings),
     }
-    kfac_von: Any = getattr(vlearn, "KFACVON", None)
-    if kfac_von is not None:
-        for name, corrected in {"KFACVON": False, "EK-FAC": True}.items():
-            found[name] = lambda model, corrected=corrected, **settings: kfac_von(
-                model, lr=0.03, beta2=0.999, eigenvalue_correction=corrected, **gaussian, **settings
-            )
+    for name, corrected in {"KFACVON": False, "EK-FAC": True}.items():
+        found[name] = lambda model, corrected=corrected, **settings: vlearn.KFACVON(
+            model, lr=0.03, beta2=0.999, eigenvalue_correction=corrected, **gaussian, **settings
+        )
     return found
 
 
