@@ -94,6 +94,25 @@ def test_huge_finite_gradients_are_not_taken_for_nonfinite(entry: Entry) -> None
 
 
 @family
+def test_a_minibatch_without_examples_has_no_rows_and_teaches_no_curvature(entry: Entry) -> None:
+    model, (x, y) = network(), data()
+    optimizer = entry.make(model)
+    plain(optimizer, model, x, y)
+    before = states(optimizer)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x[:0]), y[:0], reduction="sum").backward()
+    if entry.captures:
+        with pytest.raises(RuntimeError, match="does not have: the minibatch has none. Leave it out."):
+            optimizer.step()
+        assert equal(states(optimizer), before)
+    else:
+        optimizer.step()
+        assert optimizer.sensitivities().self_influence.shape == (0,)
+    plain(optimizer, model, x, y)
+    assert optimizer.sensitivities().self_influence.shape == (len(y),)
+
+
+@family
 def test_bad_watch_arguments_are_refused_and_the_old_watch_stays(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)

@@ -500,6 +500,30 @@ def test_a_watched_model_may_be_called_in_parts(entry: Entry) -> None:
 
 
 @family
+def test_a_pass_that_torch_func_transforms_draws_nothing(entry: Entry) -> None:
+    x, y = data()
+
+    def gradient(weights: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        return nn.functional.cross_entropy(torch.func.functional_call(model, weights, (x[None],)), y[None])
+
+    def train(transformed: bool) -> list[torch.Tensor]:
+        model, unwatched = network(), network()
+        optimizer = entry.make(model)
+        torch.manual_seed(2)
+        for _ in range(2):
+            if transformed:
+                at = {name: p.detach() for name, p in model.named_parameters()}
+                per_example = torch.func.vmap(torch.func.grad(gradient), in_dims=(None, 0, 0, None))
+                found, expected = (per_example(at, x, y, each) for each in (model, unwatched))
+                assert all(torch.equal(found[name], expected[name]) for name in at)
+            plain(optimizer, model, x, y)
+        optimizer.sensitivities()
+        return weights(model)
+
+    assert equal(train(True), train(False))
+
+
+@family
 def test_two_optimizers_share_a_model_each_with_its_own_parameters(entry: Entry) -> None:
     model, (x, y) = network(), data()
     first, second = entry.make(model[0].parameters()), entry.make(model[2].parameters())

@@ -457,6 +457,8 @@ class VariationalOptimizer(Sampler, Optimizer):
         samples = draw.samples()
         try:
             trace = watch.checked_trace()
+            if not trace.num_examples:
+                raise ValueError("the minibatch has none. Leave it out.")
             weights = {p: samples.get(p, p.data) for p in trace.tracked}
             with torch.autocast(next(iter(samples)).device.type, enabled=False):
                 wanted = {p for p in draw.parameters if self._gradient_of(draw, p) is not None}

@@ -190,6 +190,8 @@ class Watch:
         if not self._calls:
             if next(module.parameters(), None) is None:
                 return  # a loss or a metric that the model has as a submodule: no pass of its own
+            if module.training and torch._C._are_functorch_transforms_active():
+                return  # torch.func runs it, as a function of weights that a draw may not write
             self._enter(module)
         self._calls.append((module, id(frame)))
         if self._recorder is not None:
