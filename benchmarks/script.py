@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ NOT_IN_COMMAND = {"experiments", "seeds", "device", "data_root", "runs", "out", 
 Run = Callable[[Any, Images, int, Path, Advance], dict[str, Any]]  # experiment, data, seeds, folder, progress -> found
 
 
-def parser(script: str, description: str | None, experiments: Mapping[str, Any], seeds: int) -> argparse.ArgumentParser:
-    """The options that every script has."""
+def parser(
+    script: str,
+    description: str | None,
+    experiments: Mapping[str, Any],
+    seeds: int,
+    without: Sequence[str] = (),
+) -> argparse.ArgumentParser:
+    """The options that every script has; the experiments in `without` run where they are named."""
+    default = [name for name in experiments if name not in without]
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--experiments", nargs="+", choices=list(experiments), default=list(experiments))
+    found.add_argument("--experiments", nargs="+", choices=list(experiments), default=default)
     found.add_argument("--seeds", type=int, default=seeds)
     found.add_argument("--epochs", type=int, help="instead of each experiment's own")
     found.add_argument("--num-data", type=int, help="the first training examples, instead of each experiment's own")
