@@ -72,7 +72,7 @@ SMALL: dict[str, Any] = {
 }
 EXPERIMENTS = {
     "mnist-5000": dataclasses.replace(
-        MNIST, title="5,000 of MNIST, MLP(500, 300)", epochs=30, sgd_lr=(1e-1, 1e-3), **SMALL
+        MNIST, title="5,000 of MNIST, MLP(500, 300)", epochs=300, sgd_lr=(1e-1, 1e-3), **SMALL
     ),
     "fashion-mnist-5000": dataclasses.replace(FASHION, title="5,000 of Fashion-MNIST, LeNet-5", epochs=40, **SMALL),
     "mnist": MNIST,
