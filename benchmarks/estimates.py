@@ -62,10 +62,16 @@ class Held:
 def by_posterior(model: nn.Module, posterior: Posterior, batches: Batches, refined: bool = False) -> Estimate:
     """What a posterior predicts at the model's weights."""
     table = vlearn.sweep(model, posterior, batches, F.cross_entropy, None, progress=False, refined=refined)
-    p = outputs(model, batches).double().softmax(1)
-    deviation = table.deviation.double()
+    return by_deviation(model, table.deviation, batches)
+
+
+def by_deviation(model: nn.Module, deviation: Tensor, batches: Batches) -> Estimate:
+    """What a change ``[N, C]`` of each example's outputs means for its probabilities and its loss."""
+    output, y = outputs(model, batches).double(), torch.cat([y.cpu() for _, y in batches])
+    p, deviation = output.softmax(1), deviation.double()
     moved = p * (deviation - (p * deviation).sum(1, keepdim=True))  # ΛΔf, Λ = diag p - p pᵀ
-    return Estimate(moved.abs().sum(1).numpy(), (table.loo_loss - table.loss).double().numpy())
+    left_out, loss = (F.cross_entropy(each, y, reduction="none") for each in (output + deviation, output))
+    return Estimate(moved.abs().sum(1).numpy(), (left_out - loss).numpy())
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks import estimates, fidelity, networks, pictures, report, resume, script, supervised, warm_start
+from benchmarks import estimates, fidelity, networks, newton, pictures, report, resume, script, supervised, warm_start
 from benchmarks.agreement import agreement, with_intervals
 from benchmarks.data import Images
 from benchmarks.estimates import Estimate, Held
@@ -216,6 +216,9 @@ def digits(experiment: Experiment, seed: int) -> Case:
             "IVON, as trained": lambda: estimates.by_posterior(model, fidelity.in_float64(ivon), batches),
             "full Gauss-Newton": lambda: full(refined=False),
             "full, refined": lambda: full(refined=True),
+            "full, own Hessian": lambda: estimates.by_deviation(
+                model, newton.deviation(model, x, data.y, experiment.prior_precision), batches
+            ),
         },
         lambda: problem.outputs(minimum, slice(None))[None],
         removed,

@@ -24,7 +24,7 @@ def test_the_smoke_run_compares_every_method_on_both_targets(
 ) -> None:
     assert retraining.main(["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     for name, more in (
-        ("digits", {"IVON, as trained", "full Gauss-Newton", "full, refined"}),
+        ("digits", {"IVON, as trained", "full Gauss-Newton", "full, refined", "full, own Hessian"}),
         ("digits-warm-start", set()),
     ):
         numbers = json.loads((tmp_path / "out" / f"{name}.json").read_text())
