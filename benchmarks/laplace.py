@@ -52,15 +52,23 @@ def fit(
     return la
 
 
-def deviation(la: Any, x: Tensor, y: Tensor, batch: int = 100) -> Tensor:
-    """V e ``[N, C]`` by laplace-torch itself: Jacobians, then its functional variance V, then the residual."""
+def deviation(la: Any, x: Tensor, y: Tensor, batch: int = 100, diagonal: bool = False) -> Tensor:
+    """V e ``[N, C]`` by laplace-torch itself: Jacobians, then its functional variance V, then the residual.
+
+    Args:
+        diagonal: keep only the diagonal of V over the classes, as the Memory-Perturbation paper's code does.
+    """
     rows = []
     for images, labels in zip(x.split(batch), y.split(batch), strict=True):
         with _quiet():
             jacobians, output = la.backend.jacobians(images)  # [n, C, P], [n, C]
         with torch.no_grad():
             residual = output.softmax(1) - F.one_hot(labels, output.shape[1])
-            rows.append((la.functional_variance(jacobians) @ residual.unsqueeze(2)).squeeze(2))
+            variance = la.functional_variance(jacobians)
+            if diagonal:
+                rows.append(variance.diagonal(dim1=1, dim2=2) * residual)
+            else:
+                rows.append((variance @ residual.unsqueeze(2)).squeeze(2))
     return torch.cat(rows)
 
 

@@ -34,6 +34,11 @@ def test_a_sweep_of_a_laplace_posterior_is_its_functional_variance_times_the_res
     posterior = from_laplace(la)
     table = vlearn.sweep(model, posterior, [(x, y)], F.cross_entropy, progress=False)
     torch.testing.assert_close(table.deviation, laplace.deviation(la, x, y, batch=10), rtol=1e-10, atol=1e-12)
+    variance = vlearn.sweep(
+        model, posterior, [(x, y)], F.cross_entropy, progress=False, variance=True
+    ).function_variance
+    expected = variance.diagonal(dim1=1, dim2=2) * (model(x).softmax(1) - F.one_hot(y, 5)).detach()
+    torch.testing.assert_close(laplace.deviation(la, x, y, batch=10, diagonal=True), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_diagonal_precision_is_the_gauss_newton_diagonal_and_the_prior(trained):
