@@ -111,7 +111,7 @@ def _of_part(whole: Trace, part: Trace, moves: Moved, weights: Weights) -> list[
 
 def prediction_error(residual: Tensor) -> Tensor:
     """‖residual‖/√2 ``[N]`` from ``[N, ...]``: in [0, 1] for hard-label cross-entropy."""
-    return residual.flatten(1).norm(dim=1) / math.sqrt(2)
+    return residual.reshape(len(residual), math.prod(residual.shape[1:])).norm(dim=1) / math.sqrt(2)
 
 
 def as_output(trace: Trace, tensors: Sequence[Tensor | None]) -> Any:
