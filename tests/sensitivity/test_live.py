@@ -313,6 +313,21 @@ def test_examples_that_the_loss_leaves_out_have_zero_rows():
     assert not s.deviation[2:].any()
 
 
+def test_an_output_may_have_no_class_dimension():
+    def read(last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(D, 1), last).double()
+        optimizer = optimizer_of(model)
+        F.mse_loss(model(inputs()).flatten(), LABELS.double()).backward()
+        optimizer.step()
+        return optimizer.sensitivities(deviation=True)
+
+    flat_rows, wide = read(nn.Flatten(0)), read(nn.Identity())
+    assert flat_rows.deviation.shape == (len(LABELS),)
+    for name in ("residual", "deviation", "self_influence", "prediction_error"):
+        torch.testing.assert_close(getattr(flat_rows, name), getattr(wide, name).view_as(getattr(flat_rows, name)))
+
+
 def test_two_optimizers_read_their_own_parameters():
     model = network(PlainNorm(8))
     first = optimizer_of(list(model[0].parameters()))
