@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, grad, hessian, jacrev
+
+from benchmarks import fidelity
 
 LIMIT = 0.95  # of the eigenvalues of H⁻¹H_i, as that of VΛ in the refined form
 
@@ -21,7 +23,7 @@ def deviation(model: nn.Module, x: Tensor, y: Tensor, prior_precision: float) ->
     which leave one.
 
     Args:
-        model: at a minimum of Σ_i ℓ(y_i, f_i(θ)) + δ‖θ‖²/2, cross-entropies.
+        model: of linear layers, at a minimum of Σ_i ℓ(y_i, f_i(θ)) + δ‖θ‖²/2, cross-entropies.
         prior_precision: δ.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -36,18 +38,15 @@ def deviation(model: nn.Module, x: Tensor, y: Tensor, prior_precision: float) ->
         return F.cross_entropy(outputs(weights, x), y, reduction="sum")
 
     prior = prior_precision * torch.eye(len(weights), dtype=weights.dtype)
-    jacobians = jacrev(outputs)(weights, x)
-    p = outputs(weights, x).softmax(1)
-    residuals = p - F.one_hot(y, p.shape[1])
-    curvatures = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     whole = hessian(loss)(weights, x, y) + prior
-    gauss_newton = torch.einsum("ncp,ncd,ndq->pq", jacobians, curvatures, jacobians) + prior
+    gauss_newton = fidelity.gauss_newton(fidelity.layers_of(model, x)) + prior
     found = []
-    for i, (jacobian, residual, curvature) in enumerate(zip(jacobians, residuals, curvatures, strict=True)):
-        own = hessian(loss)(weights, x[i : i + 1], y[i : i + 1])
+    for image, label in zip(x.split(1), y.split(1), strict=True):
+        own = hessian(loss)(weights, image, label)
         left = whole - own
         _, indefinite = torch.linalg.cholesky_ex(LIMIT * whole - own)
         if indefinite:
-            left = gauss_newton - jacobian.mT @ curvature @ jacobian
-        found.append(jacobian @ torch.linalg.solve(left, jacobian.mT @ residual))
-    return torch.stack(found)
+            left = gauss_newton - fidelity.gauss_newton(fidelity.layers_of(model, image))
+        step = torch.linalg.solve(left, grad(loss)(weights, image, label))
+        found.append(jacrev(outputs)(weights, image) @ step)
+    return torch.cat(found)
