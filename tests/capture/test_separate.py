@@ -47,6 +47,46 @@ def test_examples_that_meet_between_two_layers_are_refused(name, deviation):
         optimizer.sensitivities(deviation=deviation)
 
 
+class InTrainMode(nn.Module):
+    """Lets examples meet where it is in train mode."""
+
+    def forward(self, h):
+        return h.roll(1, 0) if self.training else h
+
+
+def turned_on(model):
+    model.on = True
+
+
+def exchanged(model):
+    model.first.train()
+    model.second.eval()
+
+
+CHANGING = {
+    "another operation": (lambda m, h: h - h.mean(0) if m.on else h, turned_on),
+    "the same operations along another axis": (lambda m, h: h - h.mean(0 if m.on else 1, keepdim=True), turned_on),
+    "as many modules in train mode, but others": (lambda m, h: m.second(m.first(h)), exchanged),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_model_that_comes_to_let_examples_meet_after_a_clean_step_is_refused(name):
+    middle, change = CHANGING[name]
+    model = between(middle, first=InTrainMode(), second=nn.Identity())
+    model.on = False
+    model.first.eval()
+    optimizer = optimizer_of(model)
+    loss_of(model, inputs()).backward()
+    assert len(optimizer.sensitivities().self_influence) == N
+    optimizer.step()
+    optimizer.zero_grad()
+    change(model)
+    loss_of(model, inputs()).backward()
+    with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+        optimizer.sensitivities()
+
+
 @pytest.mark.parametrize("entry", [entry for entry in FAMILY if entry.captures], ids=str)
 def test_a_step_that_learns_from_single_examples_refuses_them_before_anything_changes(entry):
     for middle, right in ((MIXING["mean over the batch"], False), (lambda m, h: torch.tanh(h), True)):

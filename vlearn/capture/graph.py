@@ -38,6 +38,40 @@ def nodes_of(tensors: Iterable[Tensor]) -> list[Node]:
     return [t.grad_fn or get_gradient_edge(t).node for t in tensors if t.requires_grad]
 
 
+def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, int], int]:
+    """(place of each node in one walk through a graph, a fingerprint of what the walk has met).
+
+    Two graphs of the same operations in the same connections have the same fingerprint, whatever the sizes of their
+    tensors; an operation along another axis, as a mean over the batch instead of the features, has another. The walk
+    costs a fraction of a microsecond for each node.
+
+    Args:
+        outputs: where the graph begins, `inputs` where it ends.
+    """
+    place: dict[Node, int] = {}
+    met: list[Any] = []
+    waiting = list(outputs)
+    while waiting:
+        node = waiting.pop()
+        if node in place:
+            met.append(place[node])
+            continue
+        place[node] = len(place)
+        kind = type(node)
+        met.append(kind)
+        has_axis = _has_axis.get(kind)
+        if has_axis is None:
+            has_axis = _has_axis[kind] = hasattr(node, "_saved_dim")
+        if has_axis:
+            met.append(str(node._saved_dim))
+        if node not in inputs:
+            waiting += [n for n, _ in node.next_functions if n is not None]
+    return place, hash(tuple(met))
+
+
+_has_axis: dict[type, bool] = {}  # whether the nodes of a type say along which axis they work
+
+
 def survey(outputs: set[Node], inputs: set[Node], spans: list[Span]) -> tuple[set[Tensor], set[Tensor]]:
     """The parameters that a graph uses, and those of them that are used outside the given calls.
 

@@ -31,7 +31,8 @@ def check_layout(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
         module, call, before = use.seen_by or (use.module, use.call, shapes((use.args, use.kwargs)))
         if use.reached and use.parameters and (use.of_constants or any(total in shape[1:] for shape in before)):
             unclear[module, call] = use, before
-    key = tuple((use.path, call, before) for (_, call), (use, before) in unclear.items())
+    calls = tuple((use.path, call, before) for (_, call), (use, before) in unclear.items())
+    key = (calls, trace.paths_in_train_mode, trace.graph_structure)
     if trace.examples is not None or total < 2 or not unclear or key in _known.setdefault(root, set()):
         return
     seen = _shapes_with_one_less(trace, weights, {module for module, _ in unclear})

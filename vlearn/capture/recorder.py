@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, finalize
 
 from torch import Tensor, nn
-from torch.autograd import _get_sequence_nr  # counts the nodes that this thread's graphs have got so far
 from torch.autograd.graph import get_gradient_edge
 
-from vlearn.capture.graph import Node, Span, nodes_of, survey
+from vlearn.capture.graph import Node, Span, nodes_of, structure, survey
 from vlearn.capture.random_state import random_state
 from vlearn.capture.rules import Rule, rule_of
 from vlearn.capture.shared import SharedCall, other_terms
@@ -60,9 +59,7 @@ class Recorder:
 
     def __init__(self, trace: Trace):
         self.trace = trace
-        # Nodes of its inputs and outputs, and how many nodes the graph had after the call.
-        self._ends: dict[Use, tuple[list[Node], list[Node], int]] = {}
-        self._first_node = 0
+        self._ends: dict[Use, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,7 +75,6 @@ class Recorder:
         trace.versions = versions((args, kwargs))
         trace.in_train_mode = [each for each in trace.paths if each.training]
         trace.random_state = random_state(trace.tracked)
-        self._first_node = _get_sequence_nr()
         sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
         trace.num_examples = sizes[0] if sizes else 0
 
@@ -127,23 +123,22 @@ class Recorder:
             finalize(trace, _remove_all, handles)
 
     def _survey(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Uncovered:
-        """What `graph.survey` finds, once for every sequence of calls that this model makes, with as many nodes."""
+        """What `graph.survey` finds, once for each sequence of calls and graph that this model makes."""
         trace = self.trace
         assert trace.root is not None
+        ends = nodes_of(tensor_leaves(output)), set(nodes_of(tensor_leaves((args, kwargs))))
+        place, trace.graph_structure = structure(*ends)
         calls = tuple(
-            (use.path, use.rule is None, at, tuple(map(id, use.parameters))) for use, (_, _, at) in self._ends.items()
+            (use.path, use.rule is None, tuple(map(id, use.parameters)), *(tuple(map(place.get, of)) for of in nodes))
+            for use, nodes in self._ends.items()
         )
-        size = _get_sequence_nr() - self._first_node
-        key = (calls, size, frozenset(map(id, trace.tracked)), len(trace.in_train_mode))
+        key = (calls, trace.graph_structure, frozenset(map(id, trace.tracked)), trace.paths_in_train_mode)
         known = _surveyed.setdefault(trace.root, {})
         if key not in known:
             if len(known) >= 256:  # a model whose calls are drawn at random
                 known.clear()
-            spans = [
-                Span(use.parameters, set(inputs), set(outputs)) for use, (inputs, outputs, _) in self._ends.items()
-            ]
-            ends = set(nodes_of(tensor_leaves(output))), set(nodes_of(tensor_leaves((args, kwargs))))
-            used, elsewhere = survey(*ends, spans)
+            spans = [Span(use.parameters, set(inputs), set(outputs)) for use, (inputs, outputs) in self._ends.items()]
+            used, elsewhere = survey(set(ends[0]), ends[1], spans)
             covered = {p for use in trace.uses for p in use.parameters}
             own: list[Tensor] = [p for p in trace.root.parameters() if p in trace.tracked]
             known[key] = Uncovered(
@@ -234,7 +229,7 @@ class Recorder:
         sources = [_source(leaf) if rule is not None else leaf for leaf in leaves]
         inputs = tensor_leaves((args, kwargs))
         # Taken now: a tensor that is written in place later has another node then.
-        self._ends[use] = (nodes_of(inputs), nodes_of(sources), _get_sequence_nr() - self._first_node)
+        self._ends[use] = nodes_of(inputs), nodes_of(sources)
         # One row per example is little to keep; feature maps of the user's own pass would be much.
         if rule is None or trace.edges is not None or all(len(shape) == 2 for shape in use.shapes):
             use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
@@ -278,7 +273,7 @@ class Recorder:
             cotangents=[None],
             seen_by=seen_by,
         )
-        self._ends[use] = (others, nodes_of([total]), _get_sequence_nr() - self._first_node)
+        self._ends[use] = others, nodes_of([total])
         self._wait_for_gradient(use, 0, total)
         trace.uses.append(use)
 

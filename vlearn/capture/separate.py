@@ -1,14 +1,15 @@
 """Whether the examples of a batch see one another anywhere in the model, also outside the layers that are recorded.
 
 `h - h.mean(0)` between two layers, attention over the batch, a batch sorted on the way: each layer's examples look
-right, but the gradients that come back are sums over several examples. So once for every model and sequence of calls a
-few examples are run through it, twice over:
+right, but the gradients that come back are sums over several examples. So for every sequence of calls that a model
+makes, set of modules in train mode and structure of the graph, a few examples are run through it once, twice over:
 
     values      alone they must give what they give within the batch; not asked of a model that draws random numbers
     gradients   with c_n on the output of example n, what comes back must be c_n times what came with 1; powers of two,
                 so that rounding makes no difference
 
-What neither shows: examples that meet only in a model that draws random numbers, and without a gradient.
+What neither shows: examples that meet only in a model that draws random numbers, and without a gradient; and a model
+that passed, and then comes to let them meet without a gradient and without another operation in its graph.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def check_separate(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     total, root = trace.num_examples, trace.root
     assert root is not None
     few = min(total - 1, FEW)
-    key = (tuple((use.path, use.call) for use in trace.uses), few, len(trace.in_train_mode))
+    calls = tuple((use.path, use.call) for use in trace.uses)
+    key = (calls, few, trace.paths_in_train_mode, trace.graph_structure)
     if trace.examples is not None or few < 1 or key in _known.setdefault(root, set()):
         return
     with as_recorded(trace):

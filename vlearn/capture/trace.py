@@ -46,6 +46,7 @@ class Trace:
         self.kwargs: dict[str, Any] = {}
         self.versions: list[int] = []
         self.in_train_mode: list[nn.Module] = []
+        self.graph_structure = 0  # see `vlearn.capture.graph.structure`
         self.random_state: Any = None
         self.output: Any = None
         self.output_versions: list[int] = []
@@ -56,6 +57,11 @@ class Trace:
         self.calls: dict[nn.Module, int] = {}  # how often each module was called
         self._graph: Callable[[], _Graph | None] = lambda: None
         self._received_cast: set[int] = set()  # outputs that are casts and that the loss does depend on
+
+    @property
+    def paths_in_train_mode(self) -> frozenset[str]:
+        """The names of the modules that were in train mode; not the modules, which a key may not keep alive."""
+        return frozenset(self.paths[module] for module in self.in_train_mode)
 
     def keep_output(self, output: Any) -> None:
         """Remember what the model returned; in the user's own pass, wait for its gradient."""
