@@ -12,8 +12,8 @@ import vlearn
 from tests.oracles.networks import CASES, Case, Model
 from tests.oracles.per_example import flat, moving, per_example, relative_error
 from vlearn.capture.hooks import hooks_are_silent, hooks_paused, module_paths, record
+from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import is_close
-from vlearn.capture.tree import tensor_leaves
 
 
 def recorded(case):
@@ -32,7 +32,7 @@ def places(case):
     trace, _ = recorded(case)
     assert not trace.problems
     return {
-        name: [(use.path, use.rule is not None) for use in trace.uses if any(p is q for q in use.parameters)]
+        name: [(call.path, call.rule is not None) for call in trace.layer_calls if any(p is q for q in call.parameters)]
         for name, p in case.model.named_parameters()
     }
 
@@ -72,7 +72,7 @@ def test_a_parameter_belongs_to_the_smallest_call_that_explains_all_of_it(name, 
 
 def test_calls_of_a_module_are_numbered_those_without_gradient_too():
     trace, _ = recorded(CASES["linear_whose_first_use_is_under_no_grad"]())
-    assert [(use.path, use.call) for use in trace.uses] == [("fc", 1), ("out", 0)]
+    assert [(call.path, call.number) for call in trace.layer_calls] == [("fc", 1), ("out", 0)]
 
 
 def test_a_cached_cast_of_the_weight_that_is_used_elsewhere_is_seen():
@@ -80,8 +80,8 @@ def test_a_cached_cast_of_the_weight_that_is_used_elsewhere_is_seen():
     model = Model(lambda m, x: F.linear(torch.tanh(m.fc(x)), m.fc.weight), fc=nn.Linear(4, 4))
     with torch.autocast("cpu", torch.bfloat16), record(model, model.parameters()) as trace:
         model(torch.randn(2, 4))
-    assert [(use.path, len(use.parameters)) for use in trace.uses] == [("fc", 1), ("Model", 1)]
-    assert trace.uses[1].parameters[0] is model.fc.weight
+    assert [(call.path, len(call.parameters)) for call in trace.layer_calls] == [("fc", 1), ("Model", 1)]
+    assert trace.layer_calls[1].parameters[0] is model.fc.weight
 
 
 def test_a_parameter_of_no_submodule_is_a_problem():
@@ -145,20 +145,20 @@ def test_backward_fills_the_gradients_of_the_outputs_and_none_of_the_weights():
     case = CASES["mlp"]()
     trace, output = recorded(case)
     cotangent = torch.randn_like(output)
-    trace.backward([output], [cotangent], retain_graph=True)
+    trace = trace.pulled_back([output], [cotangent], retain_graph=True)
     assert all(p.grad is None for p in case.model.parameters())
-    assert torch.equal(trace.uses[-1].cotangents[0], cotangent)
-    for use, p in zip(trace.uses, (case.model[0].bias, case.model[2].bias, case.model[4].bias), strict=True):
+    assert torch.equal(trace.layer_calls[-1].cotangents[0], cotangent)
+    for call, p in zip(trace.layer_calls, (case.model[0].bias, case.model[2].bias, case.model[4].bias), strict=True):
         truth = torch.autograd.grad(output, p, cotangent, retain_graph=True)[0]
-        assert torch.allclose(use.cotangents[0].sum(0), truth, rtol=1e-13)
+        assert torch.allclose(call.cotangents[0].sum(0), truth, rtol=1e-13)
 
 
 def test_a_use_that_the_gradient_does_not_reach_is_left_out():
     model = Model(lambda m, x: (m.left(x), m.right(x)), left=nn.Linear(3, 2), right=nn.Linear(3, 2))
     with record(model, model.parameters()) as trace:
         left, _ = model(torch.randn(4, 3))
-    trace.backward([left], [torch.ones_like(left)])
-    assert list(trace.uses_of()) == [model.left.weight, model.left.bias]
+    trace = trace.pulled_back([left], [torch.ones_like(left)])
+    assert list(trace.calls_by_parameter()) == [model.left.weight, model.left.bias]
 
 
 # -- hooks ----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_nothing_is_recorded_while_hooks_are_paused():
         assert hooks_are_silent()
         case.call(case.model)
     assert not hooks_are_silent()
-    assert trace.uses == [] and trace.root is None
+    assert trace.layer_calls == [] and trace.root is None
 
 
 def test_a_call_that_raised_inside_the_model_leaves_no_frame():

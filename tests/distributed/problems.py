@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,18 +37,18 @@ def batches(rank: int, parts: int = 1) -> list[tuple[Tensor, Tensor]]:
 def record(optimizer: Any) -> Draws:
     """The list to which the optimizer's draws will be added."""
     draws: Draws = []
-    perturb, probe = optimizer._perturb_all, optimizer._probe
+    structure, curvature = optimizer._structure, optimizer._runtime.curvature
+    jointly, cotangent = structure.draw_jointly, getattr(curvature, "cotangent", None)
 
-    def perturbing(blocks: Iterator[Any]) -> None:
-        drawn = list(blocks)
-        perturb(iter(drawn))
-        draws.append(Drawn([slot.weights.clone() for _, block in drawn for slot in block]))
+    def drawing(blocks: list[Any], noise: Any) -> None:
+        jointly(blocks, noise)
+        draws.append(Drawn([piece.weights.clone() for block in blocks for piece in block.slices]))
 
     def probing(*args: Any) -> Tensor:
-        draws[-1].probes.append(probe(*args))
+        draws[-1].probes.append(cotangent(*args))
         return draws[-1].probes[-1]
 
-    optimizer._perturb_all, optimizer._probe = perturbing, probing
+    structure.draw_jointly, curvature.cotangent = drawing, probing
     return draws
 
 
@@ -57,14 +56,17 @@ def replay(optimizer: Any, draws: Draws) -> None:
     """Let the optimizer make these draws instead of its own."""
     given, probes = iter(draws), iter(())
 
-    def perturbing(blocks: Iterator[Any]) -> None:
+    def drawing(blocks: list[Any], noise: Any) -> None:
         nonlocal probes
         drawn = next(given)
         probes = iter(drawn.probes)
-        for slot, weights in zip([slot for _, block in blocks for slot in block], drawn.weights, strict=True):
-            slot.weights.copy_(weights)
+        slices = [piece for block in blocks for piece in block.slices]
+        for piece, weights in zip(slices, drawn.weights, strict=True):
+            piece.weights.copy_(weights)
 
-    optimizer._perturb_all, optimizer._probe = perturbing, lambda *_: next(probes)
+    structure, curvature = optimizer._structure, optimizer._runtime.curvature
+    structure.draw_block, structure.draw_jointly = lambda *_: None, drawing
+    curvature.cotangent = lambda *_: next(probes)
 
 
 def alternating(draws: list[Draws], each: int = 1) -> Draws:

@@ -72,7 +72,7 @@ def test_two_ranks_are_one_process_with_every_kind_of_layer(
             draw_and_send_back(optimizer, model, rank, contexts)
         optimizer.step()
     layers = [model.table.weight], [model.inner.weight, model.inner.bias], [model.out.weight, model.out.bias]
-    assert [[id(p) for p in layer.parameters] for layer in optimizer._layers()] == [
+    assert [[id(p) for p in layer.parameters] for layer in optimizer._structure.layers()] == [
         [id(p) for p in ps] for ps in layers
     ]
     for a, b in zip(state, state_of(optimizer), strict=True):
@@ -83,7 +83,7 @@ def with_another_eigh_on_the_second(rank: int, number: int, how: str) -> Any:
     wrapper = DistributedDataParallel(network())
     optimizer = FAMILY[number].make(wrapper, update_every=1)
     table.plain(optimizer, wrapper, *batches(rank)[0])
-    before = [optimizer._basis(layer) for layer in optimizer._layers()]
+    before = [optimizer._structure.basis(layer) for layer in optimizer._structure.layers()]
     eigh = torch.linalg.eigh
 
     def another(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def with_another_eigh_on_the_second(rank: int, number: int, how: str) -> Any:
         table.plain(optimizer, wrapper, *batches(rank)[0])
     finally:
         torch.linalg.eigh = eigh
-    after = [optimizer._basis(layer) for layer in optimizer._layers()]
+    after = [optimizer._structure.basis(layer) for layer in optimizer._structure.layers()]
     kept = [equal(list(old), list(new)) for old, new in zip(before, after, strict=True)]
     return state_of(optimizer), optimizer.decomposition_failures, kept
 

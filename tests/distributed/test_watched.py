@@ -68,7 +68,7 @@ def names_and_means(rank: int, number: int) -> None:
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(plainly)
     by_parameters = FAMILY[number].make(network().parameters())
     by_parameters.watch(outer)
-    assert list(by_parameters._watch.names.values()) == [f"network.{name}" for name in plainly]
+    assert list(by_parameters._sampler.parameters.names_in_model.values()) == [f"network.{name}" for name in plainly]
     by_parameters.unwatch()
 
     loss_of(wrapper, x, y).backward()

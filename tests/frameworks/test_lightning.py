@@ -348,7 +348,7 @@ class Outside(Classifier):
         wrapped: Any = self.optimizers()
         wrapped.unwatch()
         wrapped.watch(self.net)  # as on the optimizer itself
-        assert self.own._watch is wrapped._watch and self.own._watch.optimizer is self.own
+        assert self.own._watch is wrapped._watch and self.own._watch.sampler is self.own._sampler
 
 
 def test_the_optimizer_outlives_trainers_and_their_wrappers_of_it() -> None:

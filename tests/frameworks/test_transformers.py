@@ -242,6 +242,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(what: str, tmp_path: Any) -> Non
     model, optimizer = run()
     other, again = run(str(tmp_path / "checkpoint-2"))
     assert equal(weights(model), weights(other))
-    for p, q in zip(optimizer.moving(), again.moving(), strict=True):
+    for p, q in zip(optimizer._parameters.trainable(), again._parameters.trainable(), strict=True):
         assert equal([*optimizer.state[p].values()], [*again.state[q].values()])
         assert optimizer.state[p]["step"] == 6

@@ -60,7 +60,7 @@ def case_of(build, examples):
 def test_sensitivities_of_a_whole_model_equal_the_oracle(build, examples, without_a_rule):
     case = case_of(build, examples)
     trace, _ = recorded(case)
-    assert [use.path for use in trace.uses if use.rule is None and use.parameters] == without_a_rule
+    assert [call.path for call in trace.layer_calls if call.rule is None and call.parameters] == without_a_rule
     posterior = vlearn.IVON(case.model, lr=0.1, ess=20).posterior()
     table = vlearn.sweep(
         case.model, posterior, [(case.x, case.target)], case.loss, "exact", output="logits", progress=False

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlearn.integrations.wandb import GeneralizationLogger
-from vlearn.optim.diagnostics import Diagnostics
+from vlearn.optim.structures.diagnostics import Diagnostics
 
 wandb = pytest.importorskip("wandb")
 

@@ -87,7 +87,7 @@ VON = Entry(
     captures=True,
     probes=True,
 )
-VON_PRICE = Entry("VON", lambda params, **kwargs: VON.make(params, **{"hessian": "price", **kwargs}), variant="price")
+VON_PRICE = Entry("VON", lambda params, **kwargs: VON.make(params, **{"curvature": "price", **kwargs}), variant="price")
 FULLVON = Entry(
     "FullVON",
     lambda params, **kwargs: vlearn.FullVON(params, **{"lr": 0.1, "ess": 50, "hess_init": 0.5, **kwargs}),
@@ -105,7 +105,7 @@ FULLVON = Entry(
 )
 FULLVON_PRICE = Entry(
     "FullVON",
-    lambda params, **kwargs: FULLVON.make(params, **{"rule": "iblr", "hessian": "price", "beta2": 0.999, **kwargs}),
+    lambda params, **kwargs: FULLVON.make(params, **{"rule": "iblr", "curvature": "price", "beta2": 0.999, **kwargs}),
     dense=True,
     variant="price",
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vlearn
-from vlearn.optim.threefry import new_key, normals
+from vlearn.optim.kernels.threefry import new_key, normals
 
 pytestmark = pytest.mark.slow
 

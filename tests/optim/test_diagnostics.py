@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vlearn
-from vlearn.optim import diagnostics
+from vlearn.optim.structures import diagnostics
 
 
 def trained(

@@ -119,7 +119,7 @@ def test_a_parameter_without_gradient_in_some_draws_counts_as_zero_there(entry: 
 def test_three_dtypes_train_in_one_optimizer_as_each_by_itself(entry: Entry, loop: str) -> None:
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
 
-    class Mixed(nn.Module):
+    class ProductPosterior(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_three_dtypes_train_in_one_optimizer_as_each_by_itself(entry: Entry, loo
             return torch.stack([layer(x.to(layer.weight.dtype)).double() for layer in self.layers]).sum(0)
 
     x, y = data()
-    model = Mixed()
+    model = ProductPosterior()
     optimizer = made(entry, loop, model)
     before = weights(model)
     for _ in range(3):

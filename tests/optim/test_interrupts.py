@@ -240,7 +240,7 @@ def test_a_compiled_model_gets_the_gradient_at_the_draw(entry: Entry) -> None:
             with torch.no_grad():
                 called(x)
             if is_interrupted:
-                optimizer._draw.peek_mean()  # what an interrupt leaves, but for the calls it leaves open
+                optimizer._sampler.draw.suspend()  # what an interrupt leaves, but for the calls it leaves open
                 optimizer._watch._calls.append((model, 0))
             loss.backward()
             found += gradients(model)
@@ -449,7 +449,7 @@ def test_a_graph_keeps_neither_the_optimizer_nor_the_draw_alive(entry: Entry) ->
     model, (x, y) = network(), data()
     optimizer = entry.make(model)
     loss = loss_of(model, x, y)
-    draw = ref(optimizer._draw)
+    draw = ref(optimizer._sampler.draw)
     loss.backward(retain_graph=True)
     optimizer.step()
     optimizer.zero_grad()

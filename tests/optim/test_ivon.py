@@ -13,7 +13,7 @@ from torch import nn
 
 import vlearn
 from tests.optim.table import data, loss_of, network, plain, weights
-from vlearn.optim import draw as draw_module
+from vlearn.optim.sampling import blocks
 
 
 def test_steps_equal_the_written_formula() -> None:
@@ -108,15 +108,17 @@ def test_cutting_parameters_into_blocks_changes_nothing_but_the_noise(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = data()
-    monkeypatch.setattr(draw_module, "CPU_BLOCK", size)
-    monkeypatch.setattr(vlearn.optim.diagonal, "normal", lambda like, generator: [torch.ones_like(t) for t in like])
+    monkeypatch.setattr(blocks, "CPU_BLOCK", size)
+    monkeypatch.setattr(
+        vlearn.optim.structures.diagonal, "normal", lambda like, generator: [torch.ones_like(t) for t in like]
+    )
     model = network()
     model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())  # not contiguous
     optimizer = vlearn.IVON(model, lr=0.1, ess=50, hess_init=0.5)
     for _ in range(3):
         plain(optimizer, model, x, y)
     reference = network()
-    monkeypatch.setattr(draw_module, "CPU_BLOCK", 10**9)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 10**9)
     optimizer = vlearn.IVON(reference, lr=0.1, ess=50, hess_init=0.5)
     for _ in range(3):
         plain(optimizer, reference, x, y)
@@ -191,4 +193,4 @@ def test_not_watching_costs_no_hooks_on_modules_and_no_captures() -> None:
         F.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert optimizer._watch is None and optimizer._spent is None
+    assert optimizer._watch is None and optimizer._sampler.previous is None

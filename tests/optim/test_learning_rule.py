@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import vlearn
 from tests.optim.table import data, loss_of, network, weights
-from tests.optim.test_full import flat
+from tests.optim.test_full_von import flat
 from tests.optim.test_von import CERTAIN, plain_step
 
 
@@ -45,7 +45,9 @@ def test_a_fixed_precision_gives_the_steps_of_gradient_descent() -> None:
 def test_the_delta_method_with_full_steps_is_newtons_method() -> None:
     model, x, y = logistic()
     wd = 0.05
-    optimizer = vlearn.FullVON(model, 1.0, CERTAIN, 1.0, 0.0, 0.0, wd, likelihood=bernoulli, num_data=40)
+    optimizer = vlearn.FullVON(
+        model, 1.0, CERTAIN, beta1=0.0, beta2=0.0, weight_decay=wd, likelihood=bernoulli, num_data=40
+    )
     theta = flat(model)
     for _ in range(6):
         plain_step(optimizer, lambda: F.binary_cross_entropy_with_logits(model(x).squeeze(1), y))
@@ -61,7 +63,8 @@ def test_with_smaller_steps_it_is_the_online_newton_method_and_diagonal_its_diag
     for full in (True, False):
         model, x, y = logistic()
         kind = vlearn.FullVON if full else vlearn.VON
-        optimizer = kind(model, lr, CERTAIN, 0.7, 0.0, 1 - rho, wd, likelihood=bernoulli, num_data=40)
+        settings = {"hess_init": 0.7, "beta1": 0.0, "beta2": 1 - rho, "weight_decay": wd, "num_data": 40}
+        optimizer = kind(model, lr, CERTAIN, likelihood=bernoulli, **settings)
         theta, s = flat(model), 0.7 * torch.eye(3).double()
         for _ in range(6):
             plain_step(optimizer, lambda model=model, x=x, y=y: F.binary_cross_entropy_with_logits(model(x)[:, 0], y))
@@ -74,7 +77,9 @@ def test_with_smaller_steps_it_is_the_online_newton_method_and_diagonal_its_diag
 def test_with_the_expectation_kept_the_derivatives_are_those_at_the_draw() -> None:
     model, x, y = logistic()
     wd, lr, rho = 0.05, 0.4, 0.3
-    optimizer = vlearn.VON(model, lr, 40, 0.7, 0.0, 1 - rho, wd, likelihood=bernoulli)
+    optimizer = vlearn.VON(
+        model, lr, 40, hess_init=0.7, beta1=0.0, beta2=1 - rho, weight_decay=wd, likelihood=bernoulli
+    )
     theta, h = flat(model), torch.full((3,), 0.7, dtype=torch.float64)
     for _ in range(6):
         optimizer.zero_grad()
@@ -108,7 +113,7 @@ def test_on_one_parameter_the_positive_definite_rule_with_price_is_ivons() -> No
         if kind == "ivon":
             optimizer = vlearn.IVON([p], 0.0, 20, **common)  # type: ignore[arg-type]
         else:
-            optimizer = vlearn.FullVON([p], 0.0, 20, rule="iblr", hessian="price", **common)  # type: ignore[arg-type]
+            optimizer = vlearn.FullVON([p], 0.0, 20, rule="iblr", curvature="price", **common)  # type: ignore[arg-type]
         for _ in range(6):
             with optimizer.sampled_params(train=True):
                 optimizer.zero_grad()

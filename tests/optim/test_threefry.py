@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlearn.optim.threefry import new_key, normals, threefry
+from vlearn.optim.kernels.threefry import new_key, normals, threefry
 
 
 def words(*values: int) -> Tensor:

@@ -195,12 +195,12 @@ def test_sensitivities_come_from_its_state() -> None:
 
 
 def test_sums_over_chunks_are_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlearn.capture import examples
+    from vlearn.per_example import gradients
 
     results: list[Tensor] = []
     for limit in (2**20, 1):
-        monkeypatch.setattr(examples.chunks, "__defaults__", (limit,))
-        monkeypatch.setattr(examples, "FALLBACK_ENTRIES", limit)
+        monkeypatch.setattr(gradients.chunks, "__defaults__", (limit,))
+        monkeypatch.setattr(gradients, "FALLBACK_ENTRIES", limit)
         for name in NETWORKS:
             model, x, y = problem(name)
             optimizer = optimizer_of(model, generator=torch.Generator().manual_seed(1))

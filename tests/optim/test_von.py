@@ -15,8 +15,8 @@ import vlearn
 from tests.optim.networks import NETWORKS, at_draw, cross_entropy, error_of_sensitivities, hessian_of, problem
 from tests.optim.table import data, equal, network, plain, states, weights
 from tests.oracles.per_example import PerExample, relative_error
-from vlearn.optim import likelihood as likelihood_module
-from vlearn.optim.likelihood import probe
+from vlearn.losses import likelihood as likelihood_module
+from vlearn.losses.likelihood import probe
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 SIGNS = [torch.tensor(signs, dtype=torch.float64) for signs in itertools.product((-1.0, 1.0), repeat=3)]
@@ -147,9 +147,9 @@ def test_micro_batches_count_by_their_examples(monkeypatch: pytest.MonkeyPatch) 
 def test_the_users_gradients_and_captures_are_those_without_a_probe() -> None:
     x, y = data()
     results = []
-    for hessian in ("probe", "price"):
+    for curvature in ("ggn", "price"):
         model = network()
-        optimizer = vlearn.VON(model, 0.1, 50, hessian=hessian, generator=torch.Generator().manual_seed(1))
+        optimizer = vlearn.VON(model, 0.1, 50, curvature=curvature, generator=torch.Generator().manual_seed(1))
         F.cross_entropy(model(x), y).backward()
         results.append([p.grad for p in model.parameters()] + [optimizer.sensitivities().self_influence])
     assert equal(*results)
@@ -173,7 +173,16 @@ def test_weights_move_by_the_new_hessian() -> None:
     model = nn.Linear(3, 1, bias=False).double()
     lr, wd, beta1, beta2, damping = 0.3, 0.1, 0.8, 0.6, 0.05
     optimizer = vlearn.VON(
-        model, lr, CERTAIN, 0.5, beta1, beta2, wd, likelihood="gaussian", damping=damping, num_data=20
+        model,
+        lr,
+        CERTAIN,
+        hess_init=0.5,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=wd,
+        likelihood="gaussian",
+        damping=damping,
+        num_data=20,
     )
     mean, h, g = model.weight.detach().clone(), torch.full((1, 3), 0.5).double(), torch.zeros(1, 3).double()
     for t in range(1, 5):
@@ -189,7 +198,17 @@ def test_weights_move_by_the_new_hessian() -> None:
 def test_prices_estimate_is_the_written_formula_and_at_most_halves_the_precision(foreach: bool) -> None:
     model, (x, y) = network(), data()
     ess, wd, beta2 = 50.0, 0.2, 0.3
-    optimizer = vlearn.VON(model.parameters(), 0.1, ess, 0.5, 0.0, beta2, wd, hessian="price", foreach=foreach)
+    optimizer = vlearn.VON(
+        model.parameters(),
+        lr=0.1,
+        ess=ess,
+        hess_init=0.5,
+        beta1=0.0,
+        beta2=beta2,
+        weight_decay=wd,
+        curvature="price",
+        foreach=foreach,
+    )
     mean, h = torch.cat([p.detach().reshape(-1) for p in model.parameters()]), torch.full((48 + 5,), 0.5).double()
     for _ in range(5):
         with optimizer.sampled_params(train=True):
@@ -269,7 +288,10 @@ def test_one_of_several_outputs_is_selected() -> None:
     "setting, message",
     [
         ({"likelihood": "poisson"}, "likelihood='poisson', but it must be 'categorical', 'gaussian' or a callable"),
-        ({"hessian": "fisher"}, "hessian='fisher', but it must be 'probe', 'sampled' or 'price': use 'probe'."),
+        (
+            {"curvature": "fisher"},
+            "curvature='fisher', but for VON it must be 'ggn', 'sampled', 'empirical' or 'price': use 'ggn'.",
+        ),
     ],
 )
 def test_an_unknown_curvature_is_refused(setting: dict[str, str], message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.optim.table import FAMILY, Entry, data, equal, loss_of, made, network, plain
+from vlearn.optim.sampling.draw import DrawState
 
 
 class UserError(Exception):
@@ -30,7 +31,7 @@ class Walk:
         self.choice = choice
 
     def mean(self) -> list[Tensor]:
-        draw = self.optimizer._draw
+        draw = self.optimizer._sampler.draw
         means = {} if draw is None else draw.means()
         return [means.get(p, p.data).clone() for p in self.model.parameters()]
 
@@ -131,10 +132,12 @@ def test_only_a_step_that_raises_nothing_moves_the_mean(entry: Entry, loop: str,
         call = choice.choice(CALLS + 2 * OFTEN)
         calls.append(call.__name__)
         raised = call_and_catch(walk, call)
-        now, draw = walk.mean(), walk.optimizer._draw
+        now, draw = walk.mean(), walk.optimizer._sampler.draw
         assert equal(now, mean) or (call in STEPS and not raised), calls
         assert all(bool(tensor.isfinite().all()) for tensor in now), calls
-        assert draw is not None and draw.active or equal([p.data for p in walk.model.parameters()], now), calls
+        assert (
+            draw is not None and draw.state is DrawState.ACTIVE or equal([p.data for p in walk.model.parameters()], now)
+        ), calls
         mean = now
     walk.save_and_load()
     walk.zero_grad_of_the_model()

@@ -3,7 +3,7 @@
 import torch
 
 from tests.oracles.kronecker import assembled, block_precision, parameter_order, random_covariance
-from vlearn.posterior import Diagonal, Factors, Full, Kronecker, Mixed
+from vlearn.posterior import Diagonal, Full, Kronecker, KroneckerFactors, ProductPosterior
 
 NUM_DATA, ESS = 40.0, 90.0
 STRUCTURES = ("layers", "separate", "mixed", "correlated_eigenvalues")
@@ -38,7 +38,7 @@ def posterior_of(parameters, structure):
             factors, blocks[group] = kronecker(means, decay, generator, structure)
             parts.append(Kronecker(means, {group: factors}, decays, ess, NUM_DATA))
     covariances = {group: torch.linalg.inv(precision) for group, precision in blocks.items()}
-    posterior = parts[0] if len(parts) == 1 else Mixed(parts)
+    posterior = parts[0] if len(parts) == 1 else ProductPosterior(parts)
     return posterior, assembled(list(mean), {name: t.numel() for name, t in mean.items()}, covariances)
 
 
@@ -47,14 +47,14 @@ def kronecker(means, decay, generator, structure):
     rows = shapes[0][0]
     columns = sum(shape.numel() for shape in shapes) // rows
     inputs, gradients = random_covariance(columns, generator), random_covariance(rows, generator)
-    factors = Factors.of(inputs, gradients)
+    factors = KroneckerFactors.from_covariances(inputs, gradients)
     if structure != "correlated_eigenvalues":
         return factors, block_precision(inputs, gradients, shapes, NUM_DATA, decay)
     values = torch.rand(rows, columns, dtype=torch.float64, generator=generator)
     basis = torch.kron(factors.out_basis, factors.in_basis)
     order = parameter_order(shapes)
     precision = NUM_DATA * (basis @ torch.diag(values.flatten() + decay) @ basis.mT)[order][:, order]
-    return Factors(factors.out_basis, factors.in_basis, values), precision
+    return KroneckerFactors(factors.out_basis, factors.in_basis, values), precision
 
 
 def groups_of(mean, structure):

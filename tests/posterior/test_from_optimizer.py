@@ -53,7 +53,7 @@ def test_the_variance_is_one_over_n_root_v_plus_delta(make, beta, debias):
         v = running_mean(gradients, name, beta) / (1 - beta ** len(gradients) if debias else 1)
         assert torch.allclose(posterior.variance[name], 1 / (N * v.sqrt() + DELTA), rtol=1e-10)
         assert torch.equal(posterior.mean[name], model.get_parameter(name))
-    assert posterior.num_data == N and posterior.only_ranks is None
+    assert posterior.num_data == N and posterior.uncalibrated_reason is None
     assert torch.equal(posterior.draw_variance["0.bias"], posterior.variance["0.bias"])
 
 

@@ -8,7 +8,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 import vlearn
 from tests.oracles.kronecker import block_precision, random_covariance
 from tests.posterior.structures import ESS, NUM_DATA, STRUCTURES, posterior_of
-from vlearn.posterior import Diagonal, Factors, Full, Kronecker, Mixed
+from vlearn.posterior import Diagonal, Full, Kronecker, KroneckerFactors, ProductPosterior
 
 
 def parameters_of():
@@ -74,7 +74,7 @@ def test_entropy_and_divergence_are_those_of_torch_distributions(found):
     posterior, covariance = found
     mean = flat(posterior.mean)
     q = MultivariateNormal(mean, covariance)
-    priors = {name: torch.full_like(p, posterior._prior_precision[name]) for name, p in parameters_of().items()}
+    priors = {name: torch.full_like(p, posterior.prior_precision[name]) for name, p in parameters_of().items()}
     prior = MultivariateNormal(torch.zeros_like(mean), torch.diag(1 / flat(priors)))
     assert posterior.entropy() == pytest.approx(float(q.entropy()), rel=1e-10)
     assert posterior.kl() == pytest.approx(float(kl_divergence(q, prior)), rel=1e-10)
@@ -102,7 +102,9 @@ def test_factors_of_a_layer_are_those_of_torch_kron():
     generator = torch.Generator().manual_seed(0)
     inputs, gradients = random_covariance(4, generator), random_covariance(3, generator)
     mean = {"weight": torch.zeros(3, 4, dtype=torch.float64)}
-    posterior = Kronecker(mean, {("weight",): Factors.of(inputs, gradients)}, {"weight": 0.2}, {"weight": 9.0}, 9)
+    posterior = Kronecker(
+        mean, {("weight",): KroneckerFactors.from_covariances(inputs, gradients)}, {"weight": 0.2}, {"weight": 9.0}, 9
+    )
     p = nn.Parameter(mean["weight"])
     identity = torch.eye(12, dtype=torch.float64).reshape(12, 3, 4)
     precision = posterior.covariance({"weight": p}).solve({p: identity})[p].reshape(12, 12)
@@ -113,12 +115,12 @@ def test_factors_of_a_layer_are_those_of_torch_kron():
 @pytest.mark.parametrize("side", ["out_basis", "in_basis"])
 def test_a_basis_that_is_none_is_the_identity(side):
     generator = torch.Generator().manual_seed(0)
-    factors = Factors.of(random_covariance(4, generator), random_covariance(3, generator))
+    factors = KroneckerFactors.from_covariances(random_covariance(4, generator), random_covariance(3, generator))
     mean = {"weight": torch.randn(3, 4, dtype=torch.float64)}
     p, found = nn.Parameter(mean["weight"]), []
     size = {"out_basis": 3, "in_basis": 4}[side]
     for basis in (None, torch.eye(size, dtype=torch.float64)):
-        given = Factors(
+        given = KroneckerFactors(
             **{"hessian": factors.hessian, "out_basis": factors.out_basis, "in_basis": factors.in_basis} | {side: basis}
         )
         posterior = Kronecker(mean, {("weight",): given}, {"weight": 0.2}, {"weight": 9.0}, 9)
@@ -137,7 +139,7 @@ def test_it_prints_its_size(found):
 
 def layer():
     mean = {"w": torch.zeros(3, 4), "b": torch.zeros(3)}
-    factors = Factors(torch.eye(3), torch.eye(5), torch.ones(3, 5))
+    factors = KroneckerFactors(torch.eye(3), torch.eye(5), torch.ones(3, 5))
     return mean, factors, {"w": 0.1, "b": 0.1}, {"w": 9.0, "b": 9.0}
 
 
@@ -153,7 +155,7 @@ def test_factors_of_another_shape_are_refused(change, message):
     mean, factors, decay, ess = layer()
     given = {"hessian": factors.hessian, "out_basis": factors.out_basis, "in_basis": factors.in_basis} | change
     with pytest.raises(ValueError) as error:
-        Kronecker(mean, {("w", "b"): Factors(**given)}, decay, ess, 9)
+        Kronecker(mean, {("w", "b"): KroneckerFactors(**given)}, decay, ess, 9)
     assert str(error.value) == message
 
 
@@ -178,9 +180,9 @@ def test_a_layer_with_two_scales_is_refused(what):
 def test_parts_that_overlap_or_differ_in_num_data_are_refused():
     one = Full({"a": torch.zeros(1)}, torch.eye(1), 9)
     with pytest.raises(ValueError, match=r"^'a' is in two parts, but each parameter has one posterior\.$"):
-        Mixed([one, one])
+        ProductPosterior([one, one])
     with pytest.raises(ValueError, match=r"^num_data=9, 10, but all parts need the same\.$"):
-        Mixed([one, Full({"b": torch.zeros(1)}, torch.eye(1), 10)])
+        ProductPosterior([one, Full({"b": torch.zeros(1)}, torch.eye(1), 10)])
 
 
 def test_a_prior_that_was_not_given_has_no_divergence():
@@ -208,7 +210,7 @@ def test_a_part_that_has_moved_on_makes_the_whole_stale():
 
     mean = {"a": torch.zeros(1)}
     moved = Diagonal(mean, {"a": torch.ones(1)}, {"a": 1.0}, {"a": 9.0}, 9, check=stale)
-    posterior = Mixed([moved, Full({"b": torch.zeros(1)}, torch.eye(1), 9)])
+    posterior = ProductPosterior([moved, Full({"b": torch.zeros(1)}, torch.eye(1), 9)])
     for read in (posterior.sample, posterior.entropy, posterior.clone, lambda: posterior.variance["b"]):
         with pytest.raises(RuntimeError, match="^stale$"):
             read()

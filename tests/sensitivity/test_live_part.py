@@ -101,12 +101,14 @@ def test_correlated_posteriors_give_the_same_rows():
 
 def test_fewer_examples_take_fewer_operations(monkeypatch):
     """No activation of the whole batch is worked on: the largest operand has the rows that were asked for."""
-    from vlearn.sensitivity import ghost
+    from vlearn.linearized import covariance_products
 
     seen = []
-    form_of = ghost.form_of
+    form_of = covariance_products.form_of
     monkeypatch.setattr(
-        ghost, "form_of", lambda use, p, examples: seen.append(len(use.input)) or form_of(use, p, examples)
+        covariance_products,
+        "form_of",
+        lambda call, p, examples: seen.append(len(call.input)) or form_of(call, p, examples),
     )
     _, optimizer = read()
     seen.clear()

@@ -27,7 +27,7 @@ from tests.sensitivity.small import (
     truth_at,
     weights_of,
 )
-from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.pytrees import tensor_leaves
 
 # -- what has no sensitivities -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import nn
 import vlearn
 from tests.oracles.networks import Model
 from tests.oracles.per_example import per_example, relative_error
-from vlearn.sensitivity import losses
+from vlearn.losses import output_hessian
 
 N, T, VOCABULARY = 4, 5, 7
 VARIANCE = 1 / (30 * (1 + 1e-4))
@@ -139,14 +139,14 @@ def test_another_ignored_index_is_read_from_the_loss():
 
 def test_the_probe_of_a_language_model_forms_no_curvature(monkeypatch):
     """T·V entries of output: Λ would have (T·V)² for each example."""
-    monkeypatch.setattr(losses, "curvature", lambda *_: pytest.fail("Λ was formed"))
+    monkeypatch.setattr(output_hessian, "output_hessian", lambda *_: pytest.fail("Λ was formed"))
     for loss_fn, classes_first in ((lambda f, t: rows_by_token(f, t).sum(1), False), (F.cross_entropy, True)):
         table = swept(language_model(classes_first=classes_first), loss_fn, leverage="probe")
         assert bool((table.leverage > 0).all())
 
 
 def test_probabilities_below_the_smallest_float_form_no_curvature(monkeypatch):
-    monkeypatch.setattr(losses, "curvature", lambda *_: pytest.fail("Λ was formed"))
+    monkeypatch.setattr(output_hessian, "output_hessian", lambda *_: pytest.fail("Λ was formed"))
     x, y = tokens(masked=False)
     model = language_model().float()
     with torch.no_grad():

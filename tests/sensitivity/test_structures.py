@@ -9,7 +9,7 @@ import vlearn
 from tests.oracles.networks import CASES, Case
 from tests.oracles.per_example import moving, per_example, relative_error
 from tests.posterior.structures import STRUCTURES, posterior_of
-from vlearn.sensitivity import rotated
+from vlearn.linearized import kronecker_products as rotated
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 SPECIAL = ("penalty_in_the_model_output_only", "logits_written_in_place", "output_per_position")
@@ -64,11 +64,11 @@ def test_both_ways_to_rotate_a_convolution_are_exact(kernel, arguments, structur
 
 
 def test_one_position_stores_nothing_of_the_size_of_the_gradients(monkeypatch):
-    from vlearn.capture.forms import Outer
-    from vlearn.sensitivity import ghost
+    from vlearn.layers.gradient_forms import Outer
+    from vlearn.linearized import covariance_products
 
     monkeypatch.setattr(Outer, "dense", lambda form: pytest.fail("a gradient was formed"))
-    monkeypatch.setattr(ghost, "_add_dense", lambda *given: pytest.fail("gradients were formed"))
+    monkeypatch.setattr(covariance_products, "_add_dense", lambda *given: pytest.fail("gradients were formed"))
     case = CASES["mlp"]()
     assert_exact(case.model, case.call, case.x, case.target, case.loss, "layers")
 

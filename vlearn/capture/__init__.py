@@ -1,20 +1,27 @@
-"""Per-example gradients from one forward and one backward pass. Needs torch alone."""
+"""Recording one forward and backward pass of a model, layer by layer; and how to give a layer type a rule."""
 
-from vlearn.capture import convolutions, layers
-from vlearn.capture.forms import Indexed, Outer, Scale, Shift
-from vlearn.capture.rules import Rule, channels_first, features_last, from_channels_first, register, shift
+from vlearn.layers import (
+    Bias,
+    Elementwise,
+    Indexed,
+    Outer,
+    Rule,
+    bias_form,
+    channels_first,
+    features_last,
+    from_channels_first,
+    register,
+)
 
 __all__ = [
     "Indexed",
     "Outer",
     "Rule",
-    "Scale",
-    "Shift",
+    "Elementwise",
+    "Bias",
     "channels_first",
-    "convolutions",
     "features_last",
     "from_channels_first",
-    "layers",
     "register",
-    "shift",
+    "bias_form",
 ]

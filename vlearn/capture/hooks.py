@@ -2,53 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlearn._torch_internals import graph_task_id
+from vlearn.capture.names import module_paths
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
 
-_paused = False
+_paused: ContextVar[bool] = ContextVar("_paused", default=False)
 
 
 @contextmanager
 def hooks_paused() -> Iterator[None]:
     """Inside, no hook of vlearn draws, swaps or records and nothing compiles: for passes that vlearn itself makes."""
-    global _paused
-    before, _paused = _paused, True
+    before = _paused.set(True)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        _paused = before
+        _paused.reset(before)
 
 
 def hooks_are_silent() -> bool:
     """Whether hooks must do nothing: a pass of our own, or a forward that checkpointing recomputes."""
-    return _paused or is_recomputed()
+    return _paused.get() or graph_task_id() != -1
 
 
 def is_recomputed() -> bool:
     """Whether a forward pass that runs now is one that checkpointing makes inside the backward pass."""
-    return not _paused and torch._C._current_graph_task_id() != -1
+    return not _paused.get() and graph_task_id() != -1
+
+
+@contextmanager
+def hooked(
+    modules: Iterable[nn.Module], enter: Callable[..., None] | None = None, leave: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Inside, the modules have the given forward hooks, the first of all: others may change inputs and outputs.
+
+    Args:
+        enter: (module, args, kwargs), called before a module runs.
+        leave: (module, args, kwargs, output), called after; what it returns takes the output's place.
+    """
+    handles: list[Any] = []
+    try:
+        for module in modules:
+            if enter is not None:
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            if leave is not None:
+                handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def record(model: nn.Module, tracked: Iterable[Tensor]) -> Iterator[Trace]:
     """Record the one forward pass made inside; the hooks are gone afterwards, by any exit.
 
-    Its gradients come from `Trace.backward`.
+    Its gradients come from `Trace.pulled_back`.
 
     Args:
         model: called once inside, with gradients enabled.
         tracked: the parameters whose per-example gradients are wanted.
     """
-    paths = module_paths(model)
-    trace = Trace(paths, tracked, by_edge=True)
+    trace = Trace(module_paths(model), tracked, by_edge=True)
     recorder = Recorder(trace)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -59,19 +83,6 @@ def record(model: nn.Module, tracked: Iterable[Tensor]) -> Iterator[Trace]:
         if not hooks_are_silent():
             recorder.leave(module, args, kwargs, output)
 
-    handles = []
-    try:
-        for module in paths:
-            # First of all hooks: another one may change what the module itself is given or gives.
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not call hooks that came later
-            yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def module_paths(model: nn.Module) -> dict[nn.Module, str]:
-    """Each module's name in the model; the model itself is called by its class."""
-    return {module: name or type(model).__name__ for name, module in model.named_modules()}
+    # Compiled code does not call hooks that came later.
+    with hooked(trace.paths, enter, leave), torch.compiler.set_stance("force_eager"):
+        yield trace

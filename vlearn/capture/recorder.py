@@ -4,50 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, finalize
+from typing import Any
+from weakref import finalize
 
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from vlearn.capture.graph import Node, Span, nodes_of, structure, survey
+from vlearn._torch_internals import view_base
+from vlearn.capture.autograd_graph import CallSubgraph, Node, find_unexplained_uses, nodes_of, structure
+from vlearn.capture.broadcast_calls import BroadcastCall, other_terms
+from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.model_checks import ModelChecks, UnattributedParameters, remember
+from vlearn.capture.pytrees import detached, shapes, tensor_leaves, versions
 from vlearn.capture.random_state import random_state
-from vlearn.capture.rules import Rule, rule_of
-from vlearn.capture.shared import SharedCall, other_terms
 from vlearn.capture.trace import Trace
-from vlearn.capture.tree import detached, shapes, tensor_leaves, versions
-from vlearn.capture.use import Use
+from vlearn.layers.registry import Rule, rule_of
 
-_HIDDEN = (
+_NOT_IN_GRAPH = (
     "a parameter of {name} got its gradient from a backward pass inside the backward pass, whose graph cannot be seen "
     "(reentrant checkpointing): use checkpoint(..., use_reentrant=False)."
 )
-
-# By root module and sequence of calls: walking a graph costs more than recording it.
-_surveyed: WeakKeyDictionary[nn.Module, dict[Any, Uncovered]] = WeakKeyDictionary()
-
-
-class Uncovered(NamedTuple):
-    """Tracked parameters that the recorded calls do not explain.
-
-    Attributes:
-        foreign: used, but of a module that is not in the model.
-        elsewhere: of the model, and used outside its module's own call.
-        hidden: of the model, and not seen in the graph.
-    """
-
-    foreign: list[Tensor]
-    elsewhere: list[Tensor]
-    hidden: list[Tensor]
 
 
 @dataclass(eq=False)
 class _Frame:
     module: nn.Module
-    first_use: int  # in the trace's uses, of those made inside
+    first_call: int  # in the trace's calls, of those made inside
     called: set[nn.Module] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
-    shared: list[SharedCall] = field(default_factory=list)  # made inside, by a child
+    broadcast: list[BroadcastCall] = field(default_factory=list)  # made inside, by a child
 
 
 class Recorder:
@@ -59,15 +44,16 @@ class Recorder:
 
     def __init__(self, trace: Trace):
         self.trace = trace
-        self._ends: dict[Use, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
+        self._ends: dict[LayerCall, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is about to run; the first call of all is that of the root."""
         if not self._frames:
             self._enter_root(module, args, kwargs)
-        elif self._frames[-1].shared:
-            self._find_shared(self._frames[-1], module, args, kwargs)
-        self._frames.append(_Frame(module, len(self.trace.uses)))
+        elif self._frames[-1].broadcast:
+            self._find_broadcast(self._frames[-1], module, args, kwargs)
+        self._frames.append(_Frame(module, len(self.trace.layer_calls)))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace = self.trace
@@ -79,6 +65,7 @@ class Recorder:
         trace.num_examples = sizes[0] if sizes else 0
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A module has run."""
         while self._frames and self._frames[-1].module is not module:  # frames that an exception left open
             self._frames.pop()
         if not self._frames:
@@ -92,66 +79,70 @@ class Recorder:
                 "depends on the whole batch, so no example has a gradient of its own: put it in eval mode "
                 "(module.eval()) or use GroupNorm, LayerNorm or filter response normalisation."
             )
-        self._cover(frame, args, kwargs, output)
+        self._attribute(frame, args, kwargs, output)
         if not self._frames:
             self._leave_root(frame, args, kwargs, output)
-        self.trace.calls[module] = self.trace.calls.get(module, 0) + 1
+        self.trace.num_calls[module] = self.trace.num_calls.get(module, 0) + 1
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._cover_the_rest(frame, args, kwargs, output)
-        self.trace.keep_output(output)  # takes the ends of all uses
+        self._attribute_remaining(frame, args, kwargs, output)
+        self.trace.keep_output(output)  # takes the edges of all calls
         self._ends = {}
 
-    def _cover_the_rest(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _attribute_remaining(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Parameters used in no module's own call, or also elsewhere: for these the whole model is the unit."""
         trace = self.trace
         assert trace.root is not None
-        uncovered = self._survey(args, kwargs, output)
-        for p in uncovered.foreign:
+        unattributed = self._unattributed(args, kwargs, output)
+        for p in unattributed.not_in_model:
             trace.problems.append(
                 f"{trace.paths[trace.root]} ({type(trace.root).__name__}) uses a parameter of shape {tuple(p.shape)} "
                 "that belongs to none of its modules: register the module that has it as a submodule."
             )
-        if uncovered.elsewhere:
-            rest, last = uncovered.elsewhere, trace.uses[-1] if trace.uses else None
+        if unattributed.used_outside_call:
+            rest, last = unattributed.used_outside_call, trace.layer_calls[-1] if trace.layer_calls else None
             if last is not None and last.module is trace.root and last.rule is None:
-                rest = [*trace.uses.pop().parameters, *rest]
-            self._add_use(frame, trace.root, rest, None, args, kwargs, output)
-        if uncovered.hidden and trace.edges is None:
-            report = partial(trace.problems.append, _HIDDEN.format(name=trace.paths[trace.root]))
-            handles = [p.register_hook(lambda gradient: report()) for p in uncovered.hidden if p.requires_grad]
+                rest = [*trace.layer_calls.pop().parameters, *rest]
+            self._add_call(frame, trace.root, rest, None, args, kwargs, output)
+        if unattributed.not_in_graph and trace.edges is None:
+            report = partial(trace.problems.append, _NOT_IN_GRAPH.format(name=trace.paths[trace.root]))
+            handles = [p.register_hook(lambda gradient: report()) for p in unattributed.not_in_graph if p.requires_grad]
             finalize(trace, _remove_all, handles)
 
-    def _survey(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Uncovered:
-        """What `graph.survey` finds, once for each sequence of calls and graph that this model makes."""
+    def _unattributed(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> UnattributedParameters:
+        """What the calls do not explain, looked for once for each kind of pass: walking a graph is dear."""
         trace = self.trace
         assert trace.root is not None
-        ends = nodes_of(tensor_leaves(output)), set(nodes_of(tensor_leaves((args, kwargs))))
-        place, trace.graph_structure = structure(*ends)
+        outputs, inputs = nodes_of(tensor_leaves(output)), set(nodes_of(tensor_leaves((args, kwargs))))
+        place, trace.graph_structure = structure(outputs, inputs)
         calls = tuple(
-            (use.path, use.rule is None, tuple(map(id, use.parameters)), *(tuple(map(place.get, of)) for of in nodes))
-            for use, nodes in self._ends.items()
-        )
-        key = (calls, trace.graph_structure, frozenset(map(id, trace.tracked)), trace.paths_in_train_mode)
-        known = _surveyed.setdefault(trace.root, {})
-        if key not in known:
-            if len(known) >= 256:  # a model whose calls are drawn at random
-                known.clear()
-            spans = [Span(use.parameters, set(inputs), set(outputs)) for use, (inputs, outputs) in self._ends.items()]
-            used, elsewhere = survey(set(ends[0]), ends[1], spans)
-            covered = {p for use in trace.uses for p in use.parameters}
-            own: list[Tensor] = [p for p in trace.root.parameters() if p in trace.tracked]
-            known[key] = Uncovered(
-                foreign=list(elsewhere.intersection(trace.tracked).difference(own)),
-                elsewhere=[p for p in own if p in elsewhere],
-                hidden=[p for p in own if p not in used and p not in covered],
+            (
+                call.path,
+                call.rule is None,
+                tuple(map(id, call.parameters)),
+                *(tuple(map(place.get, end)) for end in ends),
             )
-        return known[key]
+            for call, ends in self._ends.items()
+        )
+        kind = (calls, trace.graph_structure, frozenset(map(id, trace.tracked)), trace.paths_in_train_mode)
+        known = ModelChecks.of(trace.root).unattributed
+        if kind not in known:
+            subgraphs = [CallSubgraph(call.parameters, *map(set, ends)) for call, ends in self._ends.items()]
+            used, used_outside_call = find_unexplained_uses(set(outputs), inputs, subgraphs)
+            attributed = {p for call in trace.layer_calls for p in call.parameters}
+            own: list[Tensor] = [p for p in trace.root.parameters() if p in trace.tracked]
+            finding = UnattributedParameters(
+                not_in_model=list(used_outside_call.intersection(trace.tracked).difference(own)),
+                used_outside_call=[p for p in own if p in used_outside_call],
+                not_in_graph=[p for p in own if p not in used and p not in attributed],
+            )
+            remember(known, kind, finding)
+        return known[kind]
 
-    def _cover(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Make this call a use, if it owns tracked parameters; or leave them to the call around it."""
+    def _attribute(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Record this call, if its module owns tracked parameters; or leave them to the call around it."""
         module = frame.module
-        frame.pending += [p for shared in frame.shared if shared.certain for p in shared.parameters]
+        frame.pending += [p for broadcast in frame.broadcast if broadcast.certain for p in broadcast.parameters]
         owned = [p for p in module._parameters.values() if p is not None]
         wanted: list[Tensor] = [p for p in owned if p in self.trace.tracked and p.requires_grad]
         rule = rule_of(type(module))
@@ -175,8 +166,10 @@ class Recorder:
             plain = all(rule.covers(module, p) for p in wanted) and "forward" not in module.__dict__
             fits = single and plain and self._has_row_per_example(args[0]) and rule.accepts(module, args[0])
             if single and plain and self._frames and not args[0].requires_grad:
-                call = self.trace.calls.get(module, 0)
-                self._frames[-1].shared.append(SharedCall(module, call, wanted, rule, args[0], output, not fits))
+                number = self.trace.num_calls.get(module, 0)
+                self._frames[-1].broadcast.append(
+                    BroadcastCall(module, number, wanted, rule, args[0], output, not fits)
+                )
                 if not self._has_row_per_example(args[0]):
                     return
             rule = rule if fits else None
@@ -189,14 +182,14 @@ class Recorder:
                 return
             # What this module's forward may use without calling its owner (MultiheadAttention's out_proj), if no call
             # inside did.
-            inner = (use.module for use in self.trace.uses[frame.first_use :] if use.rule is None)
+            inner = (call.module for call in self.trace.layer_calls[frame.first_call :] if call.rule is None)
             others = frame.called.union({module}, *(called.modules() for called in inner))
             for child in module.modules():
                 if child not in others:
                     wanted += [p for p in child._parameters.values() if p is not None and p in self.trace.tracked]
-        self._add_use(frame, module, wanted, rule, args, kwargs, output)
+        self._add_call(frame, module, wanted, rule, args, kwargs, output)
 
-    def _add_use(
+    def _add_call(
         self,
         frame: _Frame,
         module: nn.Module,
@@ -210,18 +203,18 @@ class Recorder:
         leaves = tensor_leaves(output)
         positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
         if rule is None:  # replaying this call moves the parameters wherever it uses them
-            for inner in trace.uses[frame.first_use :]:
+            for inner in trace.layer_calls[frame.first_call :]:
                 inner.parameters = [p for p in inner.parameters if all(p is not q for q in parameters)]
-        use = Use(
+        call = LayerCall(
             module=module,
             path=trace.paths[module],
-            call=trace.calls.get(module, 0),
+            number=trace.num_calls.get(module, 0),
             parameters=list(dict.fromkeys(parameters)),
             rule=rule,
             args=detached(args),
             kwargs=detached(kwargs),
             versions=versions((args, kwargs)),
-            of_constants=self._is_of_constants(args, kwargs),
+            input_may_not_depend_on_examples=self._may_not_depend_on_examples(args, kwargs),
             positions=positions,
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
@@ -229,67 +222,67 @@ class Recorder:
         sources = [_source(leaf) if rule is not None else leaf for leaf in leaves]
         inputs = tensor_leaves((args, kwargs))
         # Taken now: a tensor that is written in place later has another node then.
-        self._ends[use] = nodes_of(inputs), nodes_of(sources)
+        self._ends[call] = nodes_of(inputs), nodes_of(sources)
         # One row per example is little to keep; feature maps of the user's own pass would be much.
-        if rule is None or trace.edges is not None or all(len(shape) == 2 for shape in use.shapes):
-            use.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
+        if rule is None or trace.edges is not None or all(len(shape) == 2 for shape in call.shapes):
+            call.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
-            self._wait_for_gradient(use, position, sources[i])
-        trace.uses.append(use)
+            self._wait_for_gradient(call, position, sources[i])
+        trace.layer_calls.append(call)
 
-    def _find_shared(self, frame: _Frame, reader: nn.Module, args: Any, kwargs: Any) -> None:
-        """Make uses of the calls inside a frame whose outputs are terms of what a module is about to be given."""
+    def _find_broadcast(self, frame: _Frame, reader: nn.Module, args: Any, kwargs: Any) -> None:
+        """Record the calls inside a frame whose outputs are terms of what a module is about to be given."""
         totals = [
             leaf for leaf in tensor_leaves((args, kwargs)) if leaf.requires_grad and self._has_row_per_example(leaf)
         ]
-        for shared in list(frame.shared):
+        for broadcast in list(frame.broadcast):
             for total in totals:
-                repeated = shared.for_all(total)
-                others = other_terms(total, shared.output) if repeated is not None else None
+                repeated = broadcast.for_all(total)
+                others = other_terms(total, broadcast.output) if repeated is not None else None
                 if others is not None:
-                    frame.shared.remove(shared)
-                    seen_by = reader, self.trace.calls.get(reader, 0), shapes((args, kwargs))
-                    self._add_shared_use(shared, repeated, total, others, seen_by)
+                    frame.broadcast.remove(broadcast)
+                    consumer = reader, self.trace.num_calls.get(reader, 0), shapes((args, kwargs))
+                    self._add_broadcast(broadcast, repeated, total, others, consumer)
                     break
 
-    def _add_shared_use(
-        self, shared: SharedCall, repeated: Tensor | None, total: Tensor, others: list[Node], seen_by: Any
+    def _add_broadcast(
+        self, broadcast: BroadcastCall, repeated: Tensor | None, total: Tensor, others: list[Node], consumer: Any
     ) -> None:
         trace = self.trace
-        for use in trace.uses:  # it looked like a row for each example
-            if use.module is shared.module and use.call == shared.call:
-                use.parameters = []
-        use = Use(
-            module=shared.module,
-            path=trace.paths[shared.module],
-            call=shared.call,
-            parameters=shared.parameters,
-            rule=shared.rule,
+        for call in trace.layer_calls:  # it looked like a row for each example
+            if call.module is broadcast.module and call.number == broadcast.number:
+                call.parameters = []
+        call = LayerCall(
+            module=broadcast.module,
+            path=trace.paths[broadcast.module],
+            number=broadcast.number,
+            parameters=broadcast.parameters,
+            rule=broadcast.rule,
             args=(repeated,),
             kwargs={},
             versions=versions(repeated),
             positions=[0],
             shapes=[tuple(total.shape)],
             cotangents=[None],
-            seen_by=seen_by,
+            consumer=consumer,
         )
-        self._ends[use] = others, nodes_of([total])
-        self._wait_for_gradient(use, 0, total)
-        trace.uses.append(use)
+        self._ends[call] = others, nodes_of([total])
+        self._wait_for_gradient(call, 0, total)
+        trace.layer_calls.append(call)
 
-    def _wait_for_gradient(self, use: Use, position: int, tensor: Tensor) -> None:
+    def _wait_for_gradient(self, call: LayerCall, position: int, tensor: Tensor) -> None:
         trace = self.trace
         if trace.edges is not None:
-            trace.edges.append((use, position, get_gradient_edge(tensor)))
+            trace.edges.append((call, position, get_gradient_edge(tensor)))
             return
-        tensor.register_hook(partial(use.receive, position))
+        tensor.register_hook(partial(call.receive, position))
         if trace.probe is not None:
-            trace.probe.ends.append((use, position, get_gradient_edge(tensor)))
+            trace.probe.edges.append((call, position, get_gradient_edge(tensor)))
 
     def _has_row_per_example(self, tensor: Tensor) -> bool:
         return tensor.dim() > 0 and tensor.shape[0] == self.trace.num_examples
 
-    def _is_of_constants(self, args: Any, kwargs: Any) -> bool:
+    def _may_not_depend_on_examples(self, args: Any, kwargs: Any) -> bool:
         """Whether some input neither requires grad nor is one of the model's own."""
         own = {leaf.data_ptr() for leaf in tensor_leaves((self.trace.args, self.trace.kwargs))}
         leaves = tensor_leaves((args, kwargs))
@@ -311,7 +304,7 @@ def _source(leaf: Tensor) -> Tensor:
     `nn.Linear` gives a view of its product when the input has more than two axes. Should an activation then write
     the view in place, the view's node leaves the graph; that of the product stays.
     """
-    base = leaf._base
+    base = view_base(leaf)
     if base is None or base.numel() != leaf.numel() or not (base.is_contiguous() and leaf.is_contiguous()):
         return leaf
     return base

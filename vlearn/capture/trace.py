@@ -1,4 +1,4 @@
-"""What one forward and backward pass left behind: each use of each layer, its input and output gradient.
+"""What one forward and backward pass left behind: each call of each layer, its input and output gradient.
 
 A `Recorder` fills it during the forward pass, hooks on the outputs during the backward pass. It keeps references
 to tensors that autograd holds anyway and computes nothing.
@@ -6,7 +6,9 @@ to tensors that autograd holds anyway and computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from vlearn.capture.probe import End, Probe
-from vlearn.capture.tree import detached, tensor_leaves, versions
-from vlearn.capture.use import Use, accumulate
+from vlearn.capture.layer_call import LayerCall, accumulate
+from vlearn.capture.output_probe import CallEdge, OutputProbe
+from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
 
 
 class _Graph:
@@ -25,36 +27,52 @@ class _Graph:
 
 
 class Trace:
-    """Uses of the tracked parameters in one forward pass, and the gradients that a backward pass brought.
+    """The calls that explain the tracked parameters in one forward pass, and the gradients of its backward pass.
 
     Args:
-        paths: name of each module of the model.
+        paths: the name of each module of the model.
         tracked: the parameters whose per-example gradients are wanted.
-        by_edge: keep the places in the graph for `backward` instead of waiting for the user's backward pass.
+        by_edge: keep the places in the graph for `pulled_back` instead of waiting for the user's backward pass.
+
+    Attributes:
+        layer_calls: the recorded calls.
+        num_calls: how often each module was called.
+        problems: why the examples have no gradients of their own, where they have none.
+        root: the module whose call the pass began with; args, kwargs, output: what it was called with and gave.
+        num_examples: the size of the batch.
+        examples: of a subset (`vlearn.per_example.subset`), which of the whole batch's examples it has; else None.
+        in_train_mode: the modules that were in train mode.
+        graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
+        random_state: of the generators, as the pass began.
+        positions: which tensors of the output required grad.
+        cotangents: the gradient with respect to each of those, None where none has come.
+        on_backward: called as the user's backward pass begins.
+        probe: what else is to be sent back; probed: the same pass with the probe's gradients, once there are.
     """
 
     def __init__(self, paths: dict[nn.Module, str], tracked: Iterable[Tensor], by_edge: bool = False):
         self.paths = paths
-        self.edges: list[tuple[Use, int, GradientEdge]] | None = [] if by_edge else None
+        self.edges: list[tuple[LayerCall, int, GradientEdge]] | None = [] if by_edge else None
         self.tracked = dict.fromkeys(tracked)
-        self.uses: list[Use] = []
+        self.layer_calls: list[LayerCall] = []
+        self.num_calls: dict[nn.Module, int] = {}
         self.problems: list[str] = []
         self.root: nn.Module | None = None
         self.num_examples = 0
-        self.examples: Tensor | None = None  # of a part: which of the whole batch's, see `vlearn.capture.part`
+        self.examples: Tensor | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
         self.versions: list[int] = []
         self.in_train_mode: list[nn.Module] = []
-        self.graph_structure = 0  # see `vlearn.capture.graph.structure`
+        self.graph_structure = 0
         self.random_state: Any = None
         self.output: Any = None
         self.output_versions: list[int] = []
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
         self.on_backward: Callable[[], None] = lambda: None
-        self.probe: Probe | None = None
-        self.calls: dict[nn.Module, int] = {}  # how often each module was called
+        self.probe: OutputProbe | None = None
+        self.probed: Trace | None = None
         self._graph: Callable[[], _Graph | None] = lambda: None
         self._received_cast: set[int] = set()  # outputs that are casts and that the loss does depend on
 
@@ -71,9 +89,9 @@ class Trace:
         if self.edges is None:
             graph = _Graph()
             self._graph = ref(graph)
-            chosen, ends = (None, []) if self.probe is None else self.probe.take_ends(output, leaves)
+            chosen, edges = (None, []) if self.probe is None else self.probe.claim_edges(output, leaves)
             for position, i in enumerate(self.positions):
-                receive = partial(self._receive, graph, position, ends if i == chosen else None)
+                receive = partial(self._receive, graph, position, edges if i == chosen else None)
                 number = leaves[i].output_nr
                 leaves[i].register_hook(lambda g, receive=receive, number=number: receive(g, g, number))
                 self._follow_cast(receive, position, leaves[i])
@@ -81,24 +99,33 @@ class Trace:
         self.output_versions = versions(output)
 
     def _receive(
-        self, graph: _Graph, position: int, ends: list[End] | None, gradient: Tensor, arrived: Tensor, number: int
+        self,
+        graph: _Graph,
+        position: int,
+        edges: list[CallEdge] | None,
+        gradient: Tensor,
+        arrived: Tensor,
+        number: int,
     ) -> None:
         """The gradient of an output has come.
 
         Args:
-            ends: where a probe of this output ends, if it is wanted.
+            edges: where a probe of this output ends, if it is wanted.
             arrived: the gradient as the node has it at its output of this number.
         """
-        if self.probe is not None and self.probe.running:
+        probe = self.probe
+        if probe is not None and probe.running:
             return
         if all(cotangent is None for cotangent in self.cotangents):
             self.on_backward()
         if torch.is_grad_enabled():
             self.problems.append("a backward pass with create_graph=True went through the captured forward pass.")
         accumulate(self.cotangents, position, gradient)
-        if ends and self.probe is not None:
+        if edges and probe is not None:
             value = tensor_leaves(self.output)[self.positions[position]]
-            self.probe.pull(self, value, gradient, arrived, number, ends)
+            cotangents = probe.backpropagate(self.layer_calls, value, gradient, arrived, number, edges)
+            if cotangents is not None:
+                self.probed = self._with_cotangents(cotangents)
 
     def _follow_cast(self, receive: Callable[[Tensor, Tensor, int], None], position: int, leaf: Tensor) -> None:
         """Where a model that computes its own loss casts its outputs at the end, only what was cast sees the loss.
@@ -119,8 +146,8 @@ class Trace:
         leaf.register_hook(lambda gradient: self._received_cast.add(position))
         node.register_prehook(follow)
 
-    def backward(self, outputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool = False) -> None:
-        """Fill the uses' cotangents from the given output gradients; weight gradients are not computed.
+    def pulled_back(self, outputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool = False) -> Trace:
+        """The same pass with the gradients that come from the given output gradients; none of weights are computed.
 
         Args:
             outputs: tensors of the recorded pass (`by_edge`), with one gradient each.
@@ -129,21 +156,35 @@ class Trace:
         assert self.edges is not None
         inputs: Any = [edge for _, _, edge in self.edges]
         gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
-        for (use, position, _), gradient in zip(self.edges, gradients, strict=True):
-            use.cotangents[position] = None if gradient is None else gradient.reshape(use.shapes[position])
+        by_call: dict[LayerCall, list[Tensor | None]] = {c: [None] * len(c.positions) for c in self.layer_calls}
+        for (call, position, _), gradient in zip(self.edges, gradients, strict=True):
+            if call in by_call:  # the recorder has given up others
+                by_call[call][position] = None if gradient is None else gradient.reshape(call.shapes[position])
+        return self._with_cotangents(by_call)
+
+    def _with_cotangents(self, cotangents: Mapping[LayerCall, list[Tensor | None]]) -> Trace:
+        other = copy.copy(self)
+        other.layer_calls = [replace(call, cotangents=cotangents[call]) for call in self.layer_calls]
+        other.edges = other.probe = other.probed = None
+        return other
 
     @property
     def received(self) -> bool:
         """Whether a backward pass came through."""
-        return any(cotangent is not None for cotangent in self.cotangents) or any(use.reached for use in self.uses)
+        return any(c is not None for c in self.cotangents) or any(call.reached for call in self.layer_calls)
 
     @property
     def waits_for_backward(self) -> bool:
         """Whether no backward pass has come, but the graph is alive, so one still can."""
         return not self.received and self._graph() is not None
 
+    def as_output(self, tensors: Sequence[Tensor | None]) -> Any:
+        """Tensors, one for each output that required grad, in the output's structure; None where no gradient came."""
+        reached = zip(self.positions, self.cotangents, tensors, strict=True)
+        return with_leaves(self.output, {at: t for at, c, t in reached if c is not None}, others=False)
+
     def check_unchanged(self) -> None:
-        """Raises RuntimeError if an input of the model was written in place: a replay would see other values."""
+        """Raise RuntimeError if an input of the model was written in place: a replay would see other values."""
         if versions((self.args, self.kwargs)) != self.versions:
             raise RuntimeError(
                 "an input of the model was modified in place since its forward pass began, which the deviation "
@@ -151,14 +192,14 @@ class Trace:
             )
 
     def check_replayed(self, outputs: list[Tensor]) -> None:
-        """Raises RuntimeError if repeating the pass gave other outputs than the recorded ones."""
+        """Raise RuntimeError if repeating the pass gave other outputs than the recorded ones."""
         leaves = tensor_leaves(self.output)
         for position, output in zip(self.positions, outputs, strict=True):
             if leaves[position]._version == self.output_versions[position]:
                 self.check_repeats(output, leaves[position])
 
     def check_repeats(self, replayed: Tensor, recorded: Tensor) -> None:
-        """Raises RuntimeError if a value that was computed again differs."""
+        """Raise RuntimeError if a value that was computed again differs."""
         if not torch.equal(replayed, recorded) and not is_close(replayed, recorded, self.tolerance):
             raise RuntimeError(
                 "repeating the forward pass gave other outputs, so the deviation is not that of the recorded pass: "
@@ -169,18 +210,18 @@ class Trace:
 
     @property
     def tolerance(self) -> float:
-        """Relative difference that rounding may make between a recorded value and the same computed again."""
+        """The relative difference that rounding may make between a recorded value and the same computed again."""
         # Under autocast some modules worked in a narrow type, a replay does not.
-        types = {cotangent.dtype for use in self.uses for cotangent in use.cotangents if cotangent is not None}
+        types = {cotangent.dtype for call in self.layer_calls for cotangent in call.cotangents if cotangent is not None}
         return max(1e-4, *(30 * torch.finfo(dtype).eps for dtype in types))
 
-    def uses_of(self) -> dict[Tensor, list[Use]]:
-        """The uses that the backward pass reached, by parameter."""
-        found: dict[Tensor, list[Use]] = {}
-        for use in self.uses:
-            for p in use.parameters if use.reached else ():
-                found.setdefault(p, []).append(use)
-        return found
+    def calls_by_parameter(self) -> dict[Tensor, list[LayerCall]]:
+        """The calls that the backward pass reached, by parameter."""
+        calls_of: dict[Tensor, list[LayerCall]] = {}
+        for call in self.layer_calls:
+            for p in call.parameters if call.reached else ():
+                calls_of.setdefault(p, []).append(call)
+        return calls_of
 
 
 def is_close(replayed: Tensor, recorded: Tensor, tolerance: float) -> bool:

@@ -37,7 +37,7 @@ class Data:
         """Σ_j weights_j φ_j, ``[K]``."""
         return weights @ self.statistics(torch.arange(len(self), device=self.y.device))
 
-    def _log_predictive(self, q: Any) -> Tensor:
+    def log_predictive(self, q: Any) -> Tensor:
         """log E_q[p(y_j | θ)] ``[N]``, q one posterior for all examples or one for each."""
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class Bernoulli(Data):
     def statistics(self, index: Tensor) -> Tensor:
         return torch.stack([self.y[index], 1 - self.y[index]], 1)
 
-    def _log_predictive(self, q: Beta) -> Tensor:
+    def log_predictive(self, q: Beta) -> Tensor:
         return torch.where(self.y == 1, q.alpha, q.beta).log() - (q.alpha + q.beta).log()
 
 
@@ -73,7 +73,7 @@ class Poisson(Data):
     def statistics(self, index: Tensor) -> Tensor:
         return torch.stack([self.y[index], -torch.ones_like(self.y[index])], 1)
 
-    def _log_predictive(self, q: Gamma) -> Tensor:
+    def log_predictive(self, q: Gamma) -> Tensor:
         y = self.y  # the negative binomial distribution
         ways = torch.lgamma(q.shape + y) - torch.lgamma(q.shape) - torch.lgamma(y + 1)
         return ways - q.shape * q.rate.reciprocal().log1p() - y * q.rate.log1p()
@@ -98,7 +98,7 @@ class Categorical(Data):
     def statistics(self, index: Tensor) -> Tensor:
         return F.one_hot(self.y[index].long(), self.classes).double()
 
-    def _log_predictive(self, q: Dirichlet) -> Tensor:
+    def log_predictive(self, q: Dirichlet) -> Tensor:
         probability = q.mean.expand(len(self), -1)
         return probability.gather(1, self.y.long().unsqueeze(1)).squeeze(1).log()
 
@@ -118,7 +118,7 @@ class GaussianMean(Data):
         y = self.y[index]
         return torch.stack([y, -0.5 * torch.ones_like(y)], 1) / self.noise_variance
 
-    def _log_predictive(self, q: Gaussian) -> Tensor:
+    def log_predictive(self, q: Gaussian) -> Tensor:
         return _log_normal(self.y, q.mean.squeeze(-1), self.noise_variance + q.variance.squeeze(-1))
 
 
@@ -162,7 +162,7 @@ class LinearRegression(Data):
         weighted = self.x * weights.unsqueeze(1)  # nothing of size N P²
         return torch.cat([weighted.mT @ self.y, -0.5 * (self.x.mT @ weighted).flatten()]) / self.noise_variance
 
-    def _log_predictive(self, q: Gaussian) -> Tensor:
+    def log_predictive(self, q: Gaussian) -> Tensor:
         mean = (self.x * q.mean).sum(1)
         spread = (self.x.unsqueeze(1) @ q.covariance).squeeze(1)
         return _log_normal(self.y, mean, self.noise_variance + (spread * self.x).sum(1))

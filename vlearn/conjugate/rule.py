@@ -114,7 +114,7 @@ def predictive_loss(posterior: Family, data: Data) -> Tensor:
         ValueError: if it is a batch of another size.
     """
     _check_conjugate("posterior", posterior, data, batched=True)
-    return -data._log_predictive(posterior)
+    return -data.log_predictive(posterior)
 
 
 def _check_conjugate(name: str, family: Family, data: Data, batched: bool = False) -> None:

@@ -1,9 +1,10 @@
 """Natural-gradient variational optimizers that drop into any torch.optim loop."""
 
-from vlearn.optim.full import FullVON
+from vlearn.optim.full_von import FullVON
 from vlearn.optim.ivon import IVON
-from vlearn.optim.kfac import KFACVON
+from vlearn.optim.kfac_von import KFACVON
+from vlearn.optim.parameters.options import SharedOptions
 from vlearn.optim.vogn import VOGN
 from vlearn.optim.von import VON
 
-__all__ = ["FullVON", "IVON", "KFACVON", "VOGN", "VON"]
+__all__ = ["FullVON", "IVON", "KFACVON", "SharedOptions", "VOGN", "VON"]

@@ -13,14 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.optim.base import VariationalOptimizer
-from vlearn.optim.compiled import flat, kernel
-from vlearn.optim.diagonal import DiagonalState, use_foreach
-from vlearn.optim.draw import Draw, Slot
-from vlearn.optim.groups import check, common_rules
+from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.kernels.compiled import flat, kernel
+from vlearn.optim.optimizer import VariationalOptimizer
+from vlearn.optim.parameters.options import check, common_rules
+from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.draw import Draw
+from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
+from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.updates.curvature import check_curvature
+from vlearn.posterior import Diagonal
+
+_HESS_APPROX = {"price": "price", "gradsq": "empirical"}  # ivon-opt's names for the curvature
 
 
-class IVON(DiagonalState, VariationalOptimizer):
+class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     r"""Natural-gradient variational inference over a diagonal Gaussian, at the cost of Adam.
 
     With t from 1, ℓ̄ the mean loss, and the average over the step's draws θ = m + ε/√(ess·(h + wd)), ε ~ N(0, 1):
@@ -42,18 +50,20 @@ class IVON(DiagonalState, VariationalOptimizer):
         beta2: momentum of the Hessian; 1 - beta2 must be small, the estimate ĥ is noisy.
         weight_decay: wd = δ/N for a prior precision δ and N examples.
         mc_samples: draws per `step(closure)`.
-        hess_approx: "price" (above) or "gradsq", ĥ = ess·mean ĝ².
+        hess_approx: ivon-opt's name for `curvature`: "price", or "gradsq" for "empirical".
         clip_radius: ξ, bound on each entry of the preconditioned gradient.
         sync: average gradients and statistics over all processes at `step()`, without a DDP wrapper.
         debias: divide the momentum by 1 - β₁ᵗ.
         rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them.
+        curvature: "price" (above) or "empirical", ĥ = ess·mean ĝ²; default what hess_approx says.
         num_data: number of training examples N, the scale of sensitivities; default ess.
         generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
             their generators are alike.
         foreach: multi-tensor operations; default wherever a block has several tensors.
         compiled: one kernel of torch.compile for each large tensor; the first step compiles it, for up to a minute,
             and later processes find it in torch's cache. Float32 noise is made in the kernel, from a key that
-            `generator` gives: the draws are as good as those without it, and others.
+            `generator` gives: samples follow the same distribution but differ from those of compiled=False for the
+            same seed.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
@@ -88,6 +98,7 @@ class IVON(DiagonalState, VariationalOptimizer):
         debias: bool = True,
         rescale_lr: bool = True,
         *,
+        curvature: str | None = None,
         num_data: float | None = None,
         generator: torch.Generator | None = None,
         foreach: bool | None = None,
@@ -104,7 +115,7 @@ class IVON(DiagonalState, VariationalOptimizer):
             "betas": (beta1, beta2),
             "weight_decay": weight_decay,
             "mc_samples": mc_samples,
-            "hess_approx": hess_approx,
+            "curvature": curvature or _curvature_of(hess_approx),
             "clip_radius": clip_radius,
             "sync": sync,
             "debias": debias,
@@ -115,67 +126,60 @@ class IVON(DiagonalState, VariationalOptimizer):
             "nonfinite": nonfinite,
             "shared_noise": shared_noise,
         }
-        self._check_group(defaults)
         super().__init__(params, defaults, generator)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer's; a group may have ivon-opt's `hess_approx` in the place of `curvature`."""
+        if isinstance(param_group, dict) and "hess_approx" in param_group:
+            param_group = {**param_group, "curvature": _curvature_of(param_group["hess_approx"])}
+        super().add_param_group(param_group)
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        approximations = group["hess_approx"] in ("price", "gradsq")
-        check(
-            group,
-            [
-                *common_rules(group),
-                ("clip_radius", group["clip_radius"] > 0, "must be positive: inf does not clip"),
-                ("hess_approx", approximations, "must be 'price' or 'gradsq': use 'price'"),
-            ],
-        )
+        clips = ("clip_radius", group["clip_radius"] > 0, "must be positive: inf does not clip")
+        check(group, [*common_rules(group), clips])
+        check_curvature("IVON", group["curvature"], ("price", "empirical"), "use VON, which has the others")
 
-    def _statistic(
-        self, draw: Draw, group: dict[str, Any], block: list[Slot], noise: list[Tensor], gradients: list[Tensor]
-    ) -> list[Tensor]:
-        if group["hess_approx"] == "gradsq":
-            return [gradient.square() for gradient in gradients]
-        torch._foreach_mul_(noise, gradients)
-        return noise
+    def _new_structure(self, parameters: Parameters, processes: Processes) -> DiagonalStructure:
+        return DiagonalStructure(parameters)
 
-    def _update(
-        self, group: dict[str, Any], block: list[Slot], gradients: list[Tensor], statistics: list[Tensor]
-    ) -> None:
-        update = _foreach_ivon if use_foreach(group, block) else _plain_ivon
-        update(
-            [self._exact_mean(slot) for slot in block],
-            self._state_of(block, "momentum"),
-            self._state_of(block, "hessian"),
+    def _new_curvature(self, structure: DiagonalStructure) -> NoiseTimesGradient:
+        return NoiseTimesGradient()
+
+    def _update_block(self, update: BlockUpdate) -> None:
+        structure, (group, slices, gradients, curvatures) = self._structure, update
+        rule = _foreach_ivon if use_foreach(group, slices) else _plain_ivon
+        rule(
+            [structure.exact_mean(piece) for piece in slices],
+            structure.state_of(slices, "momentum"),
+            structure.state_of(slices, "hessian"),
             gradients,
-            statistics,
+            curvatures or [],
             **self._settings(group),
-            corrections=[self._correction(group, slot) for slot in block],
+            corrections=[structure.count_step(group, piece) for piece in slices],
         )
 
-    def _update_compiled(self, draw: Draw, group: dict[str, Any], block: list[Slot], keep: bool) -> bool:
-        slot, gradient = block[0], self._gradient_of(draw, block[0].parameter)
-        if len(block) > 1 or gradient is None:
+    def _update_compiled(self, draw: Draw, block: Block, keep: bool) -> bool:
+        (group, slices), structure = block, self._structure
+        piece, gradient = slices[0], draw.gradient_of(slices[0].parameter)
+        if len(slices) > 1 or gradient is None:
             return False
-        state = self.state[slot.parameter]
-        tensors = flat(
-            slot.weights, slot.buffer, slot.of(gradient), slot.of(state["momentum"]), slot.of(state["hessian"])
-        )
+        state = (*structure.state_of(slices, "momentum"), *structure.state_of(slices, "hessian"))
+        tensors = flat(piece.weights, piece.buffer, piece.of(gradient), *state)
         if tensors is None:
             return False
-        mean_in_weights = slot.mean_in_weights
-        kernel(_ivon)(
-            *tensors, mean_in_weights, keep, **self._settings(group), correction=self._correction(group, slot)
-        )
+        mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
+        kernel(_ivon)(*tensors, mean_in_weights, keep, **self._settings(group), correction=correction)
         if keep:
-            slot.show_mean()
+            piece.swap_in_mean()
         else:
-            slot.mean_in_weights = True
+            piece.mean_in_weights = True
         return True
 
     @staticmethod
-    def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    def _settings(group: Group) -> dict[str, Any]:
         """What the update rule takes from a parameter group."""
         return {
-            "price": group["hess_approx"] == "price",
+            "price": group["curvature"] == "price",
             "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
             "beta1": float(group["beta1"]),
             "beta2": float(group["beta2"]),
@@ -183,6 +187,31 @@ class IVON(DiagonalState, VariationalOptimizer):
             "clip_radius": float(group["clip_radius"]),
             "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
         }
+
+
+class NoiseTimesGradient:
+    """(θ - m)∘∇ℓ̄ of a draw, Price's estimate but for the precision, which the update multiplies its average with.
+
+    Or, with the curvature "empirical", ĝ², the squared gradient of the minibatch.
+    """
+
+    needs_pass = False
+
+    def of_draw(
+        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """The products, in the place of the noise; or the squares."""
+        if group["curvature"] == "empirical":
+            return [gradient.square() for gradient in gradients]
+        torch._foreach_mul_(noise, gradients)
+        return noise
+
+
+def _curvature_of(hess_approx: str) -> str:
+    """The curvature by the name that ivon-opt has for it."""
+    if hess_approx not in _HESS_APPROX:
+        raise ValueError(f"hess_approx={hess_approx!r}, but it must be 'price' or 'gradsq': use 'price'.")
+    return _HESS_APPROX[hess_approx]
 
 
 def _ivon(

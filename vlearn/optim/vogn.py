@@ -6,20 +6,27 @@ tempering, damping and the augmentation factor are Osawa et al., 2019, arXiv:190
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlearn.capture.examples import sums_of_squares
-from vlearn.optim.base import VariationalOptimizer
-from vlearn.optim.groups import check
-from vlearn.optim.newton import NewtonStep, newton_rules
-from vlearn.optim.watch import Watch
+from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.optimizer import VariationalOptimizer
+from vlearn.optim.parameters.options import SharedOptions, check, settings_of, with_shared_options
+from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.updates.curvature import PassCurvature
+from vlearn.optim.updates.newton import apply_newton_step, newton_rules
+from vlearn.posterior import Diagonal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class VOGN(NewtonStep, VariationalOptimizer):
+@with_shared_options
+class VOGN(VariationalOptimizer[DiagonalStructure, Diagonal]):
     r"""A diagonal Gaussian whose Hessian is the mean of the examples' squared gradients.
 
     With t from 1, ∇ℓᵢ the gradient of one example's own loss, and averages over the step's draws
@@ -42,23 +49,11 @@ class VOGN(NewtonStep, VariationalOptimizer):
             step. Where the loss is divided (accumulation, a gradient scaler), say so by `watch(..., loss_scale=)`.
         lr: learning rate α, 1e-2 for networks.
         ess: effective sample size: the number of training examples.
-        hess_init: h at the start, per example. Its remaining weight after t steps is β₂ᵗ.
-        beta1: momentum of the gradient.
-        beta2: momentum of the Hessian, whose estimates carry little noise: 0.99 forgets hess_init in 500 steps, 0.999
-            is for long runs.
-        weight_decay: wd = δ/N for a prior precision δ and N examples.
-        mc_samples: draws per `step(closure)`.
-        sync: average gradients and squares over all processes at `step()`, without a DDP wrapper.
-        debias: divide the momentum by 1 - β₁ᵗ.
         damping: γ, added to the preconditioner alone.
         tempering: τ, the weight of the KL divergence in the objective: below 1 for a colder posterior.
         augmentation: ρ, by how much data augmentation multiplies the examples.
-        num_data: number of training examples N, the scale of sensitivities; default ess.
-        generator: of the noise; default torch's global one.
         foreach: multi-tensor operations; default wherever a block has several tensors.
-        shared_noise: all processes take one draw, that of rank 0's generator.
-        nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
-            `nonfinite_count`, or "ignore": do not look.
+        **shared: see `vlearn.optim.SharedOptions`.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -78,46 +73,17 @@ class VOGN(NewtonStep, VariationalOptimizer):
         params: nn.Module | Iterable[Any],
         lr: float,
         ess: float,
-        hess_init: float = 1.0,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        weight_decay: float = 1e-4,
-        mc_samples: int = 1,
-        sync: bool = False,
-        debias: bool = True,
         *,
         damping: float = 0.0,
         tempering: float = 1.0,
         augmentation: float = 1.0,
-        num_data: float | None = None,
-        generator: torch.Generator | None = None,
         foreach: bool | None = None,
-        shared_noise: bool = False,
-        nonfinite: str = "raise",
+        **shared: Unpack[SharedOptions],
     ):
-        defaults = {
-            "lr": lr,
-            "ess": ess,
-            "hess_init": hess_init,
-            "beta1": beta1,
-            "beta2": beta2,
-            "betas": (beta1, beta2),
-            "weight_decay": weight_decay,
-            "mc_samples": mc_samples,
-            "sync": sync,
-            "debias": debias,
-            "damping": damping,
-            "tempering": tempering,
-            "augmentation": augmentation,
-            "num_data": num_data,
-            "foreach": foreach,
-            "shared_noise": shared_noise,
-            "nonfinite": nonfinite,
-        }
-        self._check_group(defaults)
-        super().__init__(params, defaults, generator)
+        own = {"damping": damping, "tempering": tempering, "augmentation": augmentation, "foreach": foreach}
+        super().__init__(params, settings_of("VOGN", lr, ess, shared, **own), shared.get("generator"))
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: Group) -> None:
         check(
             group,
             [
@@ -127,15 +93,11 @@ class VOGN(NewtonStep, VariationalOptimizer):
             ],
         )
 
-    def _needs_captures(self) -> bool:
-        return True
+    def _new_structure(self, parameters: Parameters, processes: Processes) -> DiagonalStructure:
+        return DiagonalStructure(parameters)
 
-    def _scales(self, group: dict[str, Any]) -> tuple[float, float]:
-        ratio = group["tempering"] / group["augmentation"]
-        return group["ess"] / ratio, group["weight_decay"] * ratio
+    def _new_curvature(self, structure: DiagonalStructure) -> PassCurvature:
+        return PassCurvature(structure, "empirical")
 
-    def _sums_over_examples(
-        self, watch: Watch, wanted: Container[Tensor], weights: dict[Tensor, Tensor]
-    ) -> dict[Tensor, Tensor]:
-        squares = sums_of_squares(watch.checked_trace(), wanted, weights)
-        return {p: found * watch.scale**2 for p, found in squares.items()}
+    def _update_block(self, update: BlockUpdate) -> None:
+        apply_newton_step(self._structure, update, signed=False)

@@ -5,24 +5,35 @@ Khan et al., 2018, arXiv:1806.04854; Khan and Rue, 2023, "The Bayesian Learning 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlearn.capture.examples import sums_of_squares
-from vlearn.optim.base import VariationalOptimizer
-from vlearn.optim.curvature import CurvatureProbe
-from vlearn.optim.draw import Draw, Slot
-from vlearn.optim.groups import check
-from vlearn.optim.likelihood import Likelihood
-from vlearn.optim.newton import NewtonStep, newton_rules
-from vlearn.optim.watch import Watch
-from vlearn.sensitivity.live import Selector
+from vlearn.capture.outputs import Selector
+from vlearn.losses.likelihood import Likelihood
+from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.optimizer import VariationalOptimizer
+from vlearn.optim.parameters.options import SharedOptions, check, settings_of, with_shared_options
+from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.updates.curvature import (
+    CURVATURES,
+    PassCurvature,
+    PriceCurvature,
+    check_curvature,
+    check_likelihood,
+)
+from vlearn.optim.updates.newton import apply_newton_step, newton_rules
+from vlearn.posterior import Diagonal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class VON(CurvatureProbe, NewtonStep, VariationalOptimizer):
+@with_shared_options
+class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     r"""A diagonal Gaussian by online Newton steps: the curvature of the loss, not the size of the gradients.
 
     With t from 1, ℓ̄ the mean loss, and averages over the step's draws θ = m + ε/√(ess·(h + wd)), ε ~ N(0, 1):
@@ -40,27 +51,15 @@ class VON(CurvatureProbe, NewtonStep, VariationalOptimizer):
             first step.
         lr: learning rate, 1e-2 for networks and less with a small Hessian; 1 with beta1=0 is a Newton step.
         ess: effective sample size: the number of training examples, unless tempered.
-        hess_init: h at the start, per example. Its remaining weight after t steps is β₂ᵗ.
-        beta1: momentum of the gradient.
-        beta2: momentum of the Hessian, whose estimates carry little noise: 0.99 forgets hess_init in 500 steps, 0.999
-            is for long runs.
-        weight_decay: wd = δ/N for a prior precision δ and N examples.
-        mc_samples: draws per `step(closure)`.
-        sync: average gradients and estimates over all processes at `step()`, without a DDP wrapper.
-        debias: divide the momentum by 1 - β₁ᵗ.
+        curvature: "ggn" (above, u = R z, RRᵀ = Λ, z random signs), "sampled" (u the residual of labels sampled from the
+            model), "empirical" (the examples' own gradients, as in `VOGN`) or "price", ĥ = ess·(h + wd)·mean
+            (θ - m)∘∇ℓ̄(θ), which needs no captures and no likelihood, and with which h + wd at most halves in a step.
         likelihood: what the loss is the negative logarithm of: "categorical" (cross-entropy over the last axis of the
             output, without class weights), "gaussian" (`F.mse_loss`), or a callable output -> torch Distribution.
-        hessian: "probe" (above, u = R z, RRᵀ = Λ, z random signs), "sampled" (u the residual of labels sampled from the
-            model) or "price", ĥ = ess·(h + wd)·mean (θ - m)∘∇ℓ̄(θ), which needs no captures and no likelihood, and
-            with which h + wd at most halves in a step.
         output: which of several outputs of the model the likelihood is of: a key, an index or a callable.
         damping: added to the preconditioner alone, never to the posterior.
-        num_data: number of training examples N, the scale of sensitivities; default ess.
-        generator: of the noise; default torch's global one.
         foreach: multi-tensor operations; default wherever a block has several tensors.
-        shared_noise: all processes take one draw, that of rank 0's generator.
-        nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
-            `nonfinite_count`, or "ignore": do not look.
+        **shared: see `vlearn.optim.SharedOptions`.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -75,65 +74,37 @@ class VON(CurvatureProbe, NewtonStep, VariationalOptimizer):
         torch.Size([3, 2])
     """
 
+    _copied = ("curvature", "likelihood", "output")
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
         lr: float,
         ess: float,
-        hess_init: float = 1.0,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        weight_decay: float = 1e-4,
-        mc_samples: int = 1,
-        sync: bool = False,
-        debias: bool = True,
         *,
+        curvature: str = "ggn",
         likelihood: Likelihood = "categorical",
-        hessian: str = "probe",
         output: Selector = None,
         damping: float = 0.0,
-        num_data: float | None = None,
-        generator: torch.Generator | None = None,
         foreach: bool | None = None,
-        shared_noise: bool = False,
-        nonfinite: str = "raise",
+        **shared: Unpack[SharedOptions],
     ):
-        defaults = {
-            "lr": lr,
-            "ess": ess,
-            "hess_init": hess_init,
-            "beta1": beta1,
-            "beta2": beta2,
-            "betas": (beta1, beta2),
-            "weight_decay": weight_decay,
-            "mc_samples": mc_samples,
-            "sync": sync,
-            "debias": debias,
-            "damping": damping,
-            "num_data": num_data,
-            "foreach": foreach,
-            "shared_noise": shared_noise,
-            "nonfinite": nonfinite,
-        }
-        self._check_group(defaults)
-        self._set_curvature(likelihood, hessian, output)
-        super().__init__(params, defaults, generator)
+        check_curvature("VON", curvature, CURVATURES)
+        check_likelihood(likelihood)
+        self.curvature, self.likelihood, self.output = curvature, likelihood, output
+        defaults = settings_of("VON", lr, ess, shared, damping=damping, foreach=foreach)
+        super().__init__(params, defaults, shared.get("generator"))
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: Group) -> None:
         check(group, newton_rules(group))
 
-    def _sums_over_examples(
-        self, watch: Watch, wanted: Container[Tensor], weights: dict[Tensor, Tensor]
-    ) -> dict[Tensor, Tensor]:
-        return sums_of_squares(watch.probed_trace(), wanted, weights)
+    def _new_structure(self, parameters: Parameters, processes: Processes) -> DiagonalStructure:
+        return DiagonalStructure(parameters)
 
-    def _statistic(
-        self, draw: Draw, group: dict[str, Any], block: list[Slot], noise: list[Tensor], gradients: list[Tensor]
-    ) -> list[Tensor]:
-        if self._needs_captures():
-            return super()._statistic(draw, group, block, noise, gradients)
-        ess, weight_decay = self._scales(group)
-        precisions = torch._foreach_add(self._state_of(block, "hessian"), weight_decay)
-        torch._foreach_mul_(precisions, ess)
-        torch._foreach_mul_(noise, gradients)
-        return list(torch._foreach_mul(precisions, noise))  # E[∇²ℓ] = E[S(θ - m)∇ℓᵀ], Price's theorem
+    def _new_curvature(self, structure: DiagonalStructure) -> PassCurvature | PriceCurvature:
+        if self.curvature == "price":
+            return PriceCurvature(structure)
+        return PassCurvature(structure, self.curvature, self.likelihood, self.output)
+
+    def _update_block(self, update: BlockUpdate) -> None:
+        apply_newton_step(self._structure, update, signed=self.curvature == "price")

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from vlearn.posterior.blocks import DiagonalBlock
-from vlearn.posterior.gaussian import ByName, Gaussian
+from vlearn.posterior.covariance_blocks import DiagonalBlock
+from vlearn.posterior.gaussian import Gaussian, LazyByName
 
 
 class Diagonal(Gaussian):
@@ -92,16 +92,16 @@ class Diagonal(Gaussian):
     @property
     def precision(self) -> Mapping[str, Tensor]:
         """Diagonal of Σ⁻¹ by parameter name, summed over num_data, prior included."""
-        return ByName(self, self._precision)
+        return LazyByName(self, self._precision)
 
     def _precision(self, name: str) -> Tensor:
         """N(h + wd) in one pass over h."""
         hessian = self._hessian[name]
-        prior = torch.as_tensor(self._prior_precision[name], dtype=hessian.dtype, device=hessian.device)
+        prior = torch.as_tensor(self.prior_precision[name], dtype=hessian.dtype, device=hessian.device)
         return torch.add(prior, hessian, alpha=self.num_data)
 
-    def _block(self, group: tuple[str, ...]) -> DiagonalBlock:
+    def block(self, group: tuple[str, ...]) -> DiagonalBlock:
         return DiagonalBlock(self._precision(group[0]).reciprocal_())
 
-    def _keep_blocks(self) -> None:
+    def copy_blocks(self) -> None:
         self._hessian = {name: self._hessian[name].clone() for name in self.names}

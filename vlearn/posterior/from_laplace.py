@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn.capture.names import uncompiled_name
 from vlearn.posterior.diagonal import Diagonal
 from vlearn.posterior.full import Full
 from vlearn.posterior.gaussian import weights_at
-from vlearn.posterior.kronecker import Factors, Kronecker
+from vlearn.posterior.kronecker import Kronecker, KroneckerFactors
 
 STRUCTURES = ("DiagLaplace", "KronLaplace", "FullLaplace")
 
@@ -51,7 +52,7 @@ def from_laplace(la: Any) -> Diagonal | Kronecker | Full:
     parameters, belong = _parameters(la, "LLLaplace" in classes)
     shapes = {name: p.shape for name, p in parameters.items()}
     mean = _by_name(la.mean.detach().clone(), shapes)
-    prior = _prior_precision(la.prior_precision.detach(), shapes)
+    prior = prior_precision(la.prior_precision.detach(), shapes)
     num_data = float(la.n_data)
     of_model: dict[str, Any] = {}
     if belong:
@@ -78,10 +79,10 @@ def from_laplace(la: Any) -> Diagonal | Kronecker | Full:
 def _parameters(la: Any, last_layer: bool) -> tuple[dict[str, Tensor], bool]:
     """The parameters by their names in the user's model, and whether they are its own, not those of a copy."""
     if not last_layer:
-        names = {p: name.replace("_orig_mod.", "") for name, p in la.model.named_parameters()}
+        names = {p: uncompiled_name(name) for name, p in la.model.named_parameters()}
         return {names[p]: p for p in la.params}, True
     # laplace-torch wraps a copy of the model, which has the layer under the same name.
-    names = {p: name.replace("_orig_mod.", "") for name, p in la.model.model.named_parameters()}
+    names = {p: uncompiled_name(name) for name, p in la.model.model.named_parameters()}
     return {names[p]: p for p in la.model.last_layer.parameters()}, False
 
 
@@ -90,7 +91,7 @@ def _by_name(vector: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def _prior_precision(given: Tensor, shapes: dict[str, torch.Size]) -> dict[str, float | Tensor]:
+def prior_precision(given: Tensor, shapes: dict[str, torch.Size]) -> dict[str, float | Tensor]:
     """δ by name: laplace-torch has one number, one for each parameter tensor, or one for each entry."""
     if given.numel() == 1:
         return dict.fromkeys(shapes, float(given))
@@ -99,7 +100,7 @@ def _prior_precision(given: Tensor, shapes: dict[str, torch.Size]) -> dict[str, 
     return dict(_by_name(given, shapes))
 
 
-def _factors(precision: Any, shapes: dict[str, torch.Size], num_data: float) -> dict[tuple[str, ...], Factors]:
+def _factors(precision: Any, shapes: dict[str, torch.Size], num_data: float) -> dict[tuple[str, ...], KroneckerFactors]:
     """laplace-torch's eigendecompositions, one for each parameter: (Q_B, Q_A) of a weight, Q of a bias."""
     blocks = list(zip(precision.eigenvectors, precision.eigenvalues, precision.deltas.detach(), strict=True))
     if len(blocks) != len(shapes):
@@ -115,5 +116,5 @@ def _factors(precision: Any, shapes: dict[str, torch.Size], num_data: float) -> 
                 hessian = torch.outer(values[0] + delta.sqrt(), values[1] + delta.sqrt()).detach() - delta
             else:
                 hessian = torch.outer(*values).detach()
-        found[(name,)] = Factors(out_basis, in_basis, hessian / num_data)
+        found[(name,)] = KroneckerFactors(out_basis, in_basis, hessian / num_data)
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from vlearn.capture.names import uncompiled_name
 from vlearn.posterior.diagonal import Diagonal
 from vlearn.posterior.gaussian import weights_at
 
@@ -61,7 +62,7 @@ def from_optimizer(
         raise ValueError(f"prior_precision={prior_precision}, but it must be positive.")
 
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    own = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+    own = {uncompiled_name(name): p for name, p in model.named_parameters()}
     known: dict[str, Tensor] = {name: p for name, p in own.items() if p in groups and p.requires_grad}
     if not known:
         raise ValueError(
@@ -87,7 +88,7 @@ def from_optimizer(
         parameters=known,
         at_mean=lambda: weights_at(known, mean),
     )
-    posterior.only_ranks = NO_SCALE if is_sgd else None
+    posterior.uncalibrated_reason = NO_SCALE if is_sgd else None
     return posterior
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from vlearn.posterior.blocks import DenseBlock
+from vlearn.posterior.covariance_blocks import DenseBlock
 from vlearn.posterior.gaussian import Gaussian
 
 
@@ -66,8 +66,8 @@ class Full(Gaussian):
         )
         self._dense = DenseBlock(factor, [tensor.shape for tensor in mean.values()])
 
-    def _block(self, group: tuple[str, ...]) -> DenseBlock:
+    def block(self, group: tuple[str, ...]) -> DenseBlock:
         return self._dense
 
-    def _keep_blocks(self) -> None:
+    def copy_blocks(self) -> None:
         pass  # the factor is its own

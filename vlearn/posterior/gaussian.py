@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlearn.posterior.blocks import Block
 from vlearn.posterior.covariance import Covariance
+from vlearn.posterior.covariance_blocks import Block
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,7 +38,7 @@ class Gaussian:
         prior_mean: μ by name; 0 where missing.
     """
 
-    only_ranks: str | None = None
+    uncalibrated_reason: str | None = None
     prior_mean: Mapping[str, Tensor] = {}
 
     def __init__(
@@ -54,54 +54,54 @@ class Gaussian:
         at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._mean = mean
-        self._groups = {name: group for group in groups for name in group}
-        self._ess = dict(ess or {})
-        self._prior_precision = dict(prior_precision or {})
-        self._check = check
+        self.groups = {name: group for group in groups for name in group}
+        self.ess = dict(ess or {})
+        self.prior_precision = dict(prior_precision or {})
+        self.check_fresh = check
         self.num_data = num_data
         self.parameters = dict(parameters or {})
         self.at_mean = at_mean
 
-    def _block(self, group: tuple[str, ...]) -> Block:
+    def block(self, group: tuple[str, ...]) -> Block:
         """The block of these names, on the num_data scale."""
         raise NotImplementedError
 
-    def _keep_blocks(self) -> None:
+    def copy_blocks(self) -> None:
         """Replace what the blocks are made of by copies."""
         raise NotImplementedError
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._groups)
+        return tuple(self.groups)
 
     @property
     def mean(self) -> Mapping[str, Tensor]:
         """Posterior mean by parameter name, in the parameter's shape."""
-        return ByName(self, lambda name: self._mean[name])
+        return LazyByName(self, lambda name: self._mean[name])
 
     @property
     def variance(self) -> Mapping[str, Tensor]:
         """Diagonal of Σ by parameter name, on the num_data scale that sensitivities use."""
-        return ByName(self, self._variance)
+        return LazyByName(self, self._variance)
 
     @property
     def draw_variance(self) -> Mapping[str, Tensor]:
         """Variance of the draws by parameter name, on the ess scale."""
-        return ByName(self, lambda name: self._variance(name) * self._tempering(name))
+        return LazyByName(self, lambda name: self._variance(name) * self._tempering(name))
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw of every parameter by name, on the ess scale."""
-        self.need_scale("draws")
+        self.require_calibrated("draws")
         drawn: dict[str, Tensor] = {}
         for group in self._each_group():
-            for name, move in zip(group, self._block(group).draw(generator), strict=True):
+            for name, move in zip(group, self.block(group).draw(generator), strict=True):
                 mean = self.mean[name]
                 drawn[name] = torch.add(mean, move, alpha=math.sqrt(self._tempering(name))).to(mean.dtype)
         return {name: drawn[name] for name in self.names}
 
     def entropy(self) -> float:
         """Entropy of q in nats, ½ log det(2πe Σ)."""
-        self.need_scale("entropy")
+        self.require_calibrated("entropy")
         count = sum(self.mean[name].numel() for name in self.names)
         return 0.5 * (count * math.log(2 * math.pi * math.e) + self._log_determinant())
 
@@ -111,13 +111,13 @@ class Gaussian:
         Raises:
             ValueError: if a prior precision is unknown, or zero: the prior is then improper, the divergence infinite.
         """
-        self.need_scale("KL divergence")
+        self.require_calibrated("KL divergence")
         total = -self._log_determinant()
         for name in self.names:
-            if name not in self._prior_precision:
+            if name not in self.prior_precision:
                 raise ValueError(f"the prior precision of {name!r} is unknown: pass prior_precision.")
             mean, variance = self.mean[name].double(), self.variance[name].double()
-            prior = torch.as_tensor(self._prior_precision[name], dtype=torch.float64, device=mean.device)
+            prior = torch.as_tensor(self.prior_precision[name], dtype=torch.float64, device=mean.device)
             if bool((prior <= 0).any()):
                 raise ValueError(
                     f"weight_decay=0 for {name!r}, so its prior is improper and the KL divergence infinite: "
@@ -131,9 +131,9 @@ class Gaussian:
         """A copy that later steps of the optimizer do not change; a sweep with it runs at its mean."""
         mean = {name: self.mean[name].detach().clone() for name in self.names}
         kept, at_mean = copy.copy(self), self.at_mean
-        kept._mean, kept._check = mean, lambda: None
+        kept._mean, kept.check_fresh = mean, lambda: None
         kept.at_mean = lambda: weights_at(self.parameters, mean, at_mean)
-        kept._keep_blocks()
+        kept.copy_blocks()
         return kept
 
     def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance:
@@ -152,27 +152,27 @@ class Gaussian:
                     f"the model has no trainable parameter {missing[0]!r}, but the posterior has, correlated with "
                     "others: pass the model that was trained."
                 )
-            blocks.append(([parameters[name] for name in group], self._block(group)))
+            blocks.append(([parameters[name] for name in group], self.block(group)))
         return Covariance(blocks)
 
-    def need_scale(self, what: str) -> None:
+    def require_calibrated(self, what: str) -> None:
         """Raises RuntimeError if the scale of Σ, which `what` depends on, is arbitrary."""
-        if self.only_ranks:
-            raise RuntimeError(f"this posterior gives no {what}: {self.only_ranks}")
+        if self.uncalibrated_reason:
+            raise RuntimeError(f"this posterior gives no {what}: {self.uncalibrated_reason}")
 
     def _each_group(self) -> list[tuple[str, ...]]:
-        self._check()
-        return list(dict.fromkeys(self._groups.values()))
+        self.check_fresh()
+        return list(dict.fromkeys(self.groups.values()))
 
     def _variance(self, name: str) -> Tensor:
-        group = self._groups[name]
-        return self._block(group).diagonal()[group.index(name)]
+        group = self.groups[name]
+        return self.block(group).diagonal()[group.index(name)]
 
     def _tempering(self, name: str) -> float:
-        return self.num_data / self._ess.get(name, self.num_data)
+        return self.num_data / self.ess.get(name, self.num_data)
 
     def _log_determinant(self) -> float:
-        return sum(self._block(group).log_determinant() for group in self._each_group())
+        return sum(self.block(group).log_determinant() for group in self._each_group())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.names)} parameters, num_data={self.num_data:g})"
@@ -198,15 +198,15 @@ def weights_at(
             torch.clear_autocast_cache()
 
 
-class ByName(Mapping[str, Tensor]):
+class LazyByName(Mapping[str, Tensor]):
     """Tensors by parameter name, each computed when it is read."""
 
     def __init__(self, posterior: Gaussian, get: Callable[[str], Tensor]):
         self._posterior, self._get = posterior, get
 
     def __getitem__(self, name: str) -> Tensor:
-        self._posterior._check()
-        if name not in self._posterior._groups:
+        self._posterior.check_fresh()
+        if name not in self._posterior.groups:
             raise KeyError(f"no parameter named {name!r}; there are {', '.join(self._posterior.names)}")
         return self._get(name)
 

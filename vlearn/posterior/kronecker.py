@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vlearn.posterior.blocks import KroneckerBlock
+from vlearn.posterior.covariance_blocks import KroneckerBlock
 from vlearn.posterior.gaussian import Gaussian
 
 
 @dataclass(frozen=True)
-class Factors:
+class KroneckerFactors:
     """Hessian of one layer, diagonal in a rotated basis; for a weight with its bias, the bias is the last column.
 
     Attributes:
@@ -37,7 +37,7 @@ class Factors:
     hessian: Tensor
 
     @classmethod
-    def of(cls, inputs: Tensor, gradients: Tensor) -> Factors:
+    def from_covariances(cls, inputs: Tensor, gradients: Tensor) -> KroneckerFactors:
         """K-FAC's, from A ``[I, I]`` and B ``[O, O]``; eigenvalues below zero are rounding, and set to it."""
         in_values, in_basis = torch.linalg.eigh(inputs)
         out_values, out_basis = torch.linalg.eigh(gradients)
@@ -65,7 +65,7 @@ class Kronecker(Gaussian):
     def __init__(
         self,
         mean: Mapping[str, Tensor],
-        factors: Mapping[tuple[str, ...], Factors],
+        factors: Mapping[tuple[str, ...], KroneckerFactors],
         weight_decay: Mapping[str, float],
         ess: Mapping[str, float],
         num_data: float,
@@ -96,12 +96,12 @@ class Kronecker(Gaussian):
                         "each its own factors."
                     )
 
-    def _block(self, group: tuple[str, ...]) -> KroneckerBlock:
+    def block(self, group: tuple[str, ...]) -> KroneckerBlock:
         factors = self._factors[group]
         variances = factors.hessian.add(self._weight_decay[group]).mul_(self.num_data).reciprocal_()
         return KroneckerBlock(factors.out_basis, factors.in_basis, variances, self._shapes[group])
 
-    def _keep_blocks(self) -> None:
+    def copy_blocks(self) -> None:
         self._factors = {
             layer: replace(
                 factors,
@@ -113,7 +113,7 @@ class Kronecker(Gaussian):
         }
 
 
-def _check_shapes(layer: tuple[str, ...], shapes: list[torch.Size], factors: Factors) -> None:
+def _check_shapes(layer: tuple[str, ...], shapes: list[torch.Size], factors: KroneckerFactors) -> None:
     rows = shapes[0][0]
     if any(shape[0] != rows for shape in shapes):
         raise ValueError(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.replay import call_with
-from vlearn.posterior.base import Posterior, match
+from vlearn.per_example.replay import call_with
+from vlearn.posterior.protocol import Posterior, match
 
 
 def _softmax(output: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The memory-perturbation equation: what removing examples would change, read from a posterior."""
 
+from vlearn.linearized.batches import IndexedDataset
 from vlearn.sensitivity import measures
-from vlearn.sensitivity.batches import IndexedDataset
-from vlearn.sensitivity.groups import GroupTable, leave_group_out
 from vlearn.sensitivity.influence import Influence, influence
+from vlearn.sensitivity.leave_group_out import GroupTable, leave_group_out
 from vlearn.sensitivity.live import Sensitivities
 from vlearn.sensitivity.sweep import SensitivityTable, sweep
 

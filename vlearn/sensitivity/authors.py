@@ -12,27 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlearn.sensitivity.linearize import Linearization
+from vlearn.linearized.linearization import Linearization
 
 CLAMP = 1e-10
 
 
-def authors_deviation(at: Linearization) -> tuple[Tensor, Tensor, Tensor]:
+def authors_deviation(lin: Linearization) -> tuple[Tensor, Tensor, Tensor]:
     """(diag(V) ∘ e ``[N, C]``, leave-one-out loss ``[N]``, Σ_c Λ_cc V_cc ``[N]``).
 
     Raises:
         ValueError: if the loss is not softmax cross-entropy with class labels.
     """
-    output, target = at.output, at.batch.target
+    output, target = lin.output, lin.batch.target
     labels = isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point()
-    if not (labels and output.dim() == 2 and torch.allclose(at.loss, _cross_entropy(output, target))):
+    if not (labels and output.dim() == 2 and torch.allclose(lin.loss, _cross_entropy(output, target))):
         raise ValueError(
             "deviation='authors_diag' with another loss than softmax cross-entropy of class labels, for which alone "
             "the published code is written: use deviation='full'."
         )
     columns = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
-    variance = torch.stack([at.along(column.expand_as(output), deviation=False)[0] for column in columns], 1)
-    p, e = output.softmax(1), at.residual
+    variance = torch.stack(
+        [lin.quadratic_and_product(column.expand_as(output), product=False)[0] for column in columns], 1
+    )
+    p, e = output.softmax(1), lin.residual
     e = torch.where(e >= 0, e.clamp(CLAMP, 1 - CLAMP), e.clamp(CLAMP - 1, -CLAMP))
     change = variance * e
     loss = _cross_entropy(output + change, target).clamp_max(-math.log(CLAMP))

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.posterior.base import Posterior
-from vlearn.sensitivity.batches import Batch, batches, device_of, shown
-from vlearn.sensitivity.gradients import example_gradients
-from vlearn.sensitivity.linearize import at_mean, linearize
-from vlearn.sensitivity.losses import ExampleLoss, LossFunction
+from vlearn.linearized.batches import Batch, batches, device_of, shown
+from vlearn.linearized.linearization import at_mean, linearize
+from vlearn.losses.example_loss import ExampleLoss, LossFunction
+from vlearn.posterior.protocol import Posterior
 
 DIRECTION_ENTRIES = 2**27  # entries of Σg_j of the test examples that are held at once, 512 MiB of float32
 
@@ -86,9 +85,9 @@ def influence(
     with at_mean(model, posterior) as covariance:
 
         def gradients(batch: Batch, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Vectors]]:
-            at = linearize(model, covariance, batch, losses)
-            for examples, found in example_gradients(at, limit):
-                yield at.batch.index[examples], at.loss[examples].cpu(), found
+            lin = linearize(model, covariance, batch, losses)
+            for examples, found in lin.example_gradients(limit):
+                yield lin.batch.index[examples], lin.loss[examples].cpu(), found
 
         def directions() -> Iterator[tuple[Tensor, Vectors]]:
             """Σg_j of one chunk of test examples after the other."""

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vlearn.capture.examples import checked_uses
-from vlearn.capture.fallback import Weights
-from vlearn.capture.part import numbers_of, part_of
-from vlearn.capture.separate import check_separate
-from vlearn.capture.trace import Trace
-from vlearn.capture.tree import tensor_leaves
+from vlearn.capture.outputs import Selector, select
+from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
+from vlearn.linearized.output_change import output_deviation
+from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.per_example.subset import validate_indices
 from vlearn.posterior.covariance import Covariance
-from vlearn.sensitivity.ghost import Moved, moved, output_deviation
-
-Selector = str | int | Callable[[Any], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,8 @@ class Sensitivities:
 @torch.inference_mode(False)
 @torch.no_grad()
 def live_sensitivities(
-    trace: Trace,
+    recorded: RecordedPass,
     covariance: Covariance,
-    weights: Weights,
-    scale: float,
     step: int,
     deviation: bool = False,
     output: Selector = None,
@@ -59,100 +51,46 @@ def live_sensitivities(
     """Read the sensitivities out of a recorded training step.
 
     Args:
-        trace: its forward and backward pass.
+        recorded: its forward and backward pass.
         covariance: Σ, summed over num_data.
-        weights: the parameters' values during the pass.
-        scale: the gradient of an example's own loss over the gradient that the backward pass brought: the
-            denominator of the mean.
-        step: number of the step.
+        step: the number of the step.
         deviation: also compute the deviation.
         output: which of several outputs residual and deviation speak of.
         examples: ``[K]`` which of the examples; None for all.
     Raises:
-        RuntimeError: if examples have no gradient of their own, or none has come.
         ValueError: if `output` or `examples` name what is not there.
     """
-    if trace.problems:
-        raise RuntimeError(f"sensitivities are not defined for this step: {trace.problems[0]}")
-    if not trace.received:
-        raise RuntimeError("sensitivities() before backward(): no gradient has reached the model's output yet.")
-    part = trace
+    part = recorded
     if examples is not None:
-        chosen = numbers_of(examples, trace.num_examples, next(iter(weights.values())).device)
-        checked_uses(trace, covariance, weights)
-        check_separate(trace, weights)
-        part = part_of(trace, chosen)
-    residual = select(as_output(part, part.cotangents), output) * scale
-    moves = moved(part, covariance, weights, deviation)
+        device = next(iter(recorded.weights.values())).device
+        part = recorded.subset(validate_indices(examples, recorded.num_examples, device))
+    residual = select(part.trace.as_output(part.trace.cotangents), output) * part.scale
+    products = covariance_products(part, covariance, tangents=deviation)
     change = None
     if deviation:
-        found = output_deviation(trace, moves, weights) if part is trace else _of_part(trace, part, moves, weights)
-        change = select(as_output(part, found), output) * scale
+        changes = output_deviation(part, products) if part is recorded else _of_subset(recorded, part, products)
+        change = select(part.trace.as_output(changes), output) * part.scale
     return Sensitivities(
         residual=residual,
-        self_influence=moves.self_influence * scale**2,
+        self_influence=products.self_influence * part.scale**2,
         prediction_error=prediction_error(residual),
         deviation=change,
         step=step,
     )
 
 
-def _of_part(whole: Trace, part: Trace, moves: Moved, weights: Weights) -> list[Tensor]:
+def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
     """Changes of the outputs of some examples; by a pass over all of them where the model needs those.
 
     A model that draws random numbers draws others for fewer examples.
     """
-    whole.check_unchanged()
+    whole.trace.check_unchanged()
     try:
-        return output_deviation(part, moves, weights)
+        return output_deviation(part, products)
     except RuntimeError:
-        return [tensor[part.examples] for tensor in output_deviation(whole, moves.within(whole, part), weights)]
+        return [rows[part.trace.examples] for rows in output_deviation(whole, products.within(whole, part))]
 
 
 def prediction_error(residual: Tensor) -> Tensor:
     """‖residual‖/√2 ``[N]`` from ``[N, ...]``: in [0, 1] for hard-label cross-entropy."""
     return residual.reshape(len(residual), math.prod(residual.shape[1:])).norm(dim=1) / math.sqrt(2)
-
-
-def as_output(trace: Trace, tensors: Sequence[Tensor | None]) -> Any:
-    """Tensors, one for each output that required grad, in the output's structure; None where no gradient came."""
-    leaves, structure = tree_flatten(trace.output)
-    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    reached = zip(trace.positions, trace.cotangents, tensors, strict=True)
-    found = {where[position]: tensor for position, cotangent, tensor in reached if cotangent is not None}
-    return tree_unflatten([found.get(i) for i in range(len(leaves))], structure)
-
-
-def select(tree: Any, output: Selector) -> Tensor:
-    """The tensor that `output` names in a model's output; None: the only one with rows, a loss beside it has none.
-
-    Raises:
-        ValueError: if it names none, or several are there and it is None.
-    """
-    if output is None:
-        found = [leaf for leaf in tensor_leaves(tree) if leaf.dim() > 0]
-        if not found:
-            raise ValueError(
-                "the loss depends on no tensor in the model's output: return tensors, or tuples or dicts of them, and "
-                "do not write them in place."
-            )
-        if len(found) > 1:
-            raise ValueError(
-                f"the model gives {len(found)} outputs that the loss depends on: select the one that residual and "
-                "deviation speak of with output=<key, index or callable>."
-            )
-        return found[0]
-    if callable(output):
-        chosen = output(tree)
-    elif isinstance(tree, Tensor):  # an index would name an example
-        chosen = None
-    elif isinstance(output, str) and not isinstance(tree, dict):
-        chosen = getattr(tree, output, None)
-    else:
-        try:
-            chosen = tree[output]
-        except (LookupError, TypeError):
-            chosen = None
-    if not isinstance(chosen, Tensor):
-        raise ValueError(f"output={output!r} selects no tensor that the loss depends on.")
-    return chosen

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.posterior.base import Posterior
+from vlearn.linearized.batches import batches, device_of
+from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.diagonal import Diagonal
-from vlearn.sensitivity.batches import batches, device_of
-from vlearn.sensitivity.gradients import example_gradients
+from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.influence import influence
-from vlearn.sensitivity.linearize import Linearization, at_mean, linearize
-from vlearn.sensitivity.losses import ExampleLoss, LossFunction
 from vlearn.sensitivity.refined import check_threshold, refine
 
 Snapshot = Mapping[str, Tensor]  # of a state_dict
@@ -41,18 +40,18 @@ def cooks_distance(
         threshold: examples whose largest eigenvalue of VΛ reaches it get the first order, eᵀVe / P.
     """
     check_threshold(threshold)
-    posterior.need_scale("Cook's distance")
+    posterior.require_calibrated("Cook's distance")
 
-    def of(at: Linearization) -> Tensor:
-        at.check_one_output("Cook's distance")
-        first_order, changes = at.own_gradients(deviation=True)
+    def of(lin: Linearization) -> Tensor:
+        lin.check_one_output("Cook's distance")
+        first_order, changes = lin.self_influence_and_deviation(deviation=True)
         assert changes is not None
-        change, fell_back, _ = refine(at, changes[at.chosen], threshold)
+        change, fell_back, _ = refine(lin, changes[lin.chosen], threshold)
         # With Δ = Ve', e' = e + ΛΔ, the quadratic form is e'ᵀVe' = (e + ΛΔ)ᵀΔ.
-        flat, residual = change.flatten(1), at.residual.flatten(1)
-        curved = (at.curvature() @ flat.unsqueeze(2)).squeeze(2)
+        flat, residual = change.flatten(1), lin.residual.flatten(1)
+        curved = (lin.hessian() @ flat.unsqueeze(2)).squeeze(2)
         quadratic = ((residual + curved) * flat).sum(1)
-        return torch.where(fell_back, first_order, quadratic) / sum(p.numel() for p in at.weights)
+        return torch.where(fell_back, first_order, quadratic) / sum(p.numel() for p in lin.weights)
 
     return _each(model, posterior, loader, loss_fn, of, second_order=True)
 
@@ -60,10 +59,10 @@ def cooks_distance(
 def influence_norm(model: nn.Module, posterior: Posterior, loader: Iterable[Any], loss_fn: LossFunction) -> Tensor:
     """‖Σ g_i‖ ``[N]``, first-order change of the parameters if the example were removed."""
 
-    def of(at: Linearization) -> Tensor:
+    def of(lin: Linearization) -> Tensor:
         norms = []
-        for _, found in example_gradients(at):
-            moved = at.covariance.multiply(found)
+        for _, found in lin.example_gradients():
+            moved = lin.covariance.multiply(found)
             norms.append(
                 torch.stack([moved[p].square().reshape(len(g), -1).sum(1) for p, g in found.items()]).sum(0).sqrt()
             )
@@ -78,16 +77,16 @@ def memorization(model: nn.Module, posterior: Posterior, loader: Iterable[Any], 
     Raises:
         ValueError: if the targets are not class labels ``[N]``.
     """
-    posterior.need_scale("memorization")
+    posterior.require_calibrated("memorization")
 
-    def of(at: Linearization) -> Tensor:
-        target, output = at.batch.target, at.output
+    def of(lin: Linearization) -> Tensor:
+        target, output = lin.batch.target, lin.output
         if not isinstance(target, Tensor) or target.shape != output.shape[:1] or target.is_floating_point():
             raise ValueError("memorization needs class labels [N] as targets and outputs [N, C].")
-        changes = at.own_gradients(deviation=True, last=True)[1]
+        changes = lin.self_influence_and_deviation(deviation=True, last=True)[1]
         assert changes is not None
         labels = target.unsqueeze(1)
-        before, after = output.softmax(1), (output + changes[at.chosen]).softmax(1)
+        before, after = output.softmax(1), (output + changes[lin.chosen]).softmax(1)
         return (before - after).gather(1, labels).squeeze(1)
 
     return _each(model, posterior, loader, loss_fn, of)
@@ -96,8 +95,8 @@ def memorization(model: nn.Module, posterior: Posterior, loader: Iterable[Any], 
 def gradient_norm(model: nn.Module, loader: Iterable[Any], loss_fn: LossFunction) -> Tensor:
     """‖g_i‖ ``[N]`` with respect to all parameters that require grad."""
 
-    def of(at: Linearization) -> Tensor:
-        return at.own_gradients(deviation=False, last=True)[0].sqrt()  # gᵀIg
+    def of(lin: Linearization) -> Tensor:
+        return lin.self_influence_and_deviation(deviation=False, last=True)[0].sqrt()  # gᵀIg
 
     return _each(model, _identity(model), loader, loss_fn, of)
 
@@ -110,7 +109,7 @@ def grand(model: nn.Module, snapshots: Sequence[Snapshot], loader: Iterable[Any]
 
 def el2n(model: nn.Module, loader: Iterable[Any], loss_fn: LossFunction) -> Tensor:
     """‖∂ℓ_i/∂f_i‖ ``[N]``: for cross-entropy ‖softmax(f_i) - y_i‖."""
-    return _each(model, _identity(model), loader, loss_fn, lambda at: at.residual.flatten(1).norm(dim=1))
+    return _each(model, _identity(model), loader, loss_fn, lambda lin: lin.residual.flatten(1).norm(dim=1))
 
 
 def tracin(

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlearn.sensitivity.linearize import Linearization
-from vlearn.sensitivity.losses import curvature_factor
+from vlearn.linearized.linearization import Linearization
+from vlearn.losses.output_hessian import signed_root
 
 
 class Refined(NamedTuple):
@@ -42,7 +42,7 @@ def check_threshold(threshold: float) -> None:
         )
 
 
-def refine(at: Linearization, deviation: Tensor, threshold: float) -> Refined:
+def refine(lin: Linearization, deviation: Tensor, threshold: float) -> Refined:
     """Turn V e into (I - VΛ)⁻¹ V e for each example whose eigenvalues of VΛ stay below the threshold.
 
     Costs one backward and one forward-mode pass per output.
@@ -52,9 +52,9 @@ def refine(at: Linearization, deviation: Tensor, threshold: float) -> Refined:
         deviation: V e ``[N, ...]``.
         threshold: in (0, 1].
     """
-    root, signs = curvature_factor(at.curvature(), at.output)  # [N, C, C], [N, C]
+    root, signs = signed_root(lin.hessian(), lin.output)  # [N, C, C], [N, C]
     flat = deviation.reshape(deviation.shape[0], -1)
-    moved = root_products(at, root)
+    moved = root_products(lin, root)
     block = root.mT @ moved
     block = (block + block.mT) / 2 * signs.unsqueeze(1)  # B D
     if bool((signs > 0).all()):
@@ -71,19 +71,19 @@ def refine(at: Linearization, deviation: Tensor, threshold: float) -> Refined:
     return Refined(chosen.reshape(deviation.shape), fell_back, leverage)
 
 
-def root_products(at: Linearization, columns: Tensor) -> Tensor:
+def root_products(lin: Linearization, columns: Tensor) -> Tensor:
     """V times each column of ``[N, C, K]``: ``[N, C, K]``, by one backward and one forward-mode pass each."""
     found = []
     for column in columns.unbind(2):
-        product = at.along(column, deviation=True)[1]
+        product = lin.quadratic_and_product(column)[1]
         assert product is not None
         found.append(product.reshape(column.shape))
     return torch.stack(found, 2)
 
 
-def function_variance(at: Linearization) -> Tensor:
+def function_variance(lin: Linearization) -> Tensor:
     """V ``[N, C, C]``, the posterior covariance of the linearised output."""
-    flat = at.output.reshape(at.output.shape[0], -1)
+    flat = lin.output.reshape(lin.output.shape[0], -1)
     unit = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device).expand(len(flat), -1, -1)
-    found = root_products(at, unit)
+    found = root_products(lin, unit)
     return (found + found.mT) / 2

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.posterior.base import Posterior
+from vlearn.capture.outputs import Selector
+from vlearn.linearized.batches import batches, device_of, shown
+from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.losses.example_loss import ExampleLoss, LossFunction
+from vlearn.losses.output_hessian import hessian_root
+from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.authors import authors_deviation
-from vlearn.sensitivity.batches import batches, device_of, shown
-from vlearn.sensitivity.linearize import Linearization, at_mean, linearize
-from vlearn.sensitivity.live import Selector, prediction_error
-from vlearn.sensitivity.losses import ExampleLoss, LossFunction, curvature_root
+from vlearn.sensitivity.live import prediction_error
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
@@ -74,7 +76,7 @@ class _Asked:
 
     def check(self, posterior: Posterior) -> None:
         if self.loo_loss or self.refined or self.deviation != "full":
-            posterior.need_scale("leave-one-out loss")
+            posterior.require_calibrated("leave-one-out loss")
         if self.leverage not in ("probe", "exact", None):
             raise ValueError(f"leverage={self.leverage!r}, but it must be 'probe', 'exact' or None: use 'probe'.")
         if self.deviation not in ("full", "authors_diag"):
@@ -159,9 +161,9 @@ def sweep(
     parts: list[SensitivityTable] = []
     with at_mean(model, posterior) as covariance:
         for batch in shown(batches(loader, device_of(model)), loader, progress, "sweep"):
-            at = linearize(model, covariance, batch, losses, output, asked.second_order)
-            rows.append(_rows_of(at, asked) if per == "example" else _token_rows_of(at, asked))
-            del at  # its graph goes before the next batch comes
+            lin = linearize(model, covariance, batch, losses, output, asked.second_order)
+            rows.append(_rows_of(lin, asked) if per == "example" else _token_rows_of(lin, asked))
+            del lin  # its graph goes before the next batch comes
             if len(rows) == JOINED_BATCHES:
                 parts.append(_joined(rows))
                 rows = []
@@ -182,11 +184,11 @@ def _by_column(rows: list[SensitivityTable], function: Callable[[list[Tensor]], 
     return SensitivityTable(**columns)
 
 
-def _token_rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
+def _token_rows_of(lin: Linearization, asked: _Asked) -> SensitivityTable:
     """Rows of the tokens that count, position by position."""
-    axis, kept = token_axis(at), kept_tokens(at).cpu()
+    axis, kept = token_axis(lin), kept_tokens(lin).cpu()
     found = []
-    for of_position, position in by_position(at):
+    for of_position, position in by_position(lin):
         rows = _rows_of(of_position, asked)
         own = rows.deviation.select(axis, position)
         rows = replace(rows, deviation=own, position=torch.full_like(rows.index, position))
@@ -194,45 +196,45 @@ def _token_rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
     return _joined(found)
 
 
-def _rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
+def _rows_of(lin: Linearization, asked: _Asked) -> SensitivityTable:
     more = asked.second_order or asked.variance or asked.deviation != "full"
-    self_influence, changes = at.own_gradients(deviation=asked.deviation == "full", last=not more)
+    self_influence, changes = lin.self_influence_and_deviation(deviation=asked.deviation == "full", last=not more)
     fell_back = leverage = variance = None
     if changes is None:
-        change, loo, leverage = authors_deviation(at)
+        change, loo, leverage = authors_deviation(lin)
     else:
-        change = changes[at.chosen]
+        change = changes[lin.chosen]
         if asked.refined:
-            at.check_one_output("refined=True")
-            change, fell_back, leverage = refine(at, change, asked.threshold)
-            changes = at.changes_of_chosen(change)
-        loo = at.loss_at(changes)
+            lin.check_one_output("refined=True")
+            change, fell_back, leverage = refine(lin, change, asked.threshold)
+            changes = lin.changes_of_chosen(change)
+        loo = lin.loss_at(changes)
     if asked.leverage is None:
         leverage = None
     elif leverage is None:
-        leverage = _leverage(at, asked.leverage, asked.generator)
+        leverage = _leverage(lin, asked.leverage, asked.generator)
     if asked.variance:
-        variance = function_variance(at)
+        variance = function_variance(lin)
 
     def kept(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.detach().cpu()
 
     return SensitivityTable(
-        index=at.batch.index,
-        loss=kept(at.loss),
+        index=lin.batch.index,
+        loss=kept(lin.loss),
         loo_loss=kept(loo if asked.loo_loss else torch.full_like(loo, torch.nan)),
         deviation=kept(change),
         self_influence=kept(self_influence),
         leverage=kept(leverage),
-        prediction_error=kept(prediction_error(at.residual)),
+        prediction_error=kept(prediction_error(lin.residual)),
         function_variance=kept(variance),
         fell_back=kept(fell_back),
     )
 
 
-def _leverage(at: Linearization, how: str, generator: torch.Generator | None) -> Tensor:
+def _leverage(lin: Linearization, how: str, generator: torch.Generator | None) -> Tensor:
     """tr(Λ_n V_n) ``[N]`` = Σ_c r_cᵀV_n r_c over the columns of R, RRᵀ = Λ_n; a probe u = Rz has it as its mean."""
     if how == "probe":
-        return at.along(at.probe(generator), deviation=False)[0]
-    columns = curvature_root(at.curvature(), at.output).unbind(2)
-    return torch.stack([at.along(column, deviation=False)[0] for column in columns]).sum(0)
+        return lin.quadratic_and_product(lin.probe(generator), product=False)[0]
+    columns = hessian_root(lin.hessian(), lin.output).unbind(2)
+    return torch.stack([lin.quadratic_and_product(column, product=False)[0] for column in columns]).sum(0)

@@ -12,43 +12,43 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlearn.sensitivity.linearize import Linearization
+from vlearn.linearized.linearization import Linearization
 
 
-def by_position(at: Linearization) -> Iterator[tuple[Linearization, int]]:
+def by_position(lin: Linearization) -> Iterator[tuple[Linearization, int]]:
     """The batch once for each position, its loss that of the position's token."""
-    for position in range(at.own_loss.shape[1]):
-        yield at_position(at, position), position
+    for position in range(lin.own_loss.shape[1]):
+        yield at_position(lin, position), position
 
 
-def at_position(at: Linearization, position: int) -> Linearization:
+def at_position(lin: Linearization, position: int) -> Linearization:
     """The batch with the loss of one position's tokens."""
     with torch.enable_grad():
-        loss = at.own_loss[:, position]
+        loss = lin.own_loss[:, position]
         # The graph goes on to serve the other positions, and the curvature.
-        residuals = torch.autograd.grad(loss.sum(), at.leaves, create_graph=True, allow_unused=True)
-    return replace(at, own_loss=loss, residuals=list(residuals), position=position)
+        residuals = torch.autograd.grad(loss.sum(), lin.leaves, create_graph=True, allow_unused=True)
+    return replace(lin, own_loss=loss, residuals=list(residuals), position=position)
 
 
-def kept_tokens(at: Linearization) -> Tensor:
+def kept_tokens(lin: Linearization) -> Tensor:
     """``[N, T]`` the tokens that count: those whose target is not the loss's ignore_index."""
-    target, shape = at.batch.target, at.own_loss.shape
+    target, shape = lin.batch.target, lin.own_loss.shape
     if isinstance(target, Tensor) and target.shape == shape and not target.is_floating_point():
-        return target != at.losses.ignore_index
-    return torch.ones(shape, dtype=torch.bool, device=at.own_loss.device)
+        return target != lin.losses.ignore_index
+    return torch.ones(shape, dtype=torch.bool, device=lin.own_loss.device)
 
 
-def token_axis(at: Linearization) -> int:
+def token_axis(lin: Linearization) -> int:
     """Which axis of the selected output is that of the tokens.
 
     Raises:
         ValueError: if none is as long as there are tokens.
     """
-    shape, count = at.output.shape, at.own_loss.shape[1]
+    shape, count = lin.output.shape, lin.own_loss.shape[1]
     axes = [axis for axis in range(1, len(shape)) if shape[axis] == count]
     for position in range(count) if len(axes) > 1 else ():
         # As many classes as positions: a token's residual is zero at all other positions.
-        residual = at_position(at, position).residual
+        residual = at_position(lin, position).residual
         others = torch.arange(count, device=residual.device) != position
         if bool((residual != 0).any()):
             axes = [axis for axis in axes if not bool(residual.movedim(axis, 0)[others].any())] or axes

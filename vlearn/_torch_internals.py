@@ -1,0 +1,114 @@
+"""Every name that torch does not document as public, in one place, with what it is needed for.
+
+`tests/test_torch_internals.py` holds each of these functions to what it promises, on every torch that is supported.
+Names with an underscore that torch's own optimizers and layers are written in are used where they are needed; they
+are listed in `CONVENTIONS`, and the same test finds each of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+CONVENTIONS = {
+    torch: [
+        *("_foreach_add", "_foreach_add_", "_foreach_addcdiv_", "_foreach_addcmul", "_foreach_addcmul_"),
+        *("_foreach_clamp_max_", "_foreach_clamp_min_", "_foreach_div_", "_foreach_lerp_", "_foreach_maximum_"),
+        *("_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_rsqrt_", "_foreach_sub", "_foreach_sub_"),
+    ],
+    torch.Tensor: ["_version"],
+    nn.Linear(1, 1): ["_parameters", "_buffers"],
+    nn.Conv1d(1, 1, 1): ["_conv_forward", "_reversed_padding_repeated_twice"],
+    nn.modules.batchnorm: ["_BatchNorm"],
+}
+
+_MODULE_GLOBALS = vars(nn.modules.module)
+
+
+def graph_task_id() -> int:
+    """The number of the backward pass that runs on this thread, -1 outside any."""
+    return torch._C._current_graph_task_id()
+
+
+def current_node() -> Any:
+    """The node of the autograd graph whose backward hooks run now; None outside a backward pass."""
+    return torch._C._current_autograd_node()  # pyright: ignore
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call back once the backward pass that runs now has ended, after what has been asked for before."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # pyright: ignore
+
+
+def set_versions(versions: Mapping[Tensor, int]) -> None:
+    """Set how often tensors count as written in place."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(versions), tuple(versions.values()))  # pyright: ignore
+
+
+def saved_axis(node: Any) -> str | None:
+    """The axes along which the operation of a graph's node works, if the node keeps them."""
+    return str(node._saved_dim) if hasattr(node, "_saved_dim") else None
+
+
+def added_factor(node: Any) -> Any:
+    """The factor α of a node AddBackward0, of a + α b."""
+    return node._saved_alpha
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """The tensor that a view is a view of, None where it is none."""
+    return tensor._base
+
+
+def in_functorch_transform() -> bool:
+    """Whether torch.func (vmap, grad, jvp, ...) is at work on this thread."""
+    return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Inside, no operation uses oneDNN; torch.backends.mkldnn.flags would reset its precision settings too."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that run before a module's forward."""
+    return list(module._forward_pre_hooks.values())
+
+
+def frame_of_call() -> FrameType:
+    """The frame of torch that runs the hooks of a module and its forward, from within a hook."""
+    frame = sys._getframe(1)
+    while frame.f_globals is not _MODULE_GLOBALS:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return frame
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has been at work in this process."""
+    from torch._dynamo.utils import counters
+
+    return bool(counters["stats"])
+
+
+def lets_processes_stop_early(wrapper: DistributedDataParallel) -> bool:
+    """Whether a wrapper is inside its `join()`."""
+    return wrapper._join_config.enable
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether this process has only a part of a parameter: a DTensor, or one that the first FSDP has flattened."""
+    return getattr(p, "device_mesh", None) is not None or getattr(p, "_fsdp_flattened", False)

@@ -1,0 +1,92 @@
+"""One call of one module in a recorded pass: its inputs, and the gradients with respect to its outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlearn.capture.pytrees import versions
+from vlearn.layers.registry import Rule
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of one module, with the parameters that it explains.
+
+    Attributes:
+        module: the module; `path` is its name in the model, for messages.
+        number: which of the module's calls in the forward pass this is, from 0.
+        parameters: those of the tracked parameters whose effect passes through this call.
+        rule: how to bring the call to rows, or None for the exact fallback.
+        args, kwargs: the call's inputs, tensors detached.
+        versions: how often each input had been written in place.
+        positions: which tensors of the output required grad.
+        shapes: their shapes.
+        cotangents: the gradient of the backward pass with respect to each of those, None where it was not reached.
+        outputs: their values with their versions: for the fallback, to check the recomputation against; elsewhere
+            where they are cheap to keep, so that the deviation need not compute them again.
+        input_may_not_depend_on_examples: whether an input may have come from no example, though it has as many rows
+            as there are examples.
+        consumer: of a call that all examples share (`vlearn.capture.broadcast_calls`), the module that was given the
+            sum, the number of that module's call and the shapes of its inputs; None elsewhere.
+        has_example_axis: of a subset of the batch, which leaves of (args, kwargs) have a row for each example: another
+            may be as long by chance. None elsewhere: those that are as long as the batch.
+    """
+
+    module: nn.Module
+    path: str
+    number: int
+    parameters: list[Tensor]
+    rule: Rule | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    positions: list[int]
+    shapes: list[tuple[int, ...]]
+    cotangents: list[Tensor | None]
+    outputs: list[tuple[Tensor, int]] = field(default_factory=list)
+    input_may_not_depend_on_examples: bool = False
+    consumer: tuple[nn.Module, int, tuple[tuple[int, ...], ...]] | None = None
+    has_example_axis: list[bool] | None = None
+
+    def receive(self, position: int, gradient: Tensor) -> None:
+        """Add the gradient of one output that a backward pass has brought."""
+        shape = self.shapes[position]
+        accumulate(self.cotangents, position, gradient if gradient.shape == shape else gradient.reshape(shape))
+
+    @property
+    def input(self) -> Tensor:
+        """The single input of a call that has a rule."""
+        return self.args[0]
+
+    @property
+    def reached(self) -> bool:
+        """Whether a backward pass has come to any of the outputs."""
+        return any(cotangent is not None for cotangent in self.cotangents)
+
+    @property
+    def intact_output(self) -> Tensor | None:
+        """The value of the single output, if it was kept and not written in place since."""
+        if len(self.outputs) != 1:
+            return None
+        output, version = self.outputs[0]
+        return output if output._version == version else None
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if an input was written in place after the call: a replay would see other values."""
+        if versions((self.args, self.kwargs)) != self.versions:
+            raise RuntimeError(
+                f"{self.path} ({type(self.module).__name__}): its input was modified in place after its forward "
+                "pass, so its per-example gradients cannot be formed: use an out-of-place operation there."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.path} ({type(self.module).__name__})"
+
+
+def accumulate(cotangents: list[Tensor | None], position: int, gradient: Tensor) -> None:
+    """Add what a backward pass has brought to what has come there before."""
+    earlier = cotangents[position]
+    cotangents[position] = gradient.detach() if earlier is None else earlier + gradient.detach()

@@ -1,0 +1,59 @@
+"""What has been found out about a model's passes, so that each kind of pass is looked at once.
+
+A kind is the sequence of recorded calls, the set of modules in train mode and the structure of the graph: a model that
+comes to do something else makes another kind of pass, and is looked at again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+MOST_KINDS = 256  # a model whose calls are drawn at random has ever new ones
+
+
+class UnattributedParameters(NamedTuple):
+    """Tracked parameters that the recorded calls do not explain.
+
+    Attributes:
+        not_in_model: used, but of a module that is not in the model.
+        used_outside_call: of the model, and used outside its module's own call.
+        not_in_graph: of the model, and not seen in the graph.
+    """
+
+    not_in_model: list[Tensor]
+    used_outside_call: list[Tensor]
+    not_in_graph: list[Tensor]
+
+
+@dataclass
+class ModelChecks:
+    """The findings about one model, by kind of pass.
+
+    Attributes:
+        unattributed: the parameters that the recorded calls of a kind of pass do not explain.
+        independent: kinds of passes in which no example's output depends on the other examples.
+        example_axis: kinds of passes in which dimension 0 is the axis of the examples.
+    """
+
+    unattributed: dict[Any, UnattributedParameters] = field(default_factory=dict)
+    independent: dict[Any, None] = field(default_factory=dict)
+    example_axis: dict[Any, None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: nn.Module) -> ModelChecks:
+        """The findings about the module whose call a pass began with."""
+        return _checks_of.setdefault(model, ModelChecks())
+
+
+_checks_of: WeakKeyDictionary[nn.Module, ModelChecks] = WeakKeyDictionary()
+
+
+def remember(findings: dict[Any, Any], kind: Any, finding: Any = None) -> None:
+    """Keep what was found about a kind of pass, of `MOST_KINDS` at most."""
+    if len(findings) >= MOST_KINDS:
+        findings.clear()
+    findings[kind] = finding

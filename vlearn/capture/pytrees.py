@@ -1,0 +1,66 @@
+"""Nested structures of tensors: what modules are called with and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a nested structure of tuples, lists, dicts and registered dataclasses."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) in (tuple, list):  # what calls are made of; the general walk costs ten times as much
+        return [leaf for item in tree for leaf in tensor_leaves(item)]
+    if not tree:
+        return []
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def detached(tree: Any) -> Any:
+    """The same structure with its tensors detached."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if type(tree) in (tuple, list):
+        return type(tree)(map(detached, tree))
+    if not tree:
+        return tree
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def is_per_example(leaf: Any, total: int) -> bool:
+    """Whether a leaf is a tensor with a row for each of so many examples."""
+    return isinstance(leaf, Tensor) and leaf.shape[:1] == (total,)
+
+
+def rows_of(tree: Any, total: int, examples: slice | Tensor) -> Any:
+    """The same structure with some of the rows of each tensor that has one for each of so many examples."""
+    return tree_map(lambda leaf: leaf[examples] if is_per_example(leaf, total) else leaf, tree)
+
+
+def shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
+    """The shape of each tensor."""
+    return tuple(tuple(leaf.shape) for leaf in tensor_leaves(tree))
+
+
+def versions(tree: Any) -> list[int]:
+    """How often each tensor has been written in place."""
+    return [leaf._version for leaf in tensor_leaves(tree)]
+
+
+def with_leaves(tree: Any, tensors: Mapping[int, Any], others: bool = True) -> Any:
+    """The same structure with some of its tensors replaced.
+
+    Args:
+        tensors: what stands in for a tensor, by its place among the structure's tensors.
+        others: whether all other leaves stay; else they become None.
+    """
+    leaves, structure = tree_flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    replaced = leaves if others else [None] * len(leaves)
+    for place, tensor in tensors.items():
+        replaced[places[place]] = tensor
+    return tree_unflatten(replaced, structure)

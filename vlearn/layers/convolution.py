@@ -1,0 +1,236 @@
+"""Rules of convolutions and transposed convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlearn.layers.gradient_forms import Form, Outer
+from vlearn.layers.registry import Rule, bias_form, channels_first, from_channels_first, register
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ConvWeightGradient:
+    """The weight of a convolution: G_n = Σ_t b_nt (patch at t)ᵀ without the patches.
+
+    The input is unfolded along its last axis only; an offset r of the kernel in the axes before it meets there the
+    places r·dilation + stride·(0 ... size-1). A fifth (for a 5x5 kernel) of the memory traffic of unfolded patches,
+    which bounds small convolutions.
+    """
+
+    strips: Tensor  # [N, G, I·kw, padded sizes of the other axes, W]
+    b: Tensor  # [N, G, T, O], T = product of sizes · W
+    shape: torch.Size  # [O, I, kernel sizes of the other axes, kw]
+    sizes: Sizes  # of the output, of the other axes
+    stride: Sizes
+    dilation: Sizes
+
+    kind = "matrix"
+
+    @property
+    def entries(self) -> int:
+        return self.shape.numel() + self.strips[0].numel() + self.b[0].numel()
+
+    def dense(self) -> Tensor:
+        return self._from_offsets(self._dense())
+
+    def output_jvp(self, direction: Tensor) -> Tensor:
+        return self._moved(self._by_offset(direction))
+
+    def as_outer(self) -> Outer:
+        """The same with the patches written out."""
+        by_offset = torch.stack(list(self._inputs()), 3)  # [N, G, I·kw, offsets, T]
+        n, g, columns, offsets, t = by_offset.shape
+        split = by_offset.reshape(n, g, self.shape[1], -1, offsets, t)  # [N, G, I, kw, offsets, T]
+        return Outer(split.transpose(3, 4).reshape(n, g, columns * offsets, t).mT, self.b, self.shape)
+
+    def weighted_square(self, variance: Tensor) -> Tensor:
+        return self._dense().square_().flatten(1) @ self._by_offset(variance).flatten()
+
+    def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        return self._moved(self._dense().mul_(self._by_offset(variance)))
+
+    def sum_of_squares(self) -> Tensor:
+        return self._from_offsets(self._dense().square_().sum(0, keepdim=True))[0]
+
+    def _inputs(self) -> Iterator[Tensor]:
+        """What each offset of the kernel meets: ``[N, G, I·kw, T]``."""
+        for offset in product(*map(range, self.shape[2:-1])):
+            yield self.strips[(..., *_places(offset, self.sizes, self.stride, self.dilation), slice(None))].flatten(3)
+
+    def _dense(self) -> Tensor:
+        """Gradients by offset, ``[N, G, offsets, O, I·kw]``."""
+        return torch.stack([self.b.mT @ rows.mT for rows in self._inputs()], 2)
+
+    def _moved(self, direction: Tensor) -> Tensor:
+        inputs = self._inputs()
+        moved = direction[:, :, 0] @ next(inputs)  # [N, G, O, T]
+        for k, rows in enumerate(inputs, 1):
+            moved += direction[:, :, k] @ rows
+        return moved.mT
+
+    def _from_offsets(self, tensor: Tensor) -> Tensor:
+        """``[n, G, offsets, O/G, I·kw]`` -> ``[n, O, I, kernel]``."""
+        n, g, offsets, o, _ = tensor.shape
+        split = tensor.reshape(n, g, offsets, o, self.shape[1], -1)
+        return split.permute(0, 1, 3, 4, 2, 5).reshape(n, *self.shape)
+
+    def _by_offset(self, tensor: Tensor) -> Tensor:
+        """``[..., O, I, kernel]`` -> ``[..., G, offsets, O/G, I·kw]``."""
+        lead = tensor.shape[: tensor.dim() - len(self.shape)]
+        split = tensor.reshape(*lead, self.strips.shape[1], -1, self.shape[1], self.shape[2:-1].numel(), self.shape[-1])
+        return split.movedim(-2, len(lead) + 1).flatten(-2)
+
+
+def _places(offset: Sizes, sizes: Sizes, stride: Sizes, dilation: Sizes) -> tuple[slice, ...]:
+    """Where one offset of a kernel meets the padded input, for outputs of the given sizes."""
+    starts = [r * gap for r, gap in zip(offset, dilation, strict=True)]
+    return tuple(
+        slice(start, start + step * (size - 1) + 1, step)
+        for start, size, step in zip(starts, sizes, stride, strict=True)
+    )
+
+
+def _convolution_weight(module: Any, x: Tensor, b: Tensor) -> Form:
+    # Last axis first, as F.pad wants it; also what padding="same" resolves to.
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    if any(module._reversed_padding_repeated_twice):
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    sizes = tuple(
+        (length - gap * (k - 1) - 1) // step + 1
+        for length, k, step, gap in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    )
+    if b.shape[2] == 1:  # one patch
+        patch = x[(..., *_places((0,) * len(kernel), kernel, dilation, dilation))]
+        return Outer(patch.reshape(len(x), module.groups, 1, -1), b, module.weight.shape)
+    if max(kernel) == 1:
+        rows = x[(..., *_places((0,) * len(kernel), sizes, stride, dilation))]
+        return Outer(channels_first(module, rows), b, module.weight.shape)
+    shifted = [x[(..., *_places((c,), sizes[-1:], stride[-1:], dilation[-1:]))] for c in range(kernel[-1])]
+    strips = torch.stack(shifted, 2)  # [N, I, kw, ..., W]
+    strips = strips.reshape(len(x), module.groups, -1, *x.shape[2:-1], sizes[-1])
+    return ConvWeightGradient(strips, b, module.weight.shape, sizes[:-1], stride[:-1], dilation[:-1])
+
+
+for _dimensions, _type in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
+    register(
+        _type,
+        Rule(
+            forms={"weight": _convolution_weight, "bias": bias_form},
+            rows=channels_first,
+            from_rows=from_channels_first,
+            accepts=lambda module, x, d=_dimensions: x.dim() == d + 2,
+            linear=lambda module, x: module._conv_forward(x, module.weight, None),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class ConvTransposeWeightGradient:
+    """The weight of a transposed convolution: rows of the input times the weight, added up where they overlap.
+
+    G_n = Σ_t a_nt (patch of b at t)ᵀ with t a position of the input: an `Outer` whose output rows are patches.
+    """
+
+    patches: Outer  # b [N, G, T, O·kernel]
+    b: Tensor  # [N, G, T', O]
+    kernel: Sizes
+    stride: Sizes
+    dilation: Sizes
+    padding: Sizes
+    inputs: Sizes  # spatial sizes of the input
+    outputs: Sizes  # of the output
+
+    kind = "overlapping"
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.patches.shape
+
+    @property
+    def entries(self) -> int:
+        return self.shape.numel() + self.patches.a[0].numel() + self.patches.b[0].numel() + self.b[0].numel()
+
+    def dense(self) -> Tensor:
+        return self.patches.dense()
+
+    def output_jvp(self, direction: Tensor) -> Tensor:
+        return self._folded(self.patches.output_jvp(direction))
+
+    def weighted_square(self, variance: Tensor) -> Tensor:
+        return self.patches.weighted_square(variance)
+
+    def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        return self._folded(self.patches.weighted_output_jvp(variance))
+
+    def sum_of_squares(self) -> Tensor:
+        return self.patches.sum_of_squares()
+
+    def as_outer(self) -> None:  # its output rows overlap, so they are not those of a matrix product
+        return None
+
+    def _folded(self, patches: Tensor) -> Tensor:
+        """``[N, G, T, O·kernel]`` added up to output rows ``[N, G, T', O]``."""
+        n, groups, _, features = self.b.shape
+        split = patches.mT.reshape(n, groups, features, -1, *self.inputs)
+        whole = patches.new_zeros(n, groups, features, *_padded(self.outputs, self))
+        for k, offset in enumerate(product(*map(range, self.kernel))):
+            whole[(..., *_places(offset, self.inputs, self.stride, self.dilation))] += split[:, :, :, k]
+        inner = tuple(slice(p, p + size) for p, size in zip(self.padding, self.outputs, strict=True))
+        return whole[(..., *inner)].flatten(3).mT
+
+
+def _padded(outputs: Sizes, geometry: Any) -> Sizes:
+    """Sizes of a transposed convolution's output before its padding is cut off; more if its output_padding is."""
+    return tuple(size + 2 * p for size, p in zip(outputs, geometry.padding, strict=True))
+
+
+def _transposed_weight(module: Any, x: Tensor, b: Tensor) -> Form:
+    kernel, stride, dilation, padding = module.kernel_size, module.stride, module.dilation, module.padding
+    inputs = tuple(x.shape[2:])
+    outputs = tuple(
+        (size - 1) * step - 2 * p + gap * (k - 1) + extra + 1
+        for size, step, p, gap, k, extra in zip(
+            inputs, stride, padding, dilation, kernel, module.output_padding, strict=True
+        )
+    )
+    image = b.mT.unflatten(3, outputs)  # [N, G, O, ...]
+    padded = F.pad(image, [p for size in reversed(padding) for p in (size, size)])
+    patches = [padded[(..., *_places(offset, inputs, stride, dilation))] for offset in product(*map(range, kernel))]
+    columns = torch.stack(patches, 3)  # [N, G, O, kernel, ...]
+    outer = Outer(
+        channels_first(module, x),
+        columns.reshape(*columns.shape[:2], columns.shape[2] * columns.shape[3], -1).mT,
+        module.weight.shape,
+        transposed=True,
+    )
+    return ConvTransposeWeightGradient(outer, b, kernel, stride, dilation, padding, inputs, outputs)
+
+
+for _dimensions, _type in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1):
+    register(
+        _type,
+        Rule(
+            forms={"weight": _transposed_weight, "bias": bias_form},
+            rows=channels_first,
+            from_rows=from_channels_first,
+            accepts=lambda module, x, d=_dimensions: x.dim() == d + 2,
+            linear=lambda module, x: _without_bias(module, x),
+        ),
+    )
+
+
+def _without_bias(module: Any, x: Tensor) -> Tensor:
+    transpose = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[x.dim() - 2]
+    return transpose(
+        x, module.weight, None, module.stride, module.padding, module.output_padding, module.groups, module.dilation
+    )

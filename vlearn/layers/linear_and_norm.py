@@ -1,0 +1,154 @@
+"""Rules of linear layers, embeddings and normalisation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlearn.layers.gradient_forms import Elementwise, Indexed, Outer
+from vlearn.layers.registry import Rule, bias_form, channels_first, features_last, from_channels_first, register
+
+register(
+    nn.Linear,
+    Rule(
+        forms={
+            "weight": lambda module, x, b: Outer(features_last(module, x), b, module.weight.shape),
+            "bias": bias_form,
+        },
+        linear=lambda module, x: F.linear(x, module.weight),
+    ),
+)
+register(nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Linear)
+
+# Hugging Face's linear layer of GPT-2 holds its weight as [I, O].
+register(
+    "transformers.pytorch_utils.Conv1D",
+    Rule(
+        forms={
+            "weight": lambda module, x, b: Outer(features_last(module, x), b, module.weight.shape, transposed=True),
+            "bias": bias_form,
+        },
+        linear=lambda module, x: x @ module.weight,
+    ),
+)
+
+
+def _embedding_refuses(module: nn.Embedding) -> str | None:
+    if module.max_norm is not None:
+        return (
+            f"max_norm={module.max_norm} makes its forward pass overwrite rows of its own weight, so that their "
+            "gradient is not that of what was looked up: use max_norm=None, and clip the rows after the step."
+        )
+    if module.scale_grad_by_freq:
+        return (
+            "scale_grad_by_freq=True divides an example's gradient by how often the whole batch has its tokens, so no "
+            "example has a gradient of its own: use scale_grad_by_freq=False."
+        )
+    return None
+
+
+def _embedding_weight(module: nn.Embedding, x: Tensor, b: Tensor) -> Indexed:
+    return Indexed(x.reshape(len(x), -1), b, module.weight.shape, module.padding_idx)
+
+
+def _one_embedding_a_row(module: nn.Embedding, tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor), 1, -1, module.embedding_dim)
+
+
+register(
+    nn.Embedding,
+    Rule(
+        forms={"weight": _embedding_weight},
+        rows=_one_embedding_a_row,
+        accepts=lambda module, x: x.dim() >= 1,
+        refuses=_embedding_refuses,
+    ),
+)
+
+
+def _normalised_features(normalise: Callable[[Any, Tensor], Tensor]) -> Rule:
+    """Rule of a layer that normalises over the last axes, with a gain for each of their entries."""
+
+    def rows(module: Any, tensor: Tensor) -> Tensor:
+        return tensor.reshape(tensor.shape[0], 1, -1, module.weight.numel())
+
+    return Rule(
+        forms={
+            "weight": lambda module, x, b: Elementwise(rows(module, normalise(module, x)), b, module.weight.shape),
+            "bias": bias_form,
+        },
+        rows=rows,
+        accepts=lambda module, x: x.dim() > len(module.normalized_shape),
+    )
+
+
+def _normalised_channels(
+    normalise: Callable[[Any, Tensor], Tensor], accepts: Callable[[Any, Tensor], bool], **more: Any
+) -> Rule:
+    """Rule of a layer with a gain for each channel, axis 1."""
+    return Rule(
+        forms={
+            "weight": lambda module, x, b: Elementwise(
+                channels_first(module, normalise(module, x)), b, module.weight.shape
+            ),
+            "bias": bias_form,
+        },
+        rows=channels_first,
+        from_rows=from_channels_first,
+        accepts=accepts,
+        **more,
+    )
+
+
+register(nn.LayerNorm, _normalised_features(lambda m, x: F.layer_norm(x, m.normalized_shape, None, None, m.eps)))
+register(nn.RMSNorm, _normalised_features(lambda m, x: F.rms_norm(x, m.normalized_shape, None, m.eps)))
+register(
+    nn.GroupNorm,
+    _normalised_channels(
+        lambda m, x: F.group_norm(x, m.num_groups, None, None, m.eps), accepts=lambda module, x: x.dim() >= 2
+    ),
+)
+
+# The same by Hugging Face, who have a class of it for each model.
+for _name in ("llama.modeling_llama.Llama", "mistral.modeling_mistral.Mistral", "qwen2.modeling_qwen2.Qwen2"):
+    register(
+        f"transformers.models.{_name}RMSNorm",
+        Rule(
+            forms={
+                "weight": lambda module, x, b: Elementwise(
+                    features_last(module, F.rms_norm(x, x.shape[-1:], None, module.variance_epsilon)),
+                    b,
+                    module.weight.shape,
+                )
+            }
+        ),
+    )
+
+# With statistics of its own a batch normalisation is a fixed affine map; in train mode the recorder refuses it.
+_BATCH_NORM = _normalised_channels(
+    lambda m, x: F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps),
+    accepts=lambda module, x: not module.training and module.running_mean is not None and x.dim() >= 2,
+    linear=lambda module, x: x * _batch_norm_slope(module).reshape(-1, *[1] * (x.dim() - 2)),
+)
+
+
+def _batch_norm_slope(module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    assert module.running_var is not None
+    slope = (module.running_var + module.eps).rsqrt()
+    return slope if module.weight is None else slope * module.weight
+
+
+for _type in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+    register(_type, _BATCH_NORM)
+
+for _dimensions, _type in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1):
+    register(
+        _type,
+        _normalised_channels(
+            lambda m, x: F.instance_norm(x, eps=m.eps),
+            accepts=lambda module, x, d=_dimensions: x.dim() == d + 2 and not module.track_running_stats,
+        ),
+    )

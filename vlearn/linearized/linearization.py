@@ -1,0 +1,263 @@
+"""One batch at the posterior mean: losses, residuals, curvature, and products with V = J Σ Jᵀ of each example.
+
+f_n  output,  ℓ_n  own loss,  e_n = ∂ℓ_n/∂f_n,  Λ_n = ∂²ℓ_n/∂f_n²,  J_n = ∂f_n/∂θ,  g_n = J_nᵀ e_n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.capture.hooks import record
+from vlearn.capture.outputs import Selector, select
+from vlearn.capture.pytrees import tensor_leaves, with_leaves
+from vlearn.capture.trace import Trace
+from vlearn.linearized.batches import Batch
+from vlearn.linearized.covariance_products import covariance_products
+from vlearn.linearized.output_change import output_deviation
+from vlearn.losses.example_loss import ExampleLoss
+from vlearn.losses.output_hessian import hessian_probe, output_hessian
+from vlearn.per_example.gradients import dense_gradients
+from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.per_example.replay import as_recorded
+from vlearn.posterior.covariance import Covariance
+from vlearn.posterior.protocol import Posterior, match
+
+GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
+
+
+@dataclass(eq=False)
+class Linearization:
+    """A batch's forward pass at the mean, kept for products with the Jacobian.
+
+    Attributes:
+        trace: the recorded forward pass.
+        covariance: Σ of the parameters that move.
+        weights: value of each parameter.
+        batch: inputs, targets, example numbers.
+        losses: the training loss of each example.
+        selector: which of several outputs residual, deviation and curvature speak of.
+        prediction: the model's whole output.
+        outputs: its tensors that depend on the parameters.
+        leaves: the same as leaves of a graph of their own, from which the loss was computed.
+        own_loss: ``[N]`` own losses with their graph, ``[N, T]`` of every token where tokens are the examples.
+        residuals: gradient of the summed losses with respect to each leaf, None where it depends on none.
+        position: the only position whose tokens' losses count, where tokens are the examples.
+    """
+
+    trace: Trace
+    covariance: Covariance
+    weights: dict[Tensor, Tensor]
+    batch: Batch
+    losses: ExampleLoss
+    selector: Selector
+    prediction: Any
+    outputs: list[Tensor]
+    leaves: list[Tensor]
+    own_loss: Tensor
+    residuals: list[Tensor | None]
+    position: int | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """ℓ ``[N]``."""
+        return self.own_loss.detach()
+
+    @property
+    def chosen(self) -> int:
+        """Which of the outputs the selector names."""
+        residual = self.selected_residual
+        return next(i for i, each in enumerate(self.residuals) if each is residual)
+
+    @property
+    def selected_residual(self) -> Tensor:
+        """e ``[N, ...]`` of the selected output, with its graph if there is one."""
+        return self._selected(self.residuals)
+
+    @property
+    def residual(self) -> Tensor:
+        """e ``[N, ...]`` of the selected output."""
+        return self.selected_residual.detach()
+
+    @property
+    def output(self) -> Tensor:
+        """f ``[N, ...]``, the selected output."""
+        return self.leaves[self.chosen].detach()
+
+    def hessian(self) -> Tensor:
+        """Λ ``[N, C, C]`` of the selected output; the residuals need their graph (`second_order`)."""
+        return output_hessian(self.selected_residual, self.leaves[self.chosen])
+
+    @torch.enable_grad()
+    def probe(self, generator: torch.Generator | None) -> Tensor:
+        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; needs the residuals' graph too."""
+        chosen = self.chosen
+        zero = torch.zeros_like(self.leaves[chosen], requires_grad=True)
+        leaves = [zero if i == chosen else leaf for i, leaf in enumerate(self.leaves)]
+        loss = self._loss_of(leaves).sum()
+        (residual,) = torch.autograd.grad(loss, zero, create_graph=True)
+        return hessian_probe(self.selected_residual, self.leaves[chosen], (residual, zero), generator)
+
+    def self_influence_and_deviation(self, deviation: bool, last: bool = False) -> tuple[Tensor, list[Tensor] | None]:
+        """Along each example's own gradient: (gᵀΣg ``[N]``, J Σ g of every output).
+
+        Args:
+            deviation: also the second.
+            last: no other product follows, so that the graph may go.
+        """
+        return self._products(self.backprop_residuals(last), deviation)
+
+    def backprop_residuals(self, last: bool = False) -> RecordedPass:
+        """The pass with the gradients of each example's own loss.
+
+        Args:
+            last: no other product follows, so that the graph may go.
+        Raises:
+            RuntimeError: if the examples have no gradients of their own.
+        """
+        pairs = [(o, e.detach()) for o, e in zip(self.outputs, self.residuals, strict=True) if e is not None]
+        return self._pulled_back([o for o, _ in pairs], [e for _, e in pairs], last)
+
+    def example_gradients(self, limit: int | None = None) -> Iterator[tuple[slice, dict[Tensor, Tensor]]]:
+        """g_n by parameter ``[n, *shape]``, a chunk of the batch's examples at a time.
+
+        Args:
+            limit: largest number of examples at a time; those of `GRADIENT_ENTRIES` by default.
+        """
+        recorded = self.backprop_residuals(last=True)
+        calls_of = recorded.calls_of(self.weights)
+        if limit is None:
+            limit = max(1, GRADIENT_ENTRIES // sum(p.numel() for p in self.weights))
+        for start in range(0, len(self.batch.index), limit):
+            examples = slice(start, min(start + limit, len(self.batch.index)))
+            with as_recorded(self.trace):
+                gradients = dense_gradients(recorded, calls_of, examples)
+            yield examples, gradients
+
+    def quadratic_and_product(
+        self, direction: Tensor, product: bool = True, last: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """For a direction u ``[N, ...]`` of the selected output: (uᵀVu ``[N]``, V u ``[N, ...]``).
+
+        Args:
+            product: also the second.
+            last: no other product follows, so that the graph may go.
+        """
+        chosen = self.chosen
+        recorded = self._pulled_back([self.outputs[chosen]], [direction.reshape(self.outputs[chosen].shape)], last)
+        quadratic, tangents = self._products(recorded, product)
+        return quadratic, None if tangents is None else tangents[chosen]
+
+    def loss_at(self, changes: list[Tensor]) -> Tensor:
+        """Own losses ``[N]`` where each output has changed."""
+        return self._loss_of([leaf.detach() + change for leaf, change in zip(self.leaves, changes, strict=True)])
+
+    def changes_of_chosen(self, change: Tensor) -> list[Tensor]:
+        """One change for each output: the given one of the selected, none of the others."""
+        chosen = self.chosen
+        shape = self.leaves[chosen].shape
+        return [change.reshape(shape) if i == chosen else torch.zeros_like(x) for i, x in enumerate(self.leaves)]
+
+    def check_one_output(self, asked: str) -> None:
+        """Raises ValueError where the loss depends on several outputs: Λ is then no block of one of them."""
+        if sum(residual is not None for residual in self.residuals) > 1:
+            raise ValueError(
+                f"{asked} needs a loss of one output alone, but this one depends on several: leave it out, or pass a "
+                "loss_fn that reads one."
+            )
+
+    def _pulled_back(self, outputs: list[Tensor], cotangents: list[Tensor], last: bool) -> RecordedPass:
+        return RecordedPass.validated(self.trace.pulled_back(outputs, cotangents, not last), self.weights)
+
+    def _products(self, recorded: RecordedPass, deviation: bool) -> tuple[Tensor, list[Tensor] | None]:
+        products = covariance_products(recorded, self.covariance, deviation)
+        return products.self_influence, output_deviation(recorded, products) if deviation else None
+
+    def _loss_of(self, leaves: list[Tensor]) -> Tensor:
+        whole = _for_loss(self.prediction, self.trace.positions, leaves, self.selector, self.losses)
+        loss = self.losses(whole, self.batch.target)
+        return loss if self.position is None else loss[:, self.position]
+
+    def _selected(self, tensors: list[Tensor | None]) -> Tensor:
+        return select(self.trace.as_output(tensors), self.selector)
+
+
+def linearize(
+    model: nn.Module,
+    covariance: Covariance,
+    batch: Batch,
+    losses: ExampleLoss,
+    output: Selector = None,
+    second_order: bool = False,
+) -> Linearization:
+    """Run one batch forward, record it, and take the residuals of its losses.
+
+    Args:
+        model: in eval mode at the mean, see `at_mean`.
+        second_order: keep the graph of the residuals, which the curvature needs.
+    Raises:
+        RuntimeError: if the examples of a batch have no gradient of their own.
+    """
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
+    with torch.enable_grad(), record(model, parameters) as trace:
+        prediction = model(*batch.args, **batch.kwargs)
+    if trace.problems:
+        raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")
+    if not trace.positions:
+        raise RuntimeError("the model's output depends on no parameter of the posterior that requires grad.")
+    outputs = [tensor_leaves(prediction)[i] for i in trace.positions]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in outputs]
+        loss = losses(_for_loss(prediction, trace.positions, leaves, output, losses), batch.target)
+        residuals = torch.autograd.grad(loss.sum(), leaves, create_graph=second_order, allow_unused=True)
+    trace.cotangents = list(residuals)
+    return Linearization(
+        trace=trace,
+        covariance=covariance,
+        weights={p: p.detach() for p in parameters},
+        batch=batch,
+        losses=losses,
+        selector=output,
+        prediction=prediction,
+        outputs=outputs,
+        leaves=leaves,
+        own_loss=loss,
+        residuals=list(residuals),
+    )
+
+
+@contextmanager
+def at_mean(model: nn.Module, posterior: Posterior) -> Iterator[Covariance]:
+    """The model in eval mode with the posterior mean as its weights; gives Σ keyed by its parameters.
+
+    Raises:
+        ValueError: if the posterior belongs to another model.
+    """
+    parameters = match(model, posterior)
+    with posterior.at_mean(), eval_mode(model):
+        yield posterior.covariance(parameters)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside, each of its modules as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _for_loss(
+    prediction: Any, positions: list[int], leaves: list[Tensor], output: Selector, losses: ExampleLoss
+) -> Any:
+    """The model's output with its differentiable tensors replaced, as the loss takes it."""
+    whole = with_leaves(prediction, dict(zip(positions, leaves, strict=True)))
+    return whole if output is None or not losses.torch_style else select(whole, output)

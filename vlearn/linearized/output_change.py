@@ -1,0 +1,141 @@
+"""The change of the model's output if an example were removed: Δf_n = J_n Σ g_n, without any Jacobian.
+
+It is a Jacobian-vector product along a direction of each example's own. One forward-mode pass gives it, in which each
+call of a layer adds to the tangents of its outputs what moving its parameters by Σg_n does to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from vlearn.capture.hooks import hooked
+from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.pytrees import tensor_leaves, with_leaves
+from vlearn.capture.trace import Trace
+from vlearn.linearized.covariance_products import CovarianceProducts
+from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.per_example.replay import as_recorded, call_with, forward_mode, same_random_numbers, tangents_in_reverse
+
+
+def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
+    """J_n Σ g_n of every example by one forward-mode pass, for each output tensor that required grad.
+
+    Each call adds its tangents to those of its outputs. The pass repeats the recorded forward: same inputs, weights,
+    modes and random numbers. Buffers stay as they are. Where an operation has no forward derivative, two backward
+    passes take its place.
+
+    Args:
+        recorded: the pass.
+        products: those of its gradients with Σ, with their tangents.
+    """
+    trace, root = recorded.trace, recorded.trace.root
+    assert products.tangents is not None and root is not None
+    trace.check_unchanged()
+    # A module called again is told apart by the number of the call.
+    calls_of: dict[tuple[nn.Module, int], list[LayerCall]] = {}
+    for call in products.tangents:
+        calls_of.setdefault((call.module, call.number), []).append(call)
+    with as_recorded(trace):
+        try:
+            with forward_mode(root.modules()), forward_ad.dual_level():
+                outputs = _replay(recorded, calls_of, products.tangents, None)
+                pairs = [forward_ad.unpack_dual(output) for output in outputs]
+                return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
+        except NotImplementedError:
+            size = torch.zeros_like(products.self_influence, requires_grad=True)
+            outputs = _replay(recorded, calls_of, products.tangents, size)
+            return tangents_in_reverse(outputs, [size], [torch.ones_like(size)])
+
+
+def _replay(
+    recorded: RecordedPass,
+    calls_of: dict[tuple[nn.Module, int], list[LayerCall]],
+    tangents: dict[LayerCall, list[Tensor]],
+    size: Tensor | None,
+) -> list[Tensor]:
+    """Outputs of the recorded pass, those of each call moved along its tangents: by `size`, or as dual numbers."""
+    trace, weights, root = recorded.trace, recorded.weights, recorded.trace.root
+    assert root is not None
+    num_calls: dict[nn.Module, int] = {}
+    dtype = next(iter(weights.values())).dtype
+
+    def move(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        number = num_calls[module] = num_calls.get(module, -1) + 1
+        for call in calls_of.get((module, number), ()):
+            output = _moved_along(output, call.positions, tangents[call], size)
+        return output
+
+    with (
+        hooked(dict.fromkeys(m for m, _ in calls_of), leave=move),
+        same_random_numbers(trace),
+        _known_outputs(trace, dtype) if size is None else nullcontext(),
+    ):
+        leaves = tensor_leaves(call_with(root, weights, trace.args, trace.kwargs))
+    outputs = [leaves[position] for position in trace.positions]
+    trace.check_replayed(outputs)
+    return outputs
+
+
+@contextmanager
+def _known_outputs(trace: Trace, dtype: torch.dtype) -> Iterator[None]:
+    """Layers whose outputs were kept carry tangents alone, which is half of the forward-mode pass."""
+    calls_of: dict[nn.Module, list[LayerCall]] = {}
+    for call in trace.layer_calls:
+        calls_of.setdefault(call.module, []).append(call)
+
+    def is_known(call: LayerCall) -> bool:
+        output = call.intact_output if call.rule is not None and call.rule.linear is not None else None
+        return output is not None and output.dtype == dtype
+
+    known = {
+        m: calls for m, calls in calls_of.items() if len(calls) == trace.num_calls[m] and all(map(is_known, calls))
+    }
+    called: list[nn.Module] = []
+    handles = [module.register_forward_pre_hook(lambda m, args: called.append(m)) for module in known]
+    try:
+        for module, calls in known.items():
+            module.forward = partial(_carry_tangent, trace, module, iter(calls), called)  # pyright: ignore
+        yield
+    finally:
+        for module, handle in zip(known, handles, strict=True):
+            handle.remove()
+            module.__dict__.pop("forward", None)  # a layer with a rule has none of its own
+
+
+def _carry_tangent(
+    trace: Trace, module: nn.Module, calls: Iterator[LayerCall], called: list[nn.Module], x: Tensor
+) -> Tensor:
+    """Forward of a layer with a rule: the recorded output, and the linear image of the input's tangent."""
+    if not called:  # by module.forward(x), which no hook has recorded
+        return type(module).forward(module, x)
+    called.pop()
+    call = next(calls)
+    assert call.rule is not None and call.rule.linear is not None and call.intact_output is not None
+    primal, tangent = forward_ad.unpack_dual(x)
+    trace.check_repeats(primal, call.input)
+    if tangent is None:
+        return call.intact_output
+    return forward_ad.make_dual(call.intact_output, call.rule.linear(call.module, tangent))
+
+
+def _moved_along(output: Any, positions: list[int], tangents: list[Tensor], size: Tensor | None) -> Any:
+    """The same output with the tensors at the given positions moved, see `_replay`."""
+    leaves, moved = tensor_leaves(output), {}
+    for position, extra in zip(positions, tangents, strict=True):
+        leaf = leaves[position]
+        extra = extra.to(leaf.dtype)
+        if size is not None:
+            moved[position] = leaf + size.reshape(-1, *[1] * (extra.dim() - 1)) * extra
+        else:
+            if leaf.shape != extra.shape:  # of a call that all examples share
+                leaf = leaf.expand(extra.shape).clone()
+            primal, tangent = forward_ad.unpack_dual(leaf)
+            moved[position] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)
+    return with_leaves(output, moved)

@@ -1,0 +1,141 @@
+"""The Hessian Λ = ∂²ℓ/∂f² of each example in the output f of the model: its roots, and random vectors that hold it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.enable_grad()
+def output_hessian(residual: Tensor, output: Tensor) -> Tensor:
+    """Λ_n = ∂²ℓ_n/∂f_n² ``[N, C, C]``, C all output entries of an example.
+
+    Args:
+        residual: gradient of the summed losses with respect to `output`, made with create_graph=True.
+        output: ``[N, ...]`` the leaf it was taken at.
+    """
+    flat = residual.reshape(residual.shape[0], -1)
+    if not flat.requires_grad:  # a loss linear in the output
+        return flat.new_zeros(flat.shape[0], flat.shape[1], flat.shape[1])
+    rows = [
+        torch.autograd.grad(flat[:, c].sum(), output, retain_graph=True)[0].reshape(flat.shape)
+        for c in range(flat.shape[1])
+    ]
+    return torch.stack(rows, 1)
+
+
+def signed_root(hessian: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """(R_n ``[N, C, C]``, d_n ``[N, C]`` of ±1) with R_n diag(d_n) R_nᵀ = Λ_n.
+
+    For softmax cross-entropy, whatever its weights and targets, Λ = s·(diag p - p pᵀ) and R has a closed form, see
+    `softmax_root`; that case is recognised by its value. Else R comes from the eigenvectors of Λ; d is -1 where the
+    loss is not convex in the output.
+
+    Args:
+        hessian: Λ ``[N, C, C]``.
+        output: ``[N, ...]`` model outputs.
+    """
+    p = output.detach().reshape(output.shape[0], -1).softmax(1)
+    spread = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    trace = spread.diagonal(dim1=1, dim2=2).sum(1)
+    scale = (hessian.diagonal(dim1=1, dim2=2).sum(1) / trace.clamp_min(torch.finfo(p.dtype).tiny)).clamp_min(0)
+    tolerance = 100 * torch.finfo(p.dtype).eps * hessian.abs().amax(dim=(1, 2)).clamp_min(torch.finfo(p.dtype).tiny)
+    error = (hessian - scale[:, None, None] * spread).abs().amax(dim=(1, 2))
+    if bool((error <= tolerance).all()):
+        columns = softmax_root(p.unsqueeze(2), torch.eye(p.shape[1], dtype=p.dtype, device=p.device), 1)
+        return scale.sqrt()[:, None, None] * columns, torch.ones_like(p)
+    values, vectors = torch.linalg.eigh(hessian)
+    values = values.masked_fill((values < 0) & (values > -tolerance.unsqueeze(1)), 0)  # rounding of a convex loss
+    return vectors * values.abs().sqrt().unsqueeze(1), torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+
+
+def softmax_root(p: Tensor, z: Tensor, axis: int) -> Tensor:
+    """R z along an axis, R the Cholesky factor of diag p - p pᵀ: R Rᵀ is the curvature of softmax cross-entropy.
+
+    With q_k the sum of the entries of p after the k-th (Tanabe and Sagae, 1992, "An Exact Cholesky Decomposition and
+    the Generalized Inverse of the Variance-Covariance Matrix of the Multinomial Distribution"),
+
+        R_kk = √(p_k q_k/q_{k-1}),  R_ik = -p_i R_kk/q_k  for i > k
+
+    Of an example between two classes R has one column, so that zᵀRᵀV R z is no estimate but tr(ΛV) itself for signs z;
+    with the root diag √p - p √pᵀ it is twice that or nothing.
+
+    Args:
+        p: ``[..., C, ...]`` probabilities.
+        z: what R is multiplied with: ``[..., C, ...]``, or broadcast with p in the other axes.
+        axis: of the classes in both.
+    """
+    before = p.flip(axis).cumsum(axis).flip(axis)  # q_{k-1}; 1 - Σ would have no small values
+    after = _shifted(before, axis, -1)
+    diagonal = (p * (after / before.clamp_min(torch.finfo(p.dtype).tiny))).sqrt()
+    moved = diagonal * z
+    shares = torch.where(after > 0, moved / after, 0.0)
+    # Not the sum with the own share less that: where q_k is tiny, its share hides the others.
+    return moved - p * _shifted(shares.cumsum(axis), axis, 1)
+
+
+def _shifted(x: Tensor, axis: int, steps: int) -> Tensor:
+    """Entries moved along an axis by one place up or down, with a zero where none came from."""
+    kept = x.narrow(axis, 0 if steps > 0 else 1, x.shape[axis] - 1)
+    zero = torch.zeros_like(x.narrow(axis, 0, 1))
+    return torch.cat([zero, kept] if steps > 0 else [kept, zero], axis)
+
+
+def hessian_root(hessian: Tensor, output: Tensor) -> Tensor:
+    """R_n ``[N, C, C]`` with R_n R_nᵀ = Λ_n, its negative eigenvalues dropped; see `signed_root`."""
+    root, signs = signed_root(hessian, output)
+    return root * signs.clamp_min(0).unsqueeze(1)
+
+
+def hessian_probe(
+    residual: Tensor, output: Tensor, at_zero: tuple[Tensor, Tensor], generator: torch.Generator | None = None
+) -> Tensor:
+    """A random u_n ``[N, ...]`` with E[u_n u_nᵀ] = Λ_n: R_n z, z of independent signs.
+
+    Where Λ is that of a softmax along one axis at each position, as in language models, only vectors are formed; else
+    Λ itself is.
+
+    Args:
+        residual: gradient of the summed losses with respect to `output`, made with create_graph=True.
+        output: ``[N, ...]`` the leaf it was taken at.
+        at_zero: the same two for an output of zeros.
+        generator: of the signs.
+    """
+    signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device)
+    z = (2 * signs - 1).to(output.dtype)
+    softmax = _softmax_hessian(residual, output, at_zero)
+    if softmax is not None:
+        axis, p, scale = softmax
+        return scale.sqrt() * softmax_root(p, z, axis)
+    root = hessian_root(output_hessian(residual, output), output)
+    return (root @ z.reshape(*z.shape[:1], -1, 1)).reshape(output.shape)
+
+
+@torch.enable_grad()
+def _softmax_hessian(
+    residual: Tensor, output: Tensor, at_zero: tuple[Tensor, Tensor]
+) -> tuple[int, Tensor, Tensor] | None:
+    """(axis, p, s) if Λ = s (diag p - p pᵀ) at each position, p the softmax along the axis; else None.
+
+    Recognised by one product with a vector in no special direction; s, which does not depend on the output, by the
+    same product at an output of zeros, where no p is near 0 or 1.
+    """
+    if not residual.requires_grad or not at_zero[0].requires_grad:
+        return None
+    one = torch.arange(1, output[0].numel() + 1, dtype=output.dtype, device=output.device).cos()
+    w = one.reshape(output.shape[1:]).expand_as(output)
+    (product,) = torch.autograd.grad(residual, output, w, retain_graph=True)
+    (flat_product,) = torch.autograd.grad(at_zero[0], at_zero[1], w)
+    limit = 1000 * torch.finfo(output.dtype).eps
+    for axis in range(1, output.dim()):
+        if output.shape[axis] == 1:
+            continue
+        flat_image = (w - w.mean(axis, keepdim=True)) / output.shape[axis]
+        scale = (flat_product * flat_image).sum(axis, keepdim=True) / flat_image.square().sum(axis, keepdim=True)
+        p = output.detach().softmax(axis)
+        image = p * (w - (p * w).sum(axis, keepdim=True))
+        uneven = (flat_product - scale * flat_image).abs() > limit * scale * flat_image.abs().amax(axis, keepdim=True)
+        seen = p.clamp_min(torch.finfo(p.dtype).tiny / torch.finfo(p.dtype).eps)  # below, p itself is rounded
+        if not bool(uneven.any() | ((product - scale * image).abs() > limit * scale * seen).any() | (scale < 0).any()):
+            return axis, p, scale
+    return None

@@ -1,0 +1,112 @@
+"""Collective communication for Kronecker factors: their averages, and eigenbases that one process computes for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from vlearn.optim.distributed.collectives import gathered, summed
+from vlearn.per_example.kronecker_factors import Layer
+
+Key = tuple[Layer, str]
+
+NAMES = ("out_factor", "in_factor", "squares")  # of the statistics, see `factor_sums`
+
+
+def averages(
+    drawn: Mapping[Key, list[Tensor]], parameters: list[Tensor], dtype_of: Callable[[Tensor], torch.dtype], group: Any
+) -> dict[Key, Tensor]:
+    """Average of each statistic over those draws of all processes that have it; one message for a layer.
+
+    A process that does not reach a layer may not know it. What the first that does takes it for, holds in all.
+
+    Args:
+        drawn: the statistics of this process's draws.
+        parameters: the same in all processes.
+        dtype_of: of the statistics, by weight.
+        group: the processes; None for this one alone.
+    """
+    if group is None:
+        return {key: torch.stack(found).mean(0) if len(found) > 1 else found[0] for key, found in drawn.items()}
+    place_of = {p: place for place, p in enumerate(parameters)}
+    own: dict[int, tuple[list[int], dict[str, list[Tensor]]]] = {}
+    for layer in dict.fromkeys(layer for layer, _ in drawn):
+        found = {name: drawn[layer, name] for name in NAMES if (layer, name) in drawn}
+        bias = -1 if layer.bias is None else place_of[layer.bias]
+        kind = [bias, *(found[name][0].dim() if name in found else 0 for name in NAMES)]
+        own.setdefault(place_of[layer.weight], ([max(map(len, found.values())), *kind], found))
+    joint: dict[Key, Tensor] = {}
+    for place, rows in enumerate(
+        _gather_layer_table({place: row for place, (row, _) in own.items()}, parameters, group)
+    ):
+        kind = next((kind for count, *kind in rows if count), None)
+        if kind is None:
+            continue
+        weight, (bias, *axes) = parameters[place], kind
+        layer = Layer(weight, None if bias < 0 else parameters[bias])
+        row, found = own.get(place, ([], {}))
+        found = found if row[1:] == kind else {}
+        shapes = {name: shape for name, shape in _shapes(layer, axes).items() if shape}
+        dtype = dtype_of(weight)
+        sums = [
+            torch.stack(found[name]).sum(0).to(weight.device, dtype) if found else weight.new_zeros(shape, dtype=dtype)
+            for name, shape in shapes.items()
+        ]
+        count = sum(count for count, *other in rows if other == kind)
+        joint.update(
+            {(layer, name): total.div_(count) for name, total in zip(shapes, summed(sums, group), strict=True)}
+        )
+    return joint
+
+
+def _gather_layer_table(rows: Mapping[int, list[int]], parameters: list[Tensor], group: Any) -> list[list[list[int]]]:
+    """By parameter, the row of each process: number of draws, place of the bias or -1, axes of each statistic."""
+    mine = torch.zeros(len(parameters), 2 + len(NAMES), dtype=torch.int64)
+    for place, row in rows.items():
+        mine[place] = torch.tensor(row)
+    return gathered(mine.to(parameters[0].device), group).transpose(0, 1).tolist()
+
+
+def _shapes(layer: Layer, axes: list[int]) -> dict[str, tuple[int, ...]]:
+    """Shape of each statistic, () of one that there is not."""
+    rows = len(layer.weight)
+    columns = sum(p.numel() for p in layer.parameters) // rows
+    out_axes, in_axes, squares_axes = axes
+    return {
+        "out_factor": (rows,) * out_axes,
+        "in_factor": (columns,) * in_axes,
+        "squares": (rows, columns) if squares_axes else (),
+    }
+
+
+def compute_on_one_rank(
+    tasks: list[Callable[[], list[Tensor] | None]], likes: list[list[Tensor]], group: Any
+) -> list[list[Tensor] | None]:
+    """Results that one process computes for all, where the processes share the tasks.
+
+    Each computing its own would not do: eigenvectors of repeated eigenvalues are arbitrary, and others differ between
+    processes that round differently, by the number of their threads alone.
+
+    Args:
+        tasks: the same in all processes; each gives tensors, or None.
+        likes: tensors of the results' shapes, dtype and device.
+        group: the processes; None for this one alone.
+    """
+    if group is None:
+        return [task() for task in tasks]
+    count, rank = distributed.get_world_size(group), distributed.get_rank(group)
+    own = {i: task() for i, task in enumerate(tasks) if i % count == rank}
+    results: list[list[Tensor] | None] = []
+    for i, like in enumerate(likes):
+        result = own.get(i)
+        message = like[0].new_zeros(1 + sum(tensor.numel() for tensor in like))
+        if result is not None:
+            torch.cat([message.new_ones(1), *(tensor.reshape(-1) for tensor in result)], out=message)
+        distributed.broadcast(message, distributed.get_global_rank(group, i % count), group=group)
+        succeeded, *parts = message.split([1, *(tensor.numel() for tensor in like)])
+        parts = [part.view(tensor.shape).clone() for part, tensor in zip(parts, like, strict=True)]
+        results.append(parts if bool(succeeded) else None)
+    return results

@@ -1,0 +1,71 @@
+"""Which processes train one model together, and what they average at `step()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vlearn._torch_internals import lets_processes_stop_early
+from vlearn.optim.distributed.collectives import all_reduce_max, process_count
+from vlearn.optim.distributed.ddp import DDPRegistry
+from vlearn.optim.parameters.parameters import Parameters
+
+
+class Processes:
+    """The processes that train the parameters of one optimizer.
+
+    Args:
+        parameters: those of the optimizer.
+
+    Attributes:
+        ddp: the DistributedDataParallel modules around the parameters.
+        average_passes: whether the update learns from the examples of each process's own passes.
+    """
+
+    def __init__(self, parameters: Parameters):
+        self._parameters = parameters
+        self.average_passes = False
+        self.ddp = DDPRegistry()
+
+    def several_with(self, setting: str) -> bool:
+        """Whether there are several processes and any group has `sync` or `shared_noise`."""
+        return self._parameters.any(setting) and process_count() > 1
+
+    @property
+    def own_draws(self) -> bool:
+        """Whether there are several processes, each with a draw of its own."""
+        return process_count() > 1 and not self._parameters.any("shared_noise")
+
+    def agree_on(self, code: int, at_step: bool) -> int:
+        """The greatest code of all processes whose step is one: none may wait for another that does not come."""
+        parameters = self._parameters.trainable() if process_count() > 1 else []
+        if not parameters or not self._averages(wrapper := self.ddp.first(parameters)):
+            return code
+        group = None if wrapper is None or self.several_with("sync") else wrapper.process_group
+        return all_reduce_max(code, at_step, parameters[0].device, group)
+
+    def group_over(self, parameters: Iterable[Tensor]) -> Any:
+        """The processes over which `step()` averages what it learns from examples of parameters; None: it does not."""
+        if process_count() == 1:
+            return None
+        everyone = torch.distributed.group.WORLD
+        if self.several_with("sync"):
+            return everyone
+        if self.several_with("shared_noise"):
+            return self.ddp.group_of(self._parameters.trainable()) or everyone
+        return self.ddp.group_of(parameters)
+
+    def _averages(self, wrapper: DistributedDataParallel | None) -> bool:
+        """Whether `step()` averages anything over processes.
+
+        Args:
+            wrapper: around the parameters.
+        """
+        if wrapper is not None and lets_processes_stop_early(wrapper):
+            return False  # it raises: others may have stopped
+        shared = self.several_with("shared_noise")
+        return self.several_with("sync") or (self.average_passes if shared else wrapper is not None)

@@ -1,0 +1,594 @@
+"""The face that every variational optimizer shows to torch and to the user.
+
+A draw θ ~ q is put into the weights, a backward pass leaves the gradient at θ in `p.grad`, and `step()`
+turns gradient and noise into an update of the posterior. Four loops do this:
+
+    (a) plain      a training forward of a watched model draws
+    (b) context    `with optimizer.sampled_params(train=True): ...`
+    (c) closure    `optimizer.step(closure)`
+    (d) modes      `optimizer.train()` ... `optimizer.eval()`
+
+The weights are the posterior mean whenever no draw is active. An optimizer is a structure (how the precision is kept),
+a curvature (where it is learned from) and an update (how both move the mean); it owns a sampler, which makes the draws,
+and a watch, if a model is watched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vlearn._torch_internals import is_sharded
+from vlearn.capture.names import named_parameters
+from vlearn.capture.outputs import Selector
+from vlearn.optim.distributed.collectives import averaged
+from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
+from vlearn.optim.parameters.options import follow_betas, with_betas
+from vlearn.optim.parameters.parameters import Parameters, state_dtype
+from vlearn.optim.parameters.state_dict import loaded_as_saved
+from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.draw import Draw, Origin
+from vlearn.optim.sampling.sampler import Context, Curvature, MeanView, Sampler
+from vlearn.optim.step_checks import check_first_gradients, check_passes, waiting_draw
+from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
+from vlearn.optim.structures.protocol import PosteriorContext, Structure
+from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.updates.curvature import PassCurvature
+from vlearn.optim.watch.watch import Watch, WatchOptions, watches
+from vlearn.posterior.gaussian import Gaussian
+from vlearn.sensitivity.live import Sensitivities, live_sensitivities
+
+_RULES = ("ignore", "skip", "raise", "fail")  # of `nonfinite`, the stricter the later; "fail": there is no step
+
+S = TypeVar("S", bound=Structure)
+P = TypeVar("P", bound=Gaussian)  # the posterior that S gives
+
+
+@dataclass
+class _Runtime(Generic[S]):
+    """What an optimizer owns beside groups and state, and does not save.
+
+    One object: wrappers that copy an optimizer's attributes, as Lightning's does, share it.
+
+    Attributes:
+        betas: those that each parameter group had after the last step, by its number.
+    """
+
+    parameters: Parameters
+    structure: S
+    curvature: Curvature
+    sampler: Sampler
+    watch: Watch | None = None
+    betas: dict[int, Any] = field(default_factory=dict)
+
+
+class VariationalOptimizer(Optimizer, Generic[S, P]):
+    """Base class of the family: the four loops, groups and state, watching, and what is read from the posterior.
+
+    A subclass names its structure and curvature, and updates the state of a block of parameters from averages over the
+    step's draws (`_update_block`), or of all of them together (`_update_jointly`).
+    """
+
+    _copied: tuple[str, ...] = ()  # attributes of a subclass that copies have too
+
+    def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None):
+        self._check_group(defaults)
+        self._runtime = self._new_runtime(generator)
+        model = params if isinstance(params, nn.Module) else None
+        super().__init__(named_parameters(model) if model is not None else params, defaults)  # pyright: ignore
+        if model is not None:
+            self.watch(model)
+
+    # -- what a subclass adds ----------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError if a parameter group's settings break a rule."""
+        raise NotImplementedError
+
+    def _new_structure(self, parameters: Parameters, processes: Processes) -> S:
+        """How the posterior precision is kept."""
+        raise NotImplementedError
+
+    def _new_curvature(self, structure: S) -> Curvature:
+        """What is averaged over draws beside the gradient."""
+        raise NotImplementedError
+
+    def _update_block(self, update: BlockUpdate) -> BlockUpdate | None:
+        """Update the state and the exact means of parameters that are independent of other blocks; return the rest."""
+        raise NotImplementedError
+
+    def _prepare_update(self, draw: Draw, layer_statistics: dict[Any, list[Tensor]]) -> Any:
+        """Do what must come before the first block is updated; the result is for `_update_jointly`.
+
+        Args:
+            layer_statistics: what the recorded passes gave that belongs to no parameter alone, by key: one for each of
+                this process's draws that has it.
+        """
+
+    def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:
+        """Update what `_update_block` has left over; the weights are the mean by now."""
+
+    def _update_compiled(self, draw: Draw, block: Block, keep: bool) -> bool:
+        """As `_update_block` for a block of one slice and the step's only draw, in one kernel that also shows the mean.
+
+        Args:
+            keep: the draw is wanted afterwards, in the buffer.
+        Returns:
+            False if nothing was done because the block does not fit.
+        """
+        return False
+
+    # -- what it owns ------------------------------------------------------------------------------------
+
+    def _new_runtime(self, generator: torch.Generator | None) -> _Runtime[S]:
+        parameters = Parameters(type(self).__name__)
+        processes = Processes(parameters)
+        structure = self._new_structure(parameters, processes)
+        curvature = self._new_curvature(structure)
+        processes.average_passes = curvature.needs_pass
+        sampler = Sampler(parameters, processes, structure, curvature, generator)
+        return _Runtime(parameters, structure, curvature, sampler)
+
+    @property
+    def _parameters(self) -> Parameters:
+        return self._runtime.parameters
+
+    @property
+    def _structure(self) -> S:
+        return self._runtime.structure
+
+    @property
+    def _sampler(self) -> Sampler:
+        return self._runtime.sampler
+
+    @property
+    def _watch(self) -> Watch | None:
+        watch = self._runtime.watch
+        return None if watch is None or watch.removed else watch
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The generator of the noise; None for torch's global ones."""
+        return self._sampler.generator
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        self._sampler.generator = generator
+
+    @property
+    def nonfinite_count(self) -> int:
+        """The number of steps that were skipped for a gradient that was not finite."""
+        return self._sampler.num_skipped
+
+    # -- groups and state --------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch: settings that are missing are the optimizer's defaults. A draw that waits is dropped.
+
+        Raises:
+            ValueError, TypeError: if a setting breaks its rule, or a parameter is complex or sharded.
+        """
+        if isinstance(param_group, dict):
+            param_group = with_betas(param_group, self.defaults)
+            self._check_group({**self.defaults, **param_group})
+        self._parameters.attach(self.param_groups, self.state)
+        self._sampler.discard()
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for p in group["params"]:
+                self._check_parameter(p)
+            self._parameters.num_data  # noqa: B018  differing ess without num_data
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._runtime.betas[len(self.param_groups) - 1] = group["betas"]
+        self._sampler.follow_gradients(group["params"])
+
+    def _check_parameter(self, p: Tensor) -> None:
+        if p.is_complex():
+            raise TypeError(f"{type(self).__name__} has no posterior over complex parameters: use torch.view_as_real.")
+        if is_sharded(p):
+            raise TypeError(
+                f"{type(self).__name__} draws whole parameters, but one of shape {tuple(p.shape)} is sharded over "
+                "processes (FSDP, tensor parallelism): use DistributedDataParallel."
+            )
+
+    @property
+    def num_data(self) -> float:
+        """The number of training examples N, the scale of sensitivities.
+
+        Raises:
+            ValueError: if it was not given and the parameter groups differ in ess.
+        """
+        return self._parameters.num_data
+
+    def __getstate__(self) -> dict[str, Any]:
+        copied = {name: getattr(self, name) for name in self._copied}
+        counters = {"generator": self.generator, "num_skipped": self.nonfinite_count}
+        return {**super().__getstate__(), **copied, **counters, "watch": self._watch}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        whole = "generator" in state  # load_state_dict passes state and param_groups alone
+        generator, skipped, watch = (state.pop(name, None) for name in ("generator", "num_skipped", "watch"))
+        # What is loaded may have been saved before a setting existed.
+        for own, loaded in zip(getattr(self, "param_groups", ()), state["param_groups"], strict=False):
+            loaded.update({**own, **with_betas(loaded, own)})
+        super().__setstate__(state)
+        if whole:
+            self._runtime = self._new_runtime(generator)
+            self._sampler.num_skipped = skipped
+        self._parameters.attach(self.param_groups, self.state)
+        groups = enumerate(self.param_groups)
+        self._runtime.betas = {n: g["betas"] for n, g in groups if (g["beta1"], g["beta2"]) == g["betas"]}
+        if whole:
+            self._sampler.follow_gradients(self._parameters.all())
+            self._bind(watch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch. A draw that waits is dropped; float32 state of narrower parameters stays float32.
+
+        Raises:
+            ValueError: if it is another optimizer's.
+        """
+        self._sampler.discard()
+        self._parameters.count_load()
+        with loaded_as_saved(self):
+            super().load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; gradients of finished draws of this step stay counted."""
+        self._sampler.zero_grad()
+        super().zero_grad(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler reads before it unscales and steps: we leave the unscaling to it, if it can."""
+        count = self._sampler.average.count
+        if count:
+            raise RuntimeError(
+                f"a gradient scaler unscales the last of {count + 1} draws alone: with it, enter "
+                "sampled_params(train=True) once per step, or use loop (a) or (d)."
+            )
+        return False
+
+    # -- the loops ---------------------------------------------------------------------------------------
+
+    def sampled_params(self, train: bool = False) -> AbstractContextManager[None]:
+        """A context in which the weights are a draw from the posterior; they are the mean after any exit.
+
+        Args:
+            train: the draw and the gradients computed inside belong to the next `step()`. Entered k times before
+                it, k draws are averaged (do not divide their losses by k); clip gradients inside each, and use no
+                gradient scaler with k > 1. False: a draw for predicting; nothing is recorded, a draw that waits
+                for `step()` is put back as it was.
+
+        Raises:
+            RuntimeError: if entered inside another sampled_params, or (train=True) while a draw made in another
+                way has gradients and waits for step().
+        """
+        return self._sampler.sampled(train)
+
+    def train(self) -> None:
+        """Put a draw into the weights, or the one that waits for `step()` again: micro-batches share it.
+
+        Raises:
+            RuntimeError: inside sampled_params, or while a draw made there waits for step().
+        """
+        self._sampler.train()
+
+    def eval(self) -> None:
+        """Put the mean into the weights; a draw made by `train()` or automatically waits for `step()`.
+
+        Raises:
+            RuntimeError: inside sampled_params.
+        """
+        self._sampler.eval()
+
+    def at_mean(self) -> AbstractContextManager[None]:
+        """A context in which the weights are the mean whatever draw is active; it is put back afterwards."""
+        return self._sampler.at_mean()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the posterior from every draw since the last step; the weights are its mean afterwards.
+
+        Args:
+            closure: computes the loss and its gradients (zero_grad, forward, backward); called `mc_samples`
+                times, each under a draw of its own. May return None.
+        Returns:
+            The closure's loss, averaged over its calls.
+        Raises:
+            RuntimeError: without a draw, inside sampled_params, or with gradients of no draw.
+            FloatingPointError: if a gradient is not finite (`nonfinite="raise"`); state and weights are as before.
+        """
+        sampler = self._sampler
+        if sampler.context is not Context.NONE:
+            raise RuntimeError("step() inside sampled_params: leave the context first.")
+        sampler.recover()
+        try:
+            loss, finite = self._run(closure) if closure is not None else (None, True)
+            draw = self._checked_draw(closure is not None) if finite else None
+            if draw is not None:
+                self._apply(draw)
+        except BaseException:
+            sampler.discard()
+            raise
+        return loss
+
+    def _run(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
+        """(average loss, False if the step is to be skipped for a gradient that is not finite)."""
+        sampler = self._sampler
+        if sampler.draw is not None and sampler.draw.origin is Origin.CONTEXT:
+            return self._run_after_contexts(closure), True
+        check_first_gradients(sampler)
+        losses: list[Any] = []
+        sampler.in_closure = True
+        try:
+            for call in range(self._parameters.mc_samples):
+                if call > 0:
+                    draw = self._checked_draw(True)
+                    if draw is None:
+                        return _average_loss(losses), False
+                    draw.keep_gradients()
+                sampler.begin_closure(first=call == 0)
+                with torch.enable_grad():
+                    losses.append(closure())
+        finally:
+            sampler.in_closure = False
+        return _average_loss(losses), True
+
+    def _run_after_contexts(self, closure: Callable[[], Any]) -> Any:
+        """The draws are made; Lightning still passes a closure, one that does nothing, where users call step()."""
+        with torch.enable_grad():
+            loss = closure()
+        if self._sampler.gradient_outside_draw is not None:
+            raise RuntimeError(
+                "step(closure) while a draw of sampled_params(train=True) waits: call step() without it."
+            )
+        return loss
+
+    def _checked_draw(self, has_closure: bool) -> Draw | None:
+        """The draw to update from; None if the `nonfinite` rule of the groups is to skip the step.
+
+        Raises:
+            RuntimeError, FloatingPointError: where this process has no step, or another whose step is the same.
+        """
+        sampler = self._sampler
+        draw, nonfinite, rule, problem = None, None, "ignore", None
+        try:
+            draw = waiting_draw(sampler, self._watch, has_closure)
+            sampler.check_local_gradients(draw)
+            if self._watch is not None:
+                self._watch.collect()
+            check_passes(draw, self._parameters, self._watch)
+            for group in self.param_groups:
+                if group["nonfinite"] != "ignore":
+                    p = first_nonfinite((p, draw.gradient_of(p)) for p in group["params"])
+                    if p is not None and rule != "raise":
+                        nonfinite, rule = p, group["nonfinite"]
+        except Exception as error:
+            if sampler.draw is None:
+                raise  # the others may not be at step()
+            rule, problem = "fail", error
+        rule = _RULES[sampler.processes.agree_on(_RULES.index(rule), at_step=True)]
+        if problem is not None:
+            raise problem
+        if rule == "fail":
+            raise RuntimeError("step() failed on another rank (see its traceback); no rank was updated.")
+        if rule == "raise":
+            name = (
+                repr(self._parameters.names()[nonfinite]) if nonfinite is not None else "a parameter in another process"
+            )
+            raise FloatingPointError(
+                f"the gradient of {name} is not finite; the step was not taken and state and "
+                'weights are as before: lower lr, clip gradients, or pass nonfinite="skip".'
+            )
+        if rule == "skip":
+            sampler.num_skipped += 1
+            sampler.discard()
+            return None
+        return draw
+
+    def _apply(self, draw: Draw) -> None:
+        """Update state and means from the draw that waits and the averages of the earlier ones."""
+        sampler, structure = self._sampler, self._structure
+        follow_betas(self.param_groups, self._runtime.betas)
+        keep = self._watch is not None and self._watch.needs_draw
+        synchronised = sampler.processes.several_with("sync")
+        if synchronised:
+            sampler.sum_up(draw)
+            every = self._parameters.all()
+            sampler.average.average_over_processes(every, state_dtype, self._parameters.names, structure.has_curvature)
+        elif draw.pass_sums is not None and draw.pass_sums.count:
+            sampler.average.add_layer_statistics(draw.pass_sums.layer_statistics())
+        try:
+            prepared = self._prepare_update(draw, sampler.average.layer_statistics)
+            joint: list[BlockUpdate] = []
+            for block in draw.blocks:
+                rest = self._apply_to_block(draw, block, keep, synchronised)
+                if rest is not None:
+                    joint.append(rest)
+            self._update_jointly(joint, prepared)
+            for update in joint:
+                self._write_means(update.slices)
+        finally:
+            sampler.consume(draw, keep)
+            self._parameters.count_step()
+
+    def _apply_to_block(self, draw: Draw, block: Block, keep: bool, synchronised: bool) -> BlockUpdate | None:
+        """Update one block as far as it is independent of the others, put its mean into the weights; return the rest.
+
+        Args:
+            keep: the draw is wanted afterwards, in the buffers.
+            synchronised: the averages hold every draw, of all processes.
+        """
+        average, local = self._sampler.average, draw.local_gradients
+        # Under DistributedDataParallel p.grad is not the draw's own.
+        reduced = local is not None and local.reduced(block.slices[0].parameter)
+        only_draw = not (synchronised or reduced or average.count)
+        if only_draw and block.group.get("compiled", False) and self._update_compiled(draw, block, keep):
+            return None
+        last = None if synchronised else self._sampler.contributions(draw, block)
+        slices, gradients, curvatures = average.of(block.slices, last)
+        rest = None
+        if slices:
+            present = [c for c in curvatures if c is not None] if _learns(draw) else []
+            if present and not synchronised:
+                present = self._over_processes(draw, slices, present)
+            rest = self._update_block(BlockUpdate(block.group, slices, gradients, present or None))
+            self._write_means(slices)
+        for piece in block.slices:
+            piece.swap_in_mean() if keep else piece.discard_draw()
+        return rest
+
+    def _over_processes(self, draw: Draw, slices: list[ParameterSlice], curvatures: list[Tensor]) -> list[Tensor]:
+        """Averages of curvature estimates over the processes whose gradients are averaged already."""
+        processes, has_curvature = self._sampler.processes, self._structure.has_curvature
+        places = [i for i, piece in enumerate(slices) if has_curvature(piece.parameter)]
+        own = [curvatures[i] for i in places]
+        if own and draw.local_gradients is not None:
+            own = processes.ddp.average([slices[i].parameter for i in places], own)
+        elif own and draw.pass_sums is not None and processes.several_with("shared_noise"):  # each its own examples
+            own = averaged(own, processes.ddp.group_of(self._parameters.trainable()))
+        at_place = dict(zip(places, own, strict=True))
+        return [at_place.get(i, curvature) for i, curvature in enumerate(curvatures)]
+
+    def _write_means(self, slices: list[ParameterSlice]) -> None:
+        """Write the exact means of weights of lower precision into them."""
+        for piece in slices:
+            if is_low_precision(piece.weights):
+                piece.mean.copy_(self._sampler.exact_mean(piece))
+
+    # -- the posterior and what is read from it ------------------------------------------------------------
+
+    def posterior(self) -> P:
+        """The posterior as a view of the optimizer's state: no copy, stale after the next step.
+
+        Raises:
+            ValueError: if num_data is unclear, see `num_data`.
+        """
+        sampler = self._sampler
+        sampler.init_states()
+        context = PosteriorContext(partial(MeanView, sampler), self._parameters.staleness(), sampler.at_mean)
+        posterior: Any = self._structure.posterior(context)
+        return posterior
+
+    def diagnostics(self) -> Diagnostics:
+        """Whether the posterior learns: range of its Hessian, how much of it is still hess_init, signal to noise.
+
+        Raises:
+            ValueError: if no parameter requires grad.
+        """
+        self._sampler.init_states()
+        means = MeanView(self._sampler, {name: p for p, name in self._parameters.names().items()})
+        return diagnose(self._parameters, means, self._structure.diagonal_hessian(), self.nonfinite_count)
+
+    def watch(
+        self,
+        model: nn.Module,
+        loss_reduction: str | Callable[[], float] = "mean",
+        loss_scale: float | Callable[[], float] = 1.0,
+        every: int = 1,
+    ) -> None:
+        """Draw in every training forward of the model, and keep what sensitivities need of it.
+
+        Args:
+            model: called in the training loop; every submodule gets hooks, so it may also be called in parts.
+            loss_reduction: how the loss that `backward()` starts from reduces the examples' own losses: "mean" (over
+                the minibatch, or over the `num_items_in_batch` that Hugging Face's Trainer calls the model with),
+                "sum", or a callable that gives the denominator (class weights, unignored targets).
+            loss_scale: what that loss is multiplied with beyond this: `1 / k` when it is divided for accumulation,
+                `scaler.get_scale`. A callable is read at backward.
+            every: keep captures only on every so many steps.
+        Raises:
+            TypeError, ValueError: if an argument breaks its rule.
+        """
+        ddp = self._sampler.processes.ddp
+        wrapped = isinstance(model, nn.Module) and ddp.add(model.modules(), self._parameters.all())
+        if wrapped and self._parameters.any("sync"):
+            raise ValueError(
+                "sync=True, but DistributedDataParallel averages the gradients: drop sync=True, or the wrapper."
+            )
+        watch = Watch(model, WatchOptions(loss_reduction, loss_scale, every))
+        self.unwatch()
+        self._unwatch_rivals(model)
+        self._bind(watch)
+
+    def _bind(self, watch: Watch | None) -> None:
+        curvature = self._runtime.curvature
+        consumer = curvature if isinstance(curvature, PassCurvature) else None
+        self._runtime.watch = None if watch is None else watch.bind(self._sampler, consumer)
+
+    def _unwatch_rivals(self, model: nn.Module) -> None:
+        """Two optimizers that both draw the same parameters would draw on top of each other."""
+        own = set(self._parameters.all())
+        for watch in watches(model):
+            rival = watch.sampler
+            if rival is not self._sampler and not own.isdisjoint(rival.parameters.all()):
+                rival.discard()
+                watch.remove()
+                warnings.warn(
+                    f"these parameters were watched by another {rival.parameters.owner}, which is unwatched now.",
+                    stacklevel=4,
+                )
+
+    def unwatch(self) -> None:
+        """Remove every hook from the watched model; a draw that waits is dropped."""
+        if self._watch is not None:
+            self._sampler.discard()
+            self._watch.remove()
+        self._runtime.watch = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sensitivities(
+        self, deviation: bool = False, output: Selector = None, examples: Tensor | Sequence[int] | slice | None = None
+    ) -> Sensitivities:
+        """Each example's sensitivity, from the training step's own forward and backward pass.
+
+        Σ is the state at the call, the weights are the step's draw. Nothing is computed unless this is called.
+
+        Args:
+            deviation: also the change of the model's output if the example were removed, by one more
+                forward pass.
+            output: which of several outputs residual, prediction error and deviation speak of: a key, an index or
+                a callable of the whole output. The self-influence is that of the whole loss.
+            examples: which of the minibatch's examples, as numbers ``[K]``, a slice or a mask; default all. The cost
+                falls with their number.
+        Returns:
+            One row per example of the last minibatch, or of those of it that were asked for, in their order.
+        Raises:
+            RuntimeError: if the model is not watched, no backward pass has come since its last training forward
+                pass, or examples have no gradient of their own.
+            ValueError: if `output` selects no tensor that the loss depends on, or is None and there are several; if
+                `examples` are not different numbers of examples of the minibatch.
+        """
+        watch = self._watch
+        if watch is None:
+            name = self._parameters.owner
+            raise RuntimeError(
+                f"sensitivities() needs a watched model: use {name}(model, ...) or optimizer.watch(model)."
+            )
+        recorded = watch.last_pass("sensitivities are not defined for this step: ")
+        covariance = self.posterior().covariance({name: p for p, name in self._parameters.names().items()})
+        return live_sensitivities(recorded, covariance, watch.trace_step, deviation, output, examples)
+
+
+def _learns(draw: Draw) -> bool:
+    """Whether a step has a curvature estimate: from its draws, or from recorded passes if there are any."""
+    return draw.pass_sums is None or draw.pass_sums.count > 0
+
+
+def _average_loss(losses: list[Any]) -> Any:
+    given = [loss for loss in losses if loss is not None]
+    return (given[0] if len(given) == 1 else sum(given) / len(given)) if given else None

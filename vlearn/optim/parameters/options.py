@@ -1,0 +1,176 @@
+"""Settings of parameter groups: those that every optimizer has, their rules, and the two spellings of betas."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+_NONFINITE = ("raise", "skip", "ignore")
+Rule = tuple[str, bool, str]  # name of a setting, whether its value keeps the rule, the rule and a remedy
+
+
+class SharedOptions(TypedDict, total=False):
+    """The settings that every optimizer of the family takes as keyword arguments, and may have by parameter group.
+
+    Attributes:
+        hess_init: the Hessian at the start, per example, default 1. After t steps its remaining weight is β₂ᵗ.
+        beta1: the momentum β₁ of the gradient, default 0.9.
+        beta2: the momentum β₂ of the Hessian, default 0.99: estimates that carry little noise forget hess_init in
+            500 steps; 0.999 is for long runs.
+        weight_decay: wd = δ/N for a prior precision δ and N examples, default 1e-4.
+        mc_samples: the number of draws per `step(closure)`, default 1.
+        sync: average gradients and curvature over all processes at `step()`, without a DistributedDataParallel wrapper.
+        debias: divide the momentum by 1 - β₁ᵗ, default True.
+        num_data: the number of training examples N, the scale of sensitivities; default ess.
+        generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
+            their generators are alike.
+        shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
+            supports clipping and GradScaler, which draws of their own do not; one draw instead of one per process.
+        nonfinite: "raise" (default) FloatingPointError at a gradient that is not finite, "skip" the step and count it
+            in `nonfinite_count`, or "ignore": do not look.
+    """
+
+    hess_init: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    mc_samples: int
+    sync: bool
+    debias: bool
+    num_data: float | None
+    generator: torch.Generator | None
+    shared_noise: bool
+    nonfinite: str
+
+
+DEFAULTS = SharedOptions(
+    hess_init=1.0,
+    beta1=0.9,
+    beta2=0.99,
+    weight_decay=1e-4,
+    mc_samples=1,
+    sync=False,
+    debias=True,
+    num_data=None,
+    generator=None,
+    shared_noise=False,
+    nonfinite="raise",
+)
+
+
+def settings_of(owner: str, lr: float, ess: float, shared: SharedOptions, **own: Any) -> dict[str, Any]:
+    """The settings of the parameter groups of an optimizer, as its `defaults`.
+
+    Args:
+        owner: the optimizer's name.
+        shared: the shared options that were given.
+        own: the settings that this optimizer alone has.
+    Raises:
+        TypeError: if an option is unknown.
+    """
+    for name in shared:
+        if name not in DEFAULTS:
+            raise TypeError(f"{owner}.__init__() got an unexpected keyword argument {name!r}")
+    settings: dict[str, Any] = {"lr": lr, "ess": ess, **DEFAULTS, **shared, **own}
+    del settings["generator"]
+    return with_betas(settings, settings)
+
+
+Optimizer = TypeVar("Optimizer", bound=type)
+
+
+def with_shared_options(optimizer: Optimizer) -> Optimizer:
+    """Class decorator: signature and docstring show the shared options where they say ``**shared``."""
+    signature = inspect.signature(optimizer.__init__)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = inspect.get_annotations(SharedOptions)
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=options[name])
+        for name, default in DEFAULTS.items()
+        if name not in signature.parameters
+    ]
+    setattr(optimizer.__init__, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+    documented = (SharedOptions.__doc__ or "").partition("Attributes:\n")[2].rstrip()
+    if optimizer.__doc__:
+        lines = [line if "**shared:" not in line else documented for line in optimizer.__doc__.splitlines()]
+        optimizer.__doc__ = "\n".join(lines)
+    return optimizer
+
+
+def tempered_ess_and_decay(group: dict[str, Any]) -> tuple[float, float]:
+    """(effective sample size of the draws, weight decay) of a parameter group, after tempering and augmentation.
+
+    Both are as given unless the optimizer has one of the two settings: ess·ρ/τ and wd·τ/ρ.
+    """
+    ratio = group.get("tempering", 1.0) / group.get("augmentation", 1.0)
+    return (
+        (group["ess"], group["weight_decay"]) if ratio == 1 else (group["ess"] / ratio, group["weight_decay"] * ratio)
+    )
+
+
+def check(group: dict[str, Any], rules: Iterable[Rule]) -> None:
+    """Raise ValueError for the first rule that a parameter group's settings break."""
+    for name, holds, rule in rules:
+        if not holds:
+            raise ValueError(f"{name}={group[name]!r}, but it {rule}.")
+
+
+def common_rules(group: dict[str, Any]) -> list[Rule]:
+    """The rules of the settings that all optimizers have.
+
+    Raises:
+        ValueError: if lr is a tensor of several numbers, which rules cannot compare.
+    """
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr={group['lr']}, but it must be one number: use a parameter group for each rate.")
+    whole = isinstance(group["mc_samples"], int)
+    positive = "must be positive: use the number of training examples"
+    return [
+        ("lr", bool(group["lr"] >= 0), "must not be negative: try 0.1"),
+        ("ess", group["ess"] > 0, positive),
+        ("hess_init", group["hess_init"] > 0, "must be positive: try 1, or 0.1 for short runs"),
+        ("beta1", 0 <= group["beta1"] < 1, "must be in [0, 1): try 0.9"),
+        ("beta2", 0 <= group["beta2"] <= 1, "must be in [0, 1]: try 0.99999"),
+        ("weight_decay", group["weight_decay"] >= 0, "must not be negative: try 1e-4"),
+        ("mc_samples", whole and group["mc_samples"] >= 1, "must be a whole number of draws: use 1"),
+        ("num_data", group["num_data"] is None or group["num_data"] > 0, positive),
+        (
+            "nonfinite",
+            group["nonfinite"] in _NONFINITE,
+            "must be 'raise', 'skip' or 'ignore': use 'raise'",
+        ),
+    ]
+
+
+def check_positive_precision(group: dict[str, Any]) -> Rule:
+    """The rule of an estimate that may be zero: a Hessian of the last estimate alone needs weight decay beside it."""
+    lasts = group["beta2"] > 0 or group["weight_decay"] > 0
+    return "beta2", lasts, "must be positive without weight decay: the precision of a flat direction would be zero"
+
+
+def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`betas` beside beta1 and beta2, as torch's schedulers want them; either may be given."""
+    if "betas" in group:
+        beta1, beta2 = group["betas"]
+    else:
+        beta1, beta2 = group.get("beta1", defaults["beta1"]), group.get("beta2", defaults["beta2"])
+    return {**group, "beta1": beta1, "beta2": beta2, "betas": (beta1, beta2)}
+
+
+def follow_betas(groups: list[dict[str, Any]], known: dict[int, Any]) -> None:
+    """`betas`, which torch's schedulers write, and beta1 and beta2, which users of ivon-opt write, are one setting.
+
+    Whichever was written since the last step counts; `betas` if both were.
+
+    Args:
+        groups: parameter groups, changed in place.
+        known: the `betas` that each group had after the last step, brought up to date.
+    """
+    for number, group in enumerate(groups):
+        if group["betas"] is known.get(number):
+            group["betas"] = (group["beta1"], group["beta2"])
+        group["beta1"], group["beta2"] = known[number] = group["betas"]

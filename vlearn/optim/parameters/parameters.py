@@ -1,0 +1,133 @@
+"""The parameters of one optimizer with their groups, state and names, for everything that works below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlearn.capture.names import uncompiled_name
+from vlearn.optim.kernels.nonfinite import is_low_precision
+
+Group = dict[str, Any]  # a parameter group as torch has it: "params" and settings
+
+
+class Parameters:
+    """A view of an optimizer's parameter groups and state, which it hands down instead of itself.
+
+    Args:
+        owner: the name of the optimizer, for messages.
+
+    Attributes:
+        groups, state: those of the optimizer.
+        names_in_model: the name of each parameter in the watched model, if there is one.
+        updates: how often the state has changed, by steps and by loading: what a posterior view was read at.
+        loads: how often it has been replaced as a whole.
+    """
+
+    def __init__(self, owner: str):
+        self.owner = owner
+        self.groups: list[Group] = []
+        self.state: MutableMapping[Tensor, dict[str, Any]] = {}
+        self.names_in_model: dict[Tensor, str] = {}
+        self.updates = self.loads = 0
+        self._steps: int | None = None  # taken so far; None: to be read from the state
+
+    def attach(self, groups: list[Group], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """Look at these groups and this state from now on."""
+        if groups is not self.groups or state is not self.state:
+            self.groups, self.state = groups, state
+            self.loads += 1
+            self._steps = None
+
+    def all(self) -> list[Tensor]:
+        """Every parameter, in the order of the groups."""
+        return [p for group in self.groups for p in group["params"]]
+
+    def trainable(self) -> list[Tensor]:
+        """The parameters that are drawn and updated: those that require grad."""
+        return [p for p in self.all() if p.requires_grad]
+
+    def group_of(self, p: Tensor) -> Group:
+        """The group that a parameter is in."""
+        return next(group for group in self.groups if any(p is q for q in group["params"]))
+
+    def names(self) -> dict[Tensor, str]:
+        """The name of every parameter: as given, else as in the watched model, else by position."""
+        names: dict[Tensor, str] = {}
+        for group in self.groups:
+            given = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                name = given[i] if given else self.names_in_model.get(p, f"param_{len(names)}")
+                names[p] = uncompiled_name(name)
+        return names
+
+    def any(self, setting: str) -> bool:
+        """Whether a setting is on in any group."""
+        return any(group[setting] for group in self.groups)
+
+    @property
+    def num_data(self) -> float:
+        """The number of training examples N, the scale of sensitivities.
+
+        Raises:
+            ValueError: if it was not given and the parameter groups differ in ess.
+        """
+        given = {group["num_data"] or group["ess"] for group in self.groups}
+        if len(given) > 1:
+            listed = ", ".join(f"{value:g}" for value in sorted(given))
+            raise ValueError(
+                f"ess={listed} differ between parameter groups, so the number of examples is unclear: pass num_data."
+            )
+        return given.pop()
+
+    @property
+    def mc_samples(self) -> int:
+        """The number of draws per `step(closure)`."""
+        return max(group["mc_samples"] for group in self.groups)
+
+    def next_step(self) -> int:
+        """The number of the update that the next gradients will make, from 1."""
+        if self._steps is None:
+            self._steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        return self._steps + 1
+
+    def count_step(self) -> None:
+        """A step has changed the state."""
+        self.updates += 1
+        self._steps = None if self._steps is None else self._steps + 1
+
+    def count_load(self) -> None:
+        """Another state is being loaded."""
+        self.updates += 1
+        self.loads += 1
+        self._steps = None
+
+    def staleness(self) -> Callable[[], None]:
+        """A check for a view of the present state, which raises RuntimeError once the state has changed."""
+        updates = self.updates
+
+        def check() -> None:
+            if self.updates != updates:
+                raise RuntimeError(
+                    "this posterior is stale, the optimizer has stepped since: call optimizer.posterior() again, or "
+                    "keep one with .clone()."
+                )
+
+        return check
+
+    def master_copy(self, p: Tensor) -> Tensor | None:
+        """The float32 mean of a parameter of lower precision; None where the weights hold the mean exactly."""
+        return self.state[p].get("mean")
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The dtype in which the state of a parameter is kept: its own, but at least float32."""
+    return torch.float32 if is_low_precision(p) else p.dtype
+
+
+def reconciled(master: Tensor, mean: Tensor) -> Tensor:
+    """The float32 master copy; but where the weights are not it, rounded, the user has written them, and they win."""
+    return torch.where(master.to(mean.dtype) == mean, master, mean.float())

@@ -1,0 +1,45 @@
+"""Loading a state dict so that the next step is that of the run which saved it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
+
+from vlearn.optim.kernels.nonfinite import is_low_precision
+
+
+@contextmanager
+def loaded_as_saved(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, `load_state_dict` refuses another optimizer's state and keeps the dtypes that were saved."""
+    loaded: dict[str, Any] = {}  # what the user's hooks, which come before ours, have made of it
+
+    def check_own(_: Optimizer, state: dict[str, Any]) -> None:
+        numbers = {number for group in state["param_groups"] for number in group["params"]}
+        foreign = [key for key in state["state"] if key not in numbers]
+        if foreign:
+            raise ValueError(
+                f"state_dict['state'] has {foreign[0]!r}, which is no parameter, so it is another optimizer's: "
+                "load the model's weights alone and start a new optimizer."
+            )
+        loaded.update(state)
+
+    before = optimizer.register_load_state_dict_pre_hook(check_own)
+    after = optimizer.register_load_state_dict_post_hook(lambda _: _keep_float32(optimizer, loaded), prepend=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _keep_float32(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+    """torch casts the float32 state of a parameter of lower precision to its dtype: take it as it was saved."""
+    saved = [number for group in loaded["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in zip(saved, parameters, strict=True):
+        for key, value in loaded["state"].get(number, {}).items():
+            if is_low_precision(p) and value.dtype != optimizer.state[p][key].dtype:
+                optimizer.state[p][key] = value.to(device=p.device, copy=True)

@@ -1,0 +1,1 @@
+"""How a posterior precision is kept in the optimizer's state, and drawn from."""

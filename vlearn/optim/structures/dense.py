@@ -1,0 +1,213 @@
+"""A dense precision over all entries of all parameters: its state, the draws from it, the posterior.
+
+The Hessian H of the mean loss, ``[P, P]`` over all entries of all parameters, without the weight decay wd, is kept as
+its rows by parameter, ``[*shape, P]``, so that a state dict holds it as any state. The posterior precision is
+num_data·S, S = H + wd; draws have ess·S. Factors are made in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
+from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.draw import Draw
+from vlearn.optim.sampling.noise import Noise
+from vlearn.optim.structures.protocol import PosteriorContext
+from vlearn.per_example.gradients import sums_of_products
+from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.posterior import Full
+
+LARGEST = 2**14  # parameters; their Hessian takes a GiB
+
+
+class DenseStructure:
+    """A `Structure` with a dense Hessian over all parameters.
+
+    Args:
+        parameters: those of the optimizer, with their state.
+    """
+
+    def __init__(self, parameters: Parameters):
+        self.parameters = parameters
+
+    def joint(self) -> list[Tensor]:
+        """The parameters in the order of the Hessian's rows: those that have a state."""
+        return [p for p in self.parameters.all() if self.parameters.state.get(p)]
+
+    def init_states(self) -> None:
+        """Rows of H by parameter; those of new parameters start as hess_init times the identity."""
+        with torch.no_grad():
+            old = self.joint()
+            joint = [p for p in self.parameters.all() if p.requires_grad or self.parameters.state.get(p)]
+            if len(joint) == len(old):
+                return
+            hessian = torch.block_diag(*(self._initial(p) for p in joint)).to(joint[0].device)
+            if old:
+                at = positions(old, joint).to(hessian.device)
+                hessian[at.unsqueeze(1), at] = self.hessian(old)
+            for p in joint:
+                if not self.parameters.state[p]:
+                    self.parameters.state[p] = {
+                        "step": torch.tensor(0.0, dtype=torch.float32),
+                        "momentum": torch.zeros_like(p, dtype=state_dtype(p)),
+                    }
+            self.write_hessian(joint, hessian)
+
+    def _initial(self, p: Tensor) -> Tensor:
+        hess_init = self.parameters.group_of(p)["hess_init"]
+        return torch.eye(p.numel(), dtype=torch.float64, device=p.device) * hess_init
+
+    def hessian(self, joint: list[Tensor]) -> Tensor:
+        """H ``[P, P]`` in float64, in which it is factorised too."""
+        device = joint[0].device
+        rows = (rows_of(self.parameters.state[p]["hessian"]) for p in joint)
+        return torch.cat([part.to(device, torch.float64) for part in rows])
+
+    def write_hessian(self, joint: list[Tensor], hessian: Tensor) -> None:
+        """Keep H ``[P, P]`` in the states."""
+        for p, rows in zip(joint, split(hessian, joint), strict=True):
+            self.parameters.state[p]["hessian"] = rows.reshape(*p.shape, len(hessian)).to(p.device, state_dtype(p))
+
+    def by_entry(self, joint: list[Tensor], setting: str) -> Tensor:
+        """A setting of the parameter groups for each row ``[P]``, in float64."""
+        values = {p: float(group[setting]) for group in self.parameters.groups for p in group["params"]}
+        filled = [torch.full((p.numel(),), values[p], dtype=torch.float64) for p in joint]
+        return torch.cat(filled).to(joint[0].device)
+
+    def precision_of(self, moving: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(S of some parameters ``[M, M]``, the positions of its rows in H)."""
+        joint = self.joint()
+        at = positions(moving, joint).to(joint[0].device)
+        precision = self.hessian(joint)[at.unsqueeze(1), at]
+        precision.diagonal().add_(self.by_entry(moving, "weight_decay"))
+        return precision, at
+
+    def draw_block(self, block: Block, noise: Noise) -> None:
+        """See `Structure`; no parameter is independent of the others."""
+
+    def draw_jointly(self, blocks: list[Block], noise: Noise) -> None:
+        """Write m + (ess·S)^-½ ε into the weights; of frozen parameters the draw is the conditional one."""
+        slices = [piece for block in blocks for piece in block.slices]
+        if not slices:
+            return
+        moving = [piece.parameter for piece in slices]
+        factor = cholesky(self.precision_of(moving)[0])
+        epsilon = torch.cat([_normal(piece, noise).reshape(-1) for piece in slices])
+        # S = L Lᵀ, so L⁻ᵀ z has covariance S⁻¹
+        moves = torch.linalg.solve_triangular(factor.mT, epsilon.to(factor).unsqueeze(1), upper=True).squeeze(1)
+        moves /= self.by_entry(moving, "ess").sqrt()
+        for piece, move in zip(slices, split(moves, moving), strict=True):
+            mean = self.exact_mean(piece)
+            piece.weights.copy_(mean + move.reshape(mean.shape).to(mean))
+
+    def posterior(self, context: PosteriorContext) -> Full:
+        """The posterior N(m, (num_data·(H + wd))⁻¹) from the present state."""
+        joint, names, num_data = self.joint(), self.parameters.names(), self.parameters.num_data
+        if not joint:
+            raise ValueError("no parameter has a state, so there is no posterior: give some that require grad.")
+        precision = num_data * (self.hessian(joint) + self.by_entry(joint, "weight_decay").diag())
+        settings = {p: group for group in self.parameters.groups for p in group["params"]}
+        wide = any(state_dtype(p) == torch.float64 for p in joint)
+        named = {names[p]: p for p in joint}
+        return Full(
+            context.mean_of(named),
+            precision if wide else precision.float(),
+            num_data,
+            ess={name: settings[p]["ess"] for name, p in named.items()},
+            prior_precision={name: num_data * settings[p]["weight_decay"] for name, p in named.items()},
+            parameters=named,
+            check=context.check,
+            at_mean=context.at_mean,
+        )
+
+    def diagonal_hessian(self) -> dict[Tensor, Tensor]:
+        """See `Structure`."""
+        joint = self.joint()
+        if not joint:
+            return {}
+        parts = split(self.hessian(joint).diagonal(), joint)
+        return {p: part.reshape(p.shape) for p, part in zip(joint, parts, strict=True)}
+
+    def has_curvature(self, p: Tensor) -> bool:
+        """See `Structure`."""
+        return True
+
+    def hessian_rows(self, piece: ParameterSlice) -> Tensor:
+        """See `Structure`."""
+        return piece.of(self.parameters.state[piece.parameter]["hessian"])
+
+    def pass_sums(self, recorded: RecordedPass, wanted: Container[Tensor]) -> dict[Any, Tensor]:
+        """Rows of Σ_n g_n g_nᵀ by parameter, ``[*shape, P]``."""
+        joint = self.joint()
+        products = sums_of_products(recorded, joint, wanted)
+        return {p: rows.reshape(*p.shape, len(products)) for p, rows in zip(joint, split(products, joint), strict=True)}
+
+    def price_estimate(
+        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """∇ℓ (ess·S(θ - m))ᵀ by rows, whose mean is the Hessian by Price's theorem; symmetric once averaged."""
+        precision, at = self.precision_of(draw.parameters)
+        root = self.by_entry(draw.parameters, "ess").sqrt()
+        moves = [piece.draw - self.exact_mean(piece) for piece in draw.slices]
+        score = precision.new_zeros(sum(p.numel() for p in self.joint()))
+        score[at] = root * (precision @ (root * torch.cat([move.reshape(-1).to(precision) for move in moves])))
+        return [torch.outer(g.reshape(-1).to(score), score).reshape(*g.shape, len(score)).to(g) for g in gradients]
+
+    def exact_mean(self, piece: ParameterSlice) -> Tensor:
+        """The mean of a slice in the precision of the state."""
+        return piece.exact_mean(self.parameters.master_copy(piece.parameter))
+
+
+def check_size(parameters: list[Tensor]) -> None:
+    """Raise ValueError if a dense Hessian over these parameters would be too large."""
+    count = sum(p.numel() for p in parameters)
+    if count > LARGEST:
+        raise ValueError(
+            f"{count} parameters, but a dense posterior takes at most {LARGEST}: use VON, or freeze all but a part."
+        )
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """``[*shape, P]`` -> ``[entries, P]``."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def split(rows: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    """Rows of all entries by parameter."""
+    return rows.split([p.numel() for p in parameters])
+
+
+def positions(parameters: list[Tensor], joint: list[Tensor]) -> Tensor:
+    """Where the entries of some parameters are among those of all."""
+    starts: dict[Tensor, int] = {}
+    count = 0
+    for p in joint:
+        starts[p] = count
+        count += p.numel()
+    return torch.cat([torch.arange(starts[p], starts[p] + p.numel()) for p in parameters])
+
+
+def cholesky(precision: Tensor) -> Tensor:
+    """L with precision = L Lᵀ.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    factor, info = torch.linalg.cholesky_ex(precision)
+    if int(info) != 0:
+        raise RuntimeError(
+            "the precision is not positive definite any more, by rounding: use a larger weight_decay, or a beta2 "
+            "nearer 1."
+        )
+    return factor
+
+
+def _normal(piece: ParameterSlice, noise: Noise) -> Tensor:
+    device = piece.weights.device
+    dtype = state_dtype(piece.parameter)
+    return torch.randn(piece.weights.shape, generator=noise.on(device), device=device, dtype=dtype)

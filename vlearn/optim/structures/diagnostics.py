@@ -1,0 +1,98 @@
+"""Whether a posterior learns: what its Hessian and its noise look like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlearn.optim.parameters.options import tempered_ess_and_decay
+from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.optim.structures.diagonal import momentum_correction
+
+SUBSAMPLE = 1_000_000  # entries that the medians and shares are taken over, at most
+MOVED = 0.01  # relative change of the Hessian that counts as moved
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Health of a diagonal posterior. Shares and medians are over an even subsample of a million entries.
+
+    Attributes:
+        step: updates so far.
+        hess_init_weight: β₂ᵀ, what is left of hess_init in the Hessian after T steps; of the group where it is
+            largest. Near 1, the posterior is what hess_init made it.
+        hessian_min, hessian_median, hessian_max: of h, per example, without the weight decay.
+        hessian_moved: share of entries of h that differ from hess_init by more than 1%.
+        signal_to_noise: median of ``|m|/σ`` over the weights, σ the standard deviation of the draws.
+        clipped: share of entries that clip_radius bounds in a step from the present state.
+        nonfinite_count: steps skipped for a gradient that was not finite.
+        decomposition_failures: eigendecompositions that failed, where an optimizer has any.
+    """
+
+    step: int
+    hess_init_weight: float
+    hessian_min: float
+    hessian_median: float
+    hessian_max: float
+    hessian_moved: float
+    signal_to_noise: float
+    clipped: float
+    nonfinite_count: int
+    decomposition_failures: int = 0
+
+
+@torch.no_grad()
+def diagnose(
+    parameters: Parameters, means: Mapping[str, Tensor], hessians: Mapping[Tensor, Tensor], nonfinite_count: int
+) -> Diagnostics:
+    """Summarise the posterior of an optimizer by the diagonal of its Hessian.
+
+    Args:
+        parameters: those of the optimizer, with their state.
+        means: the posterior mean by name.
+        hessians: the diagonal of the Hessian of each parameter that has a state, in its shape.
+        nonfinite_count: steps skipped.
+
+    Raises:
+        ValueError: if no parameter has a state.
+    """
+    if not hessians:
+        raise ValueError("no parameter has a state, so there is nothing to diagnose: give some that require grad.")
+    names = parameters.names()
+    stride = max(1, -(-sum(hessian.numel() for hessian in hessians.values()) // SUBSAMPLE))
+    columns, weights = [], []
+    for group in parameters.groups:
+        for p in group["params"]:
+            if p in hessians:
+                columns.append(_columns(group, means[names[p]], hessians[p], parameters.state[p], stride))
+                weights.append(float(group["beta2"]) ** int(parameters.state[p]["step"]))
+    hessian, moved, ratio, clipped = (torch.cat(column).double() for column in zip(*columns, strict=True))
+    lowest, highest = zip(*(hessian.aminmax() for hessian in hessians.values()), strict=True)
+    return Diagnostics(
+        step=max(int(parameters.state[p]["step"]) for p in hessians),
+        hess_init_weight=max(weights),
+        hessian_min=min(map(float, lowest)),
+        hessian_median=float(hessian.median()),
+        hessian_max=max(map(float, highest)),
+        hessian_moved=float(moved.mean()),
+        signal_to_noise=float(ratio.median()),
+        clipped=float(clipped.mean()),
+        nonfinite_count=nonfinite_count,
+    )
+
+
+def _columns(group: Group, mean: Tensor, hessian: Tensor, state: dict[str, Tensor], stride: int) -> tuple[Tensor, ...]:
+    """(h, moved or not, |m|/σ, clipped or not) of every `stride`-th entry, on the CPU."""
+    ess, weight_decay = tempered_ess_and_decay(group)
+    mean, momentum, hessian = (t.reshape(-1)[::stride] for t in (mean, state["momentum"], hessian))
+    precision = hessian + weight_decay
+    moved = (hessian - group["hess_init"]).abs() > MOVED * group["hess_init"]
+    ratio = mean.abs() * (ess * precision).sqrt()
+    correction = momentum_correction(group, state["step"]) if int(state["step"]) else 1.0
+    direction = (momentum / correction + weight_decay * mean) / precision
+    clipped = direction.abs() > group.get("clip_radius", math.inf)
+    return hessian.cpu(), moved.cpu(), ratio.cpu(), clipped.cpu()

@@ -1,0 +1,193 @@
+"""A diagonal precision: its state, the draws from it, the posterior.
+
+Per parameter the state is the Hessian diagonal h of the mean per-example loss, without the weight decay wd, and the
+momentum of the gradient; the posterior precision is num_data·(h + wd), draws have ess·(h + wd).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlearn.optim.kernels.compiled import flat, kernel
+from vlearn.optim.kernels.nonfinite import is_low_precision
+from vlearn.optim.kernels.threefry import new_key, normals
+from vlearn.optim.parameters.options import tempered_ess_and_decay
+from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
+from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.draw import Draw
+from vlearn.optim.sampling.noise import Noise
+from vlearn.optim.structures.protocol import PosteriorContext
+from vlearn.per_example.gradients import sums_of_squares
+from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.posterior import Diagonal
+
+
+class DiagonalStructure:
+    """A `Structure` with a diagonal Hessian.
+
+    Args:
+        parameters: those of the optimizer, with their state.
+    """
+
+    def __init__(self, parameters: Parameters):
+        self.parameters = parameters
+
+    def init_states(self) -> None:
+        """See `Structure`."""
+        for group in self.parameters.groups:
+            for p in group["params"]:
+                if p.requires_grad and not self.parameters.state[p]:
+                    self.parameters.state[p] = initial_state(p, group["hess_init"])
+
+    def draw_block(self, block: Block, noise: Noise) -> None:
+        """Write m + ε/√(ess·(h + wd)) into the weights."""
+        group, slices = block
+        low_precision = is_low_precision(slices[0].weights)  # then the draw is made around the master mean and rounded
+        samples = [self.exact_mean(piece).clone() if low_precision else piece.weights for piece in slices]
+        hessians = self.state_of(slices, "hessian")
+        generator = noise.on(hessians[0].device)
+        ess, weight_decay = tempered_ess_and_decay(group)
+        if not (group.get("compiled") and _draw_compiled(samples, hessians, generator, ess, weight_decay)):
+            draw = _foreach_draw if use_foreach(group, slices) else _plain_draw
+            draw(samples, hessians, normal(hessians, generator), ess=ess, weight_decay=weight_decay)
+        if low_precision:
+            for piece, sample in zip(slices, samples, strict=True):
+                piece.weights.copy_(sample)
+
+    def draw_jointly(self, blocks: list[Block], noise: Noise) -> None:
+        """See `Structure`; all parameters are independent."""
+
+    def posterior(self, context: PosteriorContext) -> Diagonal:
+        """The posterior N(m, 1/(num_data·(h + wd))) as a view of the state."""
+        named = {name: p for p, name in self.parameters.names().items() if p in self.parameters.state}
+        return self.posterior_of(named, context)
+
+    def posterior_of(self, named: dict[str, Tensor], context: PosteriorContext) -> Diagonal:
+        """The posterior of some parameters, by name."""
+        scales = {p: tempered_ess_and_decay(g) for g in self.parameters.groups for p in g["params"]}
+        return Diagonal(
+            context.mean_of(named),
+            {name: self.parameters.state[p]["hessian"] for name, p in named.items()},
+            {name: scales[p][1] for name, p in named.items()},
+            {name: scales[p][0] for name, p in named.items()},
+            self.parameters.num_data,
+            parameters=named,
+            check=context.check,
+            at_mean=context.at_mean,
+        )
+
+    def diagonal_hessian(self) -> dict[Tensor, Tensor]:
+        """See `Structure`."""
+        return {p: state["hessian"] for p, state in self.parameters.state.items() if "hessian" in state}
+
+    def has_curvature(self, p: Tensor) -> bool:
+        """See `Structure`."""
+        return True
+
+    def hessian_rows(self, piece: ParameterSlice) -> Tensor:
+        """See `Structure`."""
+        return piece.of(self.parameters.state[piece.parameter]["hessian"])
+
+    def pass_sums(self, recorded: RecordedPass, wanted: Container[Tensor]) -> dict[Any, Tensor]:
+        """Σ_n g_n² of each parameter."""
+        return dict(sums_of_squares(recorded, wanted))
+
+    def price_estimate(
+        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """ess·(h + wd)·(θ - m)∘∇ℓ, the diagonal of Price's estimate."""
+        ess, weight_decay = tempered_ess_and_decay(group)
+        precisions = torch._foreach_add(self.state_of(slices, "hessian"), weight_decay)
+        torch._foreach_mul_(precisions, ess)
+        torch._foreach_mul_(noise, gradients)
+        return list(torch._foreach_mul(precisions, noise))
+
+    def state_of(self, slices: list[ParameterSlice], key: str) -> list[Tensor]:
+        """The rows of a state tensor that belong to the slices."""
+        return [piece.of(self.parameters.state[piece.parameter][key]) for piece in slices]
+
+    def exact_mean(self, piece: ParameterSlice) -> Tensor:
+        """The mean of a slice in the precision of the state."""
+        return piece.exact_mean(self.parameters.master_copy(piece.parameter))
+
+    def count_step(self, group: Group, piece: ParameterSlice) -> float:
+        """The correction of the momentum, 1 - β₁ᵗ; the step is counted at the first rows of a parameter."""
+        step = self.parameters.state[piece.parameter]["step"]
+        if piece.is_first:
+            step += 1
+        return momentum_correction(group, step)
+
+
+def initial_state(p: Tensor, hess_init: float) -> dict[str, Tensor]:
+    """The state of a parameter with a diagonal Hessian."""
+    dtype = state_dtype(p)
+    return {
+        "step": torch.tensor(0.0, dtype=torch.float32),
+        "momentum": torch.zeros_like(p, dtype=dtype),
+        "hessian": torch.full_like(p, hess_init, dtype=dtype),
+    }
+
+
+def momentum_correction(group: Group, step: Tensor) -> float:
+    """1 - β₁ᵗ after t steps, which the momentum is divided by; 1 without debiasing."""
+    return 1 - group["beta1"] ** float(step) if group["debias"] else 1.0
+
+
+def use_foreach(group: Group, slices: list[ParameterSlice]) -> bool:
+    """Whether to work through a block by multi-tensor operations."""
+    return len(slices) > 1 if group["foreach"] is None else group["foreach"]
+
+
+def normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
+    """Standard normal noise in the shapes of a block, drawn at once."""
+    first = like[0]
+    count = sum(tensor.numel() for tensor in like)
+    noise = torch.randn(count, dtype=first.dtype, device=first.device, generator=generator)
+    parts = noise.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _draw_compiled(
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    generator: torch.Generator | None,
+    ess: float,
+    weight_decay: float,
+) -> bool:
+    """As `_plain_draw` for one large tensor, in a kernel that makes the noise too; False if the block is not one."""
+    if len(weights) > 1 or weights[0].dtype != torch.float32 or weights[0].numel() % 2:
+        return False
+    tensors = flat(weights[0], hessians[0])
+    if tensors is None:
+        return False
+    kernel(_draw)(*tensors, new_key(generator, weights[0].device), float(ess), float(weight_decay))
+    return True
+
+
+def _draw(weights: Tensor, hessian: Tensor, key: Tensor, ess: float, weight_decay: float) -> None:
+    """`_plain_draw` of one tensor as one expression, to be compiled."""
+    half = len(weights) // 2
+    for rows, noise in zip((slice(None, half), slice(half, None)), normals(key, half), strict=True):
+        weights[rows].add_(noise * (ess * (hessian[rows] + weight_decay)).rsqrt())
+
+
+def _plain_draw(
+    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
+) -> None:
+    """Mean to draw: weights ← weights + noise/√(ess·(h + wd)), one tensor at a time."""
+    for weight, hessian, epsilon in zip(weights, hessians, noise, strict=True):
+        weight.addcmul_(epsilon, hessian.add(weight_decay).mul_(ess).rsqrt_())
+
+
+def _foreach_draw(
+    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
+) -> None:
+    """As `_plain_draw`, all tensors of a block at once."""
+    scales = torch._foreach_add(hessians, weight_decay)
+    torch._foreach_mul_(scales, ess)
+    torch._foreach_rsqrt_(scales)
+    torch._foreach_addcmul_(weights, noise, scales)

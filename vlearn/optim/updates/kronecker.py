@@ -1,0 +1,141 @@
+"""A step of the Kronecker factors, their eigenbases and the mean of a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlearn.optim.distributed.factors import Key, averages, compute_on_one_rank
+from vlearn.optim.parameters.options import tempered_ess_and_decay
+from vlearn.optim.parameters.parameters import state_dtype
+from vlearn.optim.sampling.blocks import ParameterSlice
+from vlearn.optim.structures.diagonal import momentum_correction
+from vlearn.optim.structures.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
+from vlearn.optim.structures.kronecker import KroneckerStructure
+from vlearn.per_example.kronecker_factors import Layer
+
+Gradients = dict[Tensor, list[tuple[ParameterSlice, Tensor]]]  # by parameter: its slices with their gradients
+
+
+def averaged_statistics(
+    structure: KroneckerStructure, drawn: Mapping[Key, list[Tensor]]
+) -> dict[Layer, dict[str, Tensor]]:
+    """The statistics of each layer, averaged over the step's draws, of all processes whose gradients are averaged.
+
+    Args:
+        drawn: those of each of this process's draws, by layer and name.
+    """
+    every, averaged = structure.parameters.all(), {}
+    processes_of = {layer: structure.processes.group_over(layer.parameters) for layer, _ in drawn}
+    for processes in dict.fromkeys(structure.processes.group_over([p]) for p in every):
+        of_these = {key: statistics for key, statistics in drawn.items() if processes_of[key[0]] is processes}
+        averaged |= averages(of_these, every, state_dtype, processes)
+    by_layer: dict[Layer, dict[str, Tensor]] = {}
+    for (layer, name), statistic in averaged.items():
+        by_layer.setdefault(layer, {})[name] = statistic
+    return by_layer
+
+
+def update_factors(
+    structure: KroneckerStructure, layer: Layer, gradients: Gradients, statistics: Mapping[str, Tensor]
+) -> None:
+    """Move the running means of the gradient, of the factors, and of EK-FAC's squares.
+
+    The first value of a factor counts whole, an older one β₂ times the next; a value stands for all steps since
+    the last.
+    """
+    states, group = structure.parameters.state, structure.group_of(layer)
+    state = states[layer.weight]
+    beta1, beta2 = float(group["beta1"]), float(group["beta2"])
+    for p in layer.parameters:
+        for piece, gradient in gradients.get(p, ()):
+            piece.of(states[p]["momentum"]).lerp_(gradient, 1 - beta1)
+        if p in gradients:
+            states[p]["step"] += 1
+    if not statistics or beta2 == 1:
+        return
+    learned = state["learned"].mul_(beta2).add_(1 - beta2)
+    rate = math.log(beta2) if beta2 > 0 else -math.inf
+    for name, age in (("out_factor", state["out_age"]), ("in_factor", state["in_age"])):
+        age += 1
+        if name in statistics:
+            share = (-torch.expm1(age * rate) / learned).clamp_max_(1)  # 1 - β₂ᵃᵍᵉ
+            state[name].lerp_(statistics[name].to(state[name].dtype), share)
+            age.zero_()
+    if "squares" in statistics:
+        state["hessian"].lerp_(statistics["squares"].to(state["hessian"].dtype), 1 - beta2)
+
+
+def refresh_bases(structure: KroneckerStructure, layers: list[Layer], factored_damping: bool) -> int:
+    """Make new eigenbases, with s in them; a layer keeps its own if the decomposition fails: the number that did.
+
+    Args:
+        factored_damping: s + wd is the product of two damped factors.
+    """
+    states, failures = structure.parameters.state, 0
+    by_processes: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        if bool(states[layer.weight]["learned"]):
+            by_processes.setdefault(structure.processes.group_over(layer.parameters), []).append(layer)
+    for processes, of_these in by_processes.items():
+        likes = [[tensor for _, tensor in _in_eigenbasis(structure, layer)] for layer in of_these]
+        tasks: list[Callable[[], list[Tensor] | None]] = [
+            partial(_decomposed, structure, layer, factored_damping) for layer in of_these
+        ]
+        for layer, result in zip(of_these, compute_on_one_rank(tasks, likes, processes), strict=True):
+            if result is None:
+                failures += 1
+            else:
+                names = [name for name, _ in _in_eigenbasis(structure, layer)]
+                states[layer.weight].update(zip(names, result, strict=True))
+    return failures
+
+
+def _in_eigenbasis(structure: KroneckerStructure, layer: Layer) -> list[tuple[str, Tensor]]:
+    """What `_decomposed` gives of a layer, by its name in the state, and tensors of that shape."""
+    state = structure.parameters.state[layer.weight]
+    factors = (("out_basis", state["out_factor"]), ("in_basis", state["in_factor"]))
+    return [("hessian", state["hessian"]), *((name, factor) for name, factor in factors if factor.dim() == 2)]
+
+
+def _decomposed(structure: KroneckerStructure, layer: Layer, factored_damping: bool) -> list[Tensor] | None:
+    """s in a new eigenbasis, and that; None if the decomposition fails."""
+    group, state = structure.group_of(layer), structure.parameters.state[layer.weight]
+    before = structure.basis(layer)
+    with torch.autocast(layer.weight.device.type, enabled=False):
+        rows, columns = eigen(state["out_factor"], before[0]), eigen(state["in_factor"], before[1])
+        if rows is None or columns is None:
+            return None
+        after = (rows[1], columns[1])
+        if structure.eigenvalue_correction and any(basis is not None for basis in before):
+            s = rotate_diagonal(state["hessian"], before, after)
+        else:
+            weight_decay = float(tempered_ess_and_decay(group)[1])
+            s = (
+                with_factored_damping(rows[0], columns[0], weight_decay)
+                if factored_damping
+                else product(rows[0], columns[0])
+            )
+            s.mul_(state["learned"]).add_(group["hess_init"] * (1 - state["learned"]))
+    return [s, *(basis for basis in after if basis is not None)]
+
+
+def move_mean(structure: KroneckerStructure, layer: Layer, gradients: Gradients) -> None:
+    """m ← m - lr·Q_B[(Q_Bᵀ(ĝ + wd·M)Q_A)/(s + wd + γ)]Q_Aᵀ; a parameter without a gradient stays."""
+    states, group = structure.parameters.state, structure.group_of(layer)
+    weight_decay = float(tempered_ess_and_decay(group)[1])
+    directions = []
+    for p in layer.parameters:
+        mean = states[p].get("mean", p.data)
+        momentum = states[p]["momentum"] / momentum_correction(group, states[p]["step"])
+        directions.append(torch.add(momentum, mean, alpha=weight_decay) if p in gradients else torch.zeros_like(mean))
+    precision = states[layer.weight]["hessian"] + (weight_decay + float(group["damping"]))
+    moves = structure.block(layer, precision.reciprocal_()).multiply([d.unsqueeze(0) for d in directions])
+    for p, move in zip(layer.parameters, moves, strict=True):
+        if p in gradients:
+            states[p].get("mean", p.data).sub_(move.squeeze(0), alpha=float(group["lr"]))

@@ -1,0 +1,150 @@
+"""The hooks that a watch puts on every submodule of the user's model.
+
+They go through a `Link`, which survives copying: (model, optimizer) copied together stay watched, a model copied
+alone is at the mean and inert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vlearn.optim.sampling.draw import Draw
+
+
+class Watcher(Protocol):
+    """What the hooks of a model call."""
+
+    @property
+    def draw(self) -> Draw | None:
+        """The draw that waits for step()."""
+        ...
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is about to run."""
+        ...
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A module has run, or an exception left it."""
+        ...
+
+    def put_mean(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """A module's entries of a state_dict are there."""
+        ...
+
+    def weights_loaded(self) -> None:
+        """A module's weights are about to be loaded."""
+        ...
+
+
+class Link:
+    """What a module's hooks hold: the watch, if there is one."""
+
+    def __init__(self) -> None:
+        self.watch: Watcher | None = None
+
+    # A compiled model calls the hooks between its graphs; traced into them they would change weights at every call
+    # but flags only once.
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.watch is not None:
+            self.watch.before(module, args, kwargs)
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.watch is not None:
+            self.watch.after(module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        # The module's parameters are copied before its hooks: put the mean into the copies.
+        draw = self.watch.draw if self.watch is not None else None
+        for piece in draw.slices if draw is not None else ():
+            copied = memo.get(id(piece.parameter))
+            if copied is not None and not piece.mean_in_weights:
+                piece.of(copied.data).copy_(piece.mean)
+        memo[id(self)] = link = Link()
+        return link
+
+    def __reduce__(self) -> tuple[type[Link], tuple[()]]:
+        return Link, ()
+
+
+class StateDictMean:
+    """State-dict hook of one module: its entries hold the mean."""
+
+    def __init__(self, link: Link):
+        self.link = link
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        if self.link.watch is not None:
+            self.link.watch.put_mean(module, state_dict, prefix)
+
+
+class DiscardDraw:
+    """Hook of load_state_dict: loaded weights are the mean, so a draw that waits is void."""
+
+    def __init__(self, link: Link):
+        self.link = link
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if self.link.watch is not None:
+            self.link.watch.weights_loaded()
+
+
+def hook(model: nn.Module) -> tuple[list[Link], list[Any]]:
+    """Put the hooks on every submodule: (their links, their handles).
+
+    The user may call any of the submodules first: the network inside a LightningModule, one entry of a ModuleDict.
+    """
+    links, handles = [], []
+    for module in dict.fromkeys(model.modules()):
+        # The wrapper's own part of a pass talks to other processes, which a replay or a probe must not repeat.
+        if isinstance(module, DistributedDataParallel):
+            continue
+        link: Any = Link()  # the type of what torch.compiler.disable makes of its methods is lost
+        links.append(link)
+        handles += [
+            # First of all hooks: others may compute weights from the parameters, or change inputs and outputs.
+            module.register_forward_pre_hook(link.before, with_kwargs=True, prepend=True),
+            module.register_forward_hook(link.after, with_kwargs=True, always_call=True, prepend=True),
+            module.register_state_dict_post_hook(StateDictMean(link)),
+            module.register_load_state_dict_pre_hook(DiscardDraw(link)),
+        ]
+    return links, handles
+
+
+class MeanCopies:
+    """Copies of the mean for the entries of one state_dict after another, in which tied entries share one tensor."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Callable[[], Any], dict[Tensor, Tensor]] = (lambda: None, {})
+
+    def put(self, draw: Draw, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replace a module's entries by copies of the mean while a draw is in the weights."""
+        if self._of[0]() is not state_dict:
+            self._of = (_weak(state_dict), {})
+        copies = self._of[1]
+        for name, p in module._parameters.items():
+            slices = draw.slices_of.get(p, []) if p is not None else []
+            entry = state_dict.get(prefix + name)
+            if p is None or entry is None or entry.data_ptr() != p.data_ptr():
+                continue
+            if all(piece.mean_in_weights for piece in slices):
+                continue
+            if p not in copies:
+                copies[p] = p.detach().clone()
+                for piece in slices:
+                    piece.of(copies[p]).copy_(piece.mean)
+            state_dict[prefix + name] = copies[p]
+
+
+def _weak(state_dict: dict[str, Any]) -> Callable[[], Any]:
+    try:
+        return ref(state_dict)
+    except TypeError:  # a plain dict as destination: tied entries are copied one by one
+        return lambda: None

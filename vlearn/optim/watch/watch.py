@@ -1,0 +1,403 @@
+"""A watched model: its training forwards draw, its eval forwards see the mean, its passes are recorded.
+
+The outermost call of any module is the one that counts, whichever the user calls first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
+from types import FrameType
+from typing import Any, Protocol
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from vlearn._torch_internals import forward_pre_hooks, frame_of_call, has_compiled, in_functorch_transform
+from vlearn.capture.hooks import hooks_are_silent, is_recomputed
+from vlearn.capture.names import module_paths, named_parameters
+from vlearn.capture.output_probe import OutputProbe
+from vlearn.capture.outputs import Selector, select
+from vlearn.capture.pytrees import tensor_leaves
+from vlearn.capture.recorder import Recorder
+from vlearn.capture.trace import Trace
+from vlearn.optim.sampling.draw import Draw, DrawState
+from vlearn.optim.sampling.noise import Noise
+from vlearn.optim.sampling.sampler import Context, Sampler
+from vlearn.optim.watch.hooks import Link, MeanCopies, hook
+from vlearn.per_example.recorded_pass import RecordedPass
+
+COMPILED = (
+    " If the model is compiled, its compiled code calls no hooks that came later: make the optimizer before the first "
+    "call, or give it what torch.compile returned."
+)
+_REENTRANT = (
+    "{name} is computed again inside the backward pass, but its forward pass had no graph and so was at the mean: the "
+    "gradient would be that of other weights (reentrant checkpointing around a watched model). Use "
+    "checkpoint(..., use_reentrant=False), or sampled_params(train=True)."
+)
+
+
+class PassConsumer(Protocol):
+    """What a curvature estimate asks of the recorded passes.
+
+    Attributes:
+        probes: whether it wants another gradient of the output sent back beside the loss's.
+        output: which of several outputs of the model that is.
+    """
+
+    probes: bool
+    output: Selector
+
+    def cotangent(self, output: Tensor, residual: Tensor, weight_of: Callable[[int], float], noise: Noise) -> Tensor:
+        """The gradient to send back instead of the loss's, in the output's shape, of each example's own loss.
+
+        Args:
+            output: the model's.
+            residual: the loss's gradient with respect to it.
+            weight_of: number of rows in the loss -> what an example's own loss multiplies each of its rows with.
+            noise: of the draw.
+        """
+        ...
+
+    def sums(self, recorded: RecordedPass, wanted: Container[Tensor]) -> dict[Any, Tensor]:
+        """What is summed over the examples of a pass, by parameter in its shape or by other keys.
+
+        Args:
+            wanted: the parameters that have a gradient.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """How the loss of a watched model reduces the examples' own losses, and how often passes are recorded.
+
+    Attributes:
+        loss_reduction, loss_scale, every: see `VariationalOptimizer.watch`.
+    """
+
+    loss_reduction: str | Callable[[], float] = "mean"
+    loss_scale: float | Callable[[], float] = 1.0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        reduction, scale, every = self.loss_reduction, self.loss_scale, self.every
+        if not callable(reduction) and reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"loss_reduction={reduction!r}, but it must be 'mean', 'sum' or a callable: use a callable that "
+                "returns the denominator of the loss."
+            )
+        if not callable(scale) and not (math.isfinite(scale) and scale != 0):
+            raise ValueError(f"loss_scale={scale!r}, but it must be finite and not zero: use 1.0.")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}, but it must be a positive whole number: use 1 for every step.")
+
+
+class Watch:
+    """Hooks on a model for one sampler, and the recorded pass of its last training step.
+
+    Args:
+        model: the model.
+        options: how its loss is made up.
+
+    Attributes:
+        removed: whether the hooks have been taken off.
+
+    Raises:
+        TypeError: if the model is none.
+    """
+
+    def __init__(self, model: nn.Module, options: WatchOptions):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"watch() got {type(model).__name__}, but it needs the nn.Module that is trained.")
+        self.model, self.options = model, options
+        self._links, self._handles = hook(model)
+
+    def bind(self, sampler: Sampler, consumer: PassConsumer | None) -> Watch:
+        """Work for this sampler, whose owner owns the watch too.
+
+        Args:
+            consumer: what wants to see every recorded pass.
+        """
+        self._sampler: ReferenceType[Sampler] = ref(sampler)
+        self._consumer = consumer
+        self.removed = False
+        self.paths = module_paths(self.model)
+        sampler.parameters.names_in_model = {p: name for name, p in named_parameters(self.model)}
+        sampler.listener = self
+        self.trace: Trace | None = None
+        self.trace_step = 0
+        self._collected = True  # the trace, by the consumer
+        self._recorder: Recorder | None = None  # while a forward pass that is recorded runs
+        self._overlap = False
+        self._scale = 1.0
+        self._calls: list[tuple[nn.Module, int]] = []  # that are open, with the id of the frame that runs each
+        self._thread = 0
+        # Whether the outermost calls since the last step left a graph.
+        self._left_graph: dict[nn.Module, bool] = {}
+        self._left_graph_step = 0
+        self._mean_copies = MeanCopies()
+        for link in self._links:
+            link.watch = self
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("model", "options", "_links", "_handles")}
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler that draws for the model."""
+        sampler = self._sampler()
+        assert sampler is not None
+        return sampler
+
+    @property
+    def draw(self) -> Draw | None:
+        """The draw that waits for step()."""
+        return self.sampler.draw
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        self.removed = True
+        for handle in self._handles:
+            handle.remove()
+        for link in self._links:
+            link.watch = None
+        self.forget_calls()
+        self.forget_pass()
+        sampler = self._sampler()
+        if sampler is not None:
+            sampler.listener, sampler.parameters.names_in_model = None, {}
+
+    # -- hooks -------------------------------------------------------------------------------------------
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is about to run; the outermost call draws, or shows the mean."""
+        if hooks_are_silent():
+            if is_recomputed() and torch.is_grad_enabled() and not self._left_graph.get(module, True):
+                raise RuntimeError(_REENTRANT.format(name=self.paths[module]))
+            return
+        frame = frame_of_call()
+        if self._calls:
+            self._close_calls_that_ended(frame)
+        if not self._calls:
+            if next(module.parameters(), None) is None:
+                return  # a loss or a metric that the model has as a submodule: no pass of its own
+            if module.training and in_functorch_transform():
+                return  # torch.func runs it, as a function of weights that a draw may not write
+            self._enter(module)
+        self._calls.append((module, id(frame)))
+        if self._recorder is not None:
+            self._recorder.enter(module, args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A module has run, or an exception left it."""
+        if hooks_are_silent() or all(module is not called for called, _ in self._calls):
+            return
+        while self._calls.pop()[0] is not module:  # calls that an exception left open
+            pass
+        if self._recorder is not None and output is not None:
+            self._recorder.leave(module, args, kwargs, output)
+        if not self._calls:
+            self._leave(output)
+
+    def _close_calls_that_ended(self, frame: FrameType) -> None:
+        """An interrupt ends calls for which torch then runs no forward hook: their frames are not below the new one."""
+        innermost, running = self._calls[-1][1], set()
+        below = frame.f_back
+        while below is not None:
+            if id(below) == innermost:
+                return
+            running.add(id(below))
+            below = below.f_back
+        if get_ident() == self._thread:
+            while self._calls and self._calls[-1][1] not in running:
+                self._calls.pop()
+
+    def forget_calls(self) -> None:
+        """Nothing of a forward pass that is still open goes on."""
+        self._calls.clear()
+        if self._recorder is not None:
+            self.trace = self._recorder = None
+
+    def forget_pass(self) -> None:
+        """The weights of the last pass are gone."""
+        self.trace = None
+
+    def _enter(self, module: nn.Module) -> None:
+        sampler = self.sampler
+        sampler.recover()
+        self._thread = get_ident()
+        self._note_graph(module)
+        if sampler.context is Context.ENSEMBLE:
+            return
+        if module.training and torch.is_grad_enabled():
+            self._overlap = self.trace is not None and self.trace.waits_for_backward
+            self.collect()
+            self.trace = None
+            sampler.begin_automatic()
+            step = sampler.parameters.next_step()
+            if self.records(step):
+                self.trace, self.trace_step = self._new_trace(sampler), step
+                self._collected = False
+                self._recorder = Recorder(self.trace)
+        elif sampler.context is Context.NONE and sampler.draw is not None:
+            if sampler.draw.state in (DrawState.ACTIVE, DrawState.SUSPENDED):
+                sampler.draw.suspend()
+
+    def _new_trace(self, sampler: Sampler) -> Trace:
+        trace = Trace(self.paths, sampler.parameters.trainable())
+        trace.on_backward = self._begin_backward
+        consumer = self._consumer
+        if consumer is not None and consumer.probes:
+            trace.probe = OutputProbe(lambda output: select(output, consumer.output), self._cotangent)
+        return trace
+
+    def _note_graph(self, module: nn.Module) -> None:
+        step = self.sampler.parameters.next_step()
+        if step != self._left_graph_step:
+            self._left_graph, self._left_graph_step = {}, step
+        if torch.is_grad_enabled() or self.sampler.context is not Context.NONE:
+            self._left_graph[module] = True
+        else:
+            self._left_graph.setdefault(module, False)
+
+    def _leave(self, output: Any) -> None:
+        self._recorder = None
+        draw = self.draw
+        if draw is None or draw.state not in (DrawState.ACTIVE, DrawState.SUSPENDED):
+            return
+        # An eval forward between this pass and its backward may be interrupted and leave the mean in the weights.
+        suspended = draw.state is DrawState.SUSPENDED
+        before_backward = _refuse_backward if suspended else partial(_restore_draw_before_backward, ref(self))
+        draw.restore()
+        for leaf in tensor_leaves(output):
+            if leaf.requires_grad:
+                leaf.register_hook(before_backward)
+
+    def put_mean(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replace a module's entries of a state_dict by copies of the mean while a draw is in the weights."""
+        draw = self.draw
+        if draw is not None:
+            self._mean_copies.put(draw, module, state_dict, prefix)
+
+    def weights_loaded(self) -> None:
+        """The loaded weights are the mean, so a draw that waits is void."""
+        self.sampler.discard()
+
+    # -- the recorded pass -------------------------------------------------------------------------------
+
+    @property
+    def needs_draw(self) -> bool:
+        """Whether the sampled weights are still wanted after the step that used them."""
+        return self.trace is not None
+
+    def records(self, step: int) -> bool:
+        """Whether the passes of a step are recorded."""
+        return (step - 1) % self.options.every == 0
+
+    def _begin_backward(self) -> None:
+        if self.trace is not None:  # else of a pass that is not wanted any more
+            self._scale = self._read_scale(self.trace)
+            self.sampler.forget_zeroed_passes()
+
+    def _read_scale(self, trace: Trace) -> float:
+        """The own-loss gradient over the recorded one, denominator / loss scale; read as backward begins."""
+        reduction, scale = self.options.loss_reduction, self.options.loss_scale
+        if callable(reduction):
+            denominator = float(reduction())
+        elif reduction == "sum":
+            denominator = 1.0
+        else:  # Hugging Face's Trainer tells its models what to divide the summed loss by: all tokens of the step
+            told = trace.kwargs.get("num_items_in_batch")
+            denominator = trace.num_examples if told is None else told
+        return denominator / float(scale() if callable(scale) else scale)
+
+    def _cotangent(self, output: Tensor, residual: Tensor) -> Tensor | None:
+        """What the probe of the pass that runs backward sends back; None of a pass that is not wanted any more."""
+        sampler, trace = self._sampler(), self.trace
+        if sampler is None or sampler.draw is None or self._consumer is None:
+            return None
+        if trace is None or trace.probe is None or not trace.probe.running:
+            return None
+        averaged = self.options.loss_reduction == "mean" and trace.kwargs.get("num_items_in_batch") is None
+
+        def weight_of(count: int) -> float:
+            return trace.num_examples / count if averaged else 1.0
+
+        return self._consumer.cotangent(output, residual, weight_of, sampler.draw.noise)
+
+    def last_pass(self, prefix: str = "") -> RecordedPass:
+        """The last recorded pass, at the weights that it saw.
+
+        Args:
+            prefix: what an error says before the reason why the examples have no gradients of their own.
+        Raises:
+            RuntimeError: if there is none, or its examples have no gradients of their own.
+        """
+        trace, sampler = self.trace, self.sampler
+        if trace is None:
+            last = f"; the last captured step is {self.trace_step}" if self.trace_step else ""
+            raise RuntimeError(
+                f"sensitivities() has no captured training step{last} (every={self.options.every}): run forward and "
+                f"backward in train mode first.{COMPILED if not last and has_compiled() else ''}"
+            )
+        if self._overlap:
+            raise RuntimeError(
+                "two training forward passes came before one backward pass, so the captures are not those of the whole "
+                "minibatch: concatenate the inputs, or call backward() after each forward pass."
+            )
+        if trace.problems:
+            raise RuntimeError(prefix + trace.problems[0])
+        if not trace.received:
+            raise RuntimeError("sensitivities() before backward(): no gradient has reached the model's output yet.")
+        draw = sampler.draw or sampler.previous
+        samples = draw.samples() if draw is not None else {}
+        weights = {p: samples.get(p, p.data) for p in trace.tracked}
+        return RecordedPass.validated(trace, weights, self._scale)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Give the consumer the last pass with its gradients, once, and add what it makes of it to the draw's sums."""
+        draw, trace, consumer = self.draw, self.trace, self._consumer
+        if draw is None or draw.pass_sums is None or consumer is None:
+            return
+        if trace is None or self._collected or not trace.received:
+            return
+        self._collected = True
+        try:
+            recorded = self.last_pass()
+            if not recorded.num_examples:
+                raise ValueError("the minibatch has none. Leave it out.")
+            with torch.autocast(next(iter(draw.samples())).device.type, enabled=False):
+                wanted = {p for p in draw.parameters if draw.gradient_of(p) is not None}
+                draw.pass_sums.add(consumer.sums(recorded, wanted), recorded.num_examples)
+        except (RuntimeError, ValueError) as error:  # for step() to raise: the training pass itself can go on
+            draw.pass_sums.problem = error
+
+
+def watches(model: nn.Module) -> list[Watch]:
+    """The watches of a model or of a part of it."""
+    hooks = (hook for module in model.modules() for hook in forward_pre_hooks(module))
+    links = (getattr(hook, "__self__", None) for hook in hooks)
+    return list(dict.fromkeys(x.watch for x in links if isinstance(x, Link) and isinstance(x.watch, Watch)))
+
+
+def _refuse_backward(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "backward through an eval-mode forward pass that was made while a draw was active: its graph belongs to the "
+        "mean, but the weights are the draw again. Call optimizer.eval() before that forward pass."
+    )
+
+
+def _restore_draw_before_backward(watch: Callable[[], Watch | None], gradient: Tensor) -> None:
+    """Hook of a training forward's outputs, the first to run in its backward. Weak: a graph may outlive all else."""
+    alive = watch()
+    if alive is not None and not alive.removed:
+        alive.sampler.recover()

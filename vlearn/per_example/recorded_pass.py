@@ -1,0 +1,74 @@
+"""A recorded pass whose examples have gradients of their own: what every per-example quantity is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.trace import Trace
+from vlearn.per_example.example_axis import check_example_axis
+from vlearn.per_example.independence import check_independent
+from vlearn.per_example.subset import subset
+from vlearn.per_example.vmap_fallback import Weights
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedPass:
+    """One forward and backward pass, checked as a whole by `validated`.
+
+    Attributes:
+        trace: the calls of the layers, with the gradients of their outputs.
+        weights: the value of each tracked parameter during the pass.
+        scale: the gradient of an example's own loss over the gradient that the backward pass brought: the denominator
+            of a mean loss, divided by what the loss was multiplied with.
+    """
+
+    trace: Trace
+    weights: Weights
+    scale: float = 1.0
+
+    @classmethod
+    def validated(cls, trace: Trace, weights: Weights, scale: float = 1.0) -> RecordedPass:
+        """The pass of a trace, whose backward pass has come.
+
+        Raises:
+            RuntimeError: if the examples have no gradients of their own: a layer does not have them along dimension 0,
+                they see one another, a module that no rule covers refuses them, or an input was written since.
+        """
+        if trace.problems:
+            raise RuntimeError(trace.problems[0])
+        check_example_axis(trace, weights)
+        for call in trace.layer_calls:
+            if call.reached and call.parameters:
+                call.check_unchanged()
+        check_independent(trace, weights)
+        return cls(trace, weights, scale)
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples."""
+        return self.trace.num_examples
+
+    def calls_of(self, wanted: Container[Tensor]) -> dict[Tensor, list[LayerCall]]:
+        """The calls that the backward pass reached, of each wanted parameter that has any."""
+        return {p: calls for p, calls in self.trace.calls_by_parameter().items() if p in wanted}
+
+    def subset(self, examples: Tensor) -> RecordedPass:
+        """The pass of some of the examples, by their numbers ``[K]`` within the batch."""
+        return replace(self, trace=subset(self.trace, examples))
+
+    def probed(self) -> RecordedPass:
+        """The pass with the gradients of the optimizer's probe, which are those of the examples' own losses.
+
+        Raises:
+            RuntimeError: if there are none.
+        """
+        trace, probe = self.trace, self.trace.probe
+        if probe is not None and probe.problem is not None:
+            raise RuntimeError(str(probe.problem)) from probe.problem
+        if trace.probed is None:
+            raise RuntimeError("the loss does not depend on the output that the curvature is taken of.")
+        return replace(self, trace=trace.probed, scale=1.0)

@@ -1,0 +1,170 @@
+"""Repeating a recorded forward pass, or a part of it: same modes, same random numbers, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from vlearn._torch_internals import without_onednn
+from vlearn.capture.hooks import hooks_paused
+from vlearn.capture.random_state import random_state, set_random_state
+from vlearn.capture.trace import Trace
+
+
+def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kwargs: Any) -> Any:
+    """Call a module with other values of its parameters and with copies of its buffers.
+
+    Args:
+        weights: value of each parameter that has another than its own.
+    """
+    state: dict[str, Tensor] = {}
+    copies: dict[Tensor, Tensor] = {}
+    # Tied parameters under each of their names, but a module that is there twice once: torch's own tying
+    # (`tie_weights=True`) leaves such a module with the values it was called with.
+    for prefix, owner in module.named_modules():
+        lead = prefix + "." if prefix else ""
+        for name, p in owner._parameters.items():
+            if p is not None:
+                state[lead + name] = weights[p] if p in weights else p.detach()
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                state[lead + name] = copies.setdefault(buffer, buffer.clone())
+    return functional_call(module, state, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def as_recorded(trace: Trace) -> Iterator[None]:
+    """Modules are in the modes of the recorded pass inside; afterwards all their attributes are as before."""
+    before = [(module, dict(module.__dict__)) for module in trace.paths]
+    device = next(iter(trace.tracked)).device.type if trace.tracked else "cpu"
+    try:
+        training = set(trace.in_train_mode)
+        for module in trace.paths:
+            if module.training != (module in training):
+                module.training = module in training
+        with hooks_paused(), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, attributes in before:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+@contextmanager
+def same_random_numbers(trace: Trace) -> Iterator[None]:
+    """Random numbers as in the recorded forward (dropout masks); the generators go on as if nothing was drawn."""
+    now = random_state(trace.tracked)
+    set_random_state(trace.random_state)
+    try:
+        yield
+    finally:
+        set_random_state(now)
+
+
+@contextmanager
+def forward_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Forward derivatives that agree with backward ones.
+
+    Attention by its mathematics and recurrent layers without oneDNN, whose other kernels have no forward
+    derivative; and none through what is computed under `torch.no_grad()` or through the padding row of an
+    embedding, which forward mode would not stop at.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with without_onednn() if recurrent else nullcontext(), sdpa_kernel(SDPBackend.MATH), _BackwardsStops():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def tangents_in_reverse(outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    """J v by backward passes, where an operation has no forward derivative.
+
+    Two of them, J v = ∂/∂u ⟨Jᵀu, v⟩; where an operation cannot be differentiated twice, one for each output entry of
+    an example.
+
+    Args:
+        outputs: ``[n, ...]`` with their graph.
+        inputs: what J is taken with respect to, shared if n = 1, else ``[n, ...]`` one for each example.
+        directions: v, in the shapes of the inputs.
+    """
+    reached = [output for output in outputs if output.requires_grad]
+    if not reached:
+        return [torch.zeros_like(output) for output in outputs]
+    try:
+        found = _pulled_twice(reached, inputs, directions)
+    except RuntimeError:
+        found = None
+    if found is None:
+        found = [_by_entry(output, inputs, directions) for output in reached]
+    tangents = iter(found)
+    return [next(tangents) if output.requires_grad else torch.zeros_like(output) for output in outputs]
+
+
+def _pulled_twice(outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor]) -> list[Tensor] | None:
+    probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    pulled = torch.autograd.grad(outputs, inputs, probes, create_graph=True, allow_unused=True)
+    pairs = [(g, v) for g, v in zip(pulled, directions, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [g for g, _ in pairs], probes, [v for _, v in pairs], retain_graph=True, allow_unused=True
+    )
+    tangents = [torch.zeros_like(probe) if t is None else t for probe, t in zip(probes, found, strict=True)]
+    # A backward written in Python may hide from autograd that it depends on its argument (once_differentiable
+    # does), which only the other way round shows: ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ for any u.
+    numbers = [torch.arange(t.numel(), device=t.device, dtype=t.dtype).cos().reshape(t.shape) for t in tangents]
+    pulled = torch.autograd.grad(outputs, inputs, numbers, retain_graph=True, allow_unused=True)
+    there = sum(_rows(t * u).sum(1) for t, u in zip(tangents, numbers, strict=True))
+    count = len(outputs[0])
+    back = sum((g * v).reshape(count, -1).sum(1) for g, v in zip(pulled, directions, strict=True) if g is not None)
+    size = sum(_rows(t * u).abs().sum(1) for t, u in zip(tangents, numbers, strict=True))
+    return tangents if bool(((there - back).abs() <= 1e-3 * (size + abs(back))).all()) else None  # pyright: ignore
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def _by_entry(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
+    columns = []
+    for column in _rows(output).unbind(1):
+        pulled = torch.autograd.grad(column.sum(), inputs, retain_graph=True, allow_unused=True)
+        products = [g * v for g, v in zip(pulled, directions, strict=True) if g is not None]
+        columns.append(sum((p.reshape(len(column), -1).sum(1) for p in products), torch.zeros_like(column)))
+    return torch.stack(columns, 1).reshape(output.shape).detach()
+
+
+class _BackwardsStops(TorchFunctionMode):
+    """Tangents end where gradients do: under `torch.no_grad()`, and in the padding row of an embedding."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_grad_enabled():
+            result = func(*args, **(kwargs or {}))
+            padding = (kwargs or {}).get("padding_idx") if func is F.embedding else None
+            if padding is None:
+                return result
+            indices, weight = args
+            return torch.where((indices == padding % len(weight)).unsqueeze(-1), result.detach(), result)
+        originals: dict[int, Tensor] = {}
+
+        def plain(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            detached = leaf.detach()
+            originals[id(detached)] = leaf
+            return detached
+
+        plain_args, plain_kwargs = tree_map(plain, (args, kwargs or {}))
+        result = func(*plain_args, **plain_kwargs)
+        return originals.get(id(result), result)  # of an in-place operation: the same tensor, its tangent too

@@ -1,0 +1,66 @@
+"""Gaussian posteriors that have another structure for some parameters than for others."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from vlearn.posterior.covariance_blocks import Block
+from vlearn.posterior.gaussian import Gaussian
+
+
+class ProductPosterior(Gaussian):
+    """q = Π q_k, independent posteriors over different parameters.
+
+    Args:
+        parts: posteriors with different names and the same num_data.
+        parameters: the model's parameters by name, where the posterior belongs to a model; default those of the parts.
+        check: called before anything is read; raises if the state has moved on.
+        at_mean: gives a context in which the model's weights are the mean.
+
+    Raises:
+        ValueError: if a name is in two parts, or they differ in num_data.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Gaussian],
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+        check: Callable[[], None] = lambda: None,
+        at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        names = [name for part in parts for name in part.names]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is in two parts, but each parameter has one posterior.")
+        sizes = {part.num_data for part in parts}
+        if len(sizes) != 1:
+            raise ValueError(f"num_data={', '.join(f'{n:g}' for n in sorted(sizes))}, but all parts need the same.")
+
+        def check_all() -> None:
+            check()
+            for part in parts:
+                part.check_fresh()
+
+        super().__init__(
+            ChainMap(*(part.mean for part in parts)),  # pyright: ignore  (they are read only)
+            [group for part in parts for group in dict.fromkeys(part.groups.values())],
+            sizes.pop(),
+            ess={name: ess for part in parts for name, ess in part.ess.items()},
+            prior_precision={name: prior for part in parts for name, prior in part.prior_precision.items()},
+            parameters=parameters or {name: p for part in parts for name, p in part.parameters.items()},
+            check=check_all,
+            at_mean=at_mean,
+        )
+        self._parts = list(parts)
+
+    def block(self, group: tuple[str, ...]) -> Block:
+        part = next(part for part in self._parts if group[0] in part.groups)
+        return part.block(group)
+
+    def copy_blocks(self) -> None:
+        self._parts = [part.clone() for part in self._parts]

@@ -1,0 +1,60 @@
+"""What sensitivities and predictions need of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.capture.names import uncompiled_name
+from vlearn.posterior.covariance import Covariance
+
+
+class Posterior(Protocol):
+    """A Gaussian over named parameters, on the scale of a sum over num_data examples."""
+
+    num_data: float
+    parameters: dict[str, Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def mean(self) -> Mapping[str, Tensor]: ...
+
+    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
+
+    def at_mean(self) -> AbstractContextManager[None]: ...
+
+    def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance: ...
+
+    def require_calibrated(self, what: str) -> None: ...
+
+
+def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
+    """The model's parameters by the posterior's names: the same objects, or else the same names.
+
+    Raises:
+        ValueError: if none matches, or one by name has another shape.
+    """
+    own = dict(model.named_parameters())
+    same = {id(p): name for name, p in posterior.parameters.items()}
+    found = {same[id(p)]: p for p in own.values() if id(p) in same}
+    if not found:
+        clean = {uncompiled_name(name): p for name, p in own.items()}
+        found = {name: clean[name] for name in posterior.names if name in clean}
+        for name, p in found.items():
+            if posterior.mean[name].shape != p.shape:
+                raise ValueError(
+                    f"the posterior's {name!r} has shape {tuple(posterior.mean[name].shape)}, but that of this "
+                    f"{type(model).__name__} has {tuple(p.shape)}: pass the model that was trained."
+                )
+    if not found:
+        raise ValueError(
+            f"the posterior's parameters ({', '.join(posterior.names[:3])}, ...) are not those of this "
+            f"{type(model).__name__} ({', '.join(list(own)[:3])}, ...): pass the model that was trained."
+        )
+    return found

@@ -1,0 +1,246 @@
+"""Leaving out a group of examples: what the model would lose on them if it had never seen any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.capture.outputs import Selector
+from vlearn.linearized.batches import batches, device_of, shown
+from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
+from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.linearized.solver import Vectors, solve
+from vlearn.losses.example_loss import ExampleLoss, LossFunction
+from vlearn.posterior.covariance import Covariance
+from vlearn.posterior.protocol import Posterior
+from vlearn.sensitivity.group_batches import Membership, by_group
+from vlearn.sensitivity.sweep import sweep
+
+VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """One row per group, on the CPU (Nickl et al., 2023, arXiv:2310.19273).
+
+    Attributes:
+        group: name of each of the K groups.
+        size: ``[K]`` its number of examples |M|.
+        loss: ``[K]`` their mean loss, in the loss's units.
+        left_out_loss: ``[K]`` the same at the outputs predicted without the group, mean ℓ(y_i, f_i + Δf_i).
+        index: numbers of each group's examples.
+        deviation: Δf ``[|M|, ...]`` of each group, in the order of `index`.
+        converged: ``[K]`` whether conjugate gradients did; None unless refined.
+        iterations: ``[K]`` their number; None unless refined.
+        largest_eigenvalue: ``[K]`` of VΛ over the group, an estimate from below: the refined form is at most
+            1/(1 - this) times as long as the first order; None unless refined.
+        fell_back: ``[K]`` where the first order was kept; None unless refined.
+    """
+
+    group: list[Any]
+    size: Tensor
+    loss: Tensor
+    left_out_loss: Tensor
+    index: list[Tensor]
+    deviation: list[Tensor]
+    converged: Tensor | None = None
+    iterations: Tensor | None = None
+    largest_eigenvalue: Tensor | None = None
+    fell_back: Tensor | None = None
+
+    @property
+    def refined_fallbacks(self) -> int | None:
+        """For how many groups the refined form was not to be had; None unless it was asked for."""
+        return None if self.fell_back is None else int(self.fell_back.sum())
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def leave_group_out(
+    model: nn.Module,
+    posterior: Posterior,
+    loader: Iterable[Any],
+    groups: Tensor | Sequence[int] | Mapping[Any, Sequence[int] | Tensor],
+    loss_fn: LossFunction,
+    *,
+    how: str = "joint",
+    refined: bool = False,
+    threshold: float = 0.95,
+    tolerance: float = 1e-4,
+    max_iterations: int = 100,
+    output: Selector = None,
+    progress: bool | None = None,
+) -> GroupTable:
+    """Loss of each group's examples by a model that was trained without the group, without training it.
+
+        Δf_M = J_M Σ J_Mᵀ e_M  (Eq. 14, with every example's effect on every other)
+
+    The loader is gone through twice, and once more for each iteration of `refined`; each pass takes a forward and a
+    backward or forward-mode pass of every example. Memory: a few vectors of the parameters' size per group.
+
+    Args:
+        model: the network that was trained; run in eval mode, left as it was.
+        posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
+        loader: yields (x, y) or (x, y, index) with all examples of every group, as often as it is iterated.
+        groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label; or a mapping from names
+            to the numbers of their examples.
+        loss_fn: the training loss, as for `vlearn.sweep`.
+        how: "joint", or "published" for the paper's leave-class-out estimate, ℓ(y_i, f_i + V_ie_i) averaged over the
+            group: each example as if it alone were removed.
+        refined: Δf_M = (I - V_MΛ_M)⁻¹ V_M e_M, exact for linear regression, instead of its first order, which is short
+            by several times for a whole class; by conjugate gradients on S - J_MᵀΛ_MJ_M. For a Σ that is the inverse
+            of Σ JᵀΛJ and a prior at these very weights; others may not leave S - J_MᵀΛ_MJ_M positive definite.
+        threshold: groups whose largest eigenvalue of V_MΛ_M is seen to reach it keep the first order.
+        tolerance: of the conjugate gradients, relative.
+        max_iterations: of the conjugate gradients; what they have by then is taken, and `converged` tells.
+        output: which of several outputs `deviation` speaks of.
+        progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
+    Returns:
+        One row per group.
+    Raises:
+        ValueError: if an argument breaks its rule, the posterior belongs to another model, or the loader lacks
+            examples of a group.
+        RuntimeError: if the examples of a batch have no gradient of their own.
+    """
+    _check(how, refined, threshold, tolerance, max_iterations)
+    posterior.require_calibrated("loss without a group")
+    members = Membership(groups)
+    if how == "published":
+        return _published(model, posterior, loader, loss_fn, members, output, progress)
+    losses = ExampleLoss(loss_fn)
+    with at_mean(model, posterior) as covariance:
+
+        def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
+            """Every group's examples, in batches."""
+            seen = members.count()
+            found = batches(loader, device_of(model), by_number=True)
+            for k, batch in by_group(shown(found, loader, progress, "leave_group_out"), seen, only):
+                yield k, linearize(model, covariance, batch, losses, output, second_order)
+            seen.check()
+
+        gradients, loss = _gradients(visit, covariance, len(members))
+        step, facts = _multiply(covariance, gradients), {}
+        if refined:
+            step, facts = _refine(visit, covariance, gradients, step, threshold, tolerance, max_iterations)
+        return _table(visit, members, step, loss, facts)
+
+
+def _gradients(visit: Any, covariance: Covariance, count: int) -> tuple[Vectors, Tensor]:
+    """(Σ_{i∈M} g_i of each group by parameter ``[K, *shape]``, the sums of their losses ``[K]``)."""
+    gradients: Vectors = {}
+    loss = covariance.zeros(count).double().cpu()
+    like = covariance.zeros(0)
+    for k, lin in visit():
+        if not gradients:
+            entries = count * sum(p.numel() for p in lin.weights)
+            if entries > VECTOR_ENTRIES:
+                raise ValueError(
+                    f"{count} groups of a model with {entries // count} parameters, but {VECTOR_ENTRIES} entries "
+                    "are the limit of what is held at once: pass fewer groups in each call."
+                )
+            gradients = {p: torch.zeros(count, *p.shape, dtype=like.dtype, device=p.device) for p in lin.weights}
+        loss[k] += lin.loss.sum().double().cpu()
+        for p, g in summed_gradient(lin, lin.residuals, last=True).items():
+            gradients[p][k] += g
+    return gradients, loss
+
+
+def _refine(
+    visit: Any,
+    covariance: Covariance,
+    gradients: Vectors,
+    first_order: Vectors,
+    threshold: float,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Vectors, dict[str, Tensor]]:
+    def curve(vectors: Vectors, active: Tensor) -> Vectors:
+        """J_Mᵀ Λ_M J_M v of each active group."""
+        found = {p: torch.zeros_like(v) for p, v in vectors.items()}
+        for k, lin in visit(second_order=True, only=active):
+            change = jacobian_vector_product(lin, {p: v[k] for p, v in vectors.items()})
+            for p, g in summed_gradient(lin, hessian_vector_product(lin, change), last=True).items():
+                found[p][k] += g
+        return found
+
+    solved = solve(partial(_multiply, covariance), curve, gradients, tolerance, max_iterations)
+    fell_back = solved.indefinite | ~(solved.largest < threshold)
+    step = {}
+    for p, x in solved.x.items():
+        step[p] = torch.where(fell_back.reshape(-1, *[1] * (x.dim() - 1)), first_order[p], x)
+    return step, {
+        "converged": solved.converged.cpu(),
+        "iterations": solved.iterations.cpu(),
+        "largest_eigenvalue": solved.largest.cpu(),
+        "fell_back": fell_back.cpu(),
+    }
+
+
+def _multiply(covariance: Covariance, vectors: Vectors) -> Vectors:
+    """Σ v, of the parameters that v has: the others are frozen."""
+    found = covariance.multiply(vectors)
+    return {p: found[p] for p in vectors}
+
+
+def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: dict[str, Tensor]) -> GroupTable:
+    left_out = torch.zeros_like(loss)
+    index: list[list[Tensor]] = [[] for _ in members.names]
+    deviation: list[list[Tensor]] = [[] for _ in members.names]
+    for k, lin in visit():
+        changes = jacobian_vector_product(lin, {p: v[k] for p, v in step.items()})
+        left_out[k] += lin.loss_at(changes).sum().double().cpu()
+        index[k].append(lin.batch.index)
+        deviation[k].append(changes[lin.chosen].cpu())
+    return GroupTable(
+        group=members.names,
+        size=members.sizes,
+        loss=loss / members.sizes,
+        left_out_loss=left_out / members.sizes,
+        index=[torch.cat(rows) for rows in index],
+        deviation=[torch.cat(rows) for rows in deviation],
+        **facts,
+    )
+
+
+def _published(
+    model: nn.Module,
+    posterior: Posterior,
+    loader: Iterable[Any],
+    loss_fn: LossFunction,
+    members: Membership,
+    output: Selector,
+    progress: bool | None,
+) -> GroupTable:
+    table = sweep(model, posterior, loader, loss_fn, leverage=None, output=output, progress=progress)
+    seen = members.count()
+    rows = dict(seen.rows_of(table.index))
+    seen.check()
+    return GroupTable(
+        group=members.names,
+        size=members.sizes,
+        loss=torch.stack([table.loss[rows[k]].double().mean() for k in range(len(members))]),
+        left_out_loss=torch.stack([table.loo_loss[rows[k]].double().mean() for k in range(len(members))]),
+        index=[table.index[rows[k]] for k in range(len(members))],
+        deviation=[table.deviation[rows[k]] for k in range(len(members))],
+    )
+
+
+def _check(how: str, refined: bool, threshold: float, tolerance: float, max_iterations: int) -> None:
+    if how not in ("joint", "published"):
+        raise ValueError(f"how={how!r}, but it must be 'joint' or 'published': use 'joint'.")
+    if refined and how == "published":
+        raise ValueError("refined=True with how='published', which is first order by definition: use how='joint'.")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}, but it must be in (0, 1]: use .95.")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}, but it must be in (0, 1): use 1e-4.")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations={max_iterations}, but it must be positive: use 100.")
