@@ -73,6 +73,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         ValueError: if an argument breaks its rule, or there are too many parameters.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = FullVON(model, lr=0.1, ess=100)
         >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.tensor([0, 1, 2, 0]))

@@ -73,6 +73,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         ValueError: if an argument breaks its rule.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = IVON(model, lr=0.1, ess=100)
         >>> loss = model(torch.ones(3, 2)).square().mean()

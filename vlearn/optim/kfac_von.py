@@ -79,6 +79,7 @@ class KFACVON(VariationalOptimizer[KroneckerStructure, ProductPosterior]):
         ValueError: if an argument breaks its rule.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = KFACVON(model, lr=0.01, ess=100)
         >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.tensor([0, 1, 2, 0]))

@@ -59,6 +59,7 @@ class VOGN(VariationalOptimizer[DiagonalStructure, Diagonal]):
         ValueError: if an argument breaks its rule.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = VOGN(model, lr=0.01, ess=100)
         >>> loss = model(torch.ones(3, 2)).square().mean()

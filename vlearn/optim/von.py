@@ -65,6 +65,7 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         ValueError: if an argument breaks its rule.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = VON(model, lr=0.1, ess=100)
         >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.tensor([0, 1, 2, 0]))
