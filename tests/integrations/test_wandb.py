@@ -11,6 +11,7 @@ import torch
 
 from vlearn.integrations.wandb import GeneralizationLogger
 from vlearn.optim.structures.diagnostics import Diagnostics
+from vlearn.sensitivity import Sensitivities, SensitivityTable
 
 wandb = pytest.importorskip("wandb")
 
@@ -39,21 +40,30 @@ def history(run):
     return [record["history"]["item"] for record in records(run) if record["type"] == "history"]
 
 
+def files(read):
+    """Where the files of all artifacts lie, by their path inside the artifact."""
+    artifacts = [record["artifact"] for record in read if record["type"] == "artifact"]
+    contents = [entry for artifact in artifacts for entry in artifact["manifest"]["contents"]]
+    return {entry["path"]: Path(entry["local_path"]) for entry in contents}
+
+
 def optimizer(step=1000, **s):
     """Stands for an optimizer: what the logger reads of one."""
     health = Diagnostics(step, 0.999**step, 0.5, 0.75, 4.0, 0.1, float("inf"), 0.0, 2)
     s = {
+        "residual": torch.ones(3, 2),
         "self_influence": torch.tensor([0.1, 0.3, 0.0]),
         "prediction_error": torch.tensor([0.2, 0.4, 0.6]),
+        "deviation": None,
     } | s
-    sensitivities = SimpleNamespace(step=step, **s)
+    sensitivities = Sensitivities(step=step, **s)
     return SimpleNamespace(diagnostics=lambda: health, sensitivities=lambda: sensitivities)
 
 
 def table(**replaced):
     columns = {name: torch.rand(N) for name in ("loss", "loo_loss", "leverage", "prediction_error")}
-    columns |= {"self_influence": torch.arange(N) / N, "index": torch.arange(N)}
-    return SimpleNamespace(**(columns | replaced))
+    columns |= {"self_influence": torch.arange(N) / N, "index": torch.arange(N), "deviation": torch.rand(N, 3)}
+    return SensitivityTable(**(columns | replaced))
 
 
 def test_a_training_run_reads_back_with_losses_table_images_and_scores(run):
@@ -72,39 +82,32 @@ def test_a_training_run_reads_back_with_losses_table_images_and_scores(run):
     assert len(rows) == 1
     row = rows[0]
     assert row["vlearn/step"] == 1000
-    assert row["vlearn/train_loss"] == pytest.approx(float(sweep.loss.mean()))
-    assert row["vlearn/loo_loss"] == pytest.approx(float(sweep.loo_loss.mean()))
+    for key, value in sweep.summary("vlearn/").items():
+        assert row[key] == value
+    assert {"vlearn/loss", "vlearn/loo_loss", "vlearn/predicted_gap"} < row.keys()
     assert row["vlearn/test_loss"] == 0.75
     assert row["vlearn/gap"] == pytest.approx(0.75 - float(sweep.loss.mean()))
-    assert row["vlearn/predicted_gap"] == pytest.approx(
-        float(sweep.loo_loss.double().mean() - sweep.loss.double().mean())
-    )
     assert row["vlearn/hess_init_weight"] == pytest.approx(0.999**1000)
     assert [row[f"vlearn/hessian_{name}"] for name in ("min", "median", "max")] == [0.5, 0.75, 4.0]
     assert row["vlearn/nonfinite_count"] == 2
     assert "vlearn/signal_to_noise" not in row  # infinite
-    assert row["vlearn/live_self_influence"] == pytest.approx(0.4 / 3)
-    assert row["vlearn/live_prediction_error"] == pytest.approx(0.4)
-    assert sum(row["vlearn/live_self_influence_log10.values"]) == 2
+    assert row["vlearn/live_self_influence_mean"] == pytest.approx(0.4 / 3)
+    assert row["vlearn/live_prediction_error_mean"] == pytest.approx(0.4)
     assert row["vlearn/most_sensitive._type"] == "table-file"
     assert row["vlearn/most_sensitive.nrows"] == 5
 
-    artifacts = [record["artifact"] for record in read if record["type"] == "artifact"]
-    contents = [entry for artifact in artifacts for entry in artifact["manifest"]["contents"]]
-    logged = next(entry for entry in contents if entry["path"] == "vlearn/most_sensitive.table.json")
-    content = json.loads(Path(logged["local_path"]).read_text())
+    content = json.loads(files(read)["vlearn/most_sensitive.table.json"].read_text())
     columns = "rank index label loss loo_loss self_influence leverage prediction_error image"
     assert content["columns"] == columns.split()
     assert [line[:3] for line in content["data"]] == [[i + 1, N - 1 - i, str((N - 1 - i) % 3)] for i in range(5)]
     assert [line[-1]["caption"] for line in content["data"]] == [f"#{N - 1 - i}" for i in range(5)]
     assert all((line[-1]["width"], line[-1]["height"]) == (8, 8) for line in content["data"])
 
-    scores = next(artifact for artifact in artifacts if artifact["type"] == "vlearn-scores")
-    stored = next(entry for entry in scores["manifest"]["contents"] if entry["path"] == "scores.npz")
-    with np.load(stored["local_path"]) as arrays:
+    with np.load(files(read)["scores.npz"]) as arrays:
         np.testing.assert_array_equal(arrays["index"], np.arange(N))
         np.testing.assert_array_equal(arrays["loo_loss"], sweep.loo_loss)
-    assert len([entry for entry in contents if entry["path"].endswith(".png")]) == 5
+    assert len([path for path in files(read) if path.endswith(".png")]) == 5
+    assert "vlearn-scores" in [record["artifact"]["type"] for record in read if record["type"] == "artifact"]
 
 
 def test_without_a_run_it_logs_to_the_active_one(run):
@@ -165,9 +168,9 @@ def test_tables_follow_their_own_schedule(run):
 
 def test_a_sweep_without_leave_one_out_or_leverage_logs_the_rest(run):
     logger = GeneralizationLogger(run)
-    logger.log_sweep(1, table(loo_loss=None, leverage=None))
+    logger.log_sweep(1, table(loo_loss=torch.full((N,), torch.nan), leverage=None))
     (row,) = history(run)
-    assert "vlearn/train_loss" in row
+    assert "vlearn/loss" in row
     assert not {"vlearn/loo_loss", "vlearn/test_loss", "vlearn/gap", "vlearn/predicted_gap"} & set(row)
 
 
@@ -185,20 +188,23 @@ def test_an_optimizer_without_sensitivities_warns_once_and_logs_its_hessian(run)
     assert "vlearn/hessian_min" in history(run)[0]
 
 
-def test_an_optimizer_without_diagnostics_logs_its_sensitivities(run):
-    plain = optimizer(step=7)
-    del plain.diagnostics
-    GeneralizationLogger(run).log_step(plain)
-    (row,) = history(run)
-    assert row["vlearn/step"] == 7
-    assert "vlearn/hess_init_weight" not in row
-
-
 def test_non_finite_and_half_precision_values_are_logged(run):
     values = torch.tensor([float("inf"), float("nan"), 0.5], dtype=torch.bfloat16)
-    GeneralizationLogger(run).log_step(optimizer(self_influence=values, prediction_error=values))
-    (row,) = history(run)
-    assert sum(row["vlearn/live_self_influence_log10.values"]) == 1
+    logger = GeneralizationLogger(run, top=2)
+    logger.log_step(optimizer(self_influence=values, prediction_error=values))
+    strength = torch.arange(N, dtype=torch.bfloat16)
+    strength[[0, 1, 2]] = torch.tensor([torch.inf, torch.nan, -torch.inf], dtype=torch.bfloat16)
+    logger.log_sweep(1000, table(self_influence=strength, index=torch.arange(N) + 2**25))
+    logger.close()
+    read = records(run)
+    (row,) = [record["history"]["item"] for record in read if record["type"] == "history"]
+    assert row["vlearn/live_num_nonfinite"] == 2
+    assert row["vlearn/num_nonfinite"] == 3
+    content = json.loads(files(read)["vlearn/most_sensitive.table.json"].read_text())
+    assert [line[1] for line in content["data"]] == [2**25 + N - 1, 2**25 + N - 2]
+    with np.load(files(read)["scores.npz"]) as arrays:
+        np.testing.assert_array_equal(arrays["index"], np.arange(N) + 2**25)
+        np.testing.assert_array_equal(arrays["self_influence"], strength.float())
 
 
 def test_images_of_too_few_examples_are_refused(run):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vlearn.record import MemoryMap
+from vlearn.record.memory_map import COLUMNS
 
 N = 6
 
@@ -114,6 +115,70 @@ def test_columns_are_read_only_views_of_the_disk(memory):
             memory.column(name)[0, 0] = 1
 
 
+def test_columns_are_npy_files_that_numpy_reads_without_vlearn(memory):
+    for step in range(11):
+        memory.record_sweep(step, sweep(scale=step))
+    memory.new_snapshot(11)
+    memory.record([2], rows(7, step=12))
+    files = sorted(file.name for file in memory.path.glob("*.npy"))
+    assert files == sorted(f"memory.{name}.npy" for name in COLUMNS)
+    for name in COLUMNS:
+        column = np.load(memory.path / f"memory.{name}.npy", mmap_mode="r")
+        assert column.dtype == np.float32
+        np.testing.assert_array_equal(column, memory.column(name))
+    snapshots = json.loads((memory.path / "memory.json").read_text())["snapshots"]
+    assert snapshots[10] == {"step": 10, "kind": "sweep", "test_loss": None}
+
+
+def test_a_reader_sees_new_snapshots_when_it_refreshes(memory):
+    memory.record_sweep(0, sweep())
+    reader = MemoryMap.open(memory.path)
+    seen = reader.column("loss")
+    memory.record_sweep(1, sweep(scale=2.0), test_loss=0.5)
+    assert (len(reader), len(reader.column("loss"))) == (1, 1)
+    assert reader.refresh() is reader
+    np.testing.assert_array_equal(reader.column("loss"), memory.column("loss"))
+    np.testing.assert_array_equal(reader.test_loss, [np.nan, 0.5])
+    np.testing.assert_array_equal(seen, memory.column("loss")[:1])
+
+
+def test_a_reader_of_another_number_of_examples_is_refused_when_it_refreshes(memory):
+    reader = MemoryMap.open(memory.path)
+    MemoryMap(7, memory.path, overwrite=True)
+    with pytest.raises(ValueError, match="num_data=6, but .* holds a record of 7 examples"):
+        reader.refresh()
+
+
+def test_a_snapshot_is_synced_to_the_disk_before_it_is_named(memory, monkeypatch):
+    memory.record_sweep(0, sweep())
+    done = []
+
+    def name_of(descriptor):
+        inode = os.fstat(descriptor).st_ino
+        return next(file.name for file in memory.path.iterdir() if file.stat().st_ino == inode)
+
+    def fsync(descriptor):
+        name = name_of(descriptor)
+        if name.endswith(".npy"):  # the row is in the file by now
+            assert np.load(memory.path / name, mmap_mode="r").shape == (2, N)
+        else:
+            assert len(json.loads((memory.path / name).read_text())["snapshots"]) == 2
+        done.append(("fsync", name))
+
+    def replace(source, target, move=os.replace):
+        done.append(("replace", os.path.basename(target)))
+        move(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    memory.record_sweep(1, sweep())
+    assert done == [
+        *(("fsync", f"memory.{name}.npy") for name in COLUMNS),
+        ("fsync", "memory.json.new"),
+        ("replace", "memory.json"),
+    ]
+
+
 def test_an_empty_record_has_empty_columns(memory):
     assert len(memory) == 0
     assert memory.column("loss").shape == (0, N)
@@ -167,7 +232,7 @@ def test_another_version_can_be_overwritten(memory):
 
 def test_another_version_is_refused(memory):
     (memory.path / "memory.json").write_text(json.dumps({"version": 99}))
-    with pytest.raises(ValueError, match="record version 99, but this vlearn reads version 1"):
+    with pytest.raises(ValueError, match="record version 99, but this vlearn reads versions 1 and 2"):
         MemoryMap(N, memory.path)
 
 
@@ -283,6 +348,8 @@ def test_a_kill_at_any_moment_loses_no_finished_snapshot_and_shows_no_half(tmp_p
         np.testing.assert_array_equal(memory.column("loss").min(axis=1), steps)
         np.testing.assert_array_equal(memory.column("loss").max(axis=1), steps)
         np.testing.assert_array_equal(memory.column("leverage").max(axis=1), -steps)
+        read_without_vlearn = np.load(tmp_path / "memory.loss.npy", mmap_mode="r")[:found]
+        np.testing.assert_array_equal(read_without_vlearn, memory.column("loss"))
 
 
 def test_memory_in_use_stays_at_a_few_rows(tmp_path):
@@ -298,3 +365,108 @@ def test_memory_in_use_stays_at_a_few_rows(tmp_path):
     assert means == [1] * 40
     # The index as int64, its counts and a few rows of 4 bytes; all 40 rows would be 160 bytes per example.
     assert peak < 50 * num_data
+
+
+def write_version_1(path, live_is_open=False):
+    """Write a record as version 1 did: two sweeps without leverage, and perhaps a live snapshot with two rows."""
+    path.mkdir()
+    snapshots = [{"step": step, "kind": "sweep", "test_loss": loss} for step, loss in ((0, 2.5), (10, None))]
+    index, unseen = np.arange(N), np.full(N, np.nan)
+    columns = {
+        "loss": [index + 0.5, index + 0.25],
+        "loo_loss": [index + 1.5, index + 1.25],
+        "self_influence": [index / 2, index / 4],
+        "prediction_error": [index / 8, index / 16],
+    }
+    if live_is_open:
+        snapshots.append({"step": 10, "kind": "live", "test_loss": None})
+        columns = {name: [*rows, unseen.copy()] for name, rows in columns.items()}
+        columns["step"] = [unseen, unseen, unseen.copy()]
+        for name, value in {"self_influence": 3, "prediction_error": 0.5, "step": 11}.items():
+            columns[name][2][[1, 4]] = value
+    for name, values in columns.items():
+        # A row more than the record names, as a killed run leaves it.
+        np.array([*values, np.zeros(N)], dtype="<f4").tofile(path / f"{name}.f32")
+    record = {"version": 1, "num_data": N, "snapshots": snapshots}
+    (path / "memory.json").write_text(json.dumps(record))
+    return {name: np.array(values, dtype=np.float32) for name, values in columns.items()}
+
+
+def test_a_record_of_version_1_is_read_and_left_as_it_is(tmp_path):
+    columns = write_version_1(tmp_path / "old", live_is_open=True)
+    before = content(tmp_path / "old")
+    memory = MemoryMap(N, tmp_path / "old")
+    assert (memory.steps.tolist(), memory.kinds.tolist()) == ([0, 10, 10], ["sweep", "sweep", "live"])
+    np.testing.assert_array_equal(memory.test_loss, [2.5, np.nan, np.nan])
+    for name, values in columns.items():
+        assert isinstance(memory.column(name), np.memmap)
+        np.testing.assert_array_equal(memory.column(name), values)
+    assert memory.column("leverage").shape == (3, N)
+    assert np.isnan(memory.column("leverage")).all()
+    assert content(tmp_path / "old") == before
+
+
+@pytest.mark.parametrize("live_is_open", [False, True])
+def test_a_record_of_version_1_is_continued_as_npy_files(tmp_path, live_is_open):
+    columns = write_version_1(tmp_path / "old", live_is_open)
+    memory, reader = MemoryMap(N, tmp_path / "old"), MemoryMap.open(tmp_path / "old")
+    memory.record_sweep(20, sweep(), test_loss=1.0)
+    before = 3 if live_is_open else 2
+    again = MemoryMap.open(tmp_path / "old")
+    assert len(again) == before + 1
+    for name in COLUMNS:
+        column = np.load(tmp_path / "old" / f"memory.{name}.npy")
+        np.testing.assert_array_equal(column[:before], columns.get(name, np.full((before, N), np.nan)))
+        np.testing.assert_array_equal(column, again.column(name))
+        np.testing.assert_array_equal(reader.column(name), column[:before])
+    np.testing.assert_allclose(again.column("leverage")[-1], np.arange(N) + 0.4, rtol=1e-6)
+    np.testing.assert_array_equal(again.test_loss[[0, -1]], [2.5, 1.0])
+
+
+def test_the_open_snapshot_of_a_version_1_record_goes_on(tmp_path):
+    write_version_1(tmp_path / "old", live_is_open=True)
+    memory = MemoryMap(N, tmp_path / "old")
+    memory.new_snapshot(10)
+    memory.record([4, 5], rows(8, 9, step=12))
+    np.testing.assert_array_equal(
+        MemoryMap.open(memory.path).column("self_influence")[2], [np.nan, 3, np.nan, np.nan, 8, 9]
+    )
+    np.testing.assert_array_equal(memory.column("step")[2], [np.nan, 11, np.nan, np.nan, 12, 12])
+
+
+def test_a_version_1_record_rewinds_and_an_empty_one_begins(tmp_path):
+    columns = write_version_1(tmp_path / "old")
+    memory = MemoryMap(N, tmp_path / "old")
+    memory.rewind(5)
+    np.testing.assert_array_equal(MemoryMap.open(memory.path).column("loss"), columns["loss"][:1])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "memory.json").write_text(json.dumps({"version": 1, "num_data": N, "snapshots": []}))
+    empty = MemoryMap(N, tmp_path / "empty")
+    assert empty.column("loss").shape == (0, N)
+    empty.record_sweep(0, sweep())
+    np.testing.assert_allclose(MemoryMap.open(empty.path).column("loss"), [np.arange(N) + 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("allowed", range(len(COLUMNS) + 2))
+def test_a_conversion_that_is_killed_at_any_write_is_made_again(tmp_path, monkeypatch, allowed):
+    columns = write_version_1(tmp_path / "old")
+    left = iter(range(allowed))
+
+    def die_at_last(descriptor, sync=os.fsync):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        sync(descriptor)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", die_at_last)
+        MemoryMap(N, tmp_path / "old").record_sweep(20, sweep())
+    again = MemoryMap(N, tmp_path / "old")
+    np.testing.assert_array_equal(again.column("loss"), columns["loss"])
+    again.record_sweep(20, sweep())
+    np.testing.assert_array_equal(MemoryMap.open(again.path).column("loss")[:2], columns["loss"])
+
+
+def test_overwriting_deletes_a_version_1_record(tmp_path):
+    write_version_1(tmp_path / "old")
+    MemoryMap(N, tmp_path / "old", overwrite=True)
+    assert sorted(content(tmp_path / "old")) == ["memory.json"]

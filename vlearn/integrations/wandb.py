@@ -1,4 +1,4 @@
-"""Weights & Biases: what the training data says about the test loss, beside your own curves."""
+"""Weights & Biases: summaries over the optimizer's own step, tables with images, and scores as an artifact."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
 from vlearn._extras import require
 from vlearn.plot import thumbnails
+from vlearn.sensitivity import SensitivityTable
 
 COLUMNS = ("loss", "loo_loss", "self_influence", "leverage", "prediction_error")
-BINS = 64
 
 
 class GeneralizationLogger:
-    """Log sensitivities to a run: live ones as training goes, and a sweep with its most sensitive examples.
+    """Log sensitivities to a run: live ones as training goes, and sweeps with their most sensitive examples.
 
     All keys start with ``vlearn/`` and are drawn over ``vlearn/step``, the optimizer's own count. Values join
-    the row of the run that is open, so they shift none of your own logging, with or without ``step=``.
+    the row of the run that is open, so they shift none of your own logging, with or without ``step=``. Other loggers
+    take the same floats from ``optimizer.sensitivities().summary()`` and ``table.summary()``.
 
     ======================================  ================================================================
-    ``train_loss``, ``loo_loss``            means over the sweep; leave-one-out predicts the test loss
-    ``test_loss``                           as given
-    ``predicted_gap``, ``gap``              leave-one-out minus train loss, test minus train loss
+    ``loss``, ``loo_loss``, ...             ``SensitivityTable.summary()`` of a sweep
+    ``test_loss``, ``gap``                  as given, and test_loss - loss
     ``most_sensitive``                      table of the ``top`` examples by self-influence, with images
-    ``live_prediction_error``               mean over the minibatch, at sampled weights
-    ``live_self_influence``                 mean over the minibatch, at sampled weights
-    ``live_self_influence_log10``           histogram over the minibatch
-    ``hess_init_weight``, ``hessian_min``   and the other fields of ``optimizer.diagnostics()``
+    ``live_self_influence_mean``, ...       ``Sensitivities.summary()`` of a minibatch, at sampled weights
+    ``hess_init_weight``, ...               the fields of ``optimizer.diagnostics()`` that are finite
     ======================================  ================================================================
 
     Args:
@@ -78,12 +77,12 @@ class GeneralizationLogger:
         self._warned = False
         self._open_row: int | None = None
         self._last_step: int | None = None
-        self._scores: dict[str, Any] | None = None
+        self._last_table: SensitivityTable | None = None
         run.define_metric("vlearn/step", hidden=True)
         run.define_metric("vlearn/*", step_metric="vlearn/step")
 
     def log_step(self, optimizer: Any) -> None:
-        """Log live sensitivities and the state of the Hessian; call after every ``optimizer.step()``.
+        """Log live sensitivities and the state of the Hessian; call it after every ``optimizer.step()``.
 
         Args:
             optimizer: one of vlearn's. If it has no sensitivities for this step, a warning says why, once,
@@ -92,78 +91,56 @@ class GeneralizationLogger:
         self._calls += 1
         if (self._calls - 1) % self._every:
             return
-        step, values = _health(optimizer)
+        diagnostics = asdict(optimizer.diagnostics())
+        step = diagnostics.pop("step")
+        values = {f"vlearn/{name}": value for name, value in diagnostics.items() if math.isfinite(value)}
         try:
-            s = optimizer.sensitivities()
+            values |= optimizer.sensitivities().summary("vlearn/live_")
         except RuntimeError as error:
             if not self._warned:
                 warnings.warn(f"No sensitivities to log: {error}", stacklevel=2)
             self._warned = True
-        else:
-            step = s.step if step is None else step
-            influence = _as_array(s.self_influence)
-            values["vlearn/live_self_influence"] = _mean(influence)
-            values["vlearn/live_prediction_error"] = _mean(_as_array(s.prediction_error))
-            positive = influence[np.isfinite(influence) & (influence > 0)]
-            if len(positive):
-                counts = np.histogram(np.log10(positive), bins=BINS)
-                values["vlearn/live_self_influence_log10"] = self._wandb.Histogram(np_histogram=counts)
-        self._log(self._calls if step is None else int(step), values)
+        self._log(step, values)
 
-    def log_sweep(self, step: int, table: Any, test_loss: float | None = None) -> None:
-        """Log the losses of a sweep and, on the table's schedule, its most sensitive examples.
+    def log_sweep(self, step: int, table: SensitivityTable, test_loss: float | None = None) -> None:
+        """Log the summary of a sweep and, on the table's schedule, its most sensitive examples.
 
         Args:
             step: training step, counted in optimizer steps.
-            table: what ``vlearn.sweep`` returned: ``[N]`` arrays or tensors ``index``, ``loss``,
-                ``loo_loss``, ``self_influence``, ``leverage``, ``prediction_error``, some perhaps None.
+            table: what ``vlearn.sweep`` returned.
             test_loss: mean loss on test data at the same weights, if known.
 
         Raises:
             ValueError: if an index lies outside of ``images`` or ``labels``; nothing is logged.
         """
-        index = _as_array(table.index).astype(np.int64)
         for name, values in {"images": self._images, "labels": self._labels}.items():
-            if values is not None and len(index) and index.max() >= len(values):
+            if values is not None and len(table) and int(table.index.max()) >= len(values):
                 raise ValueError(
-                    f"table.index reaches {index.max()}, but {name} has {len(values)} rows: give the {name} "
-                    "of the whole training set."
+                    f"table.index reaches {int(table.index.max())}, but {name} has {len(values)} rows: give the "
+                    f"{name} of the whole training set."
                 )
-        scores = {"index": index}
-        for name in COLUMNS:
-            if getattr(table, name, None) is not None:
-                scores[name] = _as_array(getattr(table, name))
-        nan = float("nan")
-        train = _mean(scores["loss"]) if "loss" in scores else nan
-        loo = _mean(scores["loo_loss"]) if "loo_loss" in scores else nan
-        test = nan if test_loss is None else float(test_loss)
-        losses = {"train_loss": train, "loo_loss": loo, "test_loss": test}
-        losses |= {"predicted_gap": loo - train, "gap": test - train}
-        values: dict[str, Any] = {f"vlearn/{name}": v for name, v in losses.items() if not np.isnan(v)}
-        if self._sweeps % self._table_every == 0 and "self_influence" in scores:
-            values["vlearn/most_sensitive"] = self._table(scores)
+        row: dict[str, Any] = table.summary("vlearn/")
+        if test_loss is not None:
+            row |= {"vlearn/test_loss": float(test_loss), "vlearn/gap": float(test_loss) - row["vlearn/loss"]}
+        if self._sweeps % self._table_every == 0:
+            row["vlearn/most_sensitive"] = self._most_sensitive(table)
         self._sweeps += 1
-        self._scores = scores
-        self._log(int(step), values)
-
-    def log_scores(self) -> None:
-        """Upload every example's scores of the last sweep, as artifact ``vlearn-scores-{run id}``.
-
-        The file ``scores.npz`` holds ``index`` and the table's columns, ``[N]`` each, for ``numpy.load``.
-        """
-        if self._scores is None:
-            return
-        artifact = self._wandb.Artifact(
-            f"vlearn-scores-{self._run.id}", type="vlearn-scores", metadata={"step": self._last_step}
-        )
-        with artifact.new_file("scores.npz", mode="wb") as file:
-            np.savez(file, **self._scores)
-        self._run.log_artifact(artifact)
-        self._scores = None
+        self._last_table = table
+        self._log(int(step), row)
 
     def close(self) -> None:
-        """Log the scores of the last sweep and send what is still open. The run itself goes on."""
-        self.log_scores()
+        """Upload the scores of the last sweep and send what is still open. The run itself goes on.
+
+        The artifact ``vlearn-scores-{run id}`` holds ``scores.npz`` with ``index`` and the columns of the table,
+        ``[N]`` each, for ``numpy.load``.
+        """
+        if self._last_table is not None:
+            name, metadata = f"vlearn-scores-{self._run.id}", {"step": self._last_step}
+            artifact = self._wandb.Artifact(name, type="vlearn-scores", metadata=metadata)
+            with artifact.new_file("scores.npz", mode="wb") as file:
+                np.savez(file, **_scores(self._last_table))
+            self._run.log_artifact(artifact)
+            self._last_table = None
         self._close_row()
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
@@ -179,15 +156,17 @@ class GeneralizationLogger:
             self._run.log({}, commit=True)
         self._open_row = None
 
-    def _table(self, scores: dict[str, np.ndarray]) -> Any:
-        strength = scores["self_influence"]
-        order = np.argsort(np.where(np.isfinite(strength), -strength, np.inf), kind="stable")[: self._top]
-        index = scores["index"][order]
-        columns = {"rank": list(range(1, len(order) + 1)), "index": index.tolist()}
+    def _most_sensitive(self, table: SensitivityTable) -> Any:
+        """``wandb.Table`` of the ``top`` examples by self-influence, examples without a finite one last."""
+        strength = table.self_influence.where(table.self_influence.isfinite(), -math.inf)
+        order = strength.argsort(descending=True, stable=True)
+        scores = {name: column[order[: self._top]] for name, column in _scores(table).items()}
+        index = scores["index"].tolist()
+        columns = {"rank": range(1, len(index) + 1), "index": index}
         if self._labels is not None:
-            labels = [self._labels[i] for i in index.tolist()]
+            labels = [self._labels[i] for i in index]
             columns["label"] = [str(label.item() if hasattr(label, "item") else label) for label in labels]
-        columns |= {name: scores[name][order].tolist() for name in COLUMNS if name in scores}
+        columns |= {name: scores[name].tolist() for name in COLUMNS if name in scores}
         if self._images is not None:
             image = require("PIL.Image", extra="wandb", feature="vlearn.integrations.wandb")
             pictures = np.rint(255 * thumbnails(self._images, index)).astype(np.uint8)
@@ -199,21 +178,10 @@ class GeneralizationLogger:
         return self._wandb.Table(columns=list(columns), data=rows)
 
 
-def _health(optimizer: Any) -> tuple[int | None, dict[str, Any]]:
-    """Step and diagnostics of an optimizer that has them."""
-    if not hasattr(optimizer, "diagnostics"):
-        return None, {}
-    found = asdict(optimizer.diagnostics())
-    return found.pop("step"), {f"vlearn/{name}": value for name, value in found.items() if math.isfinite(value)}
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean(dtype=np.float64)) if len(values) else float("nan")
-
-
-def _as_array(values: Any) -> np.ndarray:
-    """Array of an array or tensor; half precision becomes float32, which numpy knows."""
-    if hasattr(values, "detach"):
-        values = values.detach()
-        values = (values.float() if values.is_floating_point() else values).cpu()
-    return np.asarray(values)
+def _scores(table: SensitivityTable) -> dict[str, Any]:
+    """``index`` and the columns that the sweep was asked for, ``[N]`` each; numpy has no bfloat16."""
+    columns = {name: getattr(table, name) for name in ("index", *COLUMNS) if getattr(table, name) is not None}
+    return {
+        name: np.asarray(column.float() if column.dtype == torch.bfloat16 else column)
+        for name, column in columns.items()
+    }

@@ -1,10 +1,14 @@
 """Memory map on disk: what the model knows of every example, at every recorded step.
 
-A folder holds ``memory.json`` (number of examples; step, kind and test loss of every snapshot) and one file
-per column, ``leverage.f32`` and so on: raw little-endian float32, ``[snapshot, example]`` in row-major order,
-NaN where unseen. The rows of a snapshot are written before ``memory.json`` names it, and that file is
-replaced as a whole, so a run may be killed at any moment: a half-written snapshot is not there, and the next
-one is written over it.
+A folder holds one ``.npy`` file per column, ``memory.loss.npy`` and so on, float32 ``[snapshot, example]`` with NaN
+where an example was not seen, and ``memory.json``: the number of examples, and the step, kind and test loss of every
+snapshot. Other programs read ``np.load("memory.loss.npy", mmap_mode="r")[:S]``, where S is the number of snapshots
+in ``memory.json``: a file has more rows than S while a snapshot is being written, after a kill, or after a rewind.
+
+The rows of a snapshot are written and synced before ``memory.json`` names it, and that file is replaced as a whole,
+so a run may be killed at any moment: a half-written snapshot has no name, and the next one is written over it.
+Records of version 1, whose columns are raw ``.f32`` files, are read as they are; the first write copies them to
+``.npy`` files and leaves the old files where they are, unused.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ SWEEP_COLUMNS = ("loss", "loo_loss", "self_influence", "leverage", "prediction_e
 COLUMNS = (*SWEEP_COLUMNS, "step")
 
 _DTYPE = np.dtype("<f4")
-_VERSION = 1
+_VERSION = 2
+_HEADER = 128  # bytes before the numbers of an .npy file; numpy pads them, so that the first axis can grow in place
 
 
 class MemoryMap:
@@ -39,7 +44,8 @@ class MemoryMap:
         overwrite: start anew; a record that the folder holds is deleted.
 
     Raises:
-        ValueError: if ``num_data`` is not positive, or ``path`` holds a record of another number of examples.
+        ValueError: if ``num_data`` is not positive, or ``path`` holds a record of another number of examples or of
+            a version that this vlearn does not know.
 
     Source: memory maps, Tailor et al. (2024).
 
@@ -58,20 +64,14 @@ class MemoryMap:
         if self.num_data < 1:
             raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")
         self.path = Path(path)
-        self._snapshots: list[dict[str, Any]] = []
-        self._open_rows: dict[str, np.memmap] = {}
         if (self.path / "memory.json").exists() and not overwrite:
-            found, self._snapshots = _read(self.path)
-            if found != self.num_data:
-                raise ValueError(
-                    f"num_data={self.num_data}, but {self.path} holds a record of {found} examples: "
-                    f"use another path, MemoryMap.open({str(self.path)!r}) to continue it, or overwrite=True."
-                )
+            self.refresh()
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._commit(self._snapshots)
+            self._commit([])
             for name in COLUMNS if overwrite else ():
                 self._file(name).unlink(missing_ok=True)
+                self._file(name, version=1).unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> MemoryMap:
@@ -80,7 +80,28 @@ class MemoryMap:
         Raises:
             FileNotFoundError: if ``path`` holds no record.
         """
-        return cls(_read(Path(path))[0], path)
+        return cls(_read(Path(path))["num_data"], path)
+
+    def refresh(self) -> MemoryMap:
+        """Look up which snapshots the writer has finished by now.
+
+        Between two calls ``steps``, ``kinds``, ``test_loss`` and the columns keep one length, however many snapshots
+        the writer adds. Rows of the open live snapshot are seen as they are written, without a call.
+
+        Returns:
+            This record.
+
+        Raises:
+            ValueError: if the folder now holds a record of another number of examples.
+        """
+        content = _read(self.path)
+        if content["num_data"] != self.num_data:
+            raise ValueError(
+                f"num_data={self.num_data}, but {self.path} holds a record of {content['num_data']} examples: "
+                f"use another path, MemoryMap.open({str(self.path)!r}) to continue it, or overwrite=True."
+            )
+        self._version, self._snapshots, self._open_rows = content["version"], content["snapshots"], {}
+        return self
 
     def __len__(self) -> int:
         """Number of snapshots."""
@@ -102,8 +123,7 @@ class MemoryMap:
     @property
     def test_loss(self) -> np.ndarray:
         """``[S]`` mean test loss, float64, NaN where none was given."""
-        losses = [snapshot["test_loss"] for snapshot in self._snapshots]
-        return np.array([np.nan if loss is None else loss for loss in losses], dtype=np.float64)
+        return np.array([snapshot["test_loss"] for snapshot in self._snapshots], dtype=np.float64)
 
     def column(self, name: str) -> np.ndarray:
         """One quantity of every example at every snapshot so far, as a read-only view of the disk.
@@ -119,10 +139,10 @@ class MemoryMap:
         """
         if name not in COLUMNS:
             raise ValueError(f"column {name!r} does not exist: use one of {', '.join(COLUMNS)}.")
-        shape = (len(self), self.num_data)
-        if len(self) == 0 or not self._file(name).exists():
+        file, shape = self._file(name, self._version), (len(self), self.num_data)
+        if len(self) == 0 or (self._version == 1 and not file.exists()):
             return np.broadcast_to(np.array(np.nan, _DTYPE), shape)
-        return np.memmap(self._file(name), _DTYPE, mode="r", shape=shape)
+        return np.memmap(file, _DTYPE, "r", offset=0 if self._version == 1 else _HEADER, shape=shape)
 
     def new_snapshot(self, step: int) -> None:
         """Open a live snapshot, to which :meth:`record` writes from now on.
@@ -137,7 +157,7 @@ class MemoryMap:
         """
         if self._live_is_open() and self._snapshots[-1]["step"] == operator.index(step):
             return
-        self._append({"step": self._check_step(step, "live"), "kind": "live", "test_loss": None}, {})
+        self._append({"step": self._check_step(step, "live"), "kind": "live", "test_loss": None}, [], {})
 
     def record(self, index: Any, s: Any) -> None:
         """Write the live rows of a minibatch to the open snapshot; an example seen again is written over.
@@ -154,14 +174,14 @@ class MemoryMap:
         if not self._live_is_open():
             raise RuntimeError("No live snapshot is open: call new_snapshot(step) before record(index, s).")
         index = self._check_index(index)
-        columns = {name: _check_column(name, getattr(s, name), index) for name in LIVE_COLUMNS}
-        step = getattr(s, "step", None)
-        if step is not None:
-            columns["step"] = np.full(len(index), step, _DTYPE)
+        columns: dict[str, Any] = {name: _check_column(name, getattr(s, name), index) for name in LIVE_COLUMNS}
+        if getattr(s, "step", None) is not None:
+            columns["step"] = float(s.step)
+        self._convert()
         for name, values in columns.items():
             if name not in self._open_rows:
-                self._open_rows[name] = self._row(name, len(self) - 1)
-            self._open_rows[name][index] = values
+                self._open_rows[name] = np.memmap(self._file(name), _DTYPE, "r+", _HEADER, (len(self), self.num_data))
+            self._open_rows[name][-1, index] = values
 
     def record_sweep(self, step: int, table: Any, test_loss: float | None = None) -> None:
         """Write a sweep over the data set as a snapshot of its own: all of it or, after a kill, nothing.
@@ -186,54 +206,64 @@ class MemoryMap:
                 "use a loader without replacement."
             )
         given = {name: getattr(table, name, None) for name in SWEEP_COLUMNS}
-        rows = {}
-        for name, values in given.items():
-            if values is not None:
-                rows[name] = np.full(self.num_data, np.nan, _DTYPE)
-                rows[name][index] = _check_column(name, values, index)
-        if not rows:
+        columns = {name: _check_column(name, values, index) for name, values in given.items() if values is not None}
+        if not columns:
             raise ValueError(f"The table has nothing to record: give one of {', '.join(SWEEP_COLUMNS)}.")
         test_loss = None if test_loss is None else float(test_loss)
-        self._append({"step": step, "kind": "sweep", "test_loss": test_loss}, rows)
+        self._append({"step": step, "kind": "sweep", "test_loss": test_loss}, index, columns)
 
     def rewind(self, step: int) -> None:
-        """Forget the snapshots after ``step``, as when training resumes from a checkpoint of that step."""
-        self._open_rows = {}
+        """Forget the snapshots after ``step``, as when training resumes from a checkpoint of that step.
+
+        Args:
+            step: training step of the checkpoint, counted in optimizer steps.
+        """
+        self._convert()
         self._commit([snapshot for snapshot in self._snapshots if snapshot["step"] <= operator.index(step)])
 
-    def _append(self, snapshot: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
-        self._open_rows = {}
-        unseen = np.full(self.num_data, np.nan, _DTYPE)
+    def _append(self, snapshot: dict[str, Any], index: Any, columns: dict[str, np.ndarray]) -> None:
+        """Write a snapshot's rows, NaN where ``columns`` have no values for an example, then name the snapshot."""
+        self._convert()
         for name in COLUMNS:
-            if name in rows or self._file(name).exists():
-                row = self._row(name, len(self))
-                row[:] = rows.get(name, unseen)
-                row.flush()
+            rows = np.full((1, self.num_data), np.nan, _DTYPE)
+            if name in columns:
+                rows[0, index] = columns[name]
+            self._write(name, len(self), rows)
         self._commit([*self._snapshots, snapshot])
 
-    def _row(self, name: str, snapshot: int) -> np.memmap:
-        """Row of a column for writing; a column not on disk yet starts as NaN."""
+    def _write(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Write rows of a column from row ``start`` on, then the header that counts them, and sync both."""
         file = self._file(name)
-        if not file.exists():
-            unseen = np.full(self.num_data, np.nan, _DTYPE).tobytes()
-            with open(file.with_suffix(".new"), "wb") as new:
-                for _ in range(snapshot + 1):
-                    new.write(unseen)
-            os.replace(new.name, file)
-        offset = snapshot * self.num_data * _DTYPE.itemsize
-        return np.memmap(file, _DTYPE, mode="r+", offset=offset, shape=(self.num_data,))
+        with open(file, "r+b" if file.exists() else "w+b") as column:
+            column.seek(_HEADER + start * self.num_data * _DTYPE.itemsize)
+            for row in rows:
+                column.write(row.tobytes())
+            column.flush()  # a reader that finds the new header finds the rows
+            column.seek(0)
+            header = {"descr": _DTYPE.str, "fortran_order": False, "shape": (start + len(rows), self.num_data)}
+            np.lib.format.write_array_header_1_0(column, header)
+            column.flush()
+            os.fsync(column.fileno())
+
+    def _convert(self) -> None:
+        """Copy the columns of a record of version 1 to ``.npy`` files; readers may still hold the ``.f32`` files."""
+        if self._version == 1:
+            for name in COLUMNS:
+                self._write(name, 0, self.column(name))
+            self._commit(self._snapshots)
 
     def _commit(self, snapshots: list[dict[str, Any]]) -> None:
+        """Name the snapshots, whose rows are on disk, by replacing ``memory.json`` as a whole."""
         new = self.path / "memory.json.new"
         with open(new, "w") as file:
             json.dump({"version": _VERSION, "num_data": self.num_data, "snapshots": snapshots}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, self.path / "memory.json")
-        self._snapshots = snapshots
+        self._version, self._snapshots, self._open_rows = _VERSION, snapshots, {}
 
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name}.f32"
+    def _file(self, name: str, version: int = _VERSION) -> Path:
+        return self.path / (f"{name}.f32" if version == 1 else f"memory.{name}.npy")
 
     def _live_is_open(self) -> bool:
         return len(self) > 0 and self._snapshots[-1]["kind"] == "live"
@@ -268,26 +298,27 @@ class MemoryMap:
         return index.astype(np.int64)
 
 
-def _read(path: Path) -> tuple[int, list[dict[str, Any]]]:
+def _read(path: Path) -> dict[str, Any]:
     with open(path / "memory.json") as file:
         content = json.load(file)
-    if content.get("version") != _VERSION:
+    if content.get("version") not in (1, _VERSION):
         raise ValueError(
-            f"{path} has record version {content.get('version')}, but this vlearn reads version {_VERSION}: "
+            f"{path} has record version {content.get('version')}, but this vlearn reads versions 1 and {_VERSION}: "
             "use the vlearn that wrote it, or another path."
         )
-    return content["num_data"], content["snapshots"]
-
-
-def _as_array(values: Any) -> np.ndarray:
-    """Array of a list, array or tensor, without importing torch."""
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    return content
 
 
 def _check_column(name: str, values: Any, index: np.ndarray) -> np.ndarray:
-    # numpy has no bfloat16, so a tensor becomes float32 on its own side.
-    array = _as_array(values.detach().float() if hasattr(values, "detach") else values)
+    array = _as_array(values)
     if array.shape != index.shape:
         raise ValueError(f"{name} has shape {array.shape}, but index has {index.shape}: give one value per example.")
     with np.errstate(over="ignore"):
         return array.astype(_DTYPE)
+
+
+def _as_array(values: Any) -> np.ndarray:
+    """Array of a list, array or tensor, without importing torch; numpy has no bfloat16, so floats become float32."""
+    if hasattr(values, "detach"):
+        values = (values.detach().float() if values.is_floating_point() else values).cpu()
+    return np.asarray(values)

@@ -15,6 +15,7 @@ from vlearn.linearized.output_change import output_deviation
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.subset import validate_indices
 from vlearn.posterior.covariance import Covariance
+from vlearn.sensitivity.summary import row_norms, summarize
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,38 @@ class Sensitivities:
     prediction_error: Tensor
     deviation: Tensor | None
     step: int
+
+    def summary(self, prefix: str = "") -> dict[str, float]:
+        """Summarize the minibatch by a few floats, as Lightning's ``log_dict`` or any other logger takes them.
+
+        ===================================  =================================================================
+        ``num_examples``                     rows of the minibatch
+        ``num_nonfinite``                    rows with a NaN or an infinity in one of the columns below
+        ``self_influence_mean``              mean of gᵀΣg over the rows, in the loss's units
+        ``self_influence_q50``               its median
+        ``self_influence_q95``               its 95% quantile
+        ``self_influence_max``               its maximum
+        ``prediction_error_mean``            mean of ‖residual‖/√2, in [0, 1] for hard-label cross-entropy
+        ``prediction_error_q50``             its median
+        ``prediction_error_q95``             its 95% quantile
+        ``prediction_error_max``             its maximum
+        ``deviation_norm_mean``              mean of ‖deviation‖, in the output's units; these four keys are
+                                             there if the deviation was asked for
+        ``deviation_norm_q50``               its median
+        ``deviation_norm_q95``               its 95% quantile
+        ``deviation_norm_max``               its maximum
+        ===================================  =================================================================
+
+        Quantiles are linearly interpolated. No row is left out: a statistic that a NaN or an infinity reaches is NaN.
+
+        Args:
+            prefix: put before every key, as in ``self.log_dict(s.summary("train/"))``.
+
+        Returns:
+            Python floats by key, finite or NaN.
+        """
+        distributions = {"self_influence": self.self_influence, "prediction_error": self.prediction_error}
+        return summarize({}, {**distributions, "deviation_norm": row_norms(self.deviation)}, prefix)
 
 
 @torch.inference_mode(False)

@@ -18,6 +18,7 @@ from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.authors import authors_deviation
 from vlearn.sensitivity.live import prediction_error
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
+from vlearn.sensitivity.summary import row_norms, summarize
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 # Small tensors that stay, between large ones that go, keep the heap from being used again: 20 times the table's size.
@@ -61,6 +62,57 @@ class SensitivityTable:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def summary(self, prefix: str = "") -> dict[str, float]:
+        """Summarize the table by a few floats, as Lightning's ``log_dict`` or any other logger takes them.
+
+        ===================================  =================================================================
+        ``num_examples``                     rows of the table: examples, or tokens with per="token"
+        ``num_nonfinite``                    rows with a NaN or an infinity in one of the columns below
+        ``refined_fallbacks``                rows for which `refined` kept V e; if `refined` was asked for
+        ``loss``                             mean of the rows' losses, in the loss's units
+        ``loo_loss``                         mean leave-one-out loss, which predicts the test loss; if asked for
+        ``predicted_gap``                    ``loo_loss`` - ``loss``, the predicted generalization gap; likewise
+        ``self_influence_mean``              mean of gᵀΣg over the rows, in the loss's units
+        ``self_influence_q50``               its median
+        ``self_influence_q95``               its 95% quantile
+        ``self_influence_max``               its maximum
+        ``prediction_error_mean``            mean of ‖residual‖/√2, in [0, 1] for hard-label cross-entropy
+        ``prediction_error_q50``             its median
+        ``prediction_error_q95``             its 95% quantile
+        ``prediction_error_max``             its maximum
+        ``deviation_norm_mean``              mean of ‖deviation‖, in the output's units
+        ``deviation_norm_q50``               its median
+        ``deviation_norm_q95``               its 95% quantile
+        ``deviation_norm_max``               its maximum
+        ``leverage_mean``                    mean of tr(ΛV), in effective parameters; these four keys are there
+                                             if the leverage was asked for
+        ``leverage_q50``                     its median; of the probe's noisy rows with leverage="probe"
+        ``leverage_q95``                     its 95% quantile; likewise
+        ``leverage_max``                     its maximum; likewise
+        ===================================  =================================================================
+
+        Quantiles are linearly interpolated. No row is left out: a statistic that a NaN or an infinity reaches is NaN.
+
+        Args:
+            prefix: put before every key, as in ``self.log_dict(table.summary("sweep/"))``.
+
+        Returns:
+            Python floats by key, finite or NaN.
+        """
+        means: dict[str, Tensor] = {"loss": self.loss}
+        if not self.loo_loss.isnan().all():
+            means |= {"loo_loss": self.loo_loss, "predicted_gap": self.loo_loss.double() - self.loss.double()}
+        distributions = {
+            "self_influence": self.self_influence,
+            "prediction_error": self.prediction_error,
+            "deviation_norm": row_norms(self.deviation),
+            "leverage": self.leverage,
+        }
+        summary = summarize(means, distributions, prefix)
+        if self.fell_back is not None:
+            summary[f"{prefix}refined_fallbacks"] = float(self.fell_back.sum())
+        return summary
 
 
 @dataclass(frozen=True)
