@@ -53,9 +53,11 @@ class Bernoulli(Data):
         check_all("y", self.y, (self.y == 0) | (self.y == 1), "must be 0 or 1", "use y.round() or Categorical")
 
     def statistics(self, index: Tensor) -> Tensor:
+        """(y, 1 - y) of each toss ``[N, 2]``."""
         return torch.stack([self.y[index], 1 - self.y[index]], 1)
 
     def log_predictive(self, q: Beta) -> Tensor:
+        """log E_q[p(y|π)] of each toss ``[N]``, in nats."""
         return torch.where(self.y == 1, q.alpha, q.beta).log() - (q.alpha + q.beta).log()
 
 
@@ -71,9 +73,11 @@ class Poisson(Data):
         check_all("y", self.y, whole, "must be a count, 0, 1, 2, ...", "use LinearRegression for real numbers")
 
     def statistics(self, index: Tensor) -> Tensor:
+        """(y, -1) of each count ``[N, 2]``."""
         return torch.stack([self.y[index], -torch.ones_like(self.y[index])], 1)
 
     def log_predictive(self, q: Gamma) -> Tensor:
+        """log E_q[p(y|λ)] of each count ``[N]``, in nats."""
         y = self.y  # the negative binomial distribution
         ways = torch.lgamma(q.shape + y) - torch.lgamma(q.shape) - torch.lgamma(y + 1)
         return ways - q.shape * q.rate.reciprocal().log1p() - y * q.rate.log1p()
@@ -93,12 +97,15 @@ class Categorical(Data):
 
     @property
     def width(self) -> int:
+        """The number of classes."""
         return self.classes
 
     def statistics(self, index: Tensor) -> Tensor:
+        """One-hot labels ``[N, C]``."""
         return F.one_hot(self.y[index].long(), self.classes).double()
 
     def log_predictive(self, q: Dirichlet) -> Tensor:
+        """log E_q[p(y|π)] of each label ``[N]``, in nats."""
         probability = q.mean.expand(len(self), -1)
         return probability.gather(1, self.y.long().unsqueeze(1)).squeeze(1).log()
 
@@ -115,10 +122,12 @@ class GaussianMean(Data):
         _check_noise_variance(self)
 
     def statistics(self, index: Tensor) -> Tensor:
+        """(y/σ², -1/(2σ²)) of each value, in the natural parameters of the mean's posterior."""
         y = self.y[index]
         return torch.stack([y, -0.5 * torch.ones_like(y)], 1) / self.noise_variance
 
     def log_predictive(self, q: Gaussian) -> Tensor:
+        """log E_q[p(y|μ)] of each value ``[N]``, in nats."""
         return _log_normal(self.y, q.mean.squeeze(-1), self.noise_variance + q.variance.squeeze(-1))
 
 
@@ -151,18 +160,22 @@ class LinearRegression(Data):
 
     @property
     def width(self) -> int:
+        """The number of natural parameters of the weights' posterior."""
         return self.x.shape[1] + self.x.shape[1] ** 2
 
     def statistics(self, index: Tensor) -> Tensor:
+        """(y x/σ², -x xᵀ/(2σ²)) of each example, in the natural parameters of the weights' posterior."""
         x, y = self.x[index], self.y[index]
         squares = x.unsqueeze(2) * x.unsqueeze(1)  # [n, P, P]
         return torch.cat([x * y.unsqueeze(1), -0.5 * squares.flatten(1)], 1) / self.noise_variance
 
     def summed_statistics(self, weights: Tensor) -> Tensor:
+        """The same summed over the examples, without a matrix for each."""
         weighted = self.x * weights.unsqueeze(1)  # nothing of size N P²
         return torch.cat([weighted.mT @ self.y, -0.5 * (self.x.mT @ weighted).flatten()]) / self.noise_variance
 
     def log_predictive(self, q: Gaussian) -> Tensor:
+        """log E_q[p(y|x, θ)] of each example ``[N]``, in nats."""
         mean = (self.x * q.mean).sum(1)
         spread = (self.x.unsqueeze(1) @ q.covariance).squeeze(1)
         return _log_normal(self.y, mean, self.noise_variance + (spread * self.x).sum(1))

@@ -52,18 +52,22 @@ class Beta(Family):
 
     @property
     def alpha(self) -> Tensor:
+        """α ``[...]``."""
         return self.natural[..., 0] + 1
 
     @property
     def beta(self) -> Tensor:
+        """β ``[...]``."""
         return self.natural[..., 1] + 1
 
     @property
     def mean(self) -> Tensor:
+        """α/(α + β) ``[...]``."""
         return self.alpha / (self.alpha + self.beta)
 
     @property
     def variance(self) -> Tensor:
+        """αβ/((α + β)²(α + β + 1)) ``[...]``."""
         return self.mean * (1 - self.mean) / (self.alpha + self.beta + 1)
 
 
@@ -83,18 +87,22 @@ class Gamma(Family):
 
     @property
     def shape(self) -> Tensor:
+        """The shape α ``[...]``."""
         return self.natural[..., 0] + 1
 
     @property
     def rate(self) -> Tensor:
+        """The rate β ``[...]``."""
         return -self.natural[..., 1]
 
     @property
     def mean(self) -> Tensor:
+        """α/β ``[...]``."""
         return self.shape / self.rate
 
     @property
     def variance(self) -> Tensor:
+        """α/β² ``[...]``."""
         return self.shape / self.rate.square()
 
 
@@ -114,14 +122,17 @@ class Dirichlet(Family):
 
     @property
     def concentration(self) -> Tensor:
+        """α ``[..., C]``."""
         return self.natural + 1
 
     @property
     def mean(self) -> Tensor:
+        """α_c/Σα ``[..., C]``."""
         return self.concentration / self.concentration.sum(-1, keepdim=True)
 
     @property
     def variance(self) -> Tensor:
+        """The variance of each probability ``[..., C]``."""
         return self.mean * (1 - self.mean) / (self.concentration.sum(-1, keepdim=True) + 1)
 
 

@@ -37,12 +37,15 @@ class ConvWeightGradient:
 
     @property
     def entries(self) -> int:
+        """See `Form`."""
         return self.shape.numel() + self.strips[0].numel() + self.b[0].numel()
 
     def dense(self) -> Tensor:
+        """See `Form`; G_n ``[N, O, I, *kernel]``."""
         return self._from_offsets(self._dense())
 
     def output_jvp(self, direction: Tensor) -> Tensor:
+        """See `Form`; the convolution of the input with D_n."""
         return self._moved(self._by_offset(direction))
 
     def as_outer(self) -> Outer:
@@ -53,12 +56,15 @@ class ConvWeightGradient:
         return Outer(split.transpose(3, 4).reshape(n, g, columns * offsets, t).mT, self.b, self.shape)
 
     def weighted_square(self, variance: Tensor) -> Tensor:
+        """See `Form`."""
         return self._dense().square_().flatten(1) @ self._by_offset(variance).flatten()
 
     def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        """See `Form`."""
         return self._moved(self._dense().mul_(self._by_offset(variance)))
 
     def sum_of_squares(self) -> Tensor:
+        """See `Form`."""
         return self._from_offsets(self._dense().square_().sum(0, keepdim=True))[0]
 
     def _inputs(self) -> Iterator[Tensor]:
@@ -154,28 +160,36 @@ class ConvTransposeWeightGradient:
 
     @property
     def shape(self) -> torch.Size:
+        """See `Form`."""
         return self.patches.shape
 
     @property
     def entries(self) -> int:
+        """See `Form`."""
         return self.shape.numel() + self.patches.a[0].numel() + self.patches.b[0].numel() + self.b[0].numel()
 
     def dense(self) -> Tensor:
+        """See `Form`; G_n ``[N, I, O, *kernel]``."""
         return self.patches.dense()
 
     def output_jvp(self, direction: Tensor) -> Tensor:
+        """See `Form`; the patches that D_n makes, added up where they overlap."""
         return self._folded(self.patches.output_jvp(direction))
 
     def weighted_square(self, variance: Tensor) -> Tensor:
+        """See `Form`."""
         return self.patches.weighted_square(variance)
 
     def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        """See `Form`."""
         return self._folded(self.patches.weighted_output_jvp(variance))
 
     def sum_of_squares(self) -> Tensor:
+        """See `Form`."""
         return self.patches.sum_of_squares()
 
     def as_outer(self) -> None:  # its output rows overlap, so they are not those of a matrix product
+        """None."""
         return None
 
     def _folded(self, patches: Tensor) -> Tensor:

@@ -40,19 +40,48 @@ class Form(Protocol):
     """The per-example gradient of one parameter, with the operations that this file's docstring lists."""
 
     @property
-    def b(self) -> Tensor: ...
+    def b(self) -> Tensor:
+        """The gradient of the output rows ``[N, G, T, O]``, or summed over the positions."""
+        ...
+
     @property
-    def shape(self) -> torch.Size: ...
+    def shape(self) -> torch.Size:
+        """The shape of the parameter."""
+        ...
+
     @property
-    def entries(self) -> int: ...
-    def dense(self) -> Tensor: ...
-    def output_jvp(self, direction: Tensor) -> Tensor: ...
-    def weighted_square(self, variance: Tensor) -> Tensor: ...
-    def weighted_output_jvp(self, variance: Tensor) -> Tensor: ...
-    def sum_of_squares(self) -> Tensor: ...
-    def as_outer(self) -> Outer | None: ...
+    def entries(self) -> int:
+        """Entries per example that the products work on; 0 where they are few."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The gradients G_n ``[N, *shape]``."""
+        ...
+
+    def output_jvp(self, direction: Tensor) -> Tensor:
+        """The change of the output rows ``[N, G, T, O]`` when example n's parameter moves by D_n ``[N, *shape]``."""
+        ...
+
+    def weighted_square(self, variance: Tensor) -> Tensor:
+        """⟨G_n, w ∘ G_n⟩ ``[N]``, w in the parameter's shape."""
+        ...
+
+    def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        """output_jvp(w ∘ G_n) ``[N, G, T, O]``, w in the parameter's shape."""
+        ...
+
+    def sum_of_squares(self) -> Tensor:
+        """Σ_n G_n ∘ G_n in the parameter's shape."""
+        ...
+
+    def as_outer(self) -> Outer | None:
+        """The same as an `Outer`, of a "matrix" or "transposed"; else None."""
+        ...
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """How the parameter acts, see the top of this file."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,35 +95,43 @@ class Outer:
 
     @property
     def kind(self) -> str:
+        """ "transposed" where the parameter holds [I, O], else "matrix"."""
         return "transposed" if self.transposed else "matrix"
 
     @property
     def entries(self) -> int:
+        """See `Form`; none where there is one position."""
         return 0 if self.b.shape[2] == 1 else self.shape.numel() + self.a[0].numel() + self.b[0].numel()
 
     def dense(self) -> Tensor:
+        """See `Form`; Σ_t b_nt a_ntᵀ."""
         return self._product().reshape(-1, *self.shape)
 
     def output_jvp(self, direction: Tensor) -> Tensor:
+        """See `Form`; D_n a_nt."""
         return self._times(self._matrix(direction))
 
     def weighted_square(self, variance: Tensor) -> Tensor:
+        """See `Form`; with one position b² · (w a²)."""
         if self.b.shape[2] == 1:
             return self._weighted_inputs(variance).mul_(self.b).mul_(self.b).flatten(1).sum(1)
         return self._product().square_().flatten(1) @ variance.flatten()
 
     def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        """See `Form`; with one position b ∘ (w a²)."""
         if self.b.shape[2] == 1:
             return self.b * self._weighted_inputs(variance)
         return self._times(self._product().mul_(self._matrix(variance)))
 
     def sum_of_squares(self) -> Tensor:
+        """See `Form`; with one position (b²)ᵀ a²."""
         if self.b.shape[2] > 1:
             return self._product().square_().sum(0).reshape(self.shape)
         a, b = (rows.squeeze(2).square().transpose(0, 1) for rows in (self.a, self.b))  # [G, N, I], [G, N, O]
         return (a.mT @ b if self.transposed else b.mT @ a).reshape(self.shape)
 
     def as_outer(self) -> Outer:
+        """The form itself."""
         return self
 
     def _product(self) -> Tensor:
@@ -132,28 +169,34 @@ class Indexed:
     kind = "table"
 
     def dense(self) -> Tensor:
+        """See `Form`; the rows that are read, the others zero."""
         n, v = self.b.shape[0], self.shape[0]
         places = self.tokens + v * torch.arange(n, device=self.tokens.device).unsqueeze(1)
         table = self.b.new_zeros(n * v, self.shape[1]).index_add_(0, places.flatten(), self.kept(self.b).flatten(0, 2))
         return table.reshape(n, *self.shape)
 
     def output_jvp(self, direction: Tensor) -> Tensor:
+        """See `Form`; the row of D_n that each position reads."""
         examples = torch.arange(len(direction), device=direction.device).unsqueeze(1)
         return self.kept(direction[examples, self.tokens].unsqueeze(1))
 
     def weighted_square(self, variance: Tensor) -> Tensor:
+        """See `Form`, over the rows that are read."""
         example, token, _, sums = self._read
         return variance.new_zeros(len(self.b)).index_add_(0, example, (sums.square() * variance[token]).sum(1))
 
     def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        """See `Form`, over the rows that are read."""
         _, token, place, sums = self._read
         return (sums * variance[token])[place].reshape(self.b.shape)
 
     def sum_of_squares(self) -> Tensor:
+        """See `Form`."""
         _, token, _, sums = self._read
         return self.b.new_zeros(self.shape).index_add_(0, token, sums.square())
 
     def as_outer(self) -> None:
+        """None."""
         return None
 
     @cached_property
@@ -184,24 +227,31 @@ class Elementwise:
 
     @property
     def entries(self) -> int:
+        """See `Form`."""
         return 2 * self.b[0].numel()
 
     def dense(self) -> Tensor:
+        """See `Form`; Σ_t b_nt ∘ a_nt."""
         return (self.a * self.b).sum(2).reshape(-1, *self.shape)
 
     def output_jvp(self, direction: Tensor) -> Tensor:
+        """See `Form`; D_n ∘ a_nt."""
         return self.a * direction.reshape(-1, self.b.shape[1], 1, self.b.shape[3])
 
     def weighted_square(self, variance: Tensor) -> Tensor:
+        """See `Form`."""
         return self.dense().square_().flatten(1) @ variance.flatten()
 
     def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        """See `Form`."""
         return self.output_jvp(self.dense().mul_(variance))
 
     def sum_of_squares(self) -> Tensor:
+        """See `Form`."""
         return self.dense().square_().sum(0)
 
     def as_outer(self) -> None:
+        """None."""
         return None
 
 
@@ -216,19 +266,25 @@ class Bias:
     kind = "bias"
 
     def dense(self) -> Tensor:
+        """See `Form`; Σ_t b_nt."""
         return self.b.reshape(-1, *self.shape)
 
     def output_jvp(self, direction: Tensor) -> Tensor:
+        """See `Form`; D_n at every position alike."""
         return direction.reshape(self.b.shape)  # every position alike
 
     def weighted_square(self, variance: Tensor) -> Tensor:
+        """See `Form`."""
         return self.b.square().flatten(1) @ variance.flatten()
 
     def weighted_output_jvp(self, variance: Tensor) -> Tensor:
+        """See `Form`, at every position alike."""
         return self.b * variance.reshape(1, self.b.shape[1], 1, -1)
 
     def sum_of_squares(self) -> Tensor:
+        """See `Form`."""
         return self.b.square().sum(0).reshape(self.shape)
 
     def as_outer(self) -> None:
+        """None."""
         return None

@@ -29,6 +29,7 @@ class RotatedGradients:
 
     @property
     def entries(self) -> int:
+        """Entries per example that the products work on."""
         return self.outer.entries
 
     def self_influence(self, tangent: Tensor | None = None) -> Tensor:

@@ -42,6 +42,7 @@ class Layer(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
+        """The weight, and the bias if there is one."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 

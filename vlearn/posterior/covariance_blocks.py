@@ -84,12 +84,15 @@ class DiagonalBlock(Block):
         self.shapes, self.variances = (variances.shape,), variances
 
     def into_basis(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See `Block`; the basis is the identity."""
         return tensors[0]
 
     def from_basis(self, coordinates: Tensor) -> list[Tensor]:
+        """See `Block`; the basis is the identity."""
         return [coordinates]
 
     def diagonal(self) -> list[Tensor]:
+        """See `Block`; v itself."""
         return [self.variances]
 
 
@@ -110,9 +113,11 @@ class KroneckerBlock(Block):
         self.variances, self.shapes = variances, tuple(shapes)
 
     def as_kronecker(self) -> KroneckerBlock:
+        """The block itself."""
         return self
 
     def into_basis(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See `Block`; Q_Bᵀ G Q_A ``[n, O, I]``."""
         n, rows = tensors[0].shape[0], self.variances.shape[0]
         columns = [tensor.reshape(n, rows, -1).to(self.variances.dtype) for tensor in tensors]
         matrix = columns[0] if len(columns) == 1 else torch.cat(columns, 2)  # [n, O, I]
@@ -120,10 +125,12 @@ class KroneckerBlock(Block):
         return matrix if self.in_basis is None else matrix @ self.in_basis
 
     def from_basis(self, coordinates: Tensor) -> list[Tensor]:
+        """See `Block`; Q_B Z Q_Aᵀ, cut into the parameters' columns."""
         matrix = coordinates if self.in_basis is None else coordinates @ self.in_basis.mT
         return self._by_parameter(matrix if self.out_basis is None else self.out_basis @ matrix)
 
     def diagonal(self) -> list[Tensor]:
+        """See `Block`; (Q_B∘Q_B) v (Q_A∘Q_A)ᵀ."""
         matrix = self.variances if self.out_basis is None else self.out_basis.square() @ self.variances
         matrix = matrix if self.in_basis is None else matrix @ self.in_basis.square().mT
         return [part.squeeze(0) for part in self._by_parameter(matrix.unsqueeze(0))]
@@ -146,18 +153,23 @@ class DenseBlock(Block):
         self.variances = factor.new_ones(factor.shape[0])
 
     def into_basis(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See `Block`; L⁻¹g ``[n, P]``."""
         return torch.linalg.solve_triangular(self.factor, self._as_columns(tensors), upper=False).mT
 
     def from_basis(self, coordinates: Tensor) -> list[Tensor]:
+        """See `Block`; L⁻ᵀz."""
         return self._by_parameter(torch.linalg.solve_triangular(self.factor.mT, coordinates.mT, upper=True))
 
     def solve(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Block`; L Lᵀ g."""
         return self._by_parameter(self.factor @ (self.factor.mT @ self._as_columns(tensors)))  # U⁻¹ = Lᵀ
 
     def diagonal(self) -> list[Tensor]:
+        """See `Block`; the diagonal of (L Lᵀ)⁻¹."""
         return [part.squeeze(0) for part in self._by_parameter(self._variance_of_entries.unsqueeze(1))]
 
     def log_volume(self) -> Tensor:
+        """See `Block`; -log det L."""
         return -self.factor.diagonal().double().log().sum()
 
     @cached_property

@@ -101,7 +101,9 @@ class Diagonal(Gaussian):
         return torch.add(prior, hessian, alpha=self.num_data)
 
     def block(self, group: tuple[str, ...]) -> DiagonalBlock:
+        """See `Gaussian`."""
         return DiagonalBlock(self._precision(group[0]).reciprocal_())
 
     def copy_blocks(self) -> None:
+        """See `Gaussian`."""
         self._hessian = {name: self._hessian[name].clone() for name in self.names}

@@ -67,7 +67,9 @@ class Full(Gaussian):
         self._dense = DenseBlock(factor, [tensor.shape for tensor in mean.values()])
 
     def block(self, group: tuple[str, ...]) -> DenseBlock:
+        """See `Gaussian`."""
         return self._dense
 
     def copy_blocks(self) -> None:
+        """See `Gaussian`."""
         pass  # the factor is its own

@@ -72,6 +72,7 @@ class Gaussian:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the parameters."""
         return tuple(self.groups)
 
     @property

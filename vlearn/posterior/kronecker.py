@@ -97,11 +97,13 @@ class Kronecker(Gaussian):
                     )
 
     def block(self, group: tuple[str, ...]) -> KroneckerBlock:
+        """See `Gaussian`."""
         factors = self._factors[group]
         variances = factors.hessian.add(self._weight_decay[group]).mul_(self.num_data).reciprocal_()
         return KroneckerBlock(factors.out_basis, factors.in_basis, variances, self._shapes[group])
 
     def copy_blocks(self) -> None:
+        """See `Gaussian`."""
         self._factors = {
             layer: replace(
                 factors,

@@ -59,8 +59,10 @@ class ProductPosterior(Gaussian):
         self._parts = list(parts)
 
     def block(self, group: tuple[str, ...]) -> Block:
+        """See `Gaussian`."""
         part = next(part for part in self._parts if group[0] in part.groups)
         return part.block(group)
 
     def copy_blocks(self) -> None:
+        """See `Gaussian`."""
         self._parts = [part.clone() for part in self._parts]

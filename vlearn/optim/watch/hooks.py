@@ -52,11 +52,13 @@ class Link:
     # but flags only once.
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of a module."""
         if self.watch is not None:
             self.watch.before(module, args, kwargs)
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Forward hook of a module."""
         if self.watch is not None:
             self.watch.after(module, args, kwargs, output)
 
