@@ -23,12 +23,12 @@ def require(module: str, extra: str, feature: str | None = None) -> ModuleType:
     package = module.partition(".")[0]
     missing = f"{feature or f'vlearn.{extra}'} needs {package}: pip install 'vlearn[{extra}]'"
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise ImportError(missing) from error
     # A folder of that name in the working directory (./wandb after a run) imports as an empty namespace.
-    if found.__file__ is None:
+    if imported.__file__ is None:
         raise ImportError(missing)
-    return found
+    return imported

@@ -117,8 +117,8 @@ def find_unexplained_uses(
     used_outside_call: set[Tensor] = set()
     derived: set[Node] = set()  # made of one parameter alone: its transpose, its cast, itself
     for p, leaf in leaves.items():
-        found, explained = _derived(leaf, following, users, outputs, holders.get(p, []))
-        derived |= found
+        of_leaf, explained = _derived(leaf, following, users, outputs, holders.get(p, []))
+        derived |= of_leaf
         if not explained:
             used_outside_call.add(p)
     for subgraph in subgraphs:
@@ -137,7 +137,7 @@ def _derived(
     subgraphs: list[CallSubgraph],
 ) -> tuple[set[Node], bool]:
     """The nodes made of one parameter alone, and whether all that use them lie inside the spans."""
-    found, waiting, explained = {leaf}, [leaf], True
+    derived, waiting, explained = {leaf}, [leaf], True
     while waiting:
         node = waiting.pop()
         if node in outputs:
@@ -154,7 +154,7 @@ def _derived(
                 continue
             if len(following[user]) > 1:
                 explained = explained and inside
-            elif user not in found:
-                found.add(user)
+            elif user not in derived:
+                derived.add(user)
                 waiting.append(user)
-    return found, explained
+    return derived, explained

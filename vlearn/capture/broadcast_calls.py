@@ -50,15 +50,15 @@ class BroadcastCall(NamedTuple):
 
 def other_terms(total: Tensor, term: Tensor) -> list[Node] | None:
     """The nodes of a sum's other terms; None if `term` is not, once and with factor 1, one of its terms."""
-    waiting, others, found = [total.grad_fn], [], 0
+    waiting, others, occurrences = [total.grad_fn], [], 0
     while waiting:
         node = waiting.pop()
         if node is None:
             continue
         if node is term.grad_fn:
-            found += 1
+            occurrences += 1
         elif node.name() == "AddBackward0" and added_factor(node) == 1 and len(others) < _LONGEST_SUM:
             waiting += [before for before, _ in node.next_functions]
         else:
             others.append(node)
-    return others if found == 1 else None
+    return others if occurrences == 1 else None

@@ -108,10 +108,10 @@ def register(layer: type[nn.Module] | str, rule: Rule | type[nn.Module]) -> None
         >>> register(OrthogonalLinear, nn.Linear)
     """
     if not isinstance(rule, Rule):
-        found = rule_of(rule)
-        if found is None:
+        known = rule_of(rule)
+        if known is None:
             raise ValueError(f"rule={rule.__name__}, but that type has no rule: pass a vlearn.capture.Rule.")
-        rule = found
+        rule = known
     if isinstance(layer, str):
         _by_name[layer] = rule
     else:

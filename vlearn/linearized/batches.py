@@ -85,8 +85,8 @@ def batches(loader: Iterable[Any], device: torch.device, by_number: bool = False
     seen = 0
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-            found = f"{len(batch)} entries" if isinstance(batch, tuple | list) else type(batch).__name__
-            raise ValueError(f"the loader gave a batch of {found}, but it must yield (x, y) or (x, y, index).")
+            given = f"{len(batch)} entries" if isinstance(batch, tuple | list) else type(batch).__name__
+            raise ValueError(f"the loader gave a batch of {given}, but it must yield (x, y) or (x, y, index).")
         if by_number and shuffles and len(batch) == 2:
             raise ValueError(
                 "the loader shuffles and does not number its examples, so they cannot be told apart: wrap the dataset "
@@ -114,18 +114,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next(iter(model.parameters())).device
 
 
-def shown(found: Iterator[Batch], loader: Any, progress: bool | None, name: str) -> Iterable[Batch]:
+def with_progress_bar(given: Iterator[Batch], loader: Any, progress: bool | None, name: str) -> Iterable[Batch]:
     """The batches with a progress bar around them, by default where standard error is a terminal."""
     if progress is None:
         progress = sys.stderr.isatty()
     if not progress:
-        return found
+        return given
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return found
+        return given
     total = len(loader) if hasattr(loader, "__len__") else None
-    return tqdm(found, total=total, desc=name, unit="batch", leave=False)
+    return tqdm(given, total=total, desc=name, unit="batch", leave=False)
 
 
 def _on(device: torch.device, leaf: Any) -> Any:

@@ -166,7 +166,7 @@ def _add_dense(
     covariance: Covariance,
 ) -> None:
     """Parameters whose gradients are formed: those of fallback modules, and those correlated with others."""
-    calls = dict.fromkeys(call for found in calls_of.values() for call in found)
+    calls = dict.fromkeys(call for of_parameter in calls_of.values() for call in of_parameter)
     entries = sum(p.numel() for p in calls_of)
     # One layer at a time stays in cache; a fallback module and a dense Σ want many examples at once.
     by_layer = all(covariance.block_of(p)[1].as_kronecker() is not None for p in calls_of)

@@ -91,7 +91,7 @@ def combine(left: Vectors, factor: Tensor, right: Vectors) -> Vectors:
 
 def _largest(steps: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     """1 - the smallest Ritz value of I - Σ^½KΣ^½, from the Lanczos matrix that α and β make up."""
-    found = torch.zeros_like(like)
+    largest = torch.zeros_like(like)
     for k in range(len(like)):
         own = [(float(a[k]), float(b[k])) for a, b in steps if not bool(a[k].isnan())]
         if not own:
@@ -102,5 +102,5 @@ def _largest(steps: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
             if i + 1 < len(own):
                 matrix[i + 1, i + 1] += beta / alpha
                 matrix[i, i + 1] = matrix[i + 1, i] = beta**0.5 / alpha
-        found[k] = 1 - float(torch.linalg.eigvalsh(matrix)[0])
-    return found
+        largest[k] = 1 - float(torch.linalg.eigvalsh(matrix)[0])
+    return largest

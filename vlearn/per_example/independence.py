@@ -111,13 +111,13 @@ def _first_difference(left: Values, right: Values) -> str | None:
 def _interact_in_gradients(trace: Trace, weights: dict[Tensor, Tensor], few: int) -> str | None:
     """The last recorded output whose gradients are not those of single examples."""
     try:
-        found = _gradients(trace, weights, few)
+        gradients = _gradients(trace, weights, few)
     except Exception:
         try:
-            found = _gradients(trace, weights, trace.num_examples)
+            gradients = _gradients(trace, weights, trace.num_examples)
         except Exception:  # it cannot be repeated at all, which the deviation says
             return None
-    for call, gradient, expected in reversed(found):
+    for call, gradient, expected in reversed(gradients):
         if not is_close(gradient, expected, GRADIENTS_AGREE):
             name = f"{call.path} ({type(call.module).__name__})"
             return f"what the model makes of the output of {name}"

@@ -103,10 +103,10 @@ def factor_sums(
             )
         for examples in _chunks(recorded.num_examples, calls, layer.weight):
             rows = _Rows(layer, calls, examples, recorded.scale, kind)
-            found = rows.table_factors() if kind == "table" else rows.factors(convention, layer in due)
+            factors = rows.table_factors() if kind == "table" else rows.factors(convention, layer in due)
             if layer in bases:
-                found["squares"] = rows.squares(*bases[layer])
-            for name, part in found.items():
+                factors["squares"] = rows.squares(*bases[layer])
+            for name, part in factors.items():
                 sums[layer, name] = sums[layer, name] + part if (layer, name) in sums else part
     return sums
 

@@ -104,12 +104,12 @@ def tangents_in_reverse(outputs: list[Tensor], inputs: list[Tensor], directions:
     if not reached:
         return [torch.zeros_like(output) for output in outputs]
     try:
-        found = _pulled_twice(reached, inputs, directions)
+        products = _pulled_twice(reached, inputs, directions)
     except RuntimeError:
-        found = None
-    if found is None:
-        found = [_by_entry(output, inputs, directions) for output in reached]
-    tangents = iter(found)
+        products = None
+    if products is None:
+        products = [_by_entry(output, inputs, directions) for output in reached]
+    tangents = iter(products)
     return [next(tangents) if output.requires_grad else torch.zeros_like(output) for output in outputs]
 
 
@@ -117,10 +117,10 @@ def _pulled_twice(outputs: list[Tensor], inputs: list[Tensor], directions: list[
     probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     pulled = torch.autograd.grad(outputs, inputs, probes, create_graph=True, allow_unused=True)
     pairs = [(g, v) for g, v in zip(pulled, directions, strict=True) if g is not None]
-    found = torch.autograd.grad(
+    pulled_back = torch.autograd.grad(
         [g for g, _ in pairs], probes, [v for _, v in pairs], retain_graph=True, allow_unused=True
     )
-    tangents = [torch.zeros_like(probe) if t is None else t for probe, t in zip(probes, found, strict=True)]
+    tangents = [torch.zeros_like(probe) if t is None else t for probe, t in zip(probes, pulled_back, strict=True)]
     # A backward written in Python may hide from autograd that it depends on its argument (once_differentiable
     # does), which only the other way round shows: ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ for any u.
     numbers = [torch.arange(t.numel(), device=t.device, dtype=t.dtype).cos().reshape(t.shape) for t in tangents]

@@ -60,9 +60,9 @@ class Covariance:
 
     def _by_block(self, gradients: Mapping[Tensor, Tensor]) -> list[tuple[tuple[Tensor, ...], Block, list[Tensor]]]:
         some = next(iter(gradients.values()))
-        found = []
+        by_block = []
         for i in dict.fromkeys(self._found[p] for p in gradients if p in self._found):
             parameters, block = self.blocks[i]
             tensors = [gradients[p] if p in gradients else some.new_zeros(len(some), *p.shape) for p in parameters]
-            found.append((parameters, block, tensors))
-        return found
+            by_block.append((parameters, block, tensors))
+        return by_block

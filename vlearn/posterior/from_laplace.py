@@ -105,7 +105,7 @@ def _factors(precision: Any, shapes: dict[str, torch.Size], num_data: float) -> 
     blocks = list(zip(precision.eigenvectors, precision.eigenvalues, precision.deltas.detach(), strict=True))
     if len(blocks) != len(shapes):
         raise ValueError(f"the Kronecker factors have {len(blocks)} blocks, but there are {len(shapes)} parameters.")
-    found = {}
+    factors = {}
     for name, (bases, values, delta) in zip(shapes, blocks, strict=True):
         if len(bases) == 1:
             out_basis, in_basis = bases[0].detach(), None
@@ -116,5 +116,5 @@ def _factors(precision: Any, shapes: dict[str, torch.Size], num_data: float) -> 
                 hessian = torch.outer(values[0] + delta.sqrt(), values[1] + delta.sqrt()).detach() - delta
             else:
                 hessian = torch.outer(*values).detach()
-        found[(name,)] = KroneckerFactors(out_basis, in_basis, hessian / num_data)
-    return found
+        factors[(name,)] = KroneckerFactors(out_basis, in_basis, hessian / num_data)
+    return factors

@@ -54,19 +54,19 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     """
     own = dict(model.named_parameters())
     same = {id(p): name for name, p in posterior.parameters.items()}
-    found = {same[id(p)]: p for p in own.values() if id(p) in same}
-    if not found:
+    matched = {same[id(p)]: p for p in own.values() if id(p) in same}
+    if not matched:
         clean = {uncompiled_name(name): p for name, p in own.items()}
-        found = {name: clean[name] for name in posterior.names if name in clean}
-        for name, p in found.items():
+        matched = {name: clean[name] for name in posterior.names if name in clean}
+        for name, p in matched.items():
             if posterior.mean[name].shape != p.shape:
                 raise ValueError(
                     f"the posterior's {name!r} has shape {tuple(posterior.mean[name].shape)}, but that of this "
                     f"{type(model).__name__} has {tuple(p.shape)}: pass the model that was trained."
                 )
-    if not found:
+    if not matched:
         raise ValueError(
             f"the posterior's parameters ({', '.join(posterior.names[:3])}, ...) are not those of this "
             f"{type(model).__name__} ({', '.join(list(own)[:3])}, ...): pass the model that was trained."
         )
-    return found
+    return matched

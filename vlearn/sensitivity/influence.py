@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.linearized.batches import Batch, batches, device_of, shown
+from vlearn.linearized.batches import Batch, batches, device_of, with_progress_bar
 from vlearn.linearized.linearization import at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.protocol import Posterior
@@ -86,29 +86,29 @@ def influence(
 
         def gradients(batch: Batch, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Vectors]]:
             lin = linearize(model, covariance, batch, losses)
-            for examples, found in lin.example_gradients(limit):
-                yield lin.batch.index[examples], lin.loss[examples].cpu(), found
+            for examples, of_examples in lin.example_gradients(limit):
+                yield lin.batch.index[examples], lin.loss[examples].cpu(), of_examples
 
         def directions() -> Iterator[tuple[Tensor, Vectors]]:
             """Σg_j of one chunk of test examples after the other."""
             held: list[tuple[Tensor, Vectors]] = []
             for batch in batches(test_loader, device):
-                for index, _, found in gradients(batch, chunk):
-                    size = chunk or max(1, DIRECTION_ENTRIES // sum(v[0].numel() for v in found.values()))
+                for index, _, of_examples in gradients(batch, chunk):
+                    size = chunk or max(1, DIRECTION_ENTRIES // sum(v[0].numel() for v in of_examples.values()))
                     if held and sum(len(i) for i, _ in held) + len(index) > size:
                         yield _joined(held)
                         held = []
-                    moved = covariance.multiply(found)
-                    held.append((index, {p: moved[p] for p in found}))
+                    moved = covariance.multiply(of_examples)
+                    held.append((index, {p: moved[p] for p in of_examples}))
             if held:
                 yield _joined(held)
 
         for index, moved in directions():
             now, column = _Pass(), _All() if top_k is None else _Best(top_k)
-            for batch in shown(batches(train_loader, device, by_number=True), train_loader, progress, "influence"):
-                for numbers, loss, found in gradients(batch):
+            for batch in with_progress_bar(batches(train_loader, device, by_number=True), train_loader, progress, "influence"):
+                for numbers, loss, of_examples in gradients(batch):
                     now.add(numbers, loss)
-                    column.add(numbers, _inner(found, moved))
+                    column.add(numbers, _inner(of_examples, moved))
             first = now if first is None else now.check_same(first)
             columns.append(column)
             test_index.append(index)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.outputs import Selector
-from vlearn.linearized.batches import batches, device_of, shown
+from vlearn.linearized.batches import batches, device_of, with_progress_bar
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.linearized.solver import Vectors, solve
@@ -122,7 +122,7 @@ def leave_group_out(
             """Every group's examples, in batches."""
             seen = members.count()
             found = batches(loader, device_of(model), by_number=True)
-            for k, batch in by_group(shown(found, loader, progress, "leave_group_out"), seen, only):
+            for k, batch in by_group(with_progress_bar(found, loader, progress, "leave_group_out"), seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)
             seen.check()
 

@@ -61,10 +61,10 @@ def influence_norm(model: nn.Module, posterior: Posterior, loader: Iterable[Any]
 
     def of(lin: Linearization) -> Tensor:
         norms = []
-        for _, found in lin.example_gradients():
-            moved = lin.covariance.multiply(found)
+        for _, gradients in lin.example_gradients():
+            moved = lin.covariance.multiply(gradients)
             norms.append(
-                torch.stack([moved[p].square().reshape(len(g), -1).sum(1) for p, g in found.items()]).sum(0).sqrt()
+                torch.stack([moved[p].square().reshape(len(g), -1).sum(1) for p, g in gradients.items()]).sum(0).sqrt()
             )
         return torch.cat(norms)
 
@@ -134,8 +134,8 @@ def tracin(
     def products() -> Tensor:
         if test_loader is None:
             return gradient_norm(model, train_loader, loss_fn).square()
-        found = influence(model, _identity(model), train_loader, test_loader, loss_fn, progress=False)
-        return found.values[found.train_index.argsort()][:, found.test_index.argsort()]
+        table = influence(model, _identity(model), train_loader, test_loader, loss_fn, progress=False)
+        return table.values[table.train_index.argsort()][:, table.test_index.argsort()]
 
     terms = [rate * _at(model, snapshot, products) for rate, snapshot in zip(rates, snapshots, strict=True)]
     return torch.stack(terms).sum(0)

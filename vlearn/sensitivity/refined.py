@@ -73,17 +73,17 @@ def refine(lin: Linearization, deviation: Tensor, threshold: float) -> Refined:
 
 def root_products(lin: Linearization, columns: Tensor) -> Tensor:
     """V times each column of ``[N, C, K]``: ``[N, C, K]``, by one backward and one forward-mode pass each."""
-    found = []
+    products = []
     for column in columns.unbind(2):
         product = lin.quadratic_and_product(column)[1]
         assert product is not None
-        found.append(product.reshape(column.shape))
-    return torch.stack(found, 2)
+        products.append(product.reshape(column.shape))
+    return torch.stack(products, 2)
 
 
 def function_variance(lin: Linearization) -> Tensor:
     """V ``[N, C, C]``, the posterior covariance of the linearised output."""
     flat = lin.output.reshape(lin.output.shape[0], -1)
     unit = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device).expand(len(flat), -1, -1)
-    found = root_products(lin, unit)
-    return (found + found.mT) / 2
+    variance = root_products(lin, unit)
+    return (variance + variance.mT) / 2

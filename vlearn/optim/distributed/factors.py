@@ -30,14 +30,14 @@ def averages(
         group: the processes; None for this one alone.
     """
     if group is None:
-        return {key: torch.stack(found).mean(0) if len(found) > 1 else found[0] for key, found in drawn.items()}
+        return {key: torch.stack(statistics).mean(0) if len(statistics) > 1 else statistics[0] for key, statistics in drawn.items()}
     place_of = {p: place for place, p in enumerate(parameters)}
     own: dict[int, tuple[list[int], dict[str, list[Tensor]]]] = {}
     for layer in dict.fromkeys(layer for layer, _ in drawn):
-        found = {name: drawn[layer, name] for name in NAMES if (layer, name) in drawn}
+        statistics = {name: drawn[layer, name] for name in NAMES if (layer, name) in drawn}
         bias = -1 if layer.bias is None else place_of[layer.bias]
-        kind = [bias, *(found[name][0].dim() if name in found else 0 for name in NAMES)]
-        own.setdefault(place_of[layer.weight], ([max(map(len, found.values())), *kind], found))
+        kind = [bias, *(statistics[name][0].dim() if name in statistics else 0 for name in NAMES)]
+        own.setdefault(place_of[layer.weight], ([max(map(len, statistics.values())), *kind], statistics))
     joint: dict[Key, Tensor] = {}
     for place, rows in enumerate(
         _gather_layer_table({place: row for place, (row, _) in own.items()}, parameters, group)
@@ -47,12 +47,12 @@ def averages(
             continue
         weight, (bias, *axes) = parameters[place], kind
         layer = Layer(weight, None if bias < 0 else parameters[bias])
-        row, found = own.get(place, ([], {}))
-        found = found if row[1:] == kind else {}
+        row, statistics = own.get(place, ([], {}))
+        statistics = statistics if row[1:] == kind else {}
         shapes = {name: shape for name, shape in _shapes(layer, axes).items() if shape}
         dtype = dtype_of(weight)
         sums = [
-            torch.stack(found[name]).sum(0).to(weight.device, dtype) if found else weight.new_zeros(shape, dtype=dtype)
+            torch.stack(statistics[name]).sum(0).to(weight.device, dtype) if statistics else weight.new_zeros(shape, dtype=dtype)
             for name, shape in shapes.items()
         ]
         count = sum(count for count, *other in rows if other == kind)
