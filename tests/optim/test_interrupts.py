@@ -18,12 +18,12 @@ from tests.optim.table import (
     Entry,
     data,
     equal,
-    family,
     loss_of,
     needs_gradients_alone,
     needs_no_probe,
     network,
     plain,
+    representatives,
     weights,
 )
 from tests.oracles.networks import Model
@@ -69,7 +69,7 @@ def seeded(entry: Entry, model: nn.Module, **kwargs: Any) -> Any:
 # -- the gradient is that of the draw ------------------------------------------------------------------------------
 
 
-@family
+@representatives
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("how", ["first module", "last module", "no_grad", "submodule", "one call after another"])
 def test_a_backward_after_an_interrupted_eval_forward_gives_the_gradient_at_the_draw(
@@ -105,7 +105,7 @@ def test_a_backward_after_an_interrupted_eval_forward_gives_the_gradient_at_the_
     assert equal(train(True), train(False))
 
 
-@family
+@representatives
 def test_a_training_forward_after_an_interrupted_eval_forward_shares_the_draw_with_the_one_before(entry: Entry) -> None:
     needs_gradients_alone(entry)
     x, y = data()
@@ -125,7 +125,7 @@ def test_a_training_forward_after_an_interrupted_eval_forward_shares_the_draw_wi
     assert equal(train(True), train(False))
 
 
-@family
+@representatives
 def test_every_optimizer_of_a_model_puts_its_draw_back(entry: Entry) -> None:
     x, y = data()
 
@@ -195,7 +195,7 @@ def _curvature(model: nn.Module, x: Tensor) -> Tensor:
     return slope.square().sum()
 
 
-@family
+@representatives
 @pytest.mark.parametrize("kind", ["checkpoint", "dict", "in place", "parts", "recurrent", *LOUD])
 def test_any_kind_of_pass_gets_the_gradient_at_the_draw_or_none(entry: Entry, kind: str) -> None:
     if kind in ("parts", "recurrent", "gradient of a gradient"):
@@ -224,7 +224,7 @@ def test_any_kind_of_pass_gets_the_gradient_at_the_draw_or_none(entry: Entry, ki
         assert equal(train(True), expected)
 
 
-@family
+@representatives
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within torch.compile
 def test_a_compiled_model_gets_the_gradient_at_the_draw(entry: Entry) -> None:
     x, y = data()
@@ -252,7 +252,7 @@ def test_a_compiled_model_gets_the_gradient_at_the_draw(entry: Entry) -> None:
     assert equal(train(True, True), expected) and equal(train(True, False), expected)
 
 
-@family
+@representatives
 @pytest.mark.parametrize("end", ["eval", "step", "load_state_dict"])
 def test_a_graph_of_a_draw_that_is_over_is_refused_by_autograd(entry: Entry, end: str) -> None:
     model, (x, y) = network(), data()
@@ -287,7 +287,7 @@ NEXT: dict[str, Callable[[Any], None]] = {
 }
 
 
-@family
+@representatives
 @pytest.mark.parametrize("action", NEXT)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("where", [0, 2])
@@ -306,7 +306,7 @@ def test_the_next_call_of_any_submodule_draws_and_has_sensitivities(
     plain(optimizer, model, x, y)
 
 
-@family
+@representatives
 def test_after_an_interrupted_training_forward_an_eval_forward_of_another_module_sees_the_mean(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)
@@ -320,7 +320,7 @@ def test_after_an_interrupted_training_forward_an_eval_forward_of_another_module
     optimizer.step()
 
 
-@family
+@representatives
 def test_a_context_that_is_interrupted_leaves_no_call_open(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)
@@ -333,7 +333,7 @@ def test_a_context_that_is_interrupted_leaves_no_call_open(entry: Entry) -> None
     plain(optimizer, model, x, y)
 
 
-@family
+@representatives
 def test_an_interrupted_closure_leaves_no_call_open(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)
@@ -343,7 +343,7 @@ def test_an_interrupted_closure_leaves_no_call_open(entry: Entry) -> None:
     plain(optimizer, model, x, y)
 
 
-@family
+@representatives
 def test_a_forward_that_catches_the_interrupt_of_a_part_goes_on_as_one_pass(entry: Entry) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         try:
@@ -367,7 +367,7 @@ def test_a_forward_that_catches_the_interrupt_of_a_part_goes_on_as_one_pass(entr
     torch.testing.assert_close((s.residual * s.deviation).sum(1), s.self_influence)
 
 
-@family
+@representatives
 def test_a_part_that_a_forward_runs_in_another_thread_is_no_pass_of_its_own(entry: Entry) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         with ThreadPoolExecutor(1) as pool:
@@ -389,7 +389,7 @@ def test_a_part_that_a_forward_runs_in_another_thread_is_no_pass_of_its_own(entr
 # -- interrupts between two lines of ours, and what the hooks hold -------------------------------------------------
 
 
-@family
+@representatives
 @pytest.mark.parametrize("where", range(0, 66, 3))
 def test_an_interrupt_while_a_draw_is_swapped_or_dropped_keeps_the_mean(
     entry: Entry, where: int, monkeypatch: pytest.MonkeyPatch
@@ -433,7 +433,7 @@ def test_an_interrupt_while_a_draw_is_swapped_or_dropped_keeps_the_mean(
         mean = weights(model)
 
 
-@family
+@representatives
 def test_a_draw_that_is_dropped_while_the_mean_is_shown_does_not_come_back(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)
@@ -444,7 +444,7 @@ def test_a_draw_that_is_dropped_while_the_mean_is_shown_does_not_come_back(entry
     assert equal(weights(model), weights(loaded))
 
 
-@family
+@representatives
 def test_a_graph_keeps_neither_the_optimizer_nor_the_draw_alive(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)

@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from tests.optim.table import LOOPS, Entry, data, equal, family, made, network, plain, states, weights
+from tests.optim.table import LOOPS, Entry, data, equal, made, network, plain, representatives, states, weights
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
@@ -46,7 +46,7 @@ def test_no_scheduler_of_torch_is_left_out() -> None:
     assert found - {"LRScheduler"} <= set(SCHEDULERS)
 
 
-@family
+@representatives
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("loop", ["plain", "closure"])
 def test_a_scheduled_run_is_the_run_with_the_same_rates_and_momenta_set_by_hand(
@@ -76,7 +76,7 @@ def test_a_scheduled_run_is_the_run_with_the_same_rates_and_momenta_set_by_hand(
     assert equal(weights(model) + states(optimizer), weights(by_hand) + states(other))
 
 
-@family
+@representatives
 @pytest.mark.parametrize("how", ["itself", "copied", "loaded"])
 def test_beta1_and_betas_are_one_setting_that_either_may_be_written(entry: Entry, how: str) -> None:
     x, y = data()
@@ -106,7 +106,7 @@ def test_beta1_and_betas_are_one_setting_that_either_may_be_written(entry: Entry
     assert equal(results[0], results[1]) and equal(results[0], results[2])
 
 
-@family
+@representatives
 def test_a_tensor_rate_is_followed_by_its_scheduler(entry: Entry) -> None:
     x, y = data()
     results = []
@@ -123,7 +123,7 @@ def test_a_tensor_rate_is_followed_by_its_scheduler(entry: Entry) -> None:
     assert equal(results[0], results[1]) and equal(results[0], results[2])
 
 
-@family
+@representatives
 def test_a_scheduler_may_be_made_before_groups_are_added_and_after_steps(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model[0].parameters())

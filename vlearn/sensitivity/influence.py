@@ -105,7 +105,9 @@ def influence(
 
         for index, moved in directions():
             now, column = _Pass(), _All() if top_k is None else _Best(top_k)
-            for batch in with_progress_bar(batches(train_loader, device, by_number=True), train_loader, progress, "influence"):
+            for batch in with_progress_bar(
+                batches(train_loader, device, by_number=True), train_loader, progress, "influence"
+            ):
                 for numbers, loss, of_examples in gradients(batch):
                     now.add(numbers, loss)
                     column.add(numbers, _inner(of_examples, moved))

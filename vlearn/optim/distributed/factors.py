@@ -30,7 +30,10 @@ def averages(
         group: the processes; None for this one alone.
     """
     if group is None:
-        return {key: torch.stack(statistics).mean(0) if len(statistics) > 1 else statistics[0] for key, statistics in drawn.items()}
+        return {
+            key: torch.stack(statistics).mean(0) if len(statistics) > 1 else statistics[0]
+            for key, statistics in drawn.items()
+        }
     place_of = {p: place for place, p in enumerate(parameters)}
     own: dict[int, tuple[list[int], dict[str, list[Tensor]]]] = {}
     for layer in dict.fromkeys(layer for layer, _ in drawn):
@@ -52,7 +55,9 @@ def averages(
         shapes = {name: shape for name, shape in _shapes(layer, axes).items() if shape}
         dtype = dtype_of(weight)
         sums = [
-            torch.stack(statistics[name]).sum(0).to(weight.device, dtype) if statistics else weight.new_zeros(shape, dtype=dtype)
+            torch.stack(statistics[name]).sum(0).to(weight.device, dtype)
+            if statistics
+            else weight.new_zeros(shape, dtype=dtype)
             for name, shape in shapes.items()
         ]
         count = sum(count for count, *other in rows if other == kind)
