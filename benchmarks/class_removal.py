@@ -39,16 +39,15 @@ import vlearn
 from benchmarks import gauss_newton, networks, pictures, report, resume, script, supervised
 from benchmarks.agreement import agreement
 from benchmarks.data import Images
+from benchmarks.reference.published import leave_class_out
 from benchmarks.supervised import Advance, Recipe, Training
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, tidy
+from vlearn.posterior.base import Posterior
 
 IVON, _, KRONECKER = pictures.LOOKS
 TRAINERS = {"SGD": KRONECKER, "IVON": IVON}
-ESTIMATES: dict[str, dict[str, Any]] = {
-    "published": {"how": "published"},
-    "joint": {"how": "joint"},
-    "refined": {"how": "joint", "refined": True, "tolerance": 1e-2, "max_iterations": 30},
-}
+ESTIMATES = ("published", "joint", "refined")
+REFINED: dict[str, Any] = {"refined": True, "tolerance": 1e-2, "max_iterations": 30}
 NEWTON = "Gauss-Newton"
 LOOKS = {"published": (ORANGE, "o"), "joint": (BLUE, "s"), "refined": (GREEN, "^"), NEWTON: (PURPLE, "v")}
 TRUTHS = {"removed": "its training examples", "test": "its test examples"}
@@ -150,19 +149,15 @@ def trained(
     )
     for epoch in training:
         advance(f"{experiment.title}, {trainer}, seed {seed}, epoch {epoch}/{experiment.epochs}")
-    settings = {**training.checkpoint.settings, "estimates": ESTIMATES}
+    settings = {**training.checkpoint.settings, "refined": REFINED}
     checkpoint = resume.Checkpoint(runs / f"{trainer}-estimates-seed{seed}.pt", settings)
     found = checkpoint.load() or before(model, data)
     missing = [name for name in ESTIMATES if name not in found]
     label = len(found.setdefault(NEWTON, {"loss": [], "iterations": []})["loss"])
     if missing or (label < len(data.classes) and experiment.newton_iterations):
         posterior = supervised.posterior_after(training, experiment.prior_precision)
-        loader = supervised.batches(data.x, data.y)
         for name in missing:
-            table = vlearn.leave_group_out(
-                model, posterior, loader, data.y.cpu(), F.cross_entropy, progress=False, **ESTIMATES[name]
-            )
-            found[name] = {"loss": table.left_out_loss.numpy(), "fallbacks": table.refined_fallbacks or 0}
+            found[name] = estimate(name, model, posterior, data)
             checkpoint.save(found)
             advance(f"{experiment.title}, {trainer}, seed {seed}, {name} estimates")
         for k in range(label, len(data.classes) if experiment.newton_iterations else 0):
@@ -180,6 +175,17 @@ def trained(
             checkpoint.save(found)
             advance(f"{experiment.title}, {trainer}, seed {seed}, Gauss-Newton step without {data.classes[k]}")
     return training, found
+
+
+def estimate(name: str, model: nn.Module, posterior: Posterior, data: Images) -> dict[str, Any]:
+    """The loss ``[K]`` in nats without each class, and for how many classes the refined form fell back."""
+    loader, labels = supervised.batches(data.x, data.y), data.y.cpu()
+    if name == "published":
+        rows = vlearn.sweep(model, posterior, loader, F.cross_entropy, None, progress=False)
+        return {"loss": leave_class_out(rows, labels).numpy(), "fallbacks": 0}
+    options = REFINED if name == "refined" else {}
+    table = vlearn.leave_group_out(model, posterior, loader, labels, F.cross_entropy, progress=False, **options)
+    return {"loss": table.left_out_loss.numpy(), "fallbacks": table.refined_fallbacks or 0}
 
 
 def before(model: nn.Module, data: Images) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""The refined removal, V itself, and the published code's diagonal, against dense algebra and exact refits."""
-
-import math
+"""The refined removal and V itself, against dense algebra and exact refits."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import nn
 import vlearn
 from tests.oracles.networks import CASES
 from tests.oracles.per_example import moving, per_example, relative_error
-from tests.oracles.refits import diagonal_over_classes, ridge, ridge_left_out
+from tests.oracles.refits import ridge, ridge_left_out
 from tests.posterior.structures import STRUCTURES, posterior_of
 from tests.sensitivity.test_closed_form import at, half_square, logistic, mean_centred
 
@@ -167,32 +165,6 @@ def test_one_sequence_is_refined_over_all_its_positions():
     assert relative_error(table.leverage, truth.leverage(covariance)) < 1e-10
 
 
-# -- the published code's shortcut ------------------------------------------------------------------------------------
-
-
-def test_the_published_shortcut_keeps_diagonals_alone():
-    oracle, model, posterior = logistic()
-    truth = per_example(model, lambda m: m(oracle.x), lambda f: F.cross_entropy(f, oracle.y, reduction="none"))
-    v = truth.output_covariance(torch.linalg.inv(oracle.hessian(model.weight.detach())))
-    table = swept(model, posterior, [(oracle.x, oracle.y)], leverage="exact", deviation="authors_diag")
-    shortcut = diagonal_over_classes(truth.residual, v)
-    assert relative_error(table.deviation, shortcut) < 1e-8  # clamps
-    rows = F.cross_entropy(truth.output + shortcut, oracle.y, reduction="none").clamp_max(10 * math.log(10))
-    assert relative_error(table.loo_loss, rows) < 1e-8
-    diagonals = truth.hessian.diagonal(dim1=1, dim2=2) * v.diagonal(dim1=1, dim2=2)
-    assert relative_error(table.leverage, diagonals.sum(1)) < 1e-8
-
-
-def test_the_published_shortcut_clamps_what_is_certain():
-    model = at(nn.Linear(2, 2, bias=False).double(), torch.tensor([[60.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
-    x, y = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64), torch.tensor([0, 0])
-    posterior = vlearn.posterior.Full({"weight": model.weight.detach()}, torch.eye(4, dtype=torch.float64), 2)
-    table = swept(model, posterior, [(x, y)], deviation="authors_diag")
-    assert torch.allclose(table.deviation[0], torch.tensor([1e-10, 1e-10], dtype=torch.float64), atol=0)
-    assert torch.allclose(table.deviation[1].abs(), torch.tensor([1 - 1e-10] * 2, dtype=torch.float64), atol=0)
-    assert float(table.loo_loss[1]) == pytest.approx(10 * math.log(10))
-
-
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -207,20 +179,12 @@ def arguments_of():
     [
         ({"threshold": 1.5}, "threshold=1.5, but it must be in (0, 1]"),
         ({"threshold": 0.0}, "threshold=0.0, but it must be in (0, 1]"),
-        ({"deviation": "diag"}, "deviation='diag', but it must be 'full' or 'authors_diag': use 'full'."),
-        ({"deviation": "authors_diag", "refined": True}, "it needs all of V: use 'full'."),
     ],
 )
 def test_an_argument_that_breaks_its_rule_is_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         swept(*arguments_of(), **arguments)
     assert message in str(error.value)
-
-
-def test_the_published_shortcut_of_another_loss_is_refused():
-    model, posterior, loader = arguments_of()
-    with pytest.raises(ValueError, match="with another loss than softmax cross-entropy of class labels"):
-        swept(model, posterior, loader, nn.CrossEntropyLoss(label_smoothing=0.1), deviation="authors_diag")
 
 
 def test_refining_a_loss_of_two_outputs_is_refused():

@@ -19,7 +19,6 @@ from vlearn.sensitivity.linearize import Linearization, at_mean, linearize
 from vlearn.sensitivity.live import Selector
 from vlearn.sensitivity.losses import ExampleLoss, LossFunction
 from vlearn.sensitivity.membership import Membership, by_group
-from vlearn.sensitivity.sweep import sweep
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
 
@@ -71,7 +70,6 @@ def leave_group_out(
     groups: Tensor | Sequence[int] | Mapping[Any, Sequence[int] | Tensor],
     loss_fn: LossFunction,
     *,
-    how: str = "joint",
     refined: bool = False,
     threshold: float = 0.95,
     tolerance: float = 1e-4,
@@ -93,8 +91,6 @@ def leave_group_out(
         groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label; or a mapping from names
             to the numbers of their examples.
         loss_fn: the training loss, as for `vlearn.sweep`.
-        how: "joint", or "published" for the paper's leave-class-out estimate, ℓ(y_i, f_i + V_ie_i) averaged over the
-            group: each example as if it alone were removed.
         refined: Δf_M = (I - V_MΛ_M)⁻¹ V_M e_M, exact for linear regression, instead of its first order, which is short
             by several times for a whole class; by conjugate gradients on S - J_MᵀΛ_MJ_M. For a Σ that is the inverse
             of Σ JᵀΛJ and a prior at these very weights; others may not leave S - J_MᵀΛ_MJ_M positive definite.
@@ -110,11 +106,9 @@ def leave_group_out(
             examples of a group.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
-    _check(how, refined, threshold, tolerance, max_iterations)
+    _check(threshold, tolerance, max_iterations)
     posterior.need_scale("loss without a group")
     members = Membership(groups)
-    if how == "published":
-        return _published(model, posterior, loader, loss_fn, members, output, progress)
     losses = ExampleLoss(loss_fn)
     with at_mean(model, posterior) as covariance:
 
@@ -210,34 +204,7 @@ def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: 
     )
 
 
-def _published(
-    model: nn.Module,
-    posterior: Posterior,
-    loader: Iterable[Any],
-    loss_fn: LossFunction,
-    members: Membership,
-    output: Selector,
-    progress: bool | None,
-) -> GroupTable:
-    table = sweep(model, posterior, loader, loss_fn, leverage=None, output=output, progress=progress)
-    seen = members.count()
-    rows = dict(seen.rows_of(table.index))
-    seen.check()
-    return GroupTable(
-        group=members.names,
-        size=members.sizes,
-        loss=torch.stack([table.loss[rows[k]].double().mean() for k in range(len(members))]),
-        left_out_loss=torch.stack([table.loo_loss[rows[k]].double().mean() for k in range(len(members))]),
-        index=[table.index[rows[k]] for k in range(len(members))],
-        deviation=[table.deviation[rows[k]] for k in range(len(members))],
-    )
-
-
-def _check(how: str, refined: bool, threshold: float, tolerance: float, max_iterations: int) -> None:
-    if how not in ("joint", "published"):
-        raise ValueError(f"how={how!r}, but it must be 'joint' or 'published': use 'joint'.")
-    if refined and how == "published":
-        raise ValueError("refined=True with how='published', which is first order by definition: use how='joint'.")
+def _check(threshold: float, tolerance: float, max_iterations: int) -> None:
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}, but it must be in (0, 1]: use .95.")
     if not 0 < tolerance < 1:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.posterior.base import Posterior
-from vlearn.sensitivity.authors import authors_deviation
 from vlearn.sensitivity.batches import batches, device_of, shown
 from vlearn.sensitivity.linearize import Linearization, at_mean, linearize
 from vlearn.sensitivity.live import Selector, prediction_error
@@ -31,8 +30,8 @@ class SensitivityTable:
         loss: ``[N]`` each example's own training loss, in the loss's units.
         loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Δf), Eq. 15; its mean
             predicts the test loss. NaN if not asked for.
-        deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, unless another
-            form was asked for.
+        deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, or its refined form
+            if that was asked for.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
         leverage: ``[N]`` tr(ΛV); None if not asked for.
         prediction_error: ``[N]`` ‖residual‖/√2.
@@ -66,30 +65,23 @@ class _Asked:
     leverage: str | None
     refined: bool
     threshold: float
-    deviation: str
     variance: bool
     loo_loss: bool
     generator: torch.Generator | None
     per: str
 
     def check(self, posterior: Posterior) -> None:
-        if self.loo_loss or self.refined or self.deviation != "full":
+        if self.loo_loss or self.refined:
             posterior.need_scale("leave-one-out loss")
         if self.leverage not in ("probe", "exact", None):
             raise ValueError(f"leverage={self.leverage!r}, but it must be 'probe', 'exact' or None: use 'probe'.")
-        if self.deviation not in ("full", "authors_diag"):
-            raise ValueError(f"deviation={self.deviation!r}, but it must be 'full' or 'authors_diag': use 'full'.")
-        if self.refined and self.deviation == "authors_diag":
-            raise ValueError("refined=True with deviation='authors_diag', but it needs all of V: use 'full'.")
         check_threshold(self.threshold)
         if self.per not in ("example", "token"):
             raise ValueError(f"per={self.per!r}, but it must be 'example' or 'token': use 'example'.")
-        if self.per == "token" and (
-            self.refined or self.variance or self.deviation != "full" or self.leverage == "exact"
-        ):
+        if self.per == "token" and (self.refined or self.variance or self.leverage == "exact"):
             raise ValueError(
-                "per='token' with refined, variance, leverage='exact' or deviation='authors_diag', which need V of a "
-                "whole output: use per='example', or leave them out (leverage='probe' or None)."
+                "per='token' with refined, variance or leverage='exact', which need V of a whole output: use "
+                "per='example', or leave them out (leverage='probe' or None)."
             )
 
     @property
@@ -111,7 +103,6 @@ def sweep(
     *,
     refined: bool = False,
     threshold: float = 0.95,
-    deviation: str = "full",
     variance: bool = False,
     per: str = "example",
     loo_loss: bool = True,
@@ -139,8 +130,6 @@ def sweep(
             inverse of Σ JᵀΛJ and a prior at these very weights; a diagonal or Kronecker Σ overstates it.
         threshold: examples whose largest eigenvalue of VΛ reaches it keep V e; at .95 the refined form is 20 times
             as long. Their number is `SensitivityTable.refined_fallbacks`.
-        deviation: "full", or "authors_diag" for numbers to compare with the paper's code: the diagonals of V and Λ
-            alone, e and probabilities clamped at 1e-10; softmax cross-entropy with class labels only.
         variance: also return V.
         per: "example" (a sequence is one), or "token": one row for each position whose target is not ignored, as if
             that token's loss alone were removed; num_data of the posterior must then count tokens. As many times
@@ -152,7 +141,7 @@ def sweep(
         ValueError: if an argument breaks its rule, or the posterior belongs to another model.
         RuntimeError: if the examples of a batch have no gradient of their own, or the posterior has no scale.
     """
-    asked = _Asked(leverage, refined, threshold, deviation, variance, loo_loss, generator, per)
+    asked = _Asked(leverage, refined, threshold, variance, loo_loss, generator, per)
     asked.check(posterior)
     losses = ExampleLoss(loss_fn, per)
     rows: list[SensitivityTable] = []
@@ -195,18 +184,15 @@ def _token_rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
 
 
 def _rows_of(at: Linearization, asked: _Asked) -> SensitivityTable:
-    more = asked.second_order or asked.variance or asked.deviation != "full"
-    self_influence, changes = at.own_gradients(deviation=asked.deviation == "full", last=not more)
+    self_influence, changes = at.own_gradients(deviation=True, last=not (asked.second_order or asked.variance))
+    assert changes is not None  # asked for
     fell_back = leverage = variance = None
-    if changes is None:
-        change, loo, leverage = authors_deviation(at)
-    else:
-        change = changes[at.chosen]
-        if asked.refined:
-            at.check_one_output("refined=True")
-            change, fell_back, leverage = refine(at, change, asked.threshold)
-            changes = at.changes_of_chosen(change)
-        loo = at.loss_at(changes)
+    change = changes[at.chosen]
+    if asked.refined:
+        at.check_one_output("refined=True")
+        change, fell_back, leverage = refine(at, change, asked.threshold)
+        changes = at.changes_of_chosen(change)
+    loo = at.loss_at(changes)
     if asked.leverage is None:
         leverage = None
     elif leverage is None:
