@@ -30,8 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks import data, pictures, report, tracking
-from benchmarks.agreement import agreement
+from benchmarks.problems.images import default_root
+from benchmarks.report import pictures, tracking
+from benchmarks.report.agreement import agreement
+from benchmarks.report.provenance import provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import print_table, relative
 from vlearn import conjugate
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
 from vlearn.posterior.base import Posterior
@@ -40,7 +44,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 FOLDERS = {"concrete": "concrete", "energy": "energy", "yacht": "yacht", "boston": "bostonHousing"}
 FULL, DIAGONAL, COMPONENTS = "dense precision, IVON's mean", "IVON's state, features", "IVON's state, components"
 LOOKS = {FULL: (GREEN, "^"), DIAGONAL: (VERMILLION, "s"), COMPONENTS: (BLUE, "o")}
@@ -173,19 +176,19 @@ def train(problem: Problem, settings: Settings, length: int, seed: int) -> tuple
 
 def run_of(problem: Problem, settings: Settings, length: int, seed: int) -> dict[str, tuple[Removal, Removal, int]]:
     """What one run of IVON on each basis says, by posterior."""
-    found = {}
+    removals = {}
     for method, each in ((DIAGONAL, problem), (COMPONENTS, problem.on_components())):
         model, optimizer = train(each, settings, length, seed)
-        found[method] = swept(each, model, optimizer.posterior())
+        removals[method] = swept(each, model, optimizer.posterior())
         if method == DIAGONAL:
             mean = {"weight": next(model.parameters()).detach()}
             dense = vlearn.posterior.Full(mean, each.precision, num_data=len(each.y))
-            found[FULL] = swept(each, model, dense)
-    return {method: found[method] for method in LOOKS}
+            removals[FULL] = swept(each, model, dense)
+    return {method: removals[method] for method in LOOKS}
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+def relative_error(estimate: Tensor, truth: Tensor) -> float:
+    return float((estimate - truth).norm() / truth.norm())
 
 
 def measure(problem: Problem, settings: Settings, advance: Any) -> dict[str, Any]:
@@ -232,10 +235,10 @@ def at_the_end(runs: list[tuple[Removal, Removal, int]], truth: Removal) -> dict
     }
 
 
-def draw(found: dict[str, dict[str, Any]], settings: Settings) -> Any:
+def draw(sets: dict[str, dict[str, Any]], settings: Settings) -> Any:
     """Above, the error against the length of IVON's run; below, estimated against exact Cook's distances."""
-    figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 7.0), layout="constrained", squeeze=False)
-    for (upper, lower), (name, row) in zip(axes.T, found.items(), strict=True):
+    figure, axes = plt.subplots(2, len(sets), figsize=(3.6 * len(sets), 7.0), layout="constrained", squeeze=False)
+    for (upper, lower), (name, row) in zip(axes.T, sets.items(), strict=True):
         for method, (color, marker) in LOOKS.items():
             errors = np.array(row["methods"][method]["refined"]).mean(1)
             upper.plot(settings.lengths, errors, color=color, marker=marker, label=method)
@@ -260,7 +263,7 @@ def draw(found: dict[str, dict[str, Any]], settings: Settings) -> Any:
     return figure
 
 
-def show(found: dict[str, dict[str, Any]], settings: Settings, notes: list[str]) -> None:
+def show(sets: dict[str, dict[str, Any]], settings: Settings, notes: list[str]) -> None:
     """Two tables: the formula against refits, and the posteriors after IVON's longest runs."""
     rows = [
         (
@@ -271,10 +274,10 @@ def show(found: dict[str, dict[str, Any]], settings: Settings, notes: list[str])
             f"{row['formula']['distance_largest_error']:.1e}",
             f"{row['seconds']['refits'] / row['seconds']['formula']:.0f}x",
         )
-        for name, row in found.items()
+        for name, row in sets.items()
     ]
     header = ("", "examples", "largest\nleverage", "largest error\nof Δf", "of Cook's\ndistance", "faster")
-    report.print_table("Cook's formula against a refit without each example", header, rows)
+    print_table("Cook's formula against a refit without each example", header, rows)
     rows = [
         (
             f"{name}: {method}",
@@ -283,13 +286,13 @@ def show(found: dict[str, dict[str, Any]], settings: Settings, notes: list[str])
             f"{np.mean(each['distance_slope']):.3f}",
             f"{np.mean(each['fallbacks']):g}",
         )
-        for name, row in found.items()
+        for name, row in sets.items()
         for method, each in row["methods"].items()
     ]
     first, last = settings.lengths[0], settings.lengths[-1]
-    limits = ", ".join(f"{row['diagonal_limit_error']:.2g} ({name})" for name, row in found.items())
+    limits = ", ".join(f"{row['diagonal_limit_error']:.2g} ({name})" for name, row in sets.items())
     header = ("", f"V e\n{first} steps", f"{last}", f"refined\n{first} steps", f"{last}")
-    report.print_table(
+    print_table(
         "Relative error of the predicted Δf, and Cook's distance",
         (*header, "Pearson\nCook", "slope", "fell\nback"),
         rows,
@@ -327,7 +330,7 @@ def load(name: str, root: Path) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, default=data.default_root())
+    parser.add_argument("--data-root", type=Path, default=default_root())
     parser.add_argument("--sets", nargs="+", choices=FOLDERS, default=list(FOLDERS))
     parser.add_argument("--seeds", type=int, default=3, help="number of IVON's runs of each length")
     parser.add_argument("--smoke", action="store_true", help="short runs on the diabetes data; not written to results/")
@@ -343,22 +346,22 @@ def main(argv: list[str] | None = None) -> int:
         name: Problem.standardised(*load(name, arguments.data_root), settings.prior_precision) for name in names
     }
     torch.set_num_threads(1)  # the tensors are small
-    found = {}
+    sets = {}
     try:
         with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
             for name, problem in problems.items():
                 task = bar.add_task(name, total=len(settings.lengths) * len(settings.seeds))
-                found[name] = measure(problem, settings, partial(bar.advance, task))
+                sets[name] = measure(problem, settings, partial(bar.advance, task))
     except KeyboardInterrupt:
-        print(f"\nInterrupted: {report.relative(out)} is as it was before this run.", file=sys.stderr)
+        print(f"\nInterrupted: {relative(out)} is as it was before this run.", file=sys.stderr)
         return 130
     command = f"python -m benchmarks.linear --sets {' '.join(names)} --seeds {len(settings.seeds)}"
-    numbers = {**report.provenance(command, 0), "settings": dataclasses.asdict(settings), "sets": found}
-    report.write_json(out / "linear.json", numbers)
-    pictures.save(draw(found, settings), out / "linear.png")
-    table = {name: {key: each for key, each in found[name].items() if not isinstance(each, list)} for name in found}
+    numbers = {**provenance(command, 0), "settings": dataclasses.asdict(settings), "sets": sets}
+    write_json(out / "linear.json", numbers)
+    pictures.save(draw(sets, settings), out / "linear.png")
+    table = {name: {key: each for key, each in sets[name].items() if not isinstance(each, list)} for name in sets}
     said = tracking.log_results("linear", dataclasses.asdict(settings), table, {"linear": out / "linear.png"})
-    show(found, settings, [f"Figure and numbers: {report.relative(out)}", said])
+    show(sets, settings, [f"Figure and numbers: {relative(out)}", said])
     return 0
 
 
