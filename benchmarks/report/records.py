@@ -13,6 +13,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 DIGITS = 6  # significant ones in the JSON
 
 
+def read(name: str) -> dict[str, Any]:
+    """The numbers that a benchmark wrote to ``results/NAME.json``."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write numbers, rounded to 6 significant digits; NaN becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
