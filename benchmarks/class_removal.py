@@ -251,7 +251,7 @@ def without(data: Images, label: int) -> Images:
 
 
 def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
-    """Both trainers, every class."""
+    """Leave out every class with both trainers."""
     table, by_class = {}, {}
     for trainer, method in TRAINERS.items():
         estimates, retrained, accuracies, fallbacks = [], [], [], 0
@@ -300,7 +300,7 @@ def compare(estimate: np.ndarray, truth: dict[str, np.ndarray]) -> dict[str, Any
 
 
 def draw(record: dict[str, Any]) -> Figure:
-    """Losses on each class, in the order of the retrained ones, one panel for each posterior."""
+    """Losses on each class in the order of the retrained ones, with one panel for each posterior."""
     titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace"}
     figure, axes = plt.subplots(1, len(titles), figsize=(11.0, 4.6), sharey=True, layout="constrained")
     for ax, (method, by_class) in zip(axes, record["by_class"].items(), strict=True):
@@ -330,6 +330,7 @@ def draw(record: dict[str, Any]) -> Figure:
 
 
 def print_results(record: dict[str, Any]) -> None:
+    """Print every estimate against retraining."""
     columns = ("gap", "Pearson", "slope")
     header = ("", "estimate", "retrained,\nremoved", *columns, "retrained,\ntest", *columns)
     lines = []

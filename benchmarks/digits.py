@@ -126,6 +126,7 @@ def summary(curves: Curves, method: str, retraining: dict[str, Any]) -> dict[str
 
 
 def print_results(rows: dict[str, dict[str, float]], notes: list[str]) -> None:
+    """Print the row of every method."""
     header = (
         "",
         "|LOO-test|\nover epochs",
@@ -248,6 +249,7 @@ def notes(settings: Settings, curves: Curves, seconds: dict[str, Any], retrainin
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options, and choose the folder of the results by them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few seconds on little data, not written to results/")
     parser.add_argument("--epochs", type=int, help="default 100")

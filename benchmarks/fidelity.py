@@ -45,7 +45,7 @@ STRUCTURES = ("full", "block-diagonal by layer", "EK-FAC", "K-FAC", BY_LAPLACE, 
 
 
 def posteriors(model: nn.Module, data: Digits, prior_precision: float, ivon: Diagonal) -> dict[str, Posterior]:
-    """Every structure at the weights of a float64 model."""
+    """The posterior of every structure at the weights of a float64 model."""
     mean = {name: p.detach() for name, p in model.named_parameters()}
     num_data = len(data.y)
     layers = layers_of(model, data.x.double())
@@ -115,6 +115,7 @@ def compare(settings: Settings, data: Digits, say: Advance = lambda text: None) 
 
 
 def print_results(results: list[dict[str, Any]]) -> None:
+    """Print one table for each prior precision."""
     for result in results:
         rows = [
             (

@@ -129,6 +129,7 @@ def table_of(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_results(table: dict[str, Any]) -> None:
+    """Print the means and deviations over the seeds."""
     rows = [
         (
             title,

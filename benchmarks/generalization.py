@@ -42,7 +42,7 @@ PUBLISHED = ("cifar-10-published",)  # days on a CPU: they run where they are na
 
 
 def by_laplace_torch(experiment: Experiment, data: Images, model: nn.Module) -> dict[str, dict[str, float]]:
-    """laplace-torch by itself: seconds of a fit, and of V e for all examples, scaled up from a part of them.
+    """Time laplace-torch by itself: a fit, and V e for all examples, scaled up from a part of them.
 
     Returns:
         For each structure, with V and with its diagonal over the classes: seconds, and the LOO loss of the part, nats.
@@ -76,7 +76,7 @@ def row(curves: Curves, method: str, seconds: Sequence[float]) -> dict[str, floa
 
 
 def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
-    """Every seed of one experiment."""
+    """Run every seed of one experiment."""
     trainers = ["IVON", *(["SGD"] if experiment.laplace else [])]
     curves: dict[str, list[Curves]] = {}
     rows: dict[str, list[dict[str, float]]] = {}
@@ -104,7 +104,7 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
 
 
 def draw(record: dict[str, Any]) -> Figure:
-    """The first seed's curves, one panel for each training run."""
+    """The first seed's curves, with one panel for each training run."""
     titles = {"IVON": "IVON: its own state", "SGD": "SGD: Laplace fits"}
     figure = pictures.generalization({titles[trainer]: Curves(**each[0]) for trainer, each in record["curves"].items()})
     for ax in figure.axes:
@@ -114,6 +114,7 @@ def draw(record: dict[str, Any]) -> Figure:
 
 
 def print_results(record: dict[str, Any]) -> None:
+    """Print the row of every method, and what laplace-torch takes by itself."""
     header = ("", "|LOO-test|", "Pearson", "Spearman", "train", "LOO", "test", "accuracy", "seconds\na sweep")
     lines = []
     for method, numbers in record["table"].items():

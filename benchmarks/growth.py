@@ -75,12 +75,13 @@ AXES: dict[str, Callable[[], list[Point]]] = {
 
 
 def milliseconds(point: Point) -> dict[str, float]:
+    """Median milliseconds of each call at a point."""
     calls = {name: build(point.subject, point.examples) for name, build in SHOWN.items()}
     return {name: 1e3 * value for name, value in medians(calls, point.subject.rounds).items()}
 
 
 def peaks(name: str, points: list[Point]) -> list[float]:
-    """MiB at each point; to be called in a fresh process."""
+    """MiB of peak memory at each point; it is to be called in a fresh process."""
     torch.set_num_threads(1)
     SHOWN[name](points[0].subject, 2)()  # libraries keep what they load
     mebibytes = []
@@ -95,14 +96,14 @@ def peaks(name: str, points: list[Point]) -> list[float]:
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
-    """Of log value over log size, by least squares over the upper half, where constants weigh little."""
+    """The slope of log value over log size, by least squares over the upper half, where constants weigh little."""
     half = len(sizes) // 2
     x, y = np.log(sizes[half:]), np.log(np.maximum(values[half:], 1e-3))
     return float(np.polyfit(x, y, 1)[0])
 
 
 def measured(axes: dict[str, list[Point]], said: Advance) -> dict[str, Any]:
-    """By axis: its sizes, and by quantity milliseconds and MiB at each."""
+    """Measure every axis; returns its sizes, and the milliseconds and MiB of each call there."""
     growth: dict[str, Any] = {}
     for axis, points in axes.items():
         title = axis.replace("\n", ", ")
@@ -123,6 +124,7 @@ def measured(axes: dict[str, list[Point]], said: Advance) -> dict[str, Any]:
 
 
 def slopes(growth: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The slope of each axis, quantity and call."""
     return {
         axis: {
             quantity: {name: slope(values["size"], values[quantity][name]) for name in SHOWN}
@@ -161,6 +163,7 @@ def draw(growth: dict[str, Any], path: Path) -> None:
 
 
 def print_slopes(growth: dict[str, Any]) -> None:
+    """Print one table for time and one for memory."""
     for quantity, title in (("time, ms", "time"), ("memory, MiB", "peak memory")):
         rows = [
             [axis.replace("\n", ", "), *(f"{value:.2f}" for value in values[quantity].values())]

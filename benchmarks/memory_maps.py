@@ -71,18 +71,20 @@ def recorded(memory: vlearn.MemoryMap, snapshot: int) -> State:
 
 
 def posterior_of(training: Training) -> Posterior:
+    """IVON's own state at the end of its training."""
     assert isinstance(training.optimizer, vlearn.IVON)
     return training.optimizer.posterior()
 
 
 def at_the_end(training: Training) -> SensitivityTable:
-    """What is at the end of training, with exact leverages."""
+    """The sweep at the end of training, refined and with exact leverages."""
     loader = batches(training.data.x, training.data.y)
     posterior = posterior_of(training)
     return vlearn.sweep(training.model, posterior, loader, F.cross_entropy, "exact", progress=False, refined=True)
 
 
 def state_of(table: SensitivityTable) -> State:
+    """The columns of a map from a sweep."""
     return {name: getattr(table, name).double().numpy() for name in COLUMNS}
 
 
@@ -100,7 +102,7 @@ def numbers_of(state: State) -> dict[str, float]:
 
 
 def side_by_side(maps: dict[str, State], circled_by: str) -> Figure:
-    """One map a title, on common axes; the most influential examples of one of them are circled on all."""
+    """One map for each title on common axes; the most influential examples of one of them are circled on all."""
     import matplotlib.pyplot as plt
 
     size = (3.7 * len(maps), 3.7)
@@ -118,7 +120,7 @@ def side_by_side(maps: dict[str, State], circled_by: str) -> Figure:
 
 
 def over_epochs(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> Found:
-    """The map at every recorded epoch of one training run, that of seed 0."""
+    """The map at every recorded epoch of the training run with seed 0."""
     memory = recorded_rows(experiment, data, runs / experiment.dataset, advance)
     states = {f"epoch {step}": recorded(memory, i) for i, step in enumerate(memory.steps.tolist())}
     table = {title: numbers_of(state) for title, state in states.items()}
@@ -262,6 +264,7 @@ def _draw_row(axes: np.ndarray, pictures: np.ndarray, labels: list[str], color: 
 
 
 def with_prior(experiment: Experiment, prior_precision: float) -> Experiment:
+    """The same experiment with another δ."""
     return dataclasses.replace(experiment, prior_precision=prior_precision)
 
 
@@ -274,7 +277,7 @@ PARTS: dict[str, Callable[[Experiment, Images, int, Path, Advance], Found]] = {
 
 
 def print_results(part: str, record: dict[str, Any]) -> None:
-    """One table of each part."""
+    """Print the table of one part."""
     if part == "measures":
         header = ("", "of the top 1%", "found", *(f"shares with\n{name}" for name in MEASURES))
         lines = []

@@ -30,24 +30,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vlearn
 from benchmarks.cost.memory import MIB, in_fresh_process, peak, start_of_peak
-from benchmarks.cost.passes import PLAIN, VLEARN, Build, Call, Subject, plain
+from benchmarks.cost.passes import PLAIN, VLEARN, Build, Subject, plain
 from benchmarks.cost.timing import medians
 from benchmarks.problems import images as datasets
 from benchmarks.problems.images import Images
 from benchmarks.problems.networks import LanguageModel, lenet5, mlp, resnet20_frn
-from benchmarks.reference import laplace
+from benchmarks.reference.peers import GRADIENTS, JACOBIANS, LAPLACE, PEERS
 from benchmarks.report.provenance import provenance
 from benchmarks.report.records import RESULTS, write_json
 from benchmarks.report.terminal import Advance, print_table, progress
 
 WHOLE = "whole data set"
-GRADIENTS, JACOBIANS, LAPLACE = "vmap(grad)", "vmap(jacrev)", "laplace-torch"
 PEER_ROUNDS = 3
 
 
@@ -61,53 +57,6 @@ SUBJECTS = (
 )
 
 
-def by_gradients(subject: Subject, examples: int) -> Call:
-    model, (x, y) = subject.model(), subject.data(examples)
-    values, variance = {name: p.detach() for name, p in model.named_parameters()}, variances(model)
-
-    def loss(values: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
-        return subject.loss(functional_call(model, values, (one.unsqueeze(0),)), label.unsqueeze(0))
-
-    def call() -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # vmap would go through the fused one example by example
-            gradients = vmap(grad(loss), (None, 0, 0))(values, x, y)
-        return torch.stack([g.square().flatten(1) @ variance[name] for name, g in gradients.items()]).sum(0)
-
-    return call
-
-
-def by_jacobians(subject: Subject, examples: int) -> Call:
-    model, (x, _) = subject.model(), subject.data(examples)
-    values, variance = {name: p.detach() for name, p in model.named_parameters()}, variances(model)
-
-    def output(values: dict[str, Tensor], one: Tensor) -> Tensor:
-        return functional_call(model, values, (one.unsqueeze(0),)).squeeze(0)
-
-    def call() -> Tensor:
-        jacobians = vmap(jacrev(output), (None, 0))(values, x)
-        return torch.stack([j.square().flatten(2) @ variance[name] for name, j in jacobians.items()]).sum(0)
-
-    return call
-
-
-def by_laplace(backend: str, subject: Subject, examples: int) -> Call:
-    """Each back end with a fit and a copy of the network of its own: they hook it in ways that do not go together."""
-    model, (x, y) = subject.model(), subject.data(examples)
-    la = laplace.fit(model, *subject.data(2), "diag", prior_precision=60.0, backend=backend)
-    return lambda: laplace.deviation(la, x, y, examples)
-
-
-def variances(model: nn.Module) -> dict[str, Tensor]:
-    return {name: torch.full((p.numel(),), 1e-4) for name, p in model.named_parameters()}
-
-
-OTHERS: dict[str, dict[str, Build]] = {
-    GRADIENTS: {"": by_gradients},
-    JACOBIANS: {"": by_jacobians},
-    LAPLACE: {f"{backend}, ": partial(by_laplace, backend) for backend in laplace.BACKENDS},
-}
-
-
 class Method(NamedTuple):
     """A way to compute something, `settings` in words, on so many examples at a time."""
 
@@ -118,7 +67,7 @@ class Method(NamedTuple):
 
 
 def methods(subject: Subject) -> Iterator[Method]:
-    """All that is compared, the others at their best settings."""
+    """All that is compared; the ways without vlearn are at their best settings."""
     for name, build in {PLAIN: plain, **VLEARN}.items():
         yield Method(name, build, subject.batch)
     for name, counts in subject.tried.items():
@@ -126,13 +75,14 @@ def methods(subject: Subject) -> Iterator[Method]:
             continue
         tried = {
             seconds_per_example(subject, build, n): Method(name, build, n, f"{variant}{n} at a time")
-            for variant, build in OTHERS[name].items()
+            for variant, build in PEERS[name].items()
             for n in dict.fromkeys(min(n, subject.batch) for n in counts)
         }
         yield tried[min(tried)]
 
 
 def seconds_per_example(subject: Subject, build: Build, examples: int) -> float:
+    """Seconds of a call after a first one, by example."""
     call = build(subject, examples)
     call()
     start = time.perf_counter()
@@ -153,7 +103,7 @@ def times(subject: Subject, compared: list[Method]) -> dict[str, float]:
 
 
 def peak_memory(subject: Subject, method: Method) -> float:
-    """MiB; to be called in a fresh process."""
+    """MiB of peak memory; it is to be called in a fresh process."""
     torch.set_num_threads(1)
     method.build(subject, min(2, method.examples))()  # libraries keep what they load
     call = method.build(subject, method.examples)
@@ -164,7 +114,7 @@ def peak_memory(subject: Subject, method: Method) -> float:
 
 
 def whole_data_set(images: Images, threads: int) -> dict[str, float]:
-    """The sweep of all training images with LeNet-5; to be called in a fresh process."""
+    """The sweep of all training images with LeNet-5; it is to be called in a fresh process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = lenet5()
@@ -190,7 +140,7 @@ Table = dict[str, dict[str, float]]  # by network, then by method
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Bars on logarithmic axes: a column of panels for each network, time above memory."""
+    """Bars on logarithmic axes; each network has a column of panels, with time above memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -200,8 +150,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     upper, lower = figure.subfigures(2, 1)
     rows = (
-        (upper, multiples, [*VLEARN, *OTHERS], "time in multiples of a plain forward + backward pass, one thread"),
-        (lower, memory, [PLAIN, *VLEARN, *OTHERS], "peak memory, MiB; of the others, of so many examples at a time"),
+        (upper, multiples, [*VLEARN, *PEERS], "time in multiples of a plain forward + backward pass, one thread"),
+        (lower, memory, [PLAIN, *VLEARN, *PEERS], "peak memory, MiB; of the others, of so many examples at a time"),
     )
     for part, table, names, label in rows:
         panels = part.subplots(1, len(table), sharex=True, sharey=True)
@@ -232,7 +182,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def print_tables(record: dict[str, Any]) -> None:
-    """A table of times for each number of threads, one of memory, one of the whole data set."""
+    """Print a table of times for each number of threads, one of memory and one of the whole data set."""
     tables = {f"Multiples of one plain forward + backward pass, {key}": t for key, t in record["multiples"].items()}
     tables["Peak memory of a call, MiB"] = record["memory, MiB"]
     notes = [f"{n}: " + "; ".join(f"{m} {how}" for m, how in ways.items()) for n, ways in record["settings"].items()]
@@ -279,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measured(subjects: Sequence[Subject], threads: Sequence[int], said: Advance) -> dict[str, Any]:
+    """Times by the number of threads, and peak memory, of all that is compared on every subject."""
     torch.set_num_threads(1)
     compared: dict[str, list[Method]] = {}
     for subject in subjects:

@@ -41,7 +41,7 @@ OPTIMIZERS = (
 
 
 def parameters(millions: int, device: str) -> list[nn.Parameter]:
-    """Tensors of a million entries, with gradients."""
+    """Tensors of a million entries that have gradients."""
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(1000, 1000, device=device) * 0.01) for _ in range(millions)]
     for p in weights:
@@ -86,7 +86,7 @@ def optimizer_step(name: str, weights: list[nn.Parameter]) -> Callable[[], None]
 
 
 def peak_memory(name: str, millions: int, device: str) -> float:
-    """Bytes per parameter of peak memory over the model and its gradients; to be called in a fresh process."""
+    """Peak bytes per parameter over the model and its gradients; it is to be called in a fresh process."""
     if "compiled" in name:  # what the compiler takes once is not the optimizer's
         optimizer_step(name, parameters(1, device))()
     weights = parameters(millions, device)
@@ -115,7 +115,7 @@ def step_cost(millions: int, rounds: int, device: str) -> dict[str, dict[str, fl
 
 
 def draw(steps: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """Bars: milliseconds of a step and bytes per parameter."""
+    """Bars of the milliseconds of a step and of the bytes per parameter."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module gives in a process that has imported vlearn and done nothing else."""
+    """Call a module's function in a process that has imported vlearn and done nothing else; returns what it returns."""
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
@@ -27,7 +27,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def start_of_peak(device: str = "cpu") -> float:
-    """Bytes in use now, from which on the peak is looked for."""
+    """Start to look for the peak; returns the bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     elif PROC.exists():

@@ -72,7 +72,7 @@ def plain(subject: Subject, examples: int) -> Call:
 
 
 def live(deviation: bool | None, subject: Subject, examples: int) -> Call:
-    """Training steps of a watched model and their sensitivities, or None of them."""
+    """Training steps of a watched model; sensitivities are asked for unless ``deviation`` is None."""
     model, batches = subject.model(), subject.batches(examples)
     optimizer = vlearn.IVON(model, lr=0.1, ess=60_000, hess_init=0.1)
     optimizer.posterior()  # its state is there from now on

@@ -1,4 +1,4 @@
-"""How long calls take, beside one another in one process."""
+"""Time of calls that take turns in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turn so that drift of the machine meets all alike."""
+    """Median seconds of each call; the calls take turns, so that drift of the machine meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 2):
         for name, call in calls.items():
@@ -22,7 +22,7 @@ def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 
 
 def synchronised(step: Callable[[], None], device: str) -> Callable[[], None]:
-    """The step, finished on the device when it returns."""
+    """The same step, which returns only when the device has finished it."""
     if device == "cpu":
         return step
 

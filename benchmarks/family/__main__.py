@@ -34,6 +34,7 @@ from benchmarks.training.checkpoint import kept
 
 
 def print_results(record: dict[str, Any]) -> None:
+    """Print the row of every method, and the learning rates."""
     header = ("", "accuracy\nmean", "\ndraws", "NLL\nmean", "\ndraws", "ECE\nmean", "\ndraws", "LOO", "LOO - test")
 
     def cell(numbers: dict[str, Row], quantity: str, form: str, spread: bool = False) -> str:
@@ -64,6 +65,7 @@ def print_results(record: dict[str, Any]) -> None:
 
 
 def print_figures(record: dict[str, Any]) -> None:
+    """Print the distances of both small problems."""
     lines = [
         (name, *(f"{row[quantity]:.2f}" for quantity in ("mean_off_at_data", "width_at_data", "width_between")))
         for name, row in record["regression"].items()
@@ -80,7 +82,7 @@ def print_figures(record: dict[str, Any]) -> None:
 
 
 def run_figures(out: Path, runs: Path, smoke: bool, advance: Advance) -> dict[str, Any]:
-    """Both small problems, their figures and figures.json."""
+    """Run both small problems, draw them, and return the numbers of figures.json."""
     few = {"steps": 20, "chains": 2, "warm_up": 4, "kept": 8} if smoke else {}
     asked = {**few, "methods": list(METHODS)}
     regression = kept(runs / "regression.pt", asked, lambda: regression_predictive.compare(**few, advance=advance))
@@ -96,7 +98,7 @@ def run_figures(out: Path, runs: Path, smoke: bool, advance: Advance) -> dict[st
 
 
 def run_all(arguments: argparse.Namespace, chosen: dict[str, Experiment], out: Path) -> None:
-    """Every experiment and the figures, each written and printed when it is done."""
+    """Run every experiment and the figures; each is written and printed when it is done."""
     seeds = 1 if arguments.smoke else arguments.seeds
     settings = {name: dataclasses.asdict(each) for name, each in chosen.items()}
     with tracking.tracked("vlearn-family", arguments.runs, {**settings, "seeds": seeds}) as (run, said):

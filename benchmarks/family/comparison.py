@@ -1,4 +1,4 @@
-"""Every method trained on the same network, prior and minibatches, its learning rate chosen on held-out data."""
+"""Training of every method on the same network, prior and minibatches, at a rate chosen on held-out data."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ DEFAULT = ("digits", "fashion-mnist-5k")
 def train(
     experiment: Experiment, data: Images, method: str, lr: float, seed: int
 ) -> tuple[nn.Module, Posterior | None, Problem]:
-    """A network at the end of its training, with the posterior that the optimizer's state is."""
+    """Train a network; returns it with the posterior that the optimizer's state is, and what it was given."""
     torch.manual_seed(seed)
     model = networks.build(experiment.network).to(data.x.device)
     problem = Problem(len(data.y), experiment.prior_precision, seed, experiment.hess_init, experiment.beta2)
@@ -189,6 +189,6 @@ def run_experiment(
 
 
 def in_order(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """Optimizers without a posterior, Laplace approximations, then the others."""
+    """The rows in the order of the table: SGD, its Laplace approximations, then the others."""
     first = ["SGD", *LAPLACE]
     return {name: rows[name] for name in (*first, *(each for each in rows if each not in first))}

@@ -32,7 +32,7 @@ PROBLEM = Problem(num_data=60_000, prior_precision=60.0, seed=0, hess_init=0.1, 
 
 
 def subject(name: str, device: str, batch: int = BATCH) -> tuple[nn.Module, Callable[[], torch.Tensor], Any]:
-    """(model, its loss, optimizer); KFACVON with its default update_every, 10."""
+    """The model, its loss and what makes its optimizer; KFACVON has its default update_every, 10."""
     torch.manual_seed(0)
     model = lenet5().to(device)
     x, y = torch.randn(batch, 1, 28, 28, device=device), torch.randint(10, (batch,), device=device)
@@ -40,7 +40,7 @@ def subject(name: str, device: str, batch: int = BATCH) -> tuple[nn.Module, Call
 
 
 def steps_of(name: str, device: str, batch: int = BATCH) -> Callable[[], None]:
-    """Ten training steps."""
+    """A call that takes ten training steps."""
     _, loss, make = subject(name, device, batch)
     optimizer = make()
 
@@ -57,7 +57,7 @@ def peak_memory(name: str, device: str) -> float:
 
 
 def peak_of_steps(name: str, device: str) -> float:
-    """MiB over what is there before the first step; to be called in a fresh process."""
+    """MiB over what is there before the first step; it is to be called in a fresh process."""
     model, loss, make = subject(name, device)
     loss().backward()
     model.zero_grad()
@@ -90,7 +90,7 @@ def bounds(name: str, device: str, count: int = 6) -> dict[str, float]:
 
 
 def run(out: Path, device: str, smoke: bool) -> None:
-    """Measure, print, and write cost.json; where a goal is missed, what the time goes to."""
+    """Measure, print and write cost.json; where an optimizer misses its goal, it tells what the time goes to."""
     before = torch.get_num_threads()
     numbers: dict[str, Any] = {"steps": {}, "bounds": {}}
     try:

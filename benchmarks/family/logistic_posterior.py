@@ -80,7 +80,7 @@ def nearest_gaussian(problem: Logistic, diagonal: bool = False) -> MultivariateN
 
 
 def laplace(problem: Logistic) -> MultivariateNormal:
-    """The inverse Hessian at the minimum, by Newton's method."""
+    """The Laplace approximation: the minimum by Newton's method, and the inverse Hessian there."""
     weights = torch.zeros(2, dtype=torch.float64)
     for _ in range(50):
         p = torch.sigmoid(problem.x @ weights)
@@ -103,7 +103,7 @@ def divergence(q: MultivariateNormal, problem: Logistic, log_normalizer: float) 
 
 
 def optimizers() -> dict[str, Callable[..., Any]]:
-    """Name -> (model, settings) -> optimizer."""
+    """By name, functions from a model and settings to an optimizer."""
     bernoulli = {"likelihood": lambda f: Bernoulli(logits=f)}
     makers: dict[str, Callable[..., Any]] = {
         "IVON": lambda model, **settings: vlearn.IVON(model, rescale_lr=False, **settings),

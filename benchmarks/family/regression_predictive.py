@@ -37,7 +37,7 @@ class Band:
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
-    """(x, y, grid): ``[40, 1]``, ``[40, 1]`` and ``[121, 1]``."""
+    """The inputs ``[40, 1]``, the targets ``[40, 1]`` and the grid ``[121, 1]`` on which bands are compared."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([low + (high - low) * torch.rand(20, 1, generator=generator) for low, high in CLUSTERS])
     y = torch.sin(2.5 * x) + 0.3 * x + NOISE * torch.randn(40, 1, generator=generator)
@@ -45,6 +45,7 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def network() -> nn.Sequential:
+    """One hidden layer of tanh with fixed initial weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(1, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
 
@@ -124,7 +125,7 @@ def reference(chains: int, warm_up: int, kept: int) -> tuple[Band, dict[str, flo
 
 
 def optimizers() -> dict[str, Callable[..., Any]]:
-    """Name -> (model, settings) -> optimizer, at a learning rate that trains it in a few thousand steps."""
+    """By name, functions from a model and settings to an optimizer whose rate trains it in a few thousand steps."""
     gaussian = {"likelihood": "gaussian"}
     makers: dict[str, Callable[..., Any]] = {
         "IVON": lambda model, **settings: vlearn.IVON(model, lr=0.03, hess_init=1.0, beta2=0.9995, **settings),

@@ -1,4 +1,4 @@
-"""How good are probabilities: accuracy, negative log-likelihood and calibration; and the ways to predict them."""
+"""Scores of predicted probabilities, and the ways to predict them."""
 
 from __future__ import annotations
 

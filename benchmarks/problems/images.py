@@ -58,6 +58,7 @@ class Images:
 
 
 def default_root() -> Path:
+    """The folder of the data sets: VLEARN_DATA, else `data`."""
     return Path(os.environ.get("VLEARN_DATA", "data"))
 
 

@@ -18,7 +18,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def lenet5() -> nn.Sequential:
-    """61,706 parameters, as in the memory-perturbation paper."""
+    """LeNet-5 with 61,706 parameters, as in the memory-perturbation paper."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2),
         nn.Tanh(),
@@ -36,7 +36,7 @@ def lenet5() -> nn.Sequential:
 
 
 def digits_cnn(first: int = 8, second: int = 16) -> nn.Sequential:
-    """For 8x8 images; 1,898 parameters."""
+    """A small CNN for 8x8 images, by default with 1,898 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, first, 3, stride=2, padding=1),
         nn.Tanh(),

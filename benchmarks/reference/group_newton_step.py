@@ -1,4 +1,4 @@
-"""Leaving a group out by one Newton step with the Gauss-Newton matrix itself: no structure, no first order.
+"""Removing a group by one Newton step with the Gauss-Newton matrix itself: no structure, no first order.
 
     (Σ_{i∉M} J_iᵀΛ_iJ_i + δI) Δm = Σ_{i∈M} ∇ℓ_i,  Δf_i = J_i Δm
 

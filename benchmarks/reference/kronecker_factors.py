@@ -16,7 +16,7 @@ def kfac_of(layers: list[Layer]) -> dict[tuple[str, ...], Factors]:
 
 
 def covariances(layer: Layer) -> tuple[Tensor, Tensor]:
-    """K-FAC's A, of the inputs, and B, of the output gradients, both means over the examples."""
+    """K-FAC's A ``[I, I]`` of the inputs and B ``[O, O]`` of the output gradients; both are means over the examples."""
     b = layer.b.flatten(0, 1)
     return layer.a.mT @ layer.a / len(layer.a), b.mT @ b / len(layer.a)
 

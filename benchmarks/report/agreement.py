@@ -1,4 +1,4 @@
-"""How well predictions agree with the truth: correlations, the slope, and how sure these numbers are."""
+"""Agreement of predictions with the truth: correlations and the slope, with their bootstrap intervals."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def run(
 
 
 def command(script: str, arguments: argparse.Namespace, name: str, seeds: int) -> str:
-    """What makes one experiment's numbers again."""
+    """The command line that makes one experiment's numbers again."""
     if arguments.smoke:
         return f"python -m benchmarks.{script} --smoke"
     parts = [f"python -m benchmarks.{script} --experiments {name} --seeds {seeds}"]

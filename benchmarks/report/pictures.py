@@ -25,7 +25,7 @@ FLOOR = 1e-6  # nats; a change below it is drawn there
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A PNG, whatever the path ends in; pyplot keeps every figure that is not closed."""
+    """Write a PNG, whatever the path ends in, and close the figure, which pyplot would keep."""
     figure.savefig(path, dpi=144, format="png")
     plt.close(figure)
 

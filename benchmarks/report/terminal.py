@@ -12,7 +12,7 @@ Advance = Callable[[str], None]  # says what has just been done
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    """One table on standard output: the first column to the left, the others to the right."""
+    """Print one table; its first column is aligned to the left, the others to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

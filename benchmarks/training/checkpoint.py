@@ -74,12 +74,13 @@ def kept(path: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """State of torch's generators, to be saved."""
+    """The state of torch's generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """Give torch's generators a state that `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -88,6 +88,7 @@ def by_deviation(model: nn.Module, deviation: Tensor, batches: Batches) -> Estim
 
 @torch.no_grad()
 def outputs(model: nn.Module, batches: Batches) -> Tensor:
+    """The outputs ``[N, C]`` of all examples, on the CPU."""
     return torch.cat([model(x).cpu() for x, _ in batches])
 
 

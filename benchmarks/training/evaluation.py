@@ -1,4 +1,4 @@
-"""What the benchmarks ask of a trained image classifier: its losses, its posterior, its leave-one-out loss."""
+"""Losses, posterior and leave-one-out loss of a trained image classifier."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ SMOKE = Experiment(
 def train(
     experiment: Experiment, data: Images, seed: int, trainer: str, runs: Path, advance: Advance, mapped: bool = True
 ) -> Training:
-    """One network by "IVON" or "SGD", its curves recorded along the way; goes on from the last epoch that was saved.
+    """Train one network by "IVON" or "SGD" from the last epoch that was saved, and record its curves along the way.
 
     Args:
         mapped: keep IVON's rows of every example, at the epochs that the experiment names.

@@ -39,7 +39,7 @@ def ivon(
     hess_init: float,
     beta2: float,
 ) -> tuple[vlearn.IVON, Any]:
-    """IVON and its schedule: the rate falls to zero along a cosine."""
+    """IVON with its schedule, along which the rate falls to zero as a cosine."""
     optimizer = vlearn.IVON(
         model, lr=lr, ess=num_data, hess_init=hess_init, beta2=beta2, weight_decay=prior_precision / num_data
     )
@@ -49,7 +49,7 @@ def ivon(
 def sgd(
     model: nn.Module, num_data: int, total_steps: int, *, prior_precision: float, lr: tuple[float, float]
 ) -> tuple[torch.optim.SGD, Any]:
-    """SGD with momentum and its schedule: from the first rate to the last along a cosine."""
+    """SGD with momentum and its schedule, a cosine from the first rate to the last."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr[0], momentum=0.9, weight_decay=prior_precision / num_data)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=lr[1])
 
@@ -126,7 +126,7 @@ class Recipe:
 
 
 class Training:
-    """One network in training, going on from the last epoch that was saved.
+    """One network in training, which goes on from the last epoch that was saved.
 
     Iterating trains an epoch and gives its number; once the loop's body is through with it, everything is saved.
 

@@ -1,4 +1,4 @@
-"""Retraining without one example from a trained network on, by SGD with momentum: what can be afforded on real images.
+"""Retraining without one example by SGD with momentum that starts at the trained network, as real images allow.
 
 The objective is (1/N)(Σ_{j≠i} ℓ_j + δ‖θ‖²/2): N and δ stay as they are when example i goes. Every run takes the
 minibatches of the run that keeps all examples, its control, and subtracts ℓ_i/N at every step, which is the gradient

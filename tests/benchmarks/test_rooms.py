@@ -15,7 +15,7 @@ BELOW: dict[str, set[str]] = {
     "problems": set(),
     "report": {"problems"},
     "cost": set(),
-    "reference": {"problems"},
+    "reference": {"problems", "cost"},
     "training": {"problems", "report", "reference"},
 }
 
