@@ -3,7 +3,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo tables test lint clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -13,15 +13,19 @@ help:  ## list the targets
 demo: $(VENV)/.bench  ## train on the digits, predict the test loss, draw it
 	$(BIN)/python -m benchmarks.digits
 
+tables: $(VENV)/.bench  ## write the numbers of benchmarks/results into the READMEs
+	$(BIN)/python -m benchmarks.tables
+
 # One thread per worker: the workers already fill the cores.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev  ## run every test, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS) -m ""
 
-lint: $(VENV)/.dev  ## check style and types
+lint: $(VENV)/.dev  ## check style, types and the tables of the READMEs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m benchmarks.tables --check
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

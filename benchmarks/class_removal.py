@@ -36,19 +36,23 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import vlearn
-from benchmarks import gauss_newton, networks, pictures, report, resume, script, supervised
-from benchmarks.agreement import agreement
-from benchmarks.data import Images
-from benchmarks.supervised import Advance, Recipe, Training
+from benchmarks.problems import networks
+from benchmarks.problems.batches import batches
+from benchmarks.problems.images import Images
+from benchmarks.reference import group_newton_step
+from benchmarks.reference.published import leave_class_out
+from benchmarks.report import experiments
+from benchmarks.report.agreement import agreement
+from benchmarks.report.pictures import IVON, KRONECKER
+from benchmarks.report.terminal import Advance, print_table
+from benchmarks.training.checkpoint import Checkpoint
+from benchmarks.training.evaluation import example_losses, measure, posterior_after
+from benchmarks.training.supervised import TRAINERS, Recipe, Training
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, tidy
+from vlearn.posterior.protocol import Posterior
 
-IVON, _, KRONECKER = pictures.LOOKS
-TRAINERS = {"SGD": KRONECKER, "IVON": IVON}
-ESTIMATES: dict[str, dict[str, Any]] = {
-    "published": {"how": "published"},
-    "joint": {"how": "joint"},
-    "refined": {"how": "joint", "refined": True, "tolerance": 1e-2, "max_iterations": 30},
-}
+ESTIMATES = ("published", "joint", "refined")
+REFINED: dict[str, Any] = {"refined": True, "tolerance": 1e-2, "max_iterations": 30}
 NEWTON = "Gauss-Newton"
 LOOKS = {"published": (ORANGE, "o"), "joint": (BLUE, "s"), "refined": (GREEN, "^"), NEWTON: (PURPLE, "v")}
 TRUTHS = {"removed": "its training examples", "test": "its test examples"}
@@ -150,23 +154,19 @@ def trained(
     )
     for epoch in training:
         advance(f"{experiment.title}, {trainer}, seed {seed}, epoch {epoch}/{experiment.epochs}")
-    settings = {**training.checkpoint.settings, "estimates": ESTIMATES}
-    checkpoint = resume.Checkpoint(runs / f"{trainer}-estimates-seed{seed}.pt", settings)
-    found = checkpoint.load() or before(model, data)
-    missing = [name for name in ESTIMATES if name not in found]
-    label = len(found.setdefault(NEWTON, {"loss": [], "iterations": []})["loss"])
+    settings = {**training.checkpoint.settings, "refined": REFINED}
+    checkpoint = Checkpoint(runs / f"{trainer}-estimates-seed{seed}.pt", settings)
+    estimates = checkpoint.load() or before(model, data)
+    missing = [name for name in ESTIMATES if name not in estimates]
+    label = len(estimates.setdefault(NEWTON, {"loss": [], "iterations": []})["loss"])
     if missing or (label < len(data.classes) and experiment.newton_iterations):
-        posterior = supervised.posterior_after(training, experiment.prior_precision)
-        loader = supervised.batches(data.x, data.y)
+        posterior = posterior_after(training, experiment.prior_precision)
         for name in missing:
-            table = vlearn.leave_group_out(
-                model, posterior, loader, data.y.cpu(), F.cross_entropy, progress=False, **ESTIMATES[name]
-            )
-            found[name] = {"loss": table.left_out_loss.numpy(), "fallbacks": table.refined_fallbacks or 0}
-            checkpoint.save(found)
+            estimates[name] = estimate(name, model, posterior, data)
+            checkpoint.save(estimates)
             advance(f"{experiment.title}, {trainer}, seed {seed}, {name} estimates")
         for k in range(label, len(data.classes) if experiment.newton_iterations else 0):
-            step = gauss_newton.leave_out(
+            step = group_newton_step.leave_out(
                 model,
                 posterior,
                 data.x,
@@ -175,16 +175,27 @@ def trained(
                 experiment.prior_precision,
                 max_iterations=experiment.newton_iterations,
             )
-            found[NEWTON]["loss"].append(step.left_out_loss)
-            found[NEWTON]["iterations"].append(step.iterations)
-            checkpoint.save(found)
+            estimates[NEWTON]["loss"].append(step.left_out_loss)
+            estimates[NEWTON]["iterations"].append(step.iterations)
+            checkpoint.save(estimates)
             advance(f"{experiment.title}, {trainer}, seed {seed}, Gauss-Newton step without {data.classes[k]}")
-    return training, found
+    return training, estimates
+
+
+def estimate(name: str, model: nn.Module, posterior: Posterior, data: Images) -> dict[str, Any]:
+    """The loss ``[K]`` in nats without each class, and for how many classes the refined form fell back."""
+    loader, labels = batches(data.x, data.y), data.y.cpu()
+    if name == "published":
+        rows = vlearn.sweep(model, posterior, loader, F.cross_entropy, None, progress=False)
+        return {"loss": leave_class_out(rows, labels).numpy(), "fallbacks": 0}
+    options = REFINED if name == "refined" else {}
+    table = vlearn.leave_group_out(model, posterior, loader, labels, F.cross_entropy, progress=False, **options)
+    return {"loss": table.left_out_loss.numpy(), "fallbacks": table.num_first_order or 0}
 
 
 def before(model: nn.Module, data: Images) -> dict[str, Any]:
     """Mean losses by class of the model that has seen them all."""
-    losses = supervised.measure(model, data)
+    losses = measure(model, data)
     return {
         "accuracy": losses.right.mean().item(),
         "trained": {
@@ -216,21 +227,21 @@ def retrain(
         file=runs / f"{trainer}-without{label}-seed{seed}.pt",
         epochs=experiment.retrained_epochs,
     )
-    training.found.setdefault("removed", [])
-    training.found.setdefault("test", [])
+    training.recorded.setdefault("removed", [])
+    training.recorded.setdefault("test", [])
     gone, gone_test = data.y == label, data.y_test == label
     for epoch in training:
         for name, x, y in (
             ("removed", data.x[gone], data.y[gone]),
             ("test", data.x_test[gone_test], data.y_test[gone_test]),
         ):
-            training.found[name].append(supervised.example_losses(model, x, y)[0].mean().item())
+            training.recorded[name].append(example_losses(model, x, y)[0].mean().item())
         advance(
             f"{experiment.title}, {trainer}, seed {seed}, without {data.classes[label]}, "
             f"epoch {epoch}/{experiment.retrained_epochs}"
         )
     training.close()
-    return {name: training.found[name] for name in TRUTHS}
+    return {name: training.recorded[name] for name in TRUTHS}
 
 
 def without(data: Images, label: int) -> Images:
@@ -240,17 +251,17 @@ def without(data: Images, label: int) -> Images:
 
 
 def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
-    """Both trainers, every class."""
+    """Leave out every class with both trainers."""
     table, by_class = {}, {}
     for trainer, method in TRAINERS.items():
         estimates, retrained, accuracies, fallbacks = [], [], [], 0
         for seed in range(seeds):
-            full, found = trained(experiment, data, trainer, seed, runs, advance)
+            full, numbers = trained(experiment, data, trainer, seed, runs, advance)
             full.close()
             names = [*ESTIMATES, *([NEWTON] if experiment.newton_iterations else [])]
-            estimates.append({"trained": found["trained"]["removed"], **{k: found[k]["loss"] for k in names}})
-            accuracies.append(found["accuracy"])
-            fallbacks += found["refined"]["fallbacks"]
+            estimates.append({"trained": numbers["trained"]["removed"], **{k: numbers[k]["loss"] for k in names}})
+            accuracies.append(numbers["accuracy"])
+            fallbacks += numbers["refined"]["fallbacks"]
             retrained.append(
                 [
                     retrain(experiment, data, full, trainer, label, seed, runs, advance)
@@ -274,25 +285,25 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
 
 def compare(estimate: np.ndarray, truth: dict[str, np.ndarray]) -> dict[str, Any]:
     """An estimate ``[K]`` against the losses after retraining ``[K, T]``, over the classes."""
-    found: dict[str, Any] = {"mean": estimate.mean()}
+    against_truth: dict[str, Any] = {"mean": estimate.mean()}
     for name, by_epoch in truth.items():
         pearson, slope = agreement(estimate, by_epoch[:, -1])
         log_pearson, _ = agreement(np.log(estimate), np.log(by_epoch[:, -1]))
-        found[name] = {
+        against_truth[name] = {
             "mean": by_epoch[:, -1].mean(),
             "mean_absolute_gap": np.abs(estimate - by_epoch[:, -1]).mean(),
             "pearson": pearson,
             "pearson_of_logarithms": log_pearson,
             "slope": slope,
         }
-    return found
+    return against_truth
 
 
-def draw(found: dict[str, Any]) -> Figure:
-    """Losses on each class, in the order of the retrained ones, one panel for each posterior."""
+def draw(record: dict[str, Any]) -> Figure:
+    """Losses on each class in the order of the retrained ones, with one panel for each posterior."""
     titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace"}
     figure, axes = plt.subplots(1, len(titles), figsize=(11.0, 4.6), sharey=True, layout="constrained")
-    for ax, (method, by_class) in zip(axes, found["by_class"].items(), strict=True):
+    for ax, (method, by_class) in zip(axes, record["by_class"].items(), strict=True):
         order = np.argsort(by_class["retrained"]["removed"])
         places = np.arange(len(order))
         for name, fill, shift in (("removed", INK, -0.12), ("test", "none", 0.12)):
@@ -310,19 +321,20 @@ def draw(found: dict[str, Any]) -> Figure:
         ax.plot(places, values, color=GREY, linestyle=(0, (4, 2)), label="trained with it")
         ax.set_yscale("log")
         tidy(ax, "", "mean loss on the class, nats")
-        ax.set_xticks(places, [found["classes"][k] for k in order], rotation=45, ha="right")
+        ax.set_xticks(places, [record["classes"][k] for k in order], rotation=45, ha="right")
         ax.set_title(titles[method], fontsize=13, color=INK, loc="left", fontweight="bold")
     axes[1].set_ylabel("")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"A class left out: {found['experiment']['title']}", fontsize=12)
+    figure.suptitle(f"A class left out: {record['experiment']['title']}", fontsize=12)
     return figure
 
 
-def print_results(found: dict[str, Any]) -> None:
+def print_results(record: dict[str, Any]) -> None:
+    """Print every estimate against retraining."""
     columns = ("gap", "Pearson", "slope")
     header = ("", "estimate", "retrained,\nremoved", *columns, "retrained,\ntest", *columns)
     lines = []
-    for method, rows in found["table"].items():
+    for method, rows in record["table"].items():
         for name, row in rows.items():
             numbers = [
                 f"{row[truth][number]:.{digits}f}"
@@ -331,26 +343,26 @@ def print_results(found: dict[str, Any]) -> None:
             ]
             lines.append((f"{method}: {name}", f"{row['mean']:.3f}", *numbers))
     notes = [
-        f"{found['num_data']:,} training examples. Mean loss on the removed class in nats, over the classes; "
+        f"{record['num_data']:,} training examples. Mean loss on the removed class in nats, over the classes; "
         "absolute gap, correlation and slope of the retrained over the estimated losses, on the removed and on the "
         "test examples. trained: the class's loss while it was there."
     ]
-    for method, rows in found["table"].items():
-        by_class = found["by_class"][method]
+    for method, rows in record["table"].items():
+        by_class = record["by_class"][method]
         curve = np.mean(by_class["retrained_by_epoch"]["removed"], axis=0)
         half = curve[(len(curve) - 1) // 2]
         notes.append(
             f"{method}: accuracy {by_class['accuracy']:.2%} with every class; {rows['refined']['fallbacks']} refined "
             f"estimates fell back to joint; halfway through the retraining the mean loss was {half:.2f}."
         )
-    report.print_table(f"A class left out: {found['experiment']['title']}", header, lines, notes)
+    print_table(f"A class left out: {record['experiment']['title']}", header, lines, notes)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
-    arguments = script.parser("class_removal", __doc__, EXPERIMENTS, seeds=1, without=PUBLISHED).parse_args(argv)
-    chosen = script.chosen(arguments, EXPERIMENTS, SMOKE)
-    return script.run("class_removal", arguments, chosen, run_experiment, draw, print_results)
+    arguments = experiments.parser("class_removal", __doc__, EXPERIMENTS, seeds=1, without=PUBLISHED).parse_args(argv)
+    chosen = experiments.chosen(arguments, EXPERIMENTS, SMOKE)
+    return experiments.run("class_removal", arguments, chosen, run_experiment, draw, print_results)
 
 
 if __name__ == "__main__":

@@ -30,34 +30,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from torch import nn
 
 import vlearn
-from benchmarks import laplace, pictures, report, tracking
-from benchmarks.agreement import agreement
-from benchmarks.pictures import Curves
-from benchmarks.removals import Retraining
-from benchmarks.training import (
-    DIAGONAL,
-    IVON,
-    KRONECKER,
-    SMOKE,
-    STRUCTURES,
-    TRAINED_BY,
-    Digits,
-    Settings,
-    laplace_posterior,
-    losses,
-    sweep,
-    train_ivon,
-    train_sgd,
-)
+from benchmarks.problems.digits import SMOKE, Digits, Settings
+from benchmarks.reference import laplace
+from benchmarks.reference.removals import Retraining
+from benchmarks.report import pictures, tracking
+from benchmarks.report.agreement import agreement
+from benchmarks.report.curves import Curves, losses
+from benchmarks.report.pictures import DIAGONAL, IVON, KRONECKER
+from benchmarks.report.provenance import cores, provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import print_table, relative
+from benchmarks.training.digits import TRAINED_BY, laplace_posterior, sweep, train_ivon, train_sgd
+from benchmarks.training.digits_minimum import in_float64
+from benchmarks.training.estimates import change, evenly_ranked
+from benchmarks.training.evaluation import STRUCTURES
 from vlearn.posterior import Diagonal, from_laplace
-from vlearn.sensitivity.sweep import SensitivityTable
-
-RESULTS = Path(__file__).parent / "results" / "digits"
-
-
-def change(table: SensitivityTable) -> np.ndarray:
-    """Predicted change of each example's own loss if it is removed, ``[N]`` nats."""
-    return (table.loo_loss - table.loss).double().numpy()
 
 
 def compare_retraining(
@@ -87,15 +74,14 @@ def compare_retraining(
         trained[method] = sweep(sgd, laplace_posterior(method, sgd, data, settings), data)
 
     ranks = sum(np.argsort(np.argsort(table.self_influence.numpy())) for table in tables.values())
-    places = np.linspace(0, settings.num_data - 1, settings.retrained).round().astype(int)
-    examples = np.argsort(ranks, kind="stable")[places]
+    examples = evenly_ranked(ranks, settings.retrained)
     truth: dict[str, list[float]] = {}
     unconverged = sum(not minimum.converged for minimum in minima.values())
     for name, problem in problems.items():
         truth[name] = []
-        for example, minimum in zip(examples, problem.without(examples, minima[name], report.cores()), strict=True):
-            truth[name].append(problem.loss(minimum, example) - problem.loss(minima[name], example))
-            unconverged += not minimum.converged
+        for increase, converged in problem.own_loss_changes(examples, minima[name], cores()):
+            truth[name].append(increase)
+            unconverged += not converged
             advance()
     return {
         "examples": examples,
@@ -105,14 +91,6 @@ def compare_retraining(
         "trained": {method: change(table)[examples] for method, table in trained.items()},
         "loo_loss": {method: table.loo_loss.mean().item() for method, table in tables.items()},
     }
-
-
-def in_float64(posterior: Diagonal) -> Diagonal:
-    """The same posterior for a float64 model."""
-    num_data, names = posterior.num_data, posterior.names
-    precision = {name: posterior.precision[name].double() / num_data for name in names}
-    zero, ess = dict.fromkeys(names, 0.0), dict.fromkeys(names, float(num_data))
-    return Diagonal(posterior.mean, precision, zero, ess, num_data)
 
 
 def time_laplace(model: nn.Module, data: Digits, settings: Settings) -> dict[str, dict[str, float]]:
@@ -133,11 +111,11 @@ def time_laplace(model: nn.Module, data: Digits, settings: Settings) -> dict[str
     return seconds
 
 
-def summary(curves: Curves, method: str, found: dict[str, Any]) -> dict[str, float]:
+def summary(curves: Curves, method: str, retraining: dict[str, Any]) -> dict[str, float]:
     """One row of the table."""
-    truth = found["retrained"][TRAINED_BY[method]]
-    pearson, slope = agreement(found["predicted"][method], truth)
-    trained_pearson, trained_slope = agreement(found["trained"][method], truth)
+    truth = retraining["retrained"][TRAINED_BY[method]]
+    pearson, slope = agreement(retraining["predicted"][method], truth)
+    trained_pearson, trained_slope = agreement(retraining["trained"][method], truth)
     return losses(curves, method) | {
         "retraining_pearson": pearson,
         "retraining_slope": slope,
@@ -148,6 +126,7 @@ def summary(curves: Curves, method: str, found: dict[str, Any]) -> dict[str, flo
 
 
 def print_results(rows: dict[str, dict[str, float]], notes: list[str]) -> None:
+    """Print the row of every method."""
     header = (
         "",
         "|LOO-test|\nover epochs",
@@ -173,7 +152,7 @@ def print_results(rows: dict[str, dict[str, float]], notes: list[str]) -> None:
         )
         for method, row in rows.items()
     ]
-    report.print_table(
+    print_table(
         "Leave-one-out loss from the training data alone, against test data and retraining", header, lines, notes
     )
 
@@ -189,7 +168,7 @@ def measure(
         task = bar.add_task("SGD, Laplace approximations", total=settings.epochs)
         sgd, sgd_curves = train_sgd(settings, data, tuple(STRUCTURES), lambda: bar.advance(task))
         task = bar.add_task("retraining without an example", total=2 * settings.retrained + 2)
-        found = compare_retraining(settings, data, (model, posterior), sgd, lambda: bar.advance(task))
+        retraining = compare_retraining(settings, data, (model, posterior), sgd, lambda: bar.advance(task))
     seconds = {
         "live_sensitivities_median": float(np.median(live)),
         "live_sensitivities_total": sum(live),
@@ -198,17 +177,15 @@ def measure(
     }
     runs = {"IVON": curves, "SGD": sgd_curves}
     numbers = {
-        **report.provenance(
-            f"python -m benchmarks.digits --epochs {settings.epochs} --seed {settings.seed}", settings.seed
-        ),
+        **provenance(f"python -m benchmarks.digits --epochs {settings.epochs} --seed {settings.seed}", settings.seed),
         "settings": dataclasses.asdict(settings),
         "remaining_weight_of_hess_init": settings.beta2**settings.steps,
-        "table": {method: summary(runs[name], method, found) for method, name in TRAINED_BY.items()},
+        "table": {method: summary(runs[name], method, retraining) for method, name in TRAINED_BY.items()},
         "seconds": seconds,
         "curves": {name: dataclasses.asdict(each) for name, each in runs.items()},
-        "retraining": found,
+        "retraining": retraining,
     }
-    return numbers, runs, notes(settings, curves, seconds, found)
+    return numbers, runs, notes(settings, curves, seconds, retraining)
 
 
 def run_benchmark(settings: Settings, out: Path, runs: Path) -> None:
@@ -220,24 +197,26 @@ def run_benchmark(settings: Settings, out: Path, runs: Path) -> None:
         try:
             numbers, curves, lines = measure(settings, data, memory, run)
         except KeyboardInterrupt:
-            print(f"\nInterrupted: {report.relative(out)} is as it was before this run.", file=sys.stderr)
+            print(f"\nInterrupted: {relative(out)} is as it was before this run.", file=sys.stderr)
             raise
         figures = draw(memory, data, curves, numbers["retraining"])
         write(out, figures, numbers)
-        print_results(numbers["table"], [*lines, said, f"Figures and numbers: {report.relative(out)}"])
+        print_results(numbers["table"], [*lines, said, f"Figures and numbers: {relative(out)}"])
         if run:
             run.log({f"figures/{name}": tracking.image(out / f"{name}.png") for name in figures})
             run.summary.update({"table": numbers["table"]})
 
 
-def draw(memory: vlearn.MemoryMap, data: Digits, runs: dict[str, Curves], found: dict[str, Any]) -> dict[str, Figure]:
+def draw(
+    memory: vlearn.MemoryMap, data: Digits, runs: dict[str, Curves], retraining: dict[str, Any]
+) -> dict[str, Figure]:
     """The figures by name."""
     titles = {"IVON": "IVON: read from its state", "SGD": "SGD: fitted by laplace-torch"}
-    retrained = {method: found["retrained"][name] for method, name in TRAINED_BY.items()}
+    retrained = {method: retraining["retrained"][name] for method, name in TRAINED_BY.items()}
     return {
         "generalization": pictures.generalization({titles[name]: curves for name, curves in runs.items()}),
         "memory_map": vlearn.plot.memory_map(memory, images=data.x, labels=data.y).figure,
-        "retraining": pictures.retraining(found["predicted"], retrained),
+        "retraining": pictures.retraining(retraining["predicted"], retrained),
     }
 
 
@@ -246,30 +225,31 @@ def write(out: Path, figures: dict[str, Figure], numbers: dict[str, Any]) -> Non
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         pictures.save(figure, out / f"{name}.png.new")
-    report.write_json(out / "digits.json.new", numbers)
+    write_json(out / "digits.json.new", numbers)
     for name in [f"{figure}.png" for figure in figures] + ["digits.json"]:
         (out / f"{name}.new").replace(out / name)
 
 
-def notes(settings: Settings, curves: Curves, seconds: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def notes(settings: Settings, curves: Curves, seconds: dict[str, Any], retraining: dict[str, Any]) -> list[str]:
     """What the table's columns mean, and what stands beside it."""
     own = {method: f"{parts['laplace_torch_functional_variance']:.2f}" for method, parts in seconds["laplace"].items()}
     lines = [
         f"Losses are means in nats; the test loss has a standard error of {curves.test_error[-1]:.3f}. Retraining: the "
-        f"increase of the own loss of {len(found['examples'])} examples, each left out in turn, over the prediction. "
-        f"Seconds: one sweep of {settings.num_data} examples, with the Laplace fit.",
+        f"increase of the own loss of {len(retraining['examples'])} examples, each left out in turn, over the "
+        f"prediction. Seconds: one sweep of {settings.num_data} examples, with the Laplace fit.",
         f"IVON, live: {1e3 * seconds['live_sensitivities_median']:.1f} ms for each minibatch of {settings.batch}, "
         f"{seconds['live_sensitivities_total']:.1f} s in all {settings.steps} steps. "
         f"hess_init keeps a weight of β2^T = {settings.beta2**settings.steps:.2f}.",
         "laplace-torch's own Jacobians and functional variance, after its fit and in place of vlearn's sweep: diagonal "
         f"{own[DIAGONAL]} s, Kronecker {own[KRONECKER]} s.",
     ]
-    if found["unconverged"]:
-        lines.append(f"{found['unconverged']} of the retrainings stopped before they converged.")
+    if retraining["unconverged"]:
+        lines.append(f"{retraining['unconverged']} of the retrainings stopped before they converged.")
     return lines
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options, and choose the folder of the results by them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few seconds on little data, not written to results/")
     parser.add_argument("--epochs", type=int, help="default 100")
@@ -280,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.epochs is not None and arguments.epochs < 1:
         parser.error(f"--epochs {arguments.epochs}, but it must be positive: use 100.")
     if arguments.out is None:
-        arguments.out = arguments.runs / "smoke" if arguments.smoke else RESULTS
+        arguments.out = arguments.runs / "smoke" if arguments.smoke else RESULTS / "digits"
     return arguments
 
 

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks import report
-from benchmarks.training import STRUCTURES, TRAINED_BY, Digits, Settings, losses, train_ivon, train_sgd
-
-RESULTS = Path(__file__).parent / "results" / "digits"
+from benchmarks.problems.digits import Digits, Settings
+from benchmarks.report.curves import losses
+from benchmarks.report.provenance import provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import print_table
+from benchmarks.training.digits import TRAINED_BY, train_ivon, train_sgd
+from benchmarks.training.evaluation import STRUCTURES
 
 VARIATIONS: tuple[dict[str, float], ...] = (
     {},
@@ -49,7 +52,7 @@ def tune(settings: Settings) -> None:
         ivon = train_ivon(chosen, data, None, None, lambda: None)[2]
         sgd = train_sgd(chosen, data, (), lambda: None)[1]
         lines.append((f"{lr:g}", f"{ivon.test_loss[-1]:.4f}", f"{sgd.test_loss[-1]:.4f}"))
-    report.print_table("Loss on held-out training data", ("learning rate", "IVON", "SGD"), lines)
+    print_table("Loss on held-out training data", ("learning rate", "IVON", "SGD"), lines)
 
 
 def vary(settings: Settings, out: Path) -> None:
@@ -71,8 +74,8 @@ def vary(settings: Settings, out: Path) -> None:
             name = ", ".join(f"{key} {value:g}" for key, value in changed.items() if key != "sgd_lr")
             lines.append((name or "as benchmarked", f"{row['remaining_weight_of_hess_init']:.2f}", *cells))
     command = f"python -m benchmarks.digits_settings --seed {settings.seed}"
-    report.write_json(out / "settings.json", {**report.provenance(command, settings.seed), "variations": rows})
-    report.print_table(
+    write_json(out / "settings.json", {**provenance(command, settings.seed), "variations": rows})
+    print_table(
         "Leave-one-out and test loss at the end, and their mean relative distance over the epochs",
         ("", "β2^T", *TRAINED_BY),
         lines,
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="print the held-out loss of each learning rate and stop")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="numbers; default benchmarks/results/digits")
+    parser.add_argument("--out", type=Path, default=RESULTS / "digits", help="the folder of settings.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # the tensors are small
     settings = Settings(seed=arguments.seed)

@@ -20,13 +20,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import vlearn
-from benchmarks import data as datasets
-from benchmarks import generalization, pictures, report, tracking
-from benchmarks.agreement import spearman
+from benchmarks.problems import images as datasets
+from benchmarks.report import pictures, tracking
+from benchmarks.report.agreement import spearman
+from benchmarks.report.provenance import provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import print_table, progress
+from benchmarks.training import recorded_runs
 from vlearn.plot.style import BLUE, GREEN, ORANGE, VERMILLION, tidy
 
-RESULTS = Path(__file__).parent / "results" / "evolution"
-EXPERIMENTS = [name for name, experiment in generalization.EXPERIMENTS.items() if experiment.mapped]
+EXPERIMENTS = [name for name, experiment in recorded_runs.EXPERIMENTS.items() if experiment.mapped]
 COLORS = (ORANGE, GREEN, BLUE, VERMILLION)
 BINS = 60  # of neighbouring ranks, each drawn by its mean
 
@@ -41,18 +44,18 @@ def evolution(memory: vlearn.MemoryMap) -> dict[str, Any]:
     rows = memory.column("self_influence")
     last = np.asarray(rows[-1], dtype=np.float64)
     count = max(1, len(last) // 100)
-    found = {}
+    by_epoch = {}
     for epoch, each in zip(memory.steps.tolist(), rows, strict=True):
         values = np.asarray(each, dtype=np.float64)
         top = np.argsort(-values, kind="stable")[:count]
-        found[epoch] = {
+        by_epoch[epoch] = {
             "mean_self_influence": values.mean(),
             "share_of_top_1_percent": values[top].sum() / values.sum(),
             "spearman_with_last": spearman(values, last),
             "top_1_percent_shared_with_last": len(np.intersect1d(top, np.argsort(-last, kind="stable")[:count]))
             / count,
         }
-    return found
+    return by_epoch
 
 
 def draw(memory: vlearn.MemoryMap, title: str) -> Figure:
@@ -88,22 +91,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a few seconds on digits, not written to results/")
     arguments = parser.parse_args(argv)
     name = "digits" if arguments.smoke else arguments.experiment
-    experiment = generalization.SMOKE if arguments.smoke else generalization.EXPERIMENTS[name]
+    experiment = recorded_runs.SMOKE if arguments.smoke else recorded_runs.EXPERIMENTS[name]
     if arguments.epochs is not None:
         experiment = experiment.cut(arguments.epochs)
-    out = arguments.out or (arguments.runs / "smoke" if arguments.smoke else RESULTS)
+    out = arguments.out or (arguments.runs / "smoke" if arguments.smoke else RESULTS / "evolution")
     data = datasets.load(experiment.dataset, arguments.data_root)
     data = data.first(experiment.num_data, experiment.num_test).to(arguments.device)
     try:
-        with report.progress() as advance:
-            memory = generalization.recorded_rows(experiment, data, arguments.runs / name, advance)
+        with progress() as advance:
+            memory = recorded_runs.recorded_rows(experiment, data, arguments.runs / name, advance)
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on after the last whole epoch.", file=sys.stderr)
         return 130
-    found = evolution(memory)
+    by_epoch = evolution(memory)
     out.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.evolution --experiment {name}"
-    report.write_json(out / f"{name}.json", {**report.provenance(command, 0), "epochs": found})
+    write_json(out / f"{name}.json", {**provenance(command, 0), "epochs": by_epoch})
     pictures.save(draw(memory, experiment.title), out / f"{name}.png")
     header = ("epoch", "mean self-influence", "held by the top 1%", "Spearman with the last", "top 1% in common")
     lines = [
@@ -114,10 +117,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['spearman_with_last']:.3f}",
             f"{row['top_1_percent_shared_with_last']:.0%}",
         )
-        for epoch, row in found.items()
+        for epoch, row in by_epoch.items()
     ]
-    said = tracking.log_results("evolution", dataclasses.asdict(experiment), found, {name: out / f"{name}.png"})
-    report.print_table(f"Self-influence over training: {experiment.title}", header, lines, [said])
+    said = tracking.log_results("evolution", dataclasses.asdict(experiment), by_epoch, {name: out / f"{name}.png"})
+    print_table(f"Self-influence over training: {experiment.title}", header, lines, [said])
     return 0
 
 

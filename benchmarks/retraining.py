@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,54 +31,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import estimates, fidelity, networks, newton, pictures, report, resume, script, supervised, warm_start
-from benchmarks.agreement import agreement, with_intervals
-from benchmarks.data import Images
-from benchmarks.estimates import Estimate, Held
-from benchmarks.supervised import Advance, Training
-from benchmarks.training import Digits, Settings
-from benchmarks.warm_start import Plan
-from vlearn.posterior import Full
+from benchmarks.problems.batches import batches
+from benchmarks.problems.images import Images
+from benchmarks.report import experiments, pictures
+from benchmarks.report.agreement import agreement, with_intervals
+from benchmarks.report.terminal import Advance, print_table
+from benchmarks.training import estimates
+from benchmarks.training.checkpoint import Checkpoint
+from benchmarks.training.estimates import Estimate, Held
+from benchmarks.training.removal_cases import Case, Experiment, digits, images
 
 RANKED_BY = "Laplace, Kronecker"  # the published estimate, whose quantiles the examples are
 TARGETS = {"probabilities": "|Δp|₁", "own_loss": "increase of own loss, nats"}
-TRAINED_BY = ("dataset", "network", "prior_precision", "epochs", "batch", "lr")  # what the trained network depends on
-SNAPSHOTS = 5  # of the training run, for TracIn
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Everything that the numbers depend on but the seed.
-
-    Attributes:
-        prior_precision: δ on the scale of the summed loss.
-        lr: first and last rate of the training run, along a cosine; IVON's for digits, else that of SGD.
-        held: epochs that the optimizers run at the trained weights to get their state.
-        hess_init, beta2: IVON's there.
-        retrained: how many examples are left out.
-        retraining: epochs, and first and last rate, of SGD without an example; None is L-BFGS to convergence.
-    """
-
-    title: str
-    dataset: str
-    network: str
-    num_data: int | None
-    prior_precision: float
-    epochs: int
-    batch: int
-    lr: tuple[float, float]
-    held: int
-    hess_init: float
-    beta2: float
-    retrained: int
-    retraining: tuple[int, tuple[float, float]] | None = None
-    num_test: int | None = None
-
-    def cut(self, epochs: int) -> Experiment:
-        """The same with another number of epochs of training."""
-        return dataclasses.replace(self, epochs=epochs)
 
 
 DIGITS = Experiment(
@@ -144,202 +110,56 @@ SMOKE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A trained network, what is asked about it, and how it is retrained.
-
-    Attributes:
-        y: ``[N]`` classes of the training examples; x the examples, in the model's precision.
-        snapshots, rates: weights and learning rates over training, for TracIn.
-        exact: estimates of this case alone, by name.
-        kept: gives the outputs ``[E, N, C]`` of all examples after each epoch of retraining with all.
-        removed: examples -> for each in turn its own outputs ``[E, C]`` after each epoch of retraining without it, and
-            whether that converged.
-    """
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    snapshots: Sequence[dict[str, Tensor]]
-    rates: Sequence[float]
-    exact: dict[str, Callable[[], Estimate]]
-    kept: Callable[[], Tensor]
-    removed: Callable[[Tensor], Iterator[tuple[Tensor, bool]]]
-    numbers: dict[str, float]
-
-
-def digits(experiment: Experiment, seed: int) -> Case:
-    """IVON, then L-BFGS to the minimum; retraining by L-BFGS."""
-    settings = Settings(
-        seed=seed,
-        epochs=experiment.epochs,
-        batch=experiment.batch,
-        num_data=experiment.num_data or 1000,
-        prior_precision=experiment.prior_precision,
-        lr=experiment.lr[0],
-        hess_init=experiment.hess_init,
-        beta2=experiment.beta2,
-    )
-    data = Digits.load(settings, standardised=False)
-    snapshots = []
-
-    def keep(epoch: int, model: nn.Module) -> None:
-        if epoch in snapshot_epochs(experiment):
-            snapshots.append({name: p.double() for name, p in model.state_dict().items()})
-
-    problem, minimum, model, ivon = fidelity.minimum_of(settings, data, keep)
-    x = data.x.double()
-    batches = supervised.batches(x, data.y)
-
-    def full(refined: bool) -> Estimate:
-        mean = {name: p.detach() for name, p in model.named_parameters()}
-        precision = fidelity.gauss_newton(fidelity.layers_of(model, x))
-        precision += experiment.prior_precision * torch.eye(len(precision), dtype=torch.float64)
-        return estimates.by_posterior(model, Full(mean, precision, len(x)), batches, refined)
-
-    def removed(examples: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the tensors are small: one network to a core
-        try:
-            found = problem.without(examples.tolist(), minimum, workers=threads)
-            for example, refit in zip(examples, found, strict=True):
-                yield problem.outputs(refit, example[None]), refit.converged
-        finally:
-            torch.set_num_threads(threads)
-
-    return Case(
-        model,
-        x,
-        data.y,
-        snapshots,
-        rates(experiment),
-        {
-            "IVON, as trained": lambda: estimates.by_posterior(model, fidelity.in_float64(ivon), batches),
-            "full Gauss-Newton": lambda: full(refined=False),
-            "full, refined": lambda: full(refined=True),
-            "full, own Hessian": lambda: estimates.by_deviation(
-                model, newton.deviation(model, x, data.y, experiment.prior_precision), batches
-            ),
-        },
-        lambda: problem.outputs(minimum, slice(None))[None],
-        removed,
-        quality(model, data.x_test.double(), data.y_test),
-    )
-
-
-def images(experiment: Experiment, data: Images, seed: int, runs: Path, advance: Advance) -> Case:
-    """SGD, and SGD again without each example."""
-    torch.manual_seed(seed)
-    model = networks.build(experiment.network).to(data.x.device)
-    total = supervised.steps(len(data.y), experiment.epochs, experiment.batch)
-    delta = experiment.prior_precision
-    settings = {name: getattr(experiment, name) for name in TRAINED_BY} | {"num_data": len(data.y), "seed": seed}
-    training = Training(
-        model,
-        *supervised.sgd(model, len(data.y), total, prior_precision=delta, lr=experiment.lr),
-        data,
-        batch=experiment.batch,
-        epochs=experiment.epochs,
-        seed=seed,
-        checkpoint=resume.Checkpoint(runs / f"trained-seed{seed}.pt", settings),
-        found={"snapshots": []},
-    )
-    for epoch in training:
-        if epoch in snapshot_epochs(experiment):
-            training.found["snapshots"].append({name: p.clone() for name, p in model.state_dict().items()})
-        advance(f"{experiment.title}, seed {seed}: epoch {epoch}/{experiment.epochs}")
-    assert experiment.retraining is not None
-    epochs, lr = experiment.retraining
-    plan = Plan(epochs, experiment.batch, lr, delta)
-
-    def removed(examples: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        for example in examples:
-            shown = example[None]
-            yield warm_start.without(int(example), model, data.x, data.y, plan, seed, shown).squeeze(1), True
-
-    return Case(
-        model,
-        data.x,
-        data.y,
-        training.found["snapshots"],
-        rates(experiment),
-        {},
-        lambda: warm_start.without(None, model, data.x, data.y, plan, seed, torch.arange(len(data.y))),
-        removed,
-        quality(model, data.x_test, data.y_test),
-    )
-
-
-def snapshot_epochs(experiment: Experiment) -> list[int]:
-    """Evenly spaced over training, the last at its end."""
-    shares = (np.arange(SNAPSHOTS) + 1) / SNAPSHOTS
-    return sorted({max(1, round(share * experiment.epochs)) for share in shares})
-
-
-def rates(experiment: Experiment) -> list[float]:
-    """Learning rates in the middle of the epochs of the snapshots."""
-    first, last = experiment.lr
-    shares = [(epoch - 0.5) / experiment.epochs for epoch in snapshot_epochs(experiment)]
-    return [last + (first - last) * (1 + np.cos(np.pi * share)) / 2 for share in shares]
-
-
-def quality(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    losses, right = supervised.example_losses(model, x, y)
-    return {"test_loss": losses.mean().item(), "test_accuracy": right.mean().item()}
-
-
-def estimate(
-    case: Case, experiment: Experiment, seed: int, checkpoint: resume.Checkpoint, advance: Advance
-) -> dict[str, Any]:
-    """Every method's estimates of all examples, each saved when it is there."""
-    batches = supervised.batches(case.x, case.y)
+def estimate(case: Case, experiment: Experiment, seed: int, checkpoint: Checkpoint, advance: Advance) -> dict[str, Any]:
+    """Every method's estimates of all examples; each is saved when it is there."""
+    loader = batches(case.x, case.y)
     held = Held(
         experiment.held, experiment.batch, experiment.prior_precision, experiment.hess_init, experiment.beta2, seed
     )
     makers: dict[str, Callable[[], Estimate]] = {
-        name: lambda make=make: estimates.by_posterior(case.model, make(), batches)
+        name: lambda make=make: estimates.by_posterior(case.model, make(), loader)
         for name, make in estimates.posteriors(case.model, case.x, case.y, held).items()
     }
-    found = checkpoint.load() or {}
+    estimated = checkpoint.load() or {}
     for name, make in (makers | case.exact).items():
-        if name not in found:
-            found[name] = make()
-            checkpoint.save(found)
+        if name not in estimated:
+            estimated[name] = make()
+            checkpoint.save(estimated)
             advance(f"{experiment.title}: estimated by {name}")
-    if not any(each.score for each in found.values()):
-        found |= estimates.scores(case.model, batches, case.snapshots, case.rates)
-        checkpoint.save(found)
-    return found
+    if not any(each.score for each in estimated.values()):
+        estimated |= estimates.scores(case.model, loader, case.snapshots, case.rates)
+        checkpoint.save(estimated)
+    return estimated
 
 
 def spread(values: np.ndarray, count: int) -> np.ndarray:
-    """Examples at evenly spread quantiles of the values; fewer are the first of more (van der Corput)."""
+    """Examples at evenly spread quantiles of the values; fewer of them are the first of more (van der Corput)."""
     quantiles = [sum(int(bit) / 2 ** (k + 1) for k, bit in enumerate(f"{i:b}"[::-1])) for i in range(4 * count)]
     places = dict.fromkeys(int(quantile * len(values)) for quantile in quantiles)
     return np.argsort(-values, kind="stable")[list(places)[:count]]
 
 
 def retrain(
-    case: Case, experiment: Experiment, examples: Tensor, checkpoint: resume.Checkpoint, advance: Advance
+    case: Case, experiment: Experiment, examples: Tensor, checkpoint: Checkpoint, advance: Advance
 ) -> dict[str, Any]:
     """Outputs of all after retraining with all, "kept", and of each without it, "removed"; saved one by one."""
-    found = checkpoint.load()
-    if found is None:
-        found = {"kept": case.kept(), "removed": {}, "unconverged": 0}
-        checkpoint.save(found)
-    missing = [example for example in examples.tolist() if example not in found["removed"]]
+    outputs = checkpoint.load()
+    if outputs is None:
+        outputs = {"kept": case.kept(), "removed": {}, "unconverged": 0}
+        checkpoint.save(outputs)
+    missing = [example for example in examples.tolist() if example not in outputs["removed"]]
     for example, (output, converged) in zip(missing, case.removed(torch.tensor(missing)), strict=True):
-        found["removed"][example] = output
-        found["unconverged"] += not converged
-        checkpoint.save(found)
-        advance(f"{experiment.title}: retrained without {len(found['removed'])} of {len(examples)}")
-    return found
+        outputs["removed"][example] = output
+        outputs["unconverged"] += not converged
+        checkpoint.save(outputs)
+        advance(f"{experiment.title}: retrained without {len(outputs['removed'])} of {len(examples)}")
+    return outputs
 
 
-def truths(found: dict[str, Any], examples: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+def truths(outputs: dict[str, Any], examples: Tensor, y: Tensor) -> dict[str, np.ndarray]:
     """True changes ``[E, K]`` after each epoch of retraining, and own losses ``[K]`` at the end, with and without."""
-    kept = found["kept"][:, examples].double()
-    removed = torch.stack([found["removed"][example] for example in examples.tolist()], 1).double()
+    kept = outputs["kept"][:, examples].double()
+    removed = torch.stack([outputs["removed"][example] for example in examples.tolist()], 1).double()
     labels = y.cpu()[examples].expand(len(kept), -1)
     losses = [F.cross_entropy(each.flatten(0, 1), labels.flatten(), reduction="none") for each in (kept, removed)]
     before, after = (each.view(labels.shape).numpy() for each in losses)
@@ -372,9 +192,9 @@ def compare(estimated: dict[str, Estimate], truth: dict[str, np.ndarray], exampl
 
 
 def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
-    """Every seed; the first one's table."""
-    found = [run_seed(experiment, data, seed, runs, advance) for seed in range(seeds)]
-    return {"table": found[0]["table"], "seeds": found}
+    """Run every seed; the table is that of the first one."""
+    by_seed = [run_seed(experiment, data, seed, runs, advance) for seed in range(seeds)]
+    return {"table": by_seed[0]["table"], "seeds": by_seed}
 
 
 def run_seed(experiment: Experiment, data: Images, seed: int, runs: Path, advance: Advance) -> dict[str, Any]:
@@ -385,16 +205,16 @@ def run_seed(experiment: Experiment, data: Images, seed: int, runs: Path, advanc
         case = images(experiment, data, seed, runs, advance)
     settings = {**dataclasses.asdict(experiment), "seed": seed}
     del settings["retrained"]  # more examples may be asked for later
-    checkpoints = [resume.Checkpoint(runs / f"{what}-seed{seed}.pt", settings) for what in ("estimates", "removals")]
+    checkpoints = [Checkpoint(runs / f"{what}-seed{seed}.pt", settings) for what in ("estimates", "removals")]
     estimated = estimate(case, experiment, seed, checkpoints[0], advance)
     examples = spread(estimated[RANKED_BY].probabilities, experiment.retrained)
     chosen = torch.from_numpy(examples)
-    found = retrain(case, experiment, chosen, checkpoints[1], advance)
-    truth = truths(found, chosen, case.y)
+    outputs = retrain(case, experiment, chosen, checkpoints[1], advance)
+    truth = truths(outputs, chosen, case.y)
     return {
         "seed": seed,
         **case.numbers,
-        "unconverged": found["unconverged"],
+        "unconverged": outputs["unconverged"],
         "loo_loss_retrained": truth["after"].mean(),
         "by_epoch": {
             "true_probabilities": truth["probabilities"].mean(1),
@@ -413,9 +233,9 @@ def run_seed(experiment: Experiment, data: Images, seed: int, runs: Path, advanc
     }
 
 
-def draw(found: dict[str, Any]) -> dict[str, Figure]:
-    """One panel a method, in the table's order; of the first seed."""
-    first, figures = found["seeds"][0], {}
+def draw(record: dict[str, Any]) -> dict[str, Figure]:
+    """The first seed's figures, with one panel for each method in the table's order."""
+    first, figures = record["seeds"][0], {}
     for target, quantity in TARGETS.items():
         methods = list(first["table"][target])
         truth = dict.fromkeys(methods, first["retrained"][target])
@@ -424,35 +244,37 @@ def draw(found: dict[str, Any]) -> dict[str, Figure]:
     return figures
 
 
-def print_results(results: dict[str, Any]) -> None:
-    for found in results["seeds"]:
-        print_seed(results["experiment"]["title"], found)
+def print_results(record: dict[str, Any]) -> None:
+    """Print the tables of every seed."""
+    for run in record["seeds"]:
+        print_seed(record["experiment"]["title"], run)
 
 
-def print_seed(title: str, found: dict[str, Any]) -> None:
-    notes = [f"In brackets 95% bootstrap intervals over the examples. Test accuracy {found['test_accuracy']:.2%}."]
-    if found["unconverged"]:
-        notes.append(f"{found['unconverged']} of the retrainings stopped before they converged.")
-    changes = found["by_epoch"]["true_own_loss"]
+def print_seed(title: str, run: dict[str, Any]) -> None:
+    """Print the table of each target, and whether the truth has settled."""
+    notes = [f"In brackets 95% bootstrap intervals over the examples. Test accuracy {run['test_accuracy']:.2%}."]
+    if run["unconverged"]:
+        notes.append(f"{run['unconverged']} of the retrainings stopped before they converged.")
+    changes = run["by_epoch"]["true_own_loss"]
     if len(changes) > 1:
         half = (len(changes) - 1) // 2
         notes.append(
             f"Is the truth settled? After {half + 1} of {len(changes)} epochs of retraining the mean change of the own "
             f"loss is {changes[half] / changes[-1]:.0%} of that at the end, with a Pearson correlation of "
-            f"{found['by_epoch']['pearson_with_the_end'][half]:.3f} between the two."
+            f"{run['by_epoch']['pearson_with_the_end'][half]:.3f} between the two."
         )
-    notes.append(f"LOO: mean loss of these examples without them; {found['loo_loss_retrained']:.4f} after retraining.")
+    notes.append(f"LOO: mean loss of these examples without them; {run['loo_loss_retrained']:.4f} after retraining.")
     for target, quantity in TARGETS.items():
         header, lines = ["", "Pearson", "slope", "Spearman", "predicted\n/ true"], []
         header += ["LOO"] * (target == "own_loss")
-        for method, row in found["table"][target].items():
+        for method, row in run["table"][target].items():
             means = [f"{row['mean_over_true_mean']:.2f}" if "slope" in row else "-"]
             if target == "own_loss":
                 means.append(f"{row['loo_loss']:.4f}" if "slope" in row else "-")
             cells = [_shown(row.get(name), digits) for name, digits in (("pearson", 3), ("slope", 2), ("spearman", 3))]
             lines.append((method, *cells, *means))
-        about = f"{title}: predicted against true {quantity}, {len(found['examples'])} examples"
-        report.print_table(about, header, lines, notes if target == "own_loss" else ())
+        about = f"{title}: predicted against true {quantity}, {len(run['examples'])} examples"
+        print_table(about, header, lines, notes if target == "own_loss" else ())
 
 
 def _shown(numbers: list[float] | None, digits: int) -> str:
@@ -463,7 +285,8 @@ def _shown(numbers: list[float] | None, digits: int) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = script.parser("retraining", __doc__, EXPERIMENTS, seeds=1)
+    """Read the options."""
+    parser = experiments.parser("retraining", __doc__, EXPERIMENTS, seeds=1)
     parser.add_argument("--retrained", type=int, help="how many examples are left out in turn")
     parser.add_argument("--retraining-epochs", type=int, help="of SGD without an example")
     parser.add_argument("--published", action="store_true", help="all images, 1,000 examples, the paper's schedules")
@@ -472,21 +295,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Experiment]:
     """The experiments with the changes that were asked for."""
-    found = script.chosen(arguments, EXPERIMENTS | (PUBLISHED if arguments.published else {}), SMOKE)
+    asked = experiments.chosen(arguments, EXPERIMENTS | (PUBLISHED if arguments.published else {}), SMOKE)
     if arguments.retrained is not None:
-        found = {name: dataclasses.replace(each, retrained=arguments.retrained) for name, each in found.items()}
+        asked = {name: dataclasses.replace(each, retrained=arguments.retrained) for name, each in asked.items()}
     if arguments.retraining_epochs is not None:
-        for name, each in found.items():
+        for name, each in asked.items():
             if each.retraining is not None:
                 changed = (arguments.retraining_epochs, each.retraining[1])
-                found[name] = dataclasses.replace(each, retraining=changed)
-    return found
+                asked[name] = dataclasses.replace(each, retraining=changed)
+    return asked
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 when everything was written, 130 when interrupted."""
     arguments = parse(argv)
-    return script.run("retraining", arguments, chosen(arguments), run_experiment, draw, print_results)
+    return experiments.run("retraining", arguments, chosen(arguments), run_experiment, draw, print_results)
 
 
 if __name__ == "__main__":

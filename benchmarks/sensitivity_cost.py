@@ -14,7 +14,7 @@ tried; the time is scaled to the batch, the memory is that of these few:
     vmap(jacrev)    every example's Jacobian, then diag(J Σ Jᵀ), the published code of the memory-perturbation paper
     laplace-torch   the functional variance V, then V e, by the fastest of its back ends
 
-Where Fashion-MNIST is there (`benchmarks.data`), also the sweep of its 60,000 training images with LeNet-5.
+Where Fashion-MNIST is there (`benchmarks.problems.images`), also the sweep of its 60,000 training images with LeNet-5.
 """
 
 from __future__ import annotations
@@ -22,70 +22,29 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vlearn
-from benchmarks import data, laplace
-from benchmarks.memory import in_fresh_process, peak, start_of_peak
-from benchmarks.networks import LanguageModel, lenet5, mlp, resnet20_frn
-from benchmarks.report import medians, print_table, progress, provenance, write_json
+from benchmarks.cost.memory import MIB, in_fresh_process, peak, start_of_peak
+from benchmarks.cost.passes import PLAIN, VLEARN, Build, Subject, plain
+from benchmarks.cost.timing import medians
+from benchmarks.problems import images as datasets
+from benchmarks.problems.images import Images
+from benchmarks.problems.networks import LanguageModel, lenet5, mlp, resnet20_frn
+from benchmarks.reference.peers import GRADIENTS, JACOBIANS, LAPLACE, PEERS
+from benchmarks.report.provenance import provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import Advance, print_table, progress
 
-RESULTS = Path(__file__).parent / "results"
 WHOLE = "whole data set"
-PLAIN = "plain forward + backward"
-GRADIENTS, JACOBIANS, LAPLACE = "vmap(grad)", "vmap(jacrev)", "laplace-torch"
 PEER_ROUNDS = 3
-MIB = 2**20
-
-Call = Callable[[], Any]
-
-
-def next_token(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    return F.cross_entropy(output.transpose(1, 2), target, reduction=reduction)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A network, its batch, and how many examples at a time are tried with each way without vlearn.
-
-    Inputs are noise of this size, or, with `tokens`, so many tokens.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    batch: int
-    rounds: int
-    tried: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    tokens: int = 0
-    size: tuple[int, ...] = (1, 28, 28)
-
-    @property
-    def loss(self) -> Callable[..., Tensor]:
-        return next_token if self.tokens else F.cross_entropy
-
-    def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        return self.build()
-
-    def data(self, examples: int) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(1)
-        if self.tokens:
-            x = torch.randint(256, (examples, self.tokens + 1))
-            return x[:, :-1], x[:, 1:]
-        return torch.randn(examples, *self.size), torch.randint(10, (examples,))
-
-    def batches(self, examples: int) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(*(part.split(self.batch) for part in self.data(examples)), strict=True))
 
 
 ALL_THREE = {GRADIENTS: (8, 32), JACOBIANS: (1, 4, 16), LAPLACE: (1, 4, 16)}
@@ -98,107 +57,17 @@ SUBJECTS = (
 )
 
 
-def plain(subject: Subject, examples: int) -> Call:
-    model, batches = subject.model(), subject.batches(examples)
-
-    def call() -> None:
-        for x, y in batches:
-            training_step(model, subject, x, y)
-
-    return call
-
-
-def live(deviation: bool | None, subject: Subject, examples: int) -> Call:
-    """Training steps of a watched model and their sensitivities, or None of them."""
-    model, batches = subject.model(), subject.batches(examples)
-    optimizer = vlearn.IVON(model, lr=0.1, ess=60_000, hess_init=0.1)
-    optimizer.posterior()  # its state is there from now on
-
-    def call() -> None:
-        for x, y in batches:
-            training_step(model, subject, x, y)
-            if deviation is not None:
-                optimizer.sensitivities(deviation=deviation)
-
-    return call
-
-
-def sweep(leverage: str | None, subject: Subject, examples: int) -> Call:
-    model, batches = subject.model(), subject.batches(examples)
-    posterior = vlearn.IVON(model.named_parameters(), lr=0.1, ess=60_000, hess_init=0.1).posterior()
-    return lambda: vlearn.sweep(model, posterior, batches, subject.loss, leverage=leverage, progress=False)
-
-
-def training_step(model: nn.Module, subject: Subject, x: Tensor, y: Tensor) -> None:
-    model.zero_grad()
-    subject.loss(model(x), y).backward()
-
-
-def by_gradients(subject: Subject, examples: int) -> Call:
-    model, (x, y) = subject.model(), subject.data(examples)
-    values, variance = {name: p.detach() for name, p in model.named_parameters()}, variances(model)
-
-    def loss(values: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
-        return subject.loss(functional_call(model, values, (one.unsqueeze(0),)), label.unsqueeze(0))
-
-    def call() -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # vmap would go through the fused one example by example
-            gradients = vmap(grad(loss), (None, 0, 0))(values, x, y)
-        return torch.stack([g.square().flatten(1) @ variance[name] for name, g in gradients.items()]).sum(0)
-
-    return call
-
-
-def by_jacobians(subject: Subject, examples: int) -> Call:
-    model, (x, _) = subject.model(), subject.data(examples)
-    values, variance = {name: p.detach() for name, p in model.named_parameters()}, variances(model)
-
-    def output(values: dict[str, Tensor], one: Tensor) -> Tensor:
-        return functional_call(model, values, (one.unsqueeze(0),)).squeeze(0)
-
-    def call() -> Tensor:
-        jacobians = vmap(jacrev(output), (None, 0))(values, x)
-        return torch.stack([j.square().flatten(2) @ variance[name] for name, j in jacobians.items()]).sum(0)
-
-    return call
-
-
-def by_laplace(backend: str, subject: Subject, examples: int) -> Call:
-    """Each back end with a fit and a copy of the network of its own: they hook it in ways that do not go together."""
-    model, (x, y) = subject.model(), subject.data(examples)
-    la = laplace.fit(model, *subject.data(2), "diag", prior_precision=60.0, backend=backend)
-    return lambda: laplace.deviation(la, x, y, examples)
-
-
-def variances(model: nn.Module) -> dict[str, Tensor]:
-    return {name: torch.full((p.numel(),), 1e-4) for name, p in model.named_parameters()}
-
-
-VLEARN: dict[str, Callable[[Subject, int], Call]] = {
-    "watched, nothing asked": partial(live, None),
-    "live self-influence": partial(live, False),
-    "live with deviation": partial(live, True),
-    "sweep with LOO": partial(sweep, None),
-    "sweep with LOO and leverage": partial(sweep, "probe"),
-}
-OTHERS: dict[str, dict[str, Callable[[Subject, int], Call]]] = {
-    GRADIENTS: {"": by_gradients},
-    JACOBIANS: {"": by_jacobians},
-    LAPLACE: {f"{backend}, ": partial(by_laplace, backend) for backend in laplace.BACKENDS},
-}
-
-
 class Method(NamedTuple):
     """A way to compute something, `settings` in words, on so many examples at a time."""
 
     name: str
-    build: Callable[[Subject, int], Call]
+    build: Build
     examples: int
     settings: str = ""
 
 
 def methods(subject: Subject) -> Iterator[Method]:
-    """All that is compared, the others at their best settings."""
+    """All that is compared; the ways without vlearn are at their best settings."""
     for name, build in {PLAIN: plain, **VLEARN}.items():
         yield Method(name, build, subject.batch)
     for name, counts in subject.tried.items():
@@ -206,13 +75,14 @@ def methods(subject: Subject) -> Iterator[Method]:
             continue
         tried = {
             seconds_per_example(subject, build, n): Method(name, build, n, f"{variant}{n} at a time")
-            for variant, build in OTHERS[name].items()
+            for variant, build in PEERS[name].items()
             for n in dict.fromkeys(min(n, subject.batch) for n in counts)
         }
         yield tried[min(tried)]
 
 
-def seconds_per_example(subject: Subject, build: Callable[[Subject, int], Call], examples: int) -> float:
+def seconds_per_example(subject: Subject, build: Build, examples: int) -> float:
+    """Seconds of a call after a first one, by example."""
     call = build(subject, examples)
     call()
     start = time.perf_counter()
@@ -220,11 +90,11 @@ def seconds_per_example(subject: Subject, build: Callable[[Subject, int], Call],
     return (time.perf_counter() - start) / examples
 
 
-def times(subject: Subject, found: list[Method]) -> dict[str, float]:
+def times(subject: Subject, compared: list[Method]) -> dict[str, float]:
     """Milliseconds of a plain step, and multiples of it of everything for the whole batch."""
-    own = {method.name: method.build(subject, method.examples) for method in found if not method.settings}
+    own = {method.name: method.build(subject, method.examples) for method in compared if not method.settings}
     seconds = medians(own, subject.rounds)
-    for method in found:
+    for method in compared:
         if method.settings:
             per_call = medians({"": method.build(subject, method.examples)}, PEER_ROUNDS)[""]
             seconds[method.name] = per_call * subject.batch / method.examples
@@ -233,7 +103,7 @@ def times(subject: Subject, found: list[Method]) -> dict[str, float]:
 
 
 def peak_memory(subject: Subject, method: Method) -> float:
-    """MiB; to be called in a fresh process."""
+    """MiB of peak memory; it is to be called in a fresh process."""
     torch.set_num_threads(1)
     method.build(subject, min(2, method.examples))()  # libraries keep what they load
     call = method.build(subject, method.examples)
@@ -243,8 +113,8 @@ def peak_memory(subject: Subject, method: Method) -> float:
     return (peak() - before) / MIB
 
 
-def whole_data_set(images: data.Images, threads: int) -> dict[str, float]:
-    """The sweep of all training images with LeNet-5; to be called in a fresh process."""
+def whole_data_set(images: Images, threads: int) -> dict[str, float]:
+    """The sweep of all training images with LeNet-5; it is to be called in a fresh process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = lenet5()
@@ -269,19 +139,19 @@ def whole_data_set(images: data.Images, threads: int) -> dict[str, float]:
 Table = dict[str, dict[str, float]]  # by network, then by method
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Bars on logarithmic axes: a column of panels for each network, time above memory."""
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Bars on logarithmic axes; each network has a column of panels, with time above memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    multiples, memory = found["multiples"]["threads=1"], found["memory, MiB"]
+    multiples, memory = record["multiples"]["threads=1"], record["memory, MiB"]
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     upper, lower = figure.subfigures(2, 1)
     rows = (
-        (upper, multiples, [*VLEARN, *OTHERS], "time in multiples of a plain forward + backward pass, one thread"),
-        (lower, memory, [PLAIN, *VLEARN, *OTHERS], "peak memory, MiB; of the others, of so many examples at a time"),
+        (upper, multiples, [*VLEARN, *PEERS], "time in multiples of a plain forward + backward pass, one thread"),
+        (lower, memory, [PLAIN, *VLEARN, *PEERS], "peak memory, MiB; of the others, of so many examples at a time"),
     )
     for part, table, names, label in rows:
         panels = part.subplots(1, len(table), sharex=True, sharey=True)
@@ -292,7 +162,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             bars = panel.barh(
                 [names.index(name) for name in there], [values[name] for name in there], 0.72, color=colors
             )
-            settings = found["settings"][network] if table is memory else {}
+            settings = record["settings"][network] if table is memory else {}
             counts = [f" ({settings[name].split(', ')[-1]})" if name in settings else "" for name in there]
             texts = [f"{values[name]:.3g}{count}" for name, count in zip(there, counts, strict=True)]
             panel.bar_label(bars, texts, fontsize=8, padding=2)
@@ -311,18 +181,18 @@ def draw(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def print_tables(found: dict[str, Any]) -> None:
-    """A table of times for each number of threads, one of memory, one of the whole data set."""
-    tables = {f"Multiples of one plain forward + backward pass, {key}": t for key, t in found["multiples"].items()}
-    tables["Peak memory of a call, MiB"] = found["memory, MiB"]
-    notes = [f"{n}: " + "; ".join(f"{m} {how}" for m, how in ways.items()) for n, ways in found["settings"].items()]
+def print_tables(record: dict[str, Any]) -> None:
+    """Print a table of times for each number of threads, one of memory and one of the whole data set."""
+    tables = {f"Multiples of one plain forward + backward pass, {key}": t for key, t in record["multiples"].items()}
+    tables["Peak memory of a call, MiB"] = record["memory, MiB"]
+    notes = [f"{n}: " + "; ".join(f"{m} {how}" for m, how in ways.items()) for n, ways in record["settings"].items()]
     for title, table in tables.items():
         names = dict.fromkeys(name for values in table.values() for name in values)
         cells = [[name, *(_cell(values.get(name)) for values in table.values())] for name in names]
-        print_table(title, ["", *(f"{name}, batch {found['batch'][name]}" for name in table)], cells, notes)
+        print_table(title, ["", *(f"{name}, batch {record['batch'][name]}" for name in table)], cells, notes)
         notes = []
-    if WHOLE in found:
-        rows = [[name, _cell(value)] for name, value in found[WHOLE].items()]
+    if WHOLE in record:
+        rows = [[name, _cell(value)] for name, value in record[WHOLE].items()]
         print_table("LeNet-5 on Fashion-MNIST, two threads, batches of 256", ["", ""], rows)
 
 
@@ -345,20 +215,21 @@ def main(argv: list[str] | None = None) -> None:
     before = torch.get_num_threads()
     try:
         with progress() as said:
-            found = measured(subjects, (1,) if arguments.smoke else (1, 2), said)
+            record = measured(subjects, (1,) if arguments.smoke else (1, 2), said)
             if not arguments.smoke:
                 said("Fashion-MNIST, the whole training set")
-                found |= with_images(arguments.data_root, said)
+                record |= with_images(arguments.data_root, said)
     finally:
         torch.set_num_threads(before)
-    print_tables(found)
+    print_tables(record)
     if not arguments.smoke:
         command = "python -m benchmarks.sensitivity_cost"
-        write_json(RESULTS / "sensitivity_cost.json", {**provenance(command, 0), **found})
-        draw(found, RESULTS / "sensitivity_cost.png")
+        write_json(RESULTS / "sensitivity_cost.json", {**provenance(command, 0), **record})
+        draw(record, RESULTS / "sensitivity_cost.png")
 
 
-def measured(subjects: Sequence[Subject], threads: Sequence[int], said: Callable[[str], None]) -> dict[str, Any]:
+def measured(subjects: Sequence[Subject], threads: Sequence[int], said: Advance) -> dict[str, Any]:
+    """Times by the number of threads, and peak memory, of all that is compared on every subject."""
     torch.set_num_threads(1)
     compared: dict[str, list[Method]] = {}
     for subject in subjects:
@@ -378,16 +249,16 @@ def measured(subjects: Sequence[Subject], threads: Sequence[int], said: Callable
             memory[subject.name][method.name] = in_fresh_process(peak_memory, subject, method)
     return {
         "batch": {subject.name: subject.batch for subject in subjects},
-        "settings": {name: {m.name: m.settings for m in found if m.settings} for name, found in compared.items()},
+        "settings": {name: {m.name: m.settings for m in ways if m.settings} for name, ways in compared.items()},
         "multiples": multiples,
         "memory, MiB": memory,
     }
 
 
-def with_images(root: Path | None, said: Callable[[str], None]) -> dict[str, Any]:
+def with_images(root: Path | None, said: Advance) -> dict[str, Any]:
     """The entry of the whole data set; none where it is not there."""
     try:
-        images = data.load("fashion-mnist", root)
+        images = datasets.load("fashion-mnist", root)
     except FileNotFoundError as error:
         said(f"left out: {error}")
         return {}

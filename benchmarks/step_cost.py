@@ -22,10 +22,12 @@ import torch
 from torch import nn
 
 import vlearn
-from benchmarks.memory import in_fresh_process, peak, start_of_peak
-from benchmarks.report import medians, print_table, provenance, write_json
+from benchmarks.cost.memory import in_fresh_process, peak, start_of_peak
+from benchmarks.cost.timing import medians, synchronised
+from benchmarks.report.provenance import provenance
+from benchmarks.report.records import RESULTS, write_json
+from benchmarks.report.terminal import print_table
 
-RESULTS = Path(__file__).parent / "results"
 PEER = "ivon-opt"
 OPTIMIZERS = (
     PEER,
@@ -39,7 +41,7 @@ OPTIMIZERS = (
 
 
 def parameters(millions: int, device: str) -> list[nn.Parameter]:
-    """Tensors of a million entries, with gradients."""
+    """Tensors of a million entries that have gradients."""
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(1000, 1000, device=device) * 0.01) for _ in range(millions)]
     for p in weights:
@@ -83,20 +85,8 @@ def optimizer_step(name: str, weights: list[nn.Parameter]) -> Callable[[], None]
     return step_in_context if name == PEER or "context" in name else step_in_train_mode
 
 
-def synchronised(step: Callable[[], None], device: str) -> Callable[[], None]:
-    """The step, finished when it returns."""
-    if device == "cpu":
-        return step
-
-    def call() -> None:
-        step()
-        torch.cuda.synchronize()
-
-    return call
-
-
 def peak_memory(name: str, millions: int, device: str) -> float:
-    """Bytes per parameter of peak memory over the model and its gradients; to be called in a fresh process."""
+    """Peak bytes per parameter over the model and its gradients; it is to be called in a fresh process."""
     if "compiled" in name:  # what the compiler takes once is not the optimizer's
         optimizer_step(name, parameters(1, device))()
     weights = parameters(millions, device)
@@ -124,16 +114,16 @@ def step_cost(millions: int, rounds: int, device: str) -> dict[str, dict[str, fl
     }
 
 
-def draw(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """Bars: milliseconds of a step and bytes per parameter."""
+def draw(steps: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Bars of the milliseconds of a step and of the bytes per parameter."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found) + 1, figsize=(4 * len(found) + 4, 3.4), sharey=True, layout="constrained")
-    label, last = next(reversed(found.items()))
-    panels = [(name.replace(", ", ",\n"), rows, "step, ms", "ms") for name, rows in found.items()]
+    figure, axes = plt.subplots(1, len(steps) + 1, figsize=(4 * len(steps) + 4, 3.4), sharey=True, layout="constrained")
+    label, last = next(reversed(steps.items()))
+    panels = [(name.replace(", ", ",\n"), rows, "step, ms", "ms") for name, rows in steps.items()]
     panels.append((f"peak memory over the model,\n{label}", last, "peak, bytes per parameter", "bytes per parameter"))
     for panel, (title, rows, quantity, unit) in zip(axes, panels, strict=True):
         names = list(rows)[::-1]
@@ -156,22 +146,22 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     on_cpu = arguments.device == "cpu"
     millions = 1 if arguments.smoke else arguments.millions or (8 if on_cpu else 100)
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    steps: dict[str, dict[str, dict[str, float]]] = {}
     counts = (1,) if arguments.smoke else (1, 2) if on_cpu else (torch.get_num_threads(),)
     for threads in counts:
         torch.set_num_threads(threads)
         label = f"{millions} million parameters, " + (f"threads={threads}" if on_cpu else torch.cuda.get_device_name())
         print(f"{label} ...", file=sys.stderr)
-        found[label] = step_cost(millions, 2 if arguments.smoke else 21, arguments.device)
-    for label, rows in found.items():
+        steps[label] = step_cost(millions, 2 if arguments.smoke else 21, arguments.device)
+    for label, rows in steps.items():
         quantities = list(next(iter(rows.values())))
         cells = [[name, *(f"{row[quantity]:.2f}" for quantity in quantities)] for name, row in rows.items()]
         print_table(f"Sample + update, {label}", ["", *quantities], cells)
     if not arguments.smoke:
         stem = "step_cost" if on_cpu else f"step_cost_{arguments.device}"
         command = f"python -m benchmarks.step_cost --device {arguments.device} --millions {millions}"
-        write_json(RESULTS / f"{stem}.json", {**provenance(command, 0), "steps": found})
-        draw(found, RESULTS / f"{stem}.png")
+        write_json(RESULTS / f"{stem}.json", {**provenance(command, 0), "steps": steps})
+        draw(steps, RESULTS / f"{stem}.png")
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_a_sweep_with_the_full_posterior_is_first_order_and_refined_the_exact_re
 
     table = vlearn.sweep(model, full, [(X, Y)], loss, leverage="exact", progress=False)
     refined = vlearn.sweep(model, full, [(X, Y)], loss, refined=True, progress=False)
-    assert table.leverage is not None and refined.refined_fallbacks == 0
+    assert table.leverage is not None and refined.num_first_order == 0
     e = (X @ posterior.mean - Y) / noise_variance
     V = ((X @ posterior.covariance) * X).sum(1)
     assert torch.allclose(table.deviation.squeeze(1), V * e, rtol=1e-10, atol=1e-12)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.agreement import agreement, spearman, with_intervals
+from benchmarks.report.agreement import agreement, spearman, with_intervals
 
 
 def test_agreement_is_numpys_correlation_and_the_least_squares_slope():

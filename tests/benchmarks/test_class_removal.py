@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("laplace")
 pytest.importorskip("sklearn")
 
-from benchmarks import class_removal, data, networks
+from benchmarks import class_removal
+from benchmarks.problems import images as datasets
+from benchmarks.problems import networks
 
 
 @pytest.mark.slow
@@ -30,7 +32,7 @@ def test_the_smoke_run_writes_a_figure_and_prints_one_table(tmp_path: Path, caps
 
 @pytest.mark.parametrize("trainer", ["IVON", "SGD"])
 def test_without_a_class_the_summed_loss_keeps_its_prior(trainer: str, tmp_path: Path) -> None:
-    images = class_removal.without(data.load("digits").first(100, 50), 3)
+    images = class_removal.without(datasets.load("digits").first(100, 50), 3)
     assert len(images.x) == len(images.y) == len(images.pictures) < 100 and not (images.y == 3).any()
     experiment = class_removal.SMOKE
     training = experiment.training(
@@ -51,7 +53,7 @@ def test_an_estimate_of_half_the_loss_has_slope_two_and_is_perfectly_correlated(
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     experiment = dataclasses.replace(class_removal.SMOKE, epochs=2, retrained_epochs=2)
-    images = data.load("digits").first(60, 60)
+    images = datasets.load("digits").first(60, 60)
     said: list[str] = []
 
     def stop_while_retraining(message: str) -> None:
@@ -71,7 +73,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> Non
 
 
 def test_the_network_that_is_retrained_starts_at_the_trained_weights(tmp_path: Path) -> None:
-    images = data.load("digits").first(60, 60)
+    images = datasets.load("digits").first(60, 60)
     experiment = dataclasses.replace(
         class_removal.SMOKE, epochs=1, retrained_epochs=1, sgd_lr=(0.0, 0.0), newton_iterations=0
     )

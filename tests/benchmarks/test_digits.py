@@ -8,7 +8,9 @@ pytest.importorskip("laplace")
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
-from benchmarks import digits, digits_settings, tracking
+from benchmarks import digits, digits_settings
+from benchmarks.problems.digits import SMOKE, Digits
+from benchmarks.report import tracking
 from vlearn import MemoryMap
 
 METHODS = ["IVON", "Laplace, diagonal", "Laplace, Kronecker"]
@@ -75,8 +77,8 @@ def test_an_interrupted_demo_leaves_the_old_results_with_or_without_wandb(smoke,
 
 
 def test_both_optimizers_see_the_same_minibatches_and_start():
-    settings = digits.SMOKE
-    data = digits.Digits.load(settings)
+    settings = SMOKE
+    data = Digits.load(settings)
     first, second = (list(data.minibatches(settings)) for _ in range(2))
     assert all(a.equal(b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True))
     assert sorted(int(i) for index in first[0] for i in index) == list(range(settings.num_data))
@@ -84,7 +86,7 @@ def test_both_optimizers_see_the_same_minibatches_and_start():
 
 def test_a_changed_setting_is_compared_with_the_benchmarked_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits_settings, "VARIATIONS", ({}, {"hess_init": 0.5}))
-    digits_settings.vary(digits.SMOKE, tmp_path)
+    digits_settings.vary(SMOKE, tmp_path)
     usual, changed = json.loads((tmp_path / "settings.json").read_text())["variations"]
     assert changed["changed"] == {"hess_init": 0.5}
     # A larger Hessian is a smaller covariance: less is predicted. Nothing changes for SGD.

@@ -17,9 +17,12 @@ pytest.importorskip("laplace")
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
-from benchmarks import data, family, family_cost, laplace, logistic_posterior, regression_predictive
-from benchmarks.methods import METHODS, Problem, finish, posterior_of, training_step
-from benchmarks.scores import calibration_error, linearised, scores
+from benchmarks.family import __main__ as family
+from benchmarks.family import comparison, cost, logistic_posterior, regression_predictive
+from benchmarks.family.methods import METHODS, Problem, finish, posterior_of, training_step
+from benchmarks.family.scores import calibration_error, linearised, scores
+from benchmarks.problems import images as datasets
+from benchmarks.reference import laplace
 from vlearn.posterior import from_laplace
 
 FILES = ["digits.json", "digits.png", "figures.json", "logistic.png", "regression.png"]
@@ -33,7 +36,7 @@ def test_the_smoke_run_writes_figures_and_prints_every_method(
     assert family.main(["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
     numbers = json.loads((out / "digits.json").read_text())
-    assert set(numbers["table"]) == {*METHODS, *family.LAPLACE}
+    assert set(numbers["table"]) == {*METHODS, *comparison.LAPLACE}
     for name, row in numbers["table"].items():
         assert np.isfinite(row["mean"]["nll"])
         assert ("loo_loss" in row["mean"]) == (name != "SGD")
@@ -46,10 +49,10 @@ def test_the_smoke_run_writes_figures_and_prints_every_method(
 def test_the_cost_of_a_step_is_printed_for_every_optimizer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(family_cost, "peak_memory", lambda name, device: 1.0)  # in a process of its own
+    monkeypatch.setattr(cost, "peak_memory", lambda name, device: 1.0)  # in a process of its own
     assert family.main(["--cost", "--smoke", "--out", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "cost.json").read_text())
-    assert list(numbers["steps"]["threads=1"]) == family_cost.NAMES
+    assert list(numbers["steps"]["threads=1"]) == cost.NAMES
     assert "of SGD" in capsys.readouterr().out
 
 
@@ -57,13 +60,13 @@ def test_an_interrupted_run_goes_on_with_the_first_model_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(family, "METHODS", {name: METHODS[name] for name in ("SGD", "IVON")})
-    monkeypatch.setattr(family, "MOST", 3)
-    monkeypatch.setattr(family, "LAPLACE", {})
+    monkeypatch.setattr(comparison, "METHODS", {name: METHODS[name] for name in ("SGD", "IVON")})
+    monkeypatch.setattr(comparison, "MOST", 3)
+    monkeypatch.setattr(comparison, "LAPLACE", {})
     monkeypatch.setattr(family, "run_figures", lambda *arguments: {})
     monkeypatch.setattr(family, "print_figures", lambda found: None)
     trained: list[str] = []
-    train = family.train
+    train = comparison.train
 
     def count(experiment, images, method, lr, seed):
         if len(trained) == 5:
@@ -72,7 +75,7 @@ def test_an_interrupted_run_goes_on_with_the_first_model_that_is_missing(
         trained.append(method)
         return train(experiment, images, method, lr, seed)
 
-    monkeypatch.setattr(family, "train", count)
+    monkeypatch.setattr(comparison, "train", count)
     arguments = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert family.main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
@@ -81,14 +84,15 @@ def test_an_interrupted_run_goes_on_with_the_first_model_that_is_missing(
 
 
 def test_the_grid_goes_on_while_the_best_rate_is_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(family, "METHODS", {"SGD": dataclasses.replace(METHODS["SGD"], rate=1.0)})
-    monkeypatch.setattr(family, "train", lambda experiment, images, method, lr, seed: (lr, None, None))
-    images = data.load("digits").first(20, 10)
+    monkeypatch.setattr(comparison, "METHODS", {"SGD": dataclasses.replace(METHODS["SGD"], rate=1.0)})
+    monkeypatch.setattr(comparison, "train", lambda experiment, images, method, lr, seed: (lr, None, None))
+    images = datasets.load("digits").first(20, 10)
 
     def tried(best: float) -> list[float]:
-        monkeypatch.setattr(family, "row", lambda lr, *rest: {"nll": abs(np.log(lr / best))})
+        monkeypatch.setattr(comparison, "row", lambda lr, *rest: {"nll": abs(np.log(lr / best))})
         return [
-            round(lr, 3) for lr in family.tune(family.SMOKE, images, "SGD", tmp_path / str(best), lambda said: None)
+            round(lr, 3)
+            for lr in comparison.tune(comparison.SMOKE, images, "SGD", tmp_path / str(best), lambda said: None)
         ]
 
     assert tried(best=1.0) == [0.333, 1.0, 3.0]
@@ -102,15 +106,15 @@ def test_a_rate_that_diverges_is_not_chosen() -> None:
         0.2: {"nll": 2.0, "nll_by_draws": 2.0},
         0.3: {"nll": float("nan"), "nll_by_draws": float("nan")},
     }
-    assert family.best("SGD", tried) == 0.1
-    assert family.best("IVON", tried) == 0.2
+    assert comparison.best("SGD", tried) == 0.1
+    assert comparison.best("IVON", tried) == 0.2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_its_state_is_read(method: str) -> None:
-    images = data.load("digits").first(100, 50)
-    experiment = dataclasses.replace(family.SMOKE, epochs=2, num_data=100)
-    model, posterior, problem = family.train(experiment, images, method, METHODS[method].rate, seed=0)
+    images = datasets.load("digits").first(100, 50)
+    experiment = dataclasses.replace(comparison.SMOKE, epochs=2, num_data=100)
+    model, posterior, problem = comparison.train(experiment, images, method, METHODS[method].rate, seed=0)
     assert problem.weight_decay == 0.05
     assert (posterior is None) == (method == "SGD")
     if posterior is not None:
@@ -146,8 +150,10 @@ def test_the_calibration_error_is_the_weighted_distance_of_confidence_and_accura
 
 @pytest.mark.filterwarnings("ignore:ASDL backend is used:UserWarning")
 def test_the_linearised_prediction_is_that_of_laplace_torch() -> None:
-    images = data.load("digits").first(100, 40)
-    model, _, problem = family.train(dataclasses.replace(family.SMOKE, num_data=100), images, "SGD", 0.1, seed=0)
+    images = datasets.load("digits").first(100, 40)
+    model, _, problem = comparison.train(
+        dataclasses.replace(comparison.SMOKE, num_data=100), images, "SGD", 0.1, seed=0
+    )
     la = laplace.fit(model, images.x, images.y, "kron", problem.prior_precision)
     ours = linearised(model, from_laplace(la), images.x_test, images.y_test, draws=4000)
     torch.manual_seed(0)

@@ -9,7 +9,10 @@ from torch.func import functional_call, jacrev, vmap
 pytest.importorskip("laplace")
 
 from benchmarks import fidelity
-from benchmarks.fidelity import BY_LAPLACE, SETTINGS, Digits
+from benchmarks.fidelity import BY_LAPLACE, SETTINGS
+from benchmarks.problems.digits import Digits
+from benchmarks.training.digits import sweep
+from benchmarks.training.digits_minimum import minimum_of
 from tests.oracles.kronecker import assembled, block_precision, parameter_order
 from tests.oracles.per_example import PerExample, relative_error
 from vlearn.posterior import Diagonal
@@ -82,7 +85,7 @@ def assert_exact(model, data, delta, tolerance):
     with torch.no_grad():
         inputs = [x.flatten(1), model[:3](x)]
     precisions = dense_precisions(truth, inputs, model, delta)
-    tables = {name: fidelity.sweep(model, posterior, data) for name, posterior in posteriors.items()}
+    tables = {name: sweep(model, posterior, data, leverage=None) for name, posterior in posteriors.items()}
     for name in EXACT:
         moves = truth.gradients @ torch.linalg.inv(precisions[name])
         expected = torch.einsum("ncp,np->nc", truth.jacobian, moves)
@@ -115,7 +118,7 @@ def test_at_a_minimum_kfac_predicts_the_test_loss_and_a_diagonal_does_not(delta,
     """Mean leave-one-out losses within a tenth of the values that the structures were first compared with."""
     settings = dataclasses.replace(SETTINGS, prior_precision=delta)
     data = Digits.load(settings, standardised=False)
-    _, minimum, model, _ = fidelity.minimum_of(settings, data)
+    _, minimum, model, _ = minimum_of(settings, data)
     assert minimum.converged
     with torch.no_grad():
         train = F.cross_entropy(model(data.x.double()), data.y).item()

@@ -6,7 +6,8 @@ import pytest
 pytest.importorskip("laplace")
 
 from benchmarks import fidelity_trained
-from benchmarks.fidelity_trained import BOUND, METHODS, SETTINGS, Digits
+from benchmarks.fidelity_trained import BOUND, METHODS, SETTINGS
+from benchmarks.problems.digits import Digits
 
 
 @pytest.mark.slow

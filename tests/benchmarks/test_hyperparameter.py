@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("laplace")
 pytest.importorskip("sklearn")
 
-from benchmarks import data, hyperparameter
+from benchmarks import hyperparameter
+from benchmarks.problems import images as datasets
 
 
 @pytest.mark.slow
@@ -44,7 +45,7 @@ def test_the_regret_is_the_test_loss_where_loo_has_its_minimum_less_the_smallest
 
 def test_an_interrupted_grid_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     experiment = dataclasses.replace(hyperparameter.SMOKE, epochs=2, prior_precisions=(1.0, 10.0))
-    images = data.load("digits").first(60, 30)
+    images = datasets.load("digits").first(60, 30)
     trained: list[str] = []
 
     def stop_within_the_second_point(said: str) -> None:

@@ -8,7 +8,7 @@ from vlearn.posterior import from_laplace
 
 pytest.importorskip("laplace")
 
-from benchmarks import laplace
+from benchmarks.reference import laplace
 
 N, DELTA = 30, 2.0
 

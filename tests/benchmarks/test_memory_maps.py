@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("laplace")
 pytest.importorskip("sklearn")
 
-from benchmarks import data, generalization, memory_maps
+from benchmarks import memory_maps
+from benchmarks.problems import images as datasets
+from benchmarks.training import recorded_runs
 
 
 @pytest.mark.slow
@@ -33,7 +35,7 @@ def test_the_smoke_run_draws_all_three_figures(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_twentieth_of_the_labels_becomes_another_class() -> None:
-    images = data.load("digits").first(400, 10)
+    images = datasets.load("digits").first(400, 10)
     changed, noisy = memory_maps.with_changed_labels(images, seed=1)
     assert changed.sum() == 20
     np.testing.assert_array_equal((noisy.y != images.y).numpy(), changed)
@@ -52,4 +54,4 @@ def test_recovered_counts_changed_labels_at_the_top() -> None:
 def test_the_overfitting_model_is_the_one_that_generalization_trains() -> None:
     experiment = memory_maps.EXPERIMENTS["complexity"]
     overfit = memory_maps.with_prior(experiment, memory_maps.PRIORS["overfit"])
-    assert overfit == generalization.EXPERIMENTS["overfit"]
+    assert overfit == recorded_runs.EXPERIMENTS["overfit"]

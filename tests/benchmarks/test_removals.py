@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.removals import TOLERANCE, Retraining
+from benchmarks.reference.removals import TOLERANCE, Retraining
 
 N, DELTA = 40, 0.5
 

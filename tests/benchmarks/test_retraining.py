@@ -13,7 +13,10 @@ import torch.nn.functional as F
 pytest.importorskip("laplace")
 pytest.importorskip("sklearn")
 
-from benchmarks import data, retraining
+from benchmarks import retraining
+from benchmarks.problems import images as datasets
+from benchmarks.report import experiments
+from benchmarks.report.terminal import Advance
 
 METHODS = {"IVON", "VON", "Laplace, diagonal", "Laplace, Kronecker", "Adam", "gradient norm", "EL2N", "TracIn"}
 
@@ -42,13 +45,13 @@ def test_the_smoke_run_compares_every_method_on_both_targets(
 @pytest.mark.parametrize("name", list(retraining.SMOKE))
 def test_an_interrupted_run_goes_on_after_the_last_removal(name: str, tmp_path: Path) -> None:
     experiment = retraining.SMOKE[name]
-    images = data.load("digits").first(experiment.num_data)
+    images = datasets.load("digits").first(experiment.num_data)
 
     def stop(said: str) -> None:
         if "without 2 of" in said:
             raise KeyboardInterrupt
 
-    def run(folder: str, advance: retraining.Advance) -> dict:
+    def run(folder: str, advance: Advance) -> dict:
         return retraining.run_seed(experiment, images, 0, tmp_path / folder, advance)
 
     whole = run("whole", lambda said: None)
@@ -91,7 +94,7 @@ def test_options_change_the_experiment_and_are_part_of_the_command() -> None:
     experiment = retraining.chosen(arguments)["mnist"]
     assert experiment.num_data == 500
     assert experiment.retraining is not None and experiment.retraining[0] == 2
-    command = retraining.script.command("retraining", arguments, "mnist", 1)
+    command = experiments.command("retraining", arguments, "mnist", 1)
     assert command == (
         "python -m benchmarks.retraining --experiments mnist --seeds 1 --num-data 500 --retraining-epochs 2"
     )

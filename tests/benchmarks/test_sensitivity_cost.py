@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from benchmarks import sensitivity_cost
-from benchmarks.data import Images
+from benchmarks.cost.passes import PLAIN, VLEARN
+from benchmarks.problems.images import Images
+from benchmarks.problems.networks import LanguageModel, lenet5
 
 
 @pytest.mark.slow
 def test_the_smoke_run_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
     sensitivity_cost.main(["--smoke"])
     printed = capsys.readouterr().out
-    for words in (*sensitivity_cost.VLEARN, "vmap(grad)", "vmap(jacrev)", "LeNet-5", "GPT, 1M", "Peak memory"):
+    for words in (*VLEARN, "vmap(grad)", "vmap(jacrev)", "LeNet-5", "GPT, 1M", "Peak memory"):
         assert words in printed
 
 
 def test_the_picture_has_a_panel_for_each_network_though_some_miss_a_method(tmp_path: Path) -> None:
     networks = [subject.name for subject in sensitivity_cost.SUBJECTS]
-    values = {name: 1.0 + place for place, name in enumerate((sensitivity_cost.PLAIN, *sensitivity_cost.VLEARN))}
+    values = {name: 1.0 + place for place, name in enumerate((PLAIN, *VLEARN))}
     found = {
         "multiples": {"threads=1": dict.fromkeys(networks, values)},
         "memory, MiB": {network: values | {"vmap(grad)": 20.0} for network in networks},
@@ -39,8 +41,8 @@ def test_the_whole_data_set_is_timed_beside_its_plain_pass() -> None:
 
 
 def test_lenet_has_the_papers_number_of_parameters() -> None:
-    assert sum(p.numel() for p in sensitivity_cost.lenet5().parameters()) == 61_706
+    assert sum(p.numel() for p in lenet5().parameters()) == 61_706
 
 
 def test_the_language_model_has_about_a_million_parameters() -> None:
-    assert 0.9e6 < sum(p.numel() for p in sensitivity_cost.LanguageModel().parameters()) < 1.1e6
+    assert 0.9e6 < sum(p.numel() for p in LanguageModel().parameters()) < 1.1e6

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from benchmarks.removals import Retraining
-from benchmarks.warm_start import Plan, without
+from benchmarks.reference.removals import Retraining
+from benchmarks.training.warm_start import Plan, without
 
 N, DELTA = 40, 0.5
 

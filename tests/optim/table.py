@@ -135,7 +135,7 @@ EKFACVON = Entry(
 )
 FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON)
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
-# The contract of interrupts and schedulers is the sampler's, not the update rule's: one entry of each structure shows it.
+# The contract of interrupts and schedulers is the sampler's, not the update's: one entry of each structure shows it.
 REPRESENTATIVE = (IVON, FULLVON, KFACVON)
 representatives = pytest.mark.parametrize(
     "entry", [pytest.param(e, marks=() if e in REPRESENTATIVE else pytest.mark.slow) for e in FAMILY], ids=str

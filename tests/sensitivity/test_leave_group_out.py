@@ -113,9 +113,9 @@ def test_every_structure_of_a_covariance_equals_its_dense_form(name, structure, 
     loader, groups = [(case.x, case.target)], [0, 0, 1, 0]
     table = left_out(case.model, posterior, loader, groups, case.loss, refined=refined, tolerance=1e-13, threshold=1.0)
     for k, rows in enumerate(table.index):
-        own = refined and not bool(table.fell_back[k])
+        own = refined and not bool(table.used_first_order[k])
         assert relative_error(table.deviation[k], dense_change(truth, covariance, rows, own)) < 1e-8
-    assert not refined or not bool(table.fell_back.all())
+    assert not refined or not bool(table.used_first_order.all())
 
 
 def test_conjugate_gradients_in_float32_are_near_float64():
@@ -217,13 +217,8 @@ def test_linear_regression_without_a_group_is_predicted_exactly(prior_precision)
         )
 
 
-@pytest.mark.parametrize(
-    ("prior_precision", "train", "exact", "published", "joint", "refined"),
-    [(1.0, 0.351, 3.586, 0.379, 0.606, 1.944), (60.0, 0.550, 1.497, 0.559, 0.890, 1.415)],
-)
-def test_a_class_of_logistic_regression_is_predicted_best_by_the_refined_form(
-    prior_precision, train, exact, published, joint, refined
-):
+def three_classes(prior_precision):
+    """Logistic regression at its optimum, its posterior, and its 200 examples in two batches."""
     generator = torch.Generator().manual_seed(3)
     y = torch.arange(200) % 3
     x = torch.randn(200, 4, dtype=torch.float64, generator=generator)
@@ -234,24 +229,26 @@ def test_a_class_of_logistic_regression_is_predicted_best_by_the_refined_form(
     model = at(nn.Linear(4, 3, bias=False).double(), weight)
     posterior = vlearn.posterior.Full({"weight": weight}, oracle.hessian(weight), num_data=200)
     loader = [(x[:77], y[:77]), (x[77:], y[77:])]
+    return oracle, model, posterior, loader
+
+
+@pytest.mark.parametrize(
+    ("prior_precision", "train", "exact", "joint", "refined"),
+    [(1.0, 0.351, 3.586, 0.606, 1.944), (60.0, 0.550, 1.497, 0.890, 1.415)],
+)
+def test_a_class_of_logistic_regression_is_predicted_best_by_the_refined_form(
+    prior_precision, train, exact, joint, refined
+):
+    oracle, model, posterior, loader = three_classes(prior_precision)
+    x, y, weight = oracle.x, oracle.y, model.weight.detach()
     found = [
-        left_out(model, posterior, loader, y, how="published").left_out_loss[0],
         left_out(model, posterior, loader, y).left_out_loss[0],
         left_out(model, posterior, loader, y, refined=True).left_out_loss[0],
     ]
-    assert torch.stack(found).tolist() == pytest.approx([published, joint, refined], abs=2e-3)
+    assert torch.stack(found).tolist() == pytest.approx([joint, refined], abs=2e-3)
     kept = oracle.fit(y != 0, weight)
     assert float(F.cross_entropy(x[y == 0] @ kept.mT, y[y == 0])) == pytest.approx(exact, abs=2e-3)
     assert float(F.cross_entropy(x[y == 0] @ weight.mT, y[y == 0])) == pytest.approx(train, abs=2e-3)
-
-
-def test_the_published_estimate_averages_what_leaving_one_out_gives():
-    model, posterior, loader = arguments_of()
-    rows = vlearn.sweep(model, posterior, loader, F.cross_entropy, None, progress=False)
-    table = left_out(model, posterior, loader, LABELS, how="published")
-    for k in range(3):
-        assert relative_error(table.left_out_loss[k], rows.loo_loss[LABELS == k].mean()) < 1e-12
-        assert torch.equal(table.deviation[k], rows.deviation[LABELS == k])
 
 
 # -- conjugate gradients that do not arrive ------------------------------------------------------------------------
@@ -262,9 +259,9 @@ def test_a_covariance_that_leaves_no_positive_precision_keeps_the_first_order():
     posterior = vlearn.IVON(model, lr=0.1, ess=0.5).posterior()  # variances that no data support
     loader = [(inputs(), LABELS)]
     plain, table = (left_out(model, posterior, loader, LABELS, refined=refined) for refined in (False, True))
-    assert table.refined_fallbacks == 3 and bool(table.fell_back.all()) and not bool(table.converged.any())
+    assert table.num_first_order == 3 and bool(table.used_first_order.all()) and not bool(table.converged.any())
     assert all(torch.equal(a, b) for a, b in zip(table.deviation, plain.deviation, strict=True))
-    assert plain.refined_fallbacks is None
+    assert plain.num_first_order is None
 
 
 def test_too_few_iterations_are_told():
@@ -275,12 +272,11 @@ def test_too_few_iterations_are_told():
 # -- loaders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["joint", "published"])
-def test_neither_batches_nor_their_order_matter(how):
+def test_neither_batches_nor_their_order_matter():
     model, posterior, loader = arguments_of()
-    plain = left_out(model, posterior, loader, LABELS, how=how)
+    plain = left_out(model, posterior, loader, LABELS)
     dataset = vlearn.IndexedDataset(TensorDataset(inputs(), LABELS))
-    shuffled = left_out(model, posterior, DataLoader(dataset, batch_size=5, shuffle=True), LABELS.tolist(), how=how)
+    shuffled = left_out(model, posterior, DataLoader(dataset, batch_size=5, shuffle=True), LABELS.tolist())
     assert relative_error(shuffled.left_out_loss, plain.left_out_loss) < 1e-12
     for k in range(3):
         order = shuffled.index[k].argsort()
@@ -342,8 +338,6 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"how": "loco"}, "how='loco', but it must be 'joint' or 'published': use 'joint'."),
-        ({"how": "published", "refined": True}, "refined=True with how='published'"),
         ({"threshold": 2}, "threshold=2, but it must be in (0, 1]: use .95."),
         ({"tolerance": 0}, "tolerance=0, but it must be in (0, 1): use 1e-4."),
         ({"max_iterations": 0}, "max_iterations=0, but it must be positive: use 100."),

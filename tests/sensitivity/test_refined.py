@@ -1,6 +1,4 @@
-"""The refined removal, V itself, and the published code's diagonal, against dense algebra and exact refits."""
-
-import math
+"""The refined removal and V itself, against dense algebra and exact refits."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import nn
 import vlearn
 from tests.oracles.networks import CASES
 from tests.oracles.per_example import moving, per_example, relative_error
-from tests.oracles.refits import diagonal_over_classes, ridge, ridge_left_out
+from tests.oracles.refits import ridge, ridge_left_out
 from tests.posterior.structures import STRUCTURES, posterior_of
 from tests.sensitivity.test_closed_form import at, half_square, logistic, mean_centred
 
@@ -42,7 +40,7 @@ def regression(prior_precision=1.0, outputs=1, noise=1.0):
 def test_linear_regression_is_predicted_exactly(prior_precision, outputs):
     x, y, model, posterior, left_out = regression(prior_precision, outputs)
     table = swept(model, posterior, [(x, y)], half_square, refined=True)
-    assert table.refined_fallbacks == 0
+    assert table.num_first_order == 0
     assert relative_error(table.deviation, left_out - model(x).detach()) < 1e-10
     assert relative_error(table.loo_loss, half_square(left_out, y)) < 1e-10
 
@@ -69,7 +67,7 @@ def test_logistic_regression_comes_nearer_to_its_refits():
     logits = oracle.left_out_logits()
     exact = F.cross_entropy(logits, oracle.y)
     first_order = swept(model, posterior, loader).loo_loss.mean()
-    assert table.refined_fallbacks == 0
+    assert table.num_first_order == 0
     assert abs(float(table.loo_loss.mean() - exact)) < 0.4 * abs(float(first_order - exact))
     moved = mean_centred(logits - oracle.x @ model.weight.detach().mT)
     assert relative_error(mean_centred(table.deviation), moved) < 0.07
@@ -98,8 +96,8 @@ def test_networks_equal_dense_algebra(name):
         threshold=threshold,
         variance=True,
     )
-    assert 0 < table.refined_fallbacks == int((largest >= threshold).sum()) < len(largest)
-    assert torch.equal(table.fell_back, largest >= threshold)
+    assert 0 < table.num_first_order == int((largest >= threshold).sum()) < len(largest)
+    assert torch.equal(table.used_first_order, largest >= threshold)
     assert relative_error(table.deviation, expected) < 1e-9
     assert relative_error(table.function_variance, v) < 1e-10
     assert relative_error(table.leverage, truth.leverage(covariance)) < 1e-10
@@ -125,11 +123,11 @@ def test_an_approximate_covariance_beyond_the_threshold_keeps_the_first_order():
     posterior = vlearn.IVON(model, lr=0.1, ess=2).posterior()  # variances that no data support
     loader = [(torch.randn(12, 5, dtype=torch.float64), LABELS)]
     plain, table = swept(model, posterior, loader), swept(model, posterior, loader, refined=True)
-    kept = table.fell_back
-    assert 0 < table.refined_fallbacks < 12
+    kept = table.used_first_order
+    assert 0 < table.num_first_order < 12
     assert torch.equal(table.deviation[kept], plain.deviation[kept])
     assert bool((table.deviation[~kept].norm(dim=1) > plain.deviation[~kept].norm(dim=1)).all())
-    assert plain.refined_fallbacks is plain.function_variance is None
+    assert plain.num_first_order is plain.function_variance is None
 
 
 def test_a_loss_that_is_not_convex_in_the_output_is_refined_with_its_own_curvature():
@@ -167,32 +165,6 @@ def test_one_sequence_is_refined_over_all_its_positions():
     assert relative_error(table.leverage, truth.leverage(covariance)) < 1e-10
 
 
-# -- the published code's shortcut ------------------------------------------------------------------------------------
-
-
-def test_the_published_shortcut_keeps_diagonals_alone():
-    oracle, model, posterior = logistic()
-    truth = per_example(model, lambda m: m(oracle.x), lambda f: F.cross_entropy(f, oracle.y, reduction="none"))
-    v = truth.output_covariance(torch.linalg.inv(oracle.hessian(model.weight.detach())))
-    table = swept(model, posterior, [(oracle.x, oracle.y)], leverage="exact", deviation="authors_diag")
-    shortcut = diagonal_over_classes(truth.residual, v)
-    assert relative_error(table.deviation, shortcut) < 1e-8  # clamps
-    rows = F.cross_entropy(truth.output + shortcut, oracle.y, reduction="none").clamp_max(10 * math.log(10))
-    assert relative_error(table.loo_loss, rows) < 1e-8
-    diagonals = truth.hessian.diagonal(dim1=1, dim2=2) * v.diagonal(dim1=1, dim2=2)
-    assert relative_error(table.leverage, diagonals.sum(1)) < 1e-8
-
-
-def test_the_published_shortcut_clamps_what_is_certain():
-    model = at(nn.Linear(2, 2, bias=False).double(), torch.tensor([[60.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
-    x, y = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64), torch.tensor([0, 0])
-    posterior = vlearn.posterior.Full({"weight": model.weight.detach()}, torch.eye(4, dtype=torch.float64), 2)
-    table = swept(model, posterior, [(x, y)], deviation="authors_diag")
-    assert torch.allclose(table.deviation[0], torch.tensor([1e-10, 1e-10], dtype=torch.float64), atol=0)
-    assert torch.allclose(table.deviation[1].abs(), torch.tensor([1 - 1e-10] * 2, dtype=torch.float64), atol=0)
-    assert float(table.loo_loss[1]) == pytest.approx(10 * math.log(10))
-
-
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -207,20 +179,12 @@ def arguments_of():
     [
         ({"threshold": 1.5}, "threshold=1.5, but it must be in (0, 1]"),
         ({"threshold": 0.0}, "threshold=0.0, but it must be in (0, 1]"),
-        ({"deviation": "diag"}, "deviation='diag', but it must be 'full' or 'authors_diag': use 'full'."),
-        ({"deviation": "authors_diag", "refined": True}, "it needs all of V: use 'full'."),
     ],
 )
 def test_an_argument_that_breaks_its_rule_is_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         swept(*arguments_of(), **arguments)
     assert message in str(error.value)
-
-
-def test_the_published_shortcut_of_another_loss_is_refused():
-    model, posterior, loader = arguments_of()
-    with pytest.raises(ValueError, match="with another loss than softmax cross-entropy of class labels"):
-        swept(model, posterior, loader, nn.CrossEntropyLoss(label_smoothing=0.1), deviation="authors_diag")
 
 
 def test_refining_a_loss_of_two_outputs_is_refused():

@@ -83,10 +83,10 @@ def test_what_was_not_asked_for_has_no_key():
     assert swept().summary().keys() == of_sweeps | {"loo_loss", "predicted_gap"}
 
 
-def test_refined_fallbacks_are_counted():
+def test_num_first_order_are_counted():
     table = swept(refined=True, threshold=1e-9)
-    assert table.summary()["refined_fallbacks"] == table.refined_fallbacks == N
-    assert swept(refined=True).summary("a/")["a/refined_fallbacks"] == 0
+    assert table.summary()["num_first_order"] == table.num_first_order == N
+    assert swept(refined=True).summary("a/")["a/num_first_order"] == 0
 
 
 def test_every_key_has_the_prefix_and_every_value_is_a_float():

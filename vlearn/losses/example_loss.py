@@ -45,6 +45,7 @@ class ExampleLoss:
             self.unreduced, self.torch_style = partial(_of_mean_and_variance, self.unreduced), False
 
     def __call__(self, output: Any, target: Any) -> Tensor:
+        """The loss ``[N]`` of each example, or ``[N, T]`` of each position, in the loss's units."""
         rows = self.unreduced(output, target)
         if not isinstance(rows, Tensor) or rows.dim() == 0:
             raise ValueError(

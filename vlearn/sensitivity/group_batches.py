@@ -26,34 +26,34 @@ class Membership:
 
     def __init__(self, groups: Any):
         if isinstance(groups, Mapping):
-            found = {name: _numbers(examples, f"groups[{name!r}]") for name, examples in groups.items()}
+            examples_of = {name: _numbers(examples, f"groups[{name!r}]") for name, examples in groups.items()}
             self.labelled: int | None = None
         else:
             labels = _numbers(groups, "groups")
-            found = {int(label): (labels == label).nonzero().squeeze(1) for label in labels.unique()}
+            examples_of = {int(label): (labels == label).nonzero().squeeze(1) for label in labels.unique()}
             self.labelled = len(labels)
-        if not found:
+        if not examples_of:
             raise ValueError("groups is empty: give each example's group, or a mapping from names to examples.")
-        self.names = list(found)
+        self.names = list(examples_of)
         self.groups_of: dict[int, list[int]] = {}
-        for k, (name, examples) in enumerate(found.items()):
+        for k, (name, examples) in enumerate(examples_of.items()):
             if not len(examples):
                 raise ValueError(f"group {name!r} has no example: leave it out.")
             if len(examples.unique()) < len(examples):
                 raise ValueError(f"group {name!r} has an example twice: name each once.")
             for i in examples.tolist():
                 self.groups_of.setdefault(i, []).append(k)
-        self.sizes = torch.tensor([len(examples) for examples in found.values()])
+        self.sizes = torch.tensor([len(examples) for examples in examples_of.values()])
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def count(self) -> Seen:
+    def count(self) -> PassCounter:
         """A count of the members that one pass through the data comes across."""
-        return Seen(self)
+        return PassCounter(self)
 
 
-class Seen:
+class PassCounter:
     """Members that one pass has come across."""
 
     def __init__(self, members: Membership):
@@ -62,7 +62,7 @@ class Seen:
 
     def rows_of(self, index: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(group, its rows in this batch) for each group that has any."""
-        members, found = self._members, {}
+        members, rows_of_group = self._members, {}
         for row, i in enumerate(index.tolist()):
             if members.labelled is not None and not 0 <= i < members.labelled:
                 raise ValueError(
@@ -70,8 +70,8 @@ class Seen:
                     "example, in the order of their numbers."
                 )
             for k in members.groups_of.get(i, ()):
-                found.setdefault(k, []).append(row)
-        for k, rows in found.items():
+                rows_of_group.setdefault(k, []).append(row)
+        for k, rows in rows_of_group.items():
             self._counts[k] += len(rows)
             yield k, torch.tensor(rows)
 
@@ -87,8 +87,10 @@ class Seen:
             )
 
 
-def by_group(found: Iterable[Batch], seen: Seen, only: Tensor | None = None) -> Iterator[tuple[int, Batch]]:
-    """(group, some of its examples), in batches about as large as the loader's, which a pass costs least with.
+def batches_by_group(
+    batches: Iterable[Batch], seen: PassCounter, only: Tensor | None = None
+) -> Iterator[tuple[int, Batch]]:
+    """(group, some of its examples), in batches about as large as the loader's: the size at which a pass is cheapest.
 
     Args:
         only: ``[K]`` the groups that are wanted.
@@ -99,7 +101,7 @@ def by_group(found: Iterable[Batch], seen: Seen, only: Tensor | None = None) -> 
     def count(k: int) -> int:
         return sum(len(part.index) for part in held[k])
 
-    for batch in found:
+    for batch in batches:
         full = max(full, len(batch.index))
         for k, rows in seen.rows_of(batch.index):
             if only is not None and not bool(only[k]):
@@ -118,11 +120,11 @@ def by_group(found: Iterable[Batch], seen: Seen, only: Tensor | None = None) -> 
 
 
 def _numbers(values: Any, name: str) -> Tensor:
-    found = torch.as_tensor(values)
-    if found.numel() == 0:
-        return found.reshape(0).long()
-    if found.dim() != 1 or found.is_floating_point() or found.is_complex():
+    numbers = torch.as_tensor(values)
+    if numbers.numel() == 0:
+        return numbers.reshape(0).long()
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.is_complex():
         raise ValueError(
-            f"{name} has shape {tuple(found.shape)} and type {found.dtype}, but it must be a list of whole numbers."
+            f"{name} has shape {tuple(numbers.shape)} and type {numbers.dtype}, but it must be a list of whole numbers."
         )
-    return found.cpu().long()
+    return numbers.cpu().long()

@@ -18,8 +18,7 @@ from vlearn.linearized.solver import Vectors, solve
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior
-from vlearn.sensitivity.group_batches import Membership, by_group
-from vlearn.sensitivity.sweep import sweep
+from vlearn.sensitivity.group_batches import Membership, batches_by_group
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
 
@@ -39,7 +38,7 @@ class GroupTable:
         iterations: ``[K]`` their number; None unless refined.
         largest_eigenvalue: ``[K]`` of VΛ over the group, an estimate from below: the refined form is at most
             1/(1 - this) times as long as the first order; None unless refined.
-        fell_back: ``[K]`` where the first order was kept; None unless refined.
+        used_first_order: ``[K]`` where the first order was kept; None unless refined.
     """
 
     group: list[Any]
@@ -51,12 +50,12 @@ class GroupTable:
     converged: Tensor | None = None
     iterations: Tensor | None = None
     largest_eigenvalue: Tensor | None = None
-    fell_back: Tensor | None = None
+    used_first_order: Tensor | None = None
 
     @property
-    def refined_fallbacks(self) -> int | None:
+    def num_first_order(self) -> int | None:
         """For how many groups the refined form was not to be had; None unless it was asked for."""
-        return None if self.fell_back is None else int(self.fell_back.sum())
+        return None if self.used_first_order is None else int(self.used_first_order.sum())
 
     def __len__(self) -> int:
         return len(self.group)
@@ -71,7 +70,6 @@ def leave_group_out(
     groups: Tensor | Sequence[int] | Mapping[Any, Sequence[int] | Tensor],
     loss_fn: LossFunction,
     *,
-    how: str = "joint",
     refined: bool = False,
     threshold: float = 0.95,
     tolerance: float = 1e-4,
@@ -93,8 +91,6 @@ def leave_group_out(
         groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label; or a mapping from names
             to the numbers of their examples.
         loss_fn: the training loss, as for `vlearn.sweep`.
-        how: "joint", or "published" for the paper's leave-class-out estimate, ℓ(y_i, f_i + V_ie_i) averaged over the
-            group: each example as if it alone were removed.
         refined: Δf_M = (I - V_MΛ_M)⁻¹ V_M e_M, exact for linear regression, instead of its first order, which is short
             by several times for a whole class; by conjugate gradients on S - J_MᵀΛ_MJ_M. For a Σ that is the inverse
             of Σ JᵀΛJ and a prior at these very weights; others may not leave S - J_MᵀΛ_MJ_M positive definite.
@@ -110,19 +106,18 @@ def leave_group_out(
             examples of a group.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
-    _check(how, refined, threshold, tolerance, max_iterations)
+    _check(threshold, tolerance, max_iterations)
     posterior.require_calibrated("loss without a group")
     members = Membership(groups)
-    if how == "published":
-        return _published(model, posterior, loader, loss_fn, members, output, progress)
     losses = ExampleLoss(loss_fn)
     with at_mean(model, posterior) as covariance:
 
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples, in batches."""
             seen = members.count()
-            found = batches(loader, device_of(model), by_number=True)
-            for k, batch in by_group(with_progress_bar(found, loader, progress, "leave_group_out"), seen, only):
+            given = batches(loader, device_of(model), by_number=True)
+            given = with_progress_bar(given, loader, progress, "leave_group_out")
+            for k, batch in batches_by_group(given, seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)
             seen.check()
 
@@ -164,30 +159,30 @@ def _refine(
 ) -> tuple[Vectors, dict[str, Tensor]]:
     def curve(vectors: Vectors, active: Tensor) -> Vectors:
         """J_Mᵀ Λ_M J_M v of each active group."""
-        found = {p: torch.zeros_like(v) for p, v in vectors.items()}
+        products = {p: torch.zeros_like(v) for p, v in vectors.items()}
         for k, lin in visit(second_order=True, only=active):
             change = jacobian_vector_product(lin, {p: v[k] for p, v in vectors.items()})
             for p, g in summed_gradient(lin, hessian_vector_product(lin, change), last=True).items():
-                found[p][k] += g
-        return found
+                products[p][k] += g
+        return products
 
     solved = solve(partial(_multiply, covariance), curve, gradients, tolerance, max_iterations)
-    fell_back = solved.indefinite | ~(solved.largest < threshold)
+    used_first_order = solved.indefinite | ~(solved.largest < threshold)
     step = {}
     for p, x in solved.x.items():
-        step[p] = torch.where(fell_back.reshape(-1, *[1] * (x.dim() - 1)), first_order[p], x)
+        step[p] = torch.where(used_first_order.reshape(-1, *[1] * (x.dim() - 1)), first_order[p], x)
     return step, {
         "converged": solved.converged.cpu(),
         "iterations": solved.iterations.cpu(),
         "largest_eigenvalue": solved.largest.cpu(),
-        "fell_back": fell_back.cpu(),
+        "used_first_order": used_first_order.cpu(),
     }
 
 
 def _multiply(covariance: Covariance, vectors: Vectors) -> Vectors:
     """Σ v, of the parameters that v has: the others are frozen."""
-    found = covariance.multiply(vectors)
-    return {p: found[p] for p in vectors}
+    products = covariance.multiply(vectors)
+    return {p: products[p] for p in vectors}
 
 
 def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: dict[str, Tensor]) -> GroupTable:
@@ -210,34 +205,7 @@ def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: 
     )
 
 
-def _published(
-    model: nn.Module,
-    posterior: Posterior,
-    loader: Iterable[Any],
-    loss_fn: LossFunction,
-    members: Membership,
-    output: Selector,
-    progress: bool | None,
-) -> GroupTable:
-    table = sweep(model, posterior, loader, loss_fn, leverage=None, output=output, progress=progress)
-    seen = members.count()
-    rows = dict(seen.rows_of(table.index))
-    seen.check()
-    return GroupTable(
-        group=members.names,
-        size=members.sizes,
-        loss=torch.stack([table.loss[rows[k]].double().mean() for k in range(len(members))]),
-        left_out_loss=torch.stack([table.loo_loss[rows[k]].double().mean() for k in range(len(members))]),
-        index=[table.index[rows[k]] for k in range(len(members))],
-        deviation=[table.deviation[rows[k]] for k in range(len(members))],
-    )
-
-
-def _check(how: str, refined: bool, threshold: float, tolerance: float, max_iterations: int) -> None:
-    if how not in ("joint", "published"):
-        raise ValueError(f"how={how!r}, but it must be 'joint' or 'published': use 'joint'.")
-    if refined and how == "published":
-        raise ValueError("refined=True with how='published', which is first order by definition: use how='joint'.")
+def _check(threshold: float, tolerance: float, max_iterations: int) -> None:
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}, but it must be in (0, 1]: use .95.")
     if not 0 < tolerance < 1:

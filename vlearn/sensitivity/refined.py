@@ -25,12 +25,12 @@ class Refined(NamedTuple):
 
     Attributes:
         deviation: ``[N, ...]`` (I - VΛ)⁻¹ V e, or V e where that is not to be trusted.
-        fell_back: ``[N]`` where it is V e.
+        used_first_order: ``[N]`` where it is V e.
         leverage: ``[N]`` tr(ΛV), negative curvature dropped.
     """
 
     deviation: Tensor
-    fell_back: Tensor
+    used_first_order: Tensor
     leverage: Tensor
 
 
@@ -61,14 +61,14 @@ def refine(lin: Linearization, deviation: Tensor, threshold: float) -> Refined:
         largest = torch.linalg.eigvalsh(block).amax(1)
     else:
         largest = torch.linalg.eigvals(block).real.amax(1)
-    fell_back = ~(largest < threshold)  # NaN too
+    used_first_order = ~(largest < threshold)  # NaN too
     identity = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
-    safe = torch.where(fell_back[:, None, None], torch.zeros_like(block), block)
+    safe = torch.where(used_first_order[:, None, None], torch.zeros_like(block), block)
     inner = torch.linalg.solve(identity - safe, root.mT @ flat.unsqueeze(2))
     refined = flat + (moved @ (signs.unsqueeze(2) * inner)).squeeze(2)
-    chosen = torch.where(fell_back.unsqueeze(1), flat, refined)
+    chosen = torch.where(used_first_order.unsqueeze(1), flat, refined)
     leverage = (block.diagonal(dim1=1, dim2=2) * (signs > 0)).sum(1)
-    return Refined(chosen.reshape(deviation.shape), fell_back, leverage)
+    return Refined(chosen.reshape(deviation.shape), used_first_order, leverage)
 
 
 def root_products(lin: Linearization, columns: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
 from vlearn.posterior.protocol import Posterior
-from vlearn.sensitivity.authors import authors_deviation
 from vlearn.sensitivity.live import prediction_error
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
 from vlearn.sensitivity.summary import row_norms, summarize
@@ -34,13 +33,13 @@ class SensitivityTable:
         loss: ``[N]`` each example's own training loss, in the loss's units.
         loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Δf), Eq. 15; its mean
             predicts the test loss. NaN if not asked for.
-        deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, unless another
-            form was asked for.
+        deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, or its refined form
+            if that was asked for.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
         leverage: ``[N]`` tr(ΛV); None if not asked for.
         prediction_error: ``[N]`` ‖residual‖/√2.
         function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
-        fell_back: ``[N]`` where `refined` kept V e; None if not asked for.
+        used_first_order: ``[N]`` where `refined` kept V e; None if not asked for.
         position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
     """
 
@@ -52,13 +51,13 @@ class SensitivityTable:
     leverage: Tensor | None
     prediction_error: Tensor
     function_variance: Tensor | None = None
-    fell_back: Tensor | None = None
+    used_first_order: Tensor | None = None
     position: Tensor | None = None
 
     @property
-    def refined_fallbacks(self) -> int | None:
+    def num_first_order(self) -> int | None:
         """For how many examples `refined` kept V e; None if it was not asked for."""
-        return None if self.fell_back is None else int(self.fell_back.sum())
+        return None if self.used_first_order is None else int(self.used_first_order.sum())
 
     def __len__(self) -> int:
         return len(self.index)
@@ -69,7 +68,7 @@ class SensitivityTable:
         ===================================  =================================================================
         ``num_examples``                     rows of the table: examples, or tokens with per="token"
         ``num_nonfinite``                    rows with a NaN or an infinity in one of the columns below
-        ``refined_fallbacks``                rows for which `refined` kept V e; if `refined` was asked for
+        ``num_first_order``                rows for which `refined` kept V e; if `refined` was asked for
         ``loss``                             mean of the rows' losses, in the loss's units
         ``loo_loss``                         mean leave-one-out loss, which predicts the test loss; if asked for
         ``predicted_gap``                    ``loo_loss`` - ``loss``, the predicted generalization gap; likewise
@@ -110,44 +109,41 @@ class SensitivityTable:
             "leverage": self.leverage,
         }
         summary = summarize(means, distributions, prefix)
-        if self.fell_back is not None:
-            summary[f"{prefix}refined_fallbacks"] = float(self.fell_back.sum())
+        if self.used_first_order is not None:
+            summary[f"{prefix}num_first_order"] = float(self.used_first_order.sum())
         return summary
 
 
 @dataclass(frozen=True)
-class _Asked:
+class SweepOptions:
+    """What `sweep` is asked for; see its arguments."""
+
     leverage: str | None
     refined: bool
     threshold: float
-    deviation: str
     variance: bool
     loo_loss: bool
     generator: torch.Generator | None
     per: str
 
     def check(self, posterior: Posterior) -> None:
-        if self.loo_loss or self.refined or self.deviation != "full":
+        """Raise ValueError if an option breaks its rule, RuntimeError if the posterior has no scale for it."""
+        if self.loo_loss or self.refined:
             posterior.require_calibrated("leave-one-out loss")
         if self.leverage not in ("probe", "exact", None):
             raise ValueError(f"leverage={self.leverage!r}, but it must be 'probe', 'exact' or None: use 'probe'.")
-        if self.deviation not in ("full", "authors_diag"):
-            raise ValueError(f"deviation={self.deviation!r}, but it must be 'full' or 'authors_diag': use 'full'.")
-        if self.refined and self.deviation == "authors_diag":
-            raise ValueError("refined=True with deviation='authors_diag', but it needs all of V: use 'full'.")
         check_threshold(self.threshold)
         if self.per not in ("example", "token"):
             raise ValueError(f"per={self.per!r}, but it must be 'example' or 'token': use 'example'.")
-        if self.per == "token" and (
-            self.refined or self.variance or self.deviation != "full" or self.leverage == "exact"
-        ):
+        if self.per == "token" and (self.refined or self.variance or self.leverage == "exact"):
             raise ValueError(
-                "per='token' with refined, variance, leverage='exact' or deviation='authors_diag', which need V of a "
-                "whole output: use per='example', or leave them out (leverage='probe' or None)."
+                "per='token' with refined, variance or leverage='exact', which need V of a whole output: use "
+                "per='example', or leave them out (leverage='probe' or None)."
             )
 
     @property
     def second_order(self) -> bool:
+        """Whether the curvature of the loss is needed."""
         return self.leverage is not None or self.refined or self.per == "token"
 
 
@@ -165,7 +161,6 @@ def sweep(
     *,
     refined: bool = False,
     threshold: float = 0.95,
-    deviation: str = "full",
     variance: bool = False,
     per: str = "example",
     loo_loss: bool = True,
@@ -192,9 +187,7 @@ def sweep(
         refined: Δf = (I - VΛ)⁻¹ V e, exact for linear regression, instead of its first order V e. For a Σ that is the
             inverse of Σ JᵀΛJ and a prior at these very weights; a diagonal or Kronecker Σ overstates it.
         threshold: examples whose largest eigenvalue of VΛ reaches it keep V e; at .95 the refined form is 20 times
-            as long. Their number is `SensitivityTable.refined_fallbacks`.
-        deviation: "full", or "authors_diag" for numbers to compare with the paper's code: the diagonals of V and Λ
-            alone, e and probabilities clamped at 1e-10; softmax cross-entropy with class labels only.
+            as long. Their number is `SensitivityTable.num_first_order`.
         variance: also return V.
         per: "example" (a sequence is one), or "token": one row for each position whose target is not ignored, as if
             that token's loss alone were removed; num_data of the posterior must then count tokens. As many times
@@ -206,15 +199,15 @@ def sweep(
         ValueError: if an argument breaks its rule, or the posterior belongs to another model.
         RuntimeError: if the examples of a batch have no gradient of their own, or the posterior has no scale.
     """
-    asked = _Asked(leverage, refined, threshold, deviation, variance, loo_loss, generator, per)
-    asked.check(posterior)
+    options = SweepOptions(leverage, refined, threshold, variance, loo_loss, generator, per)
+    options.check(posterior)
     losses = ExampleLoss(loss_fn, per)
     rows: list[SensitivityTable] = []
     parts: list[SensitivityTable] = []
     with at_mean(model, posterior) as covariance:
         for batch in with_progress_bar(batches(loader, device_of(model)), loader, progress, "sweep"):
-            lin = linearize(model, covariance, batch, losses, output, asked.second_order)
-            rows.append(_rows_of(lin, asked) if per == "example" else _token_rows_of(lin, asked))
+            lin = linearize(model, covariance, batch, losses, output, options.second_order)
+            rows.append(_rows_of(lin, options) if per == "example" else _token_rows_of(lin, options))
             del lin  # its graph goes before the next batch comes
             if len(rows) == JOINED_BATCHES:
                 parts.append(_joined(rows))
@@ -236,36 +229,34 @@ def _by_column(rows: list[SensitivityTable], function: Callable[[list[Tensor]], 
     return SensitivityTable(**columns)
 
 
-def _token_rows_of(lin: Linearization, asked: _Asked) -> SensitivityTable:
+def _token_rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
     """Rows of the tokens that count, position by position."""
     axis, kept = token_axis(lin), kept_tokens(lin).cpu()
-    found = []
+    tables = []
     for of_position, position in by_position(lin):
-        rows = _rows_of(of_position, asked)
+        rows = _rows_of(of_position, options)
         own = rows.deviation.select(axis, position)
         rows = replace(rows, deviation=own, position=torch.full_like(rows.index, position))
-        found.append(_by_column([rows], lambda parts, mask=kept[:, position]: parts[0][mask]))
-    return _joined(found)
+        tables.append(_by_column([rows], lambda parts, mask=kept[:, position]: parts[0][mask]))
+    return _joined(tables)
 
 
-def _rows_of(lin: Linearization, asked: _Asked) -> SensitivityTable:
-    more = asked.second_order or asked.variance or asked.deviation != "full"
-    self_influence, changes = lin.self_influence_and_deviation(deviation=asked.deviation == "full", last=not more)
-    fell_back = leverage = variance = None
-    if changes is None:
-        change, loo, leverage = authors_deviation(lin)
-    else:
-        change = changes[lin.chosen]
-        if asked.refined:
-            lin.check_one_output("refined=True")
-            change, fell_back, leverage = refine(lin, change, asked.threshold)
-            changes = lin.changes_of_chosen(change)
-        loo = lin.loss_at(changes)
-    if asked.leverage is None:
+def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
+    more = options.second_order or options.variance
+    self_influence, changes = lin.self_influence_and_deviation(deviation=True, last=not more)
+    assert changes is not None  # asked for
+    used_first_order = leverage = variance = None
+    change = changes[lin.chosen]
+    if options.refined:
+        lin.check_one_output("refined=True")
+        change, used_first_order, leverage = refine(lin, change, options.threshold)
+        changes = lin.changes_of_chosen(change)
+    loo = lin.loss_at(changes)
+    if options.leverage is None:
         leverage = None
     elif leverage is None:
-        leverage = _leverage(lin, asked.leverage, asked.generator)
-    if asked.variance:
+        leverage = _leverage(lin, options.leverage, options.generator)
+    if options.variance:
         variance = function_variance(lin)
 
     def kept(tensor: Tensor | None) -> Any:
@@ -274,13 +265,13 @@ def _rows_of(lin: Linearization, asked: _Asked) -> SensitivityTable:
     return SensitivityTable(
         index=lin.batch.index,
         loss=kept(lin.loss),
-        loo_loss=kept(loo if asked.loo_loss else torch.full_like(loo, torch.nan)),
+        loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),
         deviation=kept(change),
         self_influence=kept(self_influence),
         leverage=kept(leverage),
         prediction_error=kept(prediction_error(lin.residual)),
         function_variance=kept(variance),
-        fell_back=kept(fell_back),
+        used_first_order=kept(used_first_order),
     )
 
 

@@ -83,6 +83,7 @@ class StateDictMean:
         self.link = link
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        """The entries of a module are in the state_dict."""
         if self.link.watch is not None:
             self.link.watch.put_mean(module, state_dict, prefix)
 
@@ -94,6 +95,7 @@ class DiscardDraw:
         self.link = link
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
+        """The weights of a module are about to be loaded."""
         if self.link.watch is not None:
             self.link.watch.weights_loaded()
 

@@ -1,0 +1,1 @@
+"""What a call costs: time, peak memory, and the calls that are compared."""

@@ -1,0 +1,1 @@
+"""The benchmark of the optimizers side by side: `python -m benchmarks.family`."""

@@ -1,0 +1,1 @@
+"""How a benchmark reports: numbers as JSON, pictures, tables on the terminal, tracking, and measures of agreement."""

@@ -1,0 +1,1 @@
+"""The tables of the READMEs, written from `results/`: `python -m benchmarks.tables`."""

@@ -1,0 +1,69 @@
+"""Writes the tables of the READMEs from the numbers in `benchmarks/results/`.
+
+    python -m benchmarks.tables [--check]
+
+Each table stands between the markers of `benchmarks.report.markdown`. `--check` writes nothing: it prints what would
+change and exits with 1 if anything would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.report.markdown import with_tables
+from benchmarks.tables import costs, losses, optimizers, removals
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+TABLES: dict[str, Callable[[], str]] = {
+    "family-fashion-mnist": optimizers.fashion_mnist,
+    "family-digits": optimizers.digits,
+    "family-cost": optimizers.cost,
+    "step-cost": costs.step,
+    "sensitivity-cost": costs.sensitivities,
+    "generalization-fashion-mnist": losses.fashion_mnist,
+    "generalization-fashion-mnist-correlations": losses.fashion_mnist_correlations,
+    "digits": losses.digits,
+    "prior-precision": losses.prior_precision,
+    "fidelity": removals.structures,
+    "fidelity-trained": removals.from_scratch,
+    "retraining-digits": removals.digits,
+    "retraining-images": removals.images,
+    "class-removal-mlp": removals.classes_mlp,
+    "class-removal-lenet5": removals.classes_lenet5,
+    "linear": removals.linear,
+}
+
+
+def differences(documents: Sequence[Path]) -> list[str]:
+    """The lines of a diff from the documents as they are to what the numbers say."""
+    lines: list[str] = []
+    for path in documents:
+        now = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        lines += difflib.unified_diff(
+            now.splitlines(), with_tables(now, TABLES).splitlines(), str(name), f"{name}, from results/", lineterm=""
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None, documents: Sequence[Path] = DOCUMENTS) -> int:
+    """Write the tables, 0; or check them, 1 if a document is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a README is out of date")
+    if parser.parse_args(argv).check:
+        changed = differences(documents)
+        if changed:
+            print(*changed, "Tables are out of date: run `make tables`.", sep="\n", file=sys.stderr)
+        return int(bool(changed))
+    for path in documents:
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

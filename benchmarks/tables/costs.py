@@ -1,0 +1,53 @@
+"""Tables of what IVON's step and sensitivities cost."""
+
+from __future__ import annotations
+
+from benchmarks.report.markdown import table
+from benchmarks.report.records import read
+
+
+def step() -> str:
+    """Milliseconds of IVON's step, as multiples of ivon-opt's, and peak memory."""
+    labels = {
+        "ivon-opt": "ivon-opt",
+        "vlearn": "`vlearn.IVON`",
+        "vlearn, compiled": "`vlearn.IVON(..., compiled=True)`",
+        "AdamW foreach": "AdamW, `foreach`",
+        "AdamW fused": "AdamW, `fused`",
+    }
+    one, two = read("step_cost")["steps"].values()
+
+    def time(row: dict[str, float], name: str) -> str:
+        multiple = f", {row['of ivon-opt']:.2f}x" if name.startswith("vlearn") else ""
+        return f"{row['step, ms']:.0f} ms{multiple}"
+
+    rows = [
+        (label, time(one[name], name), time(two[name], name), f"{one[name]['peak, bytes per parameter']:.0f}")
+        for name, label in labels.items()
+    ]
+    return table(("", "one thread", "two threads", "peak, bytes per parameter"), rows)
+
+
+def sensitivities() -> str:
+    """Sensitivities in multiples of a plain forward and backward pass, one thread."""
+    labels = {
+        "watched, nothing asked": "a watched step, nothing asked",
+        "live self-influence": "live self-influence",
+        "live with deviation": "live, with V e",
+        "sweep with LOO": "sweep with leave-one-out losses",
+        "sweep with LOO and leverage": "sweep with leverage too",
+    }
+    others = {
+        "vmap(grad)": "`vmap(grad)`: self-influence alone",
+        "vmap(jacrev)": "`vmap(jacrev)`, the paper's code",
+        "laplace-torch": "laplace-torch's functional variance",
+    }
+    by_network = read("sensitivity_cost")["multiples"]["threads=1"]
+    rows = [(label, *(f"{row[name]:.2f}" for row in by_network.values())) for name, label in labels.items()]
+    rows += [(label, *(_roughly(row.get(name)) for row in by_network.values())) for name, label in others.items()]
+    return table(("", *by_network), rows)
+
+
+def _roughly(value: float | None) -> str:
+    """Two digits, or all those before the point."""
+    return "-" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"

@@ -1,0 +1,105 @@
+"""Tables of leave-one-out losses: against the test loss over training, and over the prior precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.report.markdown import percent, seconds, table
+from benchmarks.report.records import read
+
+LABELS = {
+    "IVON": "IVON, its own state",
+    "Laplace, Kronecker": "SGD + Laplace, Kronecker",
+    "Laplace, diagonal": "SGD + Laplace, diagonal",
+}
+
+
+def fashion_mnist() -> str:
+    """Fashion-MNIST with the published settings, and laplace-torch's own way beside the sweep."""
+    record = read("generalization/fashion-mnist")
+
+    def sweep(method: str, mean: dict[str, float]) -> str:
+        text = seconds(mean["seconds_of_sensitivities_each"])
+        if (own := record["laplace_torch"].get(method)) is not None:
+            text += f"; {seconds(own['fit'] + own['own_deviation_scaled'])} by laplace-torch alone"
+        return text
+
+    rows = []
+    for method, label in LABELS.items():
+        mean = record["table"][method]["mean"]
+        label = label.replace("IVON", "vlearn.IVON")
+        accuracy = percent(mean["test_accuracy"])
+        rows.append((label, _gap(record["table"][method]), _last(mean), accuracy, sweep(method, mean)))
+    header = ("posterior", "mean gap over training, nats", "last train / LOO / test loss", "accuracy", "one sweep")
+    return table(header, rows)
+
+
+def fashion_mnist_correlations() -> str:
+    """The same runs with their correlations over the epochs."""
+    by_method = read("generalization/fashion-mnist")["table"]
+    rows = []
+    for method, label in LABELS.items():
+        mean = by_method[method]["mean"]
+        rows.append(
+            (
+                label,
+                _gap(by_method[method]),
+                f"{mean['pearson_over_epochs']:.4f}",
+                f"{mean['spearman_over_epochs']:.3f}",
+                _last(mean),
+                percent(mean["test_accuracy"], 2),
+                seconds(mean["seconds_of_sensitivities_each"]),
+            )
+        )
+    header = ("posterior", "mean gap, nats", "Pearson", "Spearman", "train / LOO / test", "accuracy")
+    return table((*header, "a sweep, fit included"), rows)
+
+
+def digits() -> str:
+    """The demonstration on digits: over training, and against retraining."""
+    labels = {name: LABELS[name] for name in ("IVON", "Laplace, diagonal", "Laplace, Kronecker")}
+    by_method = read("digits/digits")["table"]
+    rows = [
+        (
+            label.replace("IVON", "vlearn.IVON"),
+            f"{by_method[method]['mean_absolute_gap']:.3f}",
+            f"{by_method[method]['pearson_over_epochs']:.4f}",
+            _last(by_method[method]),
+            f"{by_method[method]['retraining_pearson']:.3f}",
+            f"{by_method[method]['retraining_slope']:.2f}",
+        )
+        for method, label in labels.items()
+    ]
+    header = ("posterior", "mean gap, nats", "Pearson over training", "last train / LOO / test loss")
+    return table((*header, "Pearson, retraining", "slope (1 is right)"), rows)
+
+
+def prior_precision() -> str:
+    """The prior precision that leave-one-out chooses, beside that of the test loss."""
+    labels = {"Laplace, Kronecker": "SGD + Laplace, Kronecker", "IVON": "IVON"}
+    cases = {"fashion-mnist-5000": "Fashion-MNIST, LeNet-5", "mnist-5000": "MNIST, MLP(500, 300)"}
+    rows = []
+    for name, title in cases.items():
+        for method, row in read(f"hyperparameter/{name}")["table"].items():
+            regret = f"{row['regret']:.3f} ± {row['regret_standard_error']:.3f}" if row["grid_steps_apart"] else "0"
+            rows.append(
+                (
+                    title if method == next(iter(labels)) else "",
+                    labels[method],
+                    f"{row['loo_minimiser']:g}",
+                    f"{row['test_minimiser']:g}",
+                    str(row["grid_steps_apart"]),
+                    regret,
+                    f"{row['pearson_over_grid']:.3f}",
+                )
+            )
+    header = ("", "posterior", "δ by LOO", "δ by the test loss", "steps apart", "regret, nats")
+    return table((*header, "Pearson over the grid"), rows)
+
+
+def _gap(row: dict[str, Any]) -> str:
+    return f"{row['mean']['mean_absolute_gap']:.3f} ± {row['deviation']['mean_absolute_gap']:.3f}"
+
+
+def _last(numbers: dict[str, float]) -> str:
+    return " / ".join(f"{numbers[f'{which}_loss']:.3f}" for which in ("train", "loo", "test"))

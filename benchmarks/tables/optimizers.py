@@ -1,0 +1,100 @@
+"""Tables of the optimizers side by side: what each predicts, and what its step costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.report.markdown import percent, short, table
+from benchmarks.report.records import read
+
+KRONECKER, DIAGONAL = "SGD + Laplace, Kronecker", "SGD + Laplace, diagonal"
+
+
+def fashion_mnist() -> str:
+    """5,000 images of Fashion-MNIST, by the methods of the main README."""
+    labels = {
+        "SGD": "SGD",
+        KRONECKER: KRONECKER,
+        DIAGONAL: DIAGONAL,
+        "AdamW": "AdamW, √v̂ as its posterior",
+        "ivon-opt": "ivon-opt",
+        "IVON": "`vlearn.IVON`",
+        "VON": "`vlearn.VON`",
+        "VOGN": "`vlearn.VOGN`",
+        "KFACVON": "`vlearn.KFACVON`",
+        "EK-FAC": "`vlearn.KFACVON`, EK-FAC",
+    }
+    rows = read("family/fashion-mnist-5k")["table"]
+    header = (
+        "",
+        "accuracy at the mean",
+        "test loss: mean, draws",
+        "calibration error: mean, draws",
+        "leave-one-out less test loss",
+    )
+    return table(
+        header,
+        [
+            (label, percent(rows[name]["mean"]["accuracy"]), _losses(rows[name]), _errors(rows[name]), _gap(rows[name]))
+            for name, label in labels.items()
+        ],
+    )
+
+
+def digits() -> str:
+    """Digits, by every method."""
+    rows = read("family/digits")["table"]
+    header = (
+        "",
+        "accuracy: mean, draws",
+        "test loss: mean, draws",
+        "calibration error: mean, draws",
+        "leave-one-out",
+        "less test loss",
+    )
+    names = ["SGD", DIAGONAL, KRONECKER, *(name for name in rows if not name.startswith("SGD"))]
+    return table(
+        header,
+        [
+            (
+                name.replace("beta2", "`beta2`"),
+                _both(rows[name], "accuracy", percent),
+                _losses(rows[name]),
+                _errors(rows[name]),
+                short(rows[name]["mean"]["loo_loss"], 3) if "loo_loss" in rows[name]["mean"] else "",
+                _gap(rows[name]),
+            )
+            for name in names
+        ],
+    )
+
+
+def cost() -> str:
+    """A training step in multiples of SGD's, by the number of threads."""
+    names = ("AdamW", "ivon-opt", "IVON", "VOGN", "VON", "KFACVON", "EK-FAC")
+    steps = read("family/cost")["steps"]
+    rows = [
+        (threads.removeprefix("threads="), *(f"{by_name[name]['of SGD']:.2f}" for name in names))
+        for threads, by_name in steps.items()
+    ]
+    return table(("threads", *names), rows)
+
+
+def _both(row: dict[str, Any], quantity: str, shown: Any) -> str:
+    """A quantity at the mean and, of a posterior, by its draws."""
+    names = (quantity, f"{quantity}_by_draws")
+    return ", ".join(shown(row["mean"][name]) for name in names if name in row["mean"])
+
+
+def _losses(row: dict[str, Any]) -> str:
+    return _both(row, "nll", lambda value: short(value, 3))
+
+
+def _errors(row: dict[str, Any]) -> str:
+    return _both(row, "ece", percent)
+
+
+def _gap(row: dict[str, Any]) -> str:
+    if "loo_gap" not in row["mean"]:
+        return ""
+    return f"{short(row['mean']['loo_gap'], 3, sign=True)} ± {short(row['deviation']['loo_gap'], 3)}"

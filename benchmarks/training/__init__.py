@@ -1,0 +1,1 @@
+"""Training loops with their checkpoints, and what is asked of a trained network."""
