@@ -21,7 +21,7 @@ from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.blocks import Block, ParameterSlice
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
-from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.updates.block_update import BlockUpdate, foreach_parts
 from vlearn.optim.updates.curvature import check_curvature
 from vlearn.posterior import Diagonal
 
@@ -148,16 +148,16 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
 
     def _update_block(self, update: BlockUpdate) -> None:
         structure, (group, slices, gradients, curvatures) = self._structure, update
-        rule = _foreach_ivon if use_foreach(group, slices) else _plain_ivon
-        rule(
+        columns = [
             [structure.exact_mean(piece) for piece in slices],
             structure.state_of(slices, "momentum"),
             structure.state_of(slices, "hessian"),
             gradients,
             curvatures or [],
-            **self._settings(group),
-            corrections=[structure.count_step(group, piece) for piece in slices],
-        )
+        ]
+        corrections = [structure.count_step(group, piece) for piece in slices]
+        for part, correction in foreach_parts(columns, corrections, use_foreach(group, slices)):
+            ivon_step(*part, **self._settings(group), correction=correction)
 
     def _update_compiled(self, draw: Draw, block: Block, keep: bool) -> bool:
         (group, slices), structure = block, self._structure
@@ -251,7 +251,7 @@ def _ivon(
     (mean if keep else weights).copy_(mean - lr * direction)
 
 
-def _plain_ivon(
+def ivon_step(
     means: list[Tensor],
     momenta: list[Tensor],
     hessians: list[Tensor],
@@ -265,62 +265,30 @@ def _plain_ivon(
     weight_decay: float,
     clip_radius: float,
     lr: float,
-    corrections: list[float],
+    correction: float,
 ) -> None:
-    """One update, one tensor at a time; `statistics` is the mean of noise∘gradient, or of gradient²."""
-    for i, (mean, momentum, hessian) in enumerate(zip(means, momenta, hessians, strict=True)):
-        precision = hessian + weight_decay
-        if price:
-            difference = torch.addcmul(hessian, statistics[i], precision, value=-ess)  # h - ĥ
-        else:
-            difference = torch.sub(hessian, statistics[i], alpha=ess)
-        hessian.sub_(difference, alpha=1 - beta2)
-        hessian.addcdiv_(difference.square_(), precision, value=0.5 * (1 - beta2) ** 2)
-        momentum.lerp_(gradients[i], 1 - beta1)
-        # Direction and step are c times too long and too short, c the correction: a pass less.
-        direction = torch.add(momentum, mean, alpha=weight_decay * corrections[i])
-        if clip_radius < math.inf:
-            limit = clip_radius * corrections[i]
-            mean.sub_(direction.div_(hessian + weight_decay).clamp_(-limit, limit), alpha=lr / corrections[i])
-        else:
-            mean.addcdiv_(direction, hessian + weight_decay, value=-lr / corrections[i])
+    """The update as the class states it, of several tensors in place.
 
-
-def _foreach_ivon(
-    means: list[Tensor],
-    momenta: list[Tensor],
-    hessians: list[Tensor],
-    gradients: list[Tensor],
-    statistics: list[Tensor],
-    *,
-    price: bool,
-    ess: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    clip_radius: float,
-    lr: float,
-    corrections: list[float],
-) -> None:
-    """As `_plain_ivon`, all tensors of a block at once."""
+    Args:
+        means: m, momenta: g, hessians: h, gradients: ĝ, statistics: mean of noise∘gradient, or of gradient².
+        correction: c = 1 - β₁ᵗ.
+    """
     precisions = torch._foreach_add(hessians, weight_decay)
     if price:
-        differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)
+        differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)  # h - ĥ
     else:
         differences = torch._foreach_sub(hessians, statistics, alpha=ess)
     torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
     torch._foreach_mul_(differences, differences)
     torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
-    directions = torch._foreach_mul(means, [weight_decay * c for c in corrections])
-    torch._foreach_add_(directions, momenta)
+    # Direction and step are c times too long and too short: a pass less.
+    directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
     precisions = torch._foreach_add(hessians, weight_decay)
     if clip_radius < math.inf:
         torch._foreach_div_(directions, precisions)
-        limits = [clip_radius * c for c in corrections]
-        torch._foreach_clamp_max_(directions, limits)
-        torch._foreach_clamp_min_(directions, [-limit for limit in limits])
-        torch._foreach_mul_(directions, [-lr / c for c in corrections])
-        torch._foreach_add_(means, directions)
+        torch._foreach_clamp_max_(directions, clip_radius * correction)
+        torch._foreach_clamp_min_(directions, -clip_radius * correction)
+        torch._foreach_sub_(means, directions, alpha=lr / correction)
     else:
-        torch._foreach_addcdiv_(means, directions, precisions, [-lr / c for c in corrections])
+        torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)

@@ -52,8 +52,10 @@ class DiagonalStructure:
         generator = noise.on(hessians[0].device)
         ess, weight_decay = tempered_ess_and_decay(group)
         if not (group.get("compiled") and _draw_compiled(samples, hessians, generator, ess, weight_decay)):
-            draw = _foreach_draw if use_foreach(group, slices) else _plain_draw
-            draw(samples, hessians, normal(hessians, generator), ess=ess, weight_decay=weight_decay)
+            columns = [samples, hessians, normal(hessians, generator)]
+            together = use_foreach(group, slices)
+            for part in [columns] if together else [[[t] for t in row] for row in zip(*columns, strict=True)]:
+                draw_normal(*part, ess=ess, weight_decay=weight_decay)
         if low_precision:
             for piece, sample in zip(slices, samples, strict=True):
                 piece.weights.copy_(sample)
@@ -158,7 +160,7 @@ def _draw_compiled(
     ess: float,
     weight_decay: float,
 ) -> bool:
-    """As `_plain_draw` for one large tensor, in a kernel that makes the noise too; False if the block is not one."""
+    """As `draw_normal` for one large tensor, in a kernel that makes the noise too; False if the block is not one."""
     if len(weights) > 1 or weights[0].dtype != torch.float32 or weights[0].numel() % 2:
         return False
     tensors = flat(weights[0], hessians[0])
@@ -169,24 +171,16 @@ def _draw_compiled(
 
 
 def _draw(weights: Tensor, hessian: Tensor, key: Tensor, ess: float, weight_decay: float) -> None:
-    """`_plain_draw` of one tensor as one expression, to be compiled."""
+    """`draw_normal` of one tensor as one expression, to be compiled."""
     half = len(weights) // 2
     for rows, noise in zip((slice(None, half), slice(half, None)), normals(key, half), strict=True):
         weights[rows].add_(noise * (ess * (hessian[rows] + weight_decay)).rsqrt())
 
 
-def _plain_draw(
+def draw_normal(
     weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
 ) -> None:
-    """Mean to draw: weights ← weights + noise/√(ess·(h + wd)), one tensor at a time."""
-    for weight, hessian, epsilon in zip(weights, hessians, noise, strict=True):
-        weight.addcmul_(epsilon, hessian.add(weight_decay).mul_(ess).rsqrt_())
-
-
-def _foreach_draw(
-    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
-) -> None:
-    """As `_plain_draw`, all tensors of a block at once."""
+    """Mean to draw, in place: weights ← weights + noise/√(ess·(h + wd)), of several tensors."""
     scales = torch._foreach_add(hessians, weight_decay)
     torch._foreach_mul_(scales, ess)
     torch._foreach_rsqrt_(scales)

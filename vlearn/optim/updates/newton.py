@@ -8,7 +8,7 @@ from torch import Tensor
 from vlearn.optim.parameters.options import Rule, check_positive_precision, common_rules, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
-from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.updates.block_update import BlockUpdate, foreach_parts
 
 
 def newton_rules(group: Group) -> list[Rule]:
@@ -32,25 +32,18 @@ def apply_newton_step(structure: DiagonalStructure, update: BlockUpdate, signed:
         structure.state_of(slices, "momentum"),
         structure.state_of(slices, "hessian"),
         update.gradients,
-        update.curvatures or [None] * len(slices),
-        [structure.count_step(group, piece) for piece in slices],
+        update.curvatures or [],
     ]
-    rows = [[[entry] for entry in row] for row in zip(*columns, strict=True)]
-    for means, momenta, hessians, gradients, estimates, corrections in (
-        [columns] if use_foreach(group, slices) else rows
-    ):
+    corrections = [structure.count_step(group, piece) for piece in slices]
+    for part, correction in foreach_parts(columns, corrections, use_foreach(group, slices)):
         newton_step(
-            means,
-            momenta,
-            hessians,
-            gradients,
-            estimates if update.curvatures else None,
-            corrections,
+            *part,
             lr=float(group["lr"]),
             beta1=float(group["beta1"]),
             beta2=float(group["beta2"]),
             weight_decay=float(tempered_ess_and_decay(group)[1]),
             damping=float(group["damping"]),
+            correction=correction,
             signed=signed,
         )
 
@@ -60,32 +53,31 @@ def newton_step(
     momenta: list[Tensor],
     hessians: list[Tensor],
     gradients: list[Tensor],
-    estimates: list[Tensor] | None,
-    corrections: list[float],
+    estimates: list[Tensor],
     *,
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
     damping: float,
+    correction: float,
     signed: bool,
 ) -> None:
     """h ← β₂h + (1 - β₂)ĥ,  g ← β₁g + (1 - β₁)ĝ,  m ← m - lr·(g/c + wd·m)/(h + wd + damping), all in place.
 
     Args:
-        means: m, momenta: g, hessians: h, gradients: ĝ, estimates: ĥ; None leaves h as it is.
-        corrections: c = 1 - β₁ᵗ of each.
+        means: m, momenta: g, hessians: h, gradients: ĝ, estimates: ĥ; without any h stays.
+        correction: c = 1 - β₁ᵗ.
         signed: estimates may be negative; then h + wd at most halves, so it stays positive.
     """
-    if estimates is not None:
+    if estimates:
         floors = torch._foreach_sub(hessians, weight_decay) if signed else []
         torch._foreach_lerp_(hessians, estimates, 1 - beta2)
         if signed:
             torch._foreach_mul_(floors, 0.5)  # (h + wd)/2 - wd
             torch._foreach_maximum_(hessians, floors)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
-    # Direction and step are c times too long and too short, c the correction: a pass less.
-    directions = torch._foreach_mul(means, [weight_decay * c for c in corrections])
-    torch._foreach_add_(directions, momenta)
+    # Direction and step are c times too long and too short: a pass less.
+    directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
     precisions = torch._foreach_add(hessians, weight_decay + damping)
-    torch._foreach_addcdiv_(means, directions, precisions, [-lr / c for c in corrections])
+    torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)
