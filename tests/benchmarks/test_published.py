@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.sensitivity.test_leave_group_out import LABELS, arguments_of, inputs, three_classes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,6 +13,7 @@ from benchmarks.reference.published import diagonal_sweep, leave_class_out
 from tests.oracles.per_example import per_example, relative_error
 from tests.oracles.refits import diagonal_over_classes
 from tests.sensitivity.test_closed_form import at, logistic
+from tests.sensitivity.test_leave_group_out import LABELS, arguments_of, inputs, three_classes
 
 
 def swept(model, posterior, loader):
