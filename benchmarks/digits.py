@@ -9,7 +9,7 @@ the end 50 examples are left out in turn: the network is trained to convergence 
 example's own loss is held against the predicted one.
 
 Laplace approximations are derived at a minimum, which SGD's first epochs are not. How the settings were chosen, and how
-much hangs on each, is what `python -m benchmarks.digits_settings` shows.
+much depends on each, is what `python -m benchmarks.digits_settings` shows.
 """
 
 from __future__ import annotations

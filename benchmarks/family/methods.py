@@ -30,7 +30,7 @@ class Problem:
 
     Attributes:
         hess_init, beta2: of every variational optimizer. Their defaults are for other lengths of training, and with
-            fewer examples than parameters much hangs on what hess_init still weighs at the end.
+            fewer examples than parameters much depends on what hess_init still weighs at the end.
     """
 
     num_data: int

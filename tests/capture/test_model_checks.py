@@ -21,6 +21,7 @@ def test_findings_are_those_of_one_model_and_go_with_it():
     model, other = nn.Linear(1, 1), nn.Linear(1, 1)
     checks = ModelChecks.of(model)
     assert ModelChecks.of(model) is checks and ModelChecks.of(other) is not checks
+    gc.collect()
     count = len(model_checks._checks_of)
     del model
     gc.collect()

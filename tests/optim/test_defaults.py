@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks.data import default_root
-from benchmarks.networks import LanguageModel
+from benchmarks.problems.images import default_root
+from benchmarks.problems.networks import LanguageModel
 from tests.optim.table import FAMILY, Entry
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ from vlearn.losses.example_loss import ExampleLoss
 from vlearn.losses.output_hessian import hessian_probe, output_hessian
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import as_recorded
+from vlearn.per_example.replay import as_recorded, eval_mode
 from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior, match
 
@@ -241,18 +241,6 @@ def at_mean(model: nn.Module, posterior: Posterior) -> Iterator[Covariance]:
     parameters = match(model, posterior)
     with posterior.at_mean(), eval_mode(model):
         yield posterior.covariance(parameters)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside, each of its modules as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _for_loss(

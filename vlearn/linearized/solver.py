@@ -1,7 +1,9 @@
 """Solving (S - K) x = g for several right-hand sides at once where only Σ = S⁻¹ can be multiplied with.
 
-Conjugate gradients preconditioned by Σ see the matrix I - Σ^½ K Σ^½, whose eigenvalues are 1 except for as many
-as K has rank. S itself never appears: of the search direction p = Σr + βp the product Sp = r + β Sp is carried along.
+S is the posterior precision and K the curvature of the examples that are removed. Conjugate gradients preconditioned
+by Σ see the matrix I - Σ^½ K Σ^½, whose eigenvalues are 1 except for as many as K has rank. S itself never appears: of
+the search direction p = Σr + βp the product Sp = r + β Sp is carried along. Libraries of linear operators solve with S,
+which a posterior may not have, and would be a dependency.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class Solution(NamedTuple):
     Attributes:
         x: by parameter ``[K, *shape]``.
         converged: ``[K]`` whether the residual fell below the tolerance.
-        indefinite: ``[K]`` whether S - K was seen not to be positive definite; x is then of no use.
+        indefinite: ``[K]`` whether S - K was seen not to be positive definite; then x is invalid.
         iterations: ``[K]`` products with K.
         largest: ``[K]`` largest eigenvalue of ΣK, an estimate from below.
     """
@@ -90,17 +92,19 @@ def combine(left: Vectors, factor: Tensor, right: Vectors) -> Vectors:
 
 
 def _largest(steps: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
-    """1 - the smallest Ritz value of I - Σ^½KΣ^½, from the Lanczos matrix that α and β make up."""
-    largest = torch.zeros_like(like)
-    for k in range(len(like)):
-        own = [(float(a[k]), float(b[k])) for a, b in steps if not bool(a[k].isnan())]
-        if not own:
-            continue
-        matrix = torch.zeros(len(own), len(own), dtype=torch.float64)
-        for i, (alpha, beta) in enumerate(own):
-            matrix[i, i] += 1 / alpha
-            if i + 1 < len(own):
-                matrix[i + 1, i + 1] += beta / alpha
-                matrix[i, i + 1] = matrix[i + 1, i] = beta**0.5 / alpha
-        largest[k] = 1 - float(torch.linalg.eigvalsh(matrix)[0])
-    return largest
+    """1 - the smallest Ritz value of I - Σ^½KΣ^½ ``[K]``, from the Lanczos matrix that α and β make up."""
+    if not steps:
+        return torch.zeros_like(like)
+    alpha, beta = (torch.stack(column, 1).double() for column in zip(*steps, strict=True))  # [K, iterations]
+    active = ~alpha.isnan()
+    inverse = torch.where(active, 1 / alpha, 0.0)
+    follows = active[:, 1:]
+    beta = torch.where(follows, beta[:, :-1], 0.0)
+    diagonal = inverse.clone()
+    diagonal[:, 1:] += beta * inverse[:, :-1]
+    # A system that has ended is filled up with an entry of its own diagonal, none of which is below its eigenvalues.
+    diagonal = torch.where(active, diagonal, diagonal[:, :1])
+    beside = beta.sqrt() * inverse[:, :-1]
+    matrix = diagonal.diag_embed() + beside.diag_embed(1) + beside.diag_embed(-1)
+    smallest = torch.linalg.eigvalsh(matrix)[:, 0]
+    return torch.where(active[:, 0], 1 - smallest, 0.0).to(like.dtype)

@@ -19,8 +19,8 @@ from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import (
     SharedOptions,
     check,
-    check_positive_precision,
     common_rules,
+    positive_precision_rule,
     settings_of,
     with_shared_options,
 )
@@ -123,7 +123,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
             raise
 
     def _check_group(self, group: Group) -> None:
-        check(group, [*common_rules(group), check_positive_precision(group)])
+        check(group, [*common_rules(group), positive_precision_rule(group)])
 
     def _new_structure(self, parameters: Parameters, processes: Processes) -> DenseStructure:
         return DenseStructure(parameters)

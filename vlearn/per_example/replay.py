@@ -1,4 +1,4 @@
-"""Repeating a recorded forward pass, or a part of it: same modes, same random numbers, nothing left behind."""
+"""Running a model again: in eval mode, or as in a recorded pass, with other weights, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kw
             if buffer is not None:
                 state[lead + name] = copies.setdefault(buffer, buffer.clone())
     return functional_call(module, state, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside, each of its modules as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager

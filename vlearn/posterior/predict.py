@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.per_example.replay import call_with
+from vlearn.per_example.replay import call_with, eval_mode
 from vlearn.posterior.protocol import Posterior, match
 
 
@@ -45,20 +45,14 @@ def predict(
         raise ValueError(f"draws={draws}, but it must be positive: use 64.")
     names = match(model, posterior)
     args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        total: Tensor | None = None
-        with posterior.at_mean():  # an active draw steps aside once, not in every pass
-            for _ in range(draws):
-                sample = posterior.sample(generator)
-                weights: dict[Tensor, Tensor] = {p: sample[name].to(p.dtype) for name, p in names.items()}
-                prediction = link(call_with(model, weights, args, kwargs))
-                if not (prediction.is_floating_point() or prediction.is_complex()):
-                    prediction = prediction.to(torch.get_default_dtype())  # decisions: their average is a frequency
-                total = prediction if total is None else total + prediction
-        assert total is not None
-        return total / draws
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    total: Tensor | None = None
+    with eval_mode(model), posterior.at_mean():  # an active draw steps aside once, not in every pass
+        for _ in range(draws):
+            sample = posterior.sample(generator)
+            weights: dict[Tensor, Tensor] = {p: sample[name].to(p.dtype) for name, p in names.items()}
+            prediction = link(call_with(model, weights, args, kwargs))
+            if not (prediction.is_floating_point() or prediction.is_complex()):
+                prediction = prediction.to(torch.get_default_dtype())  # decisions: their average is a frequency
+            total = prediction if total is None else total + prediction
+    assert total is not None
+    return total / draws

@@ -19,6 +19,7 @@ from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
+from vlearn.sensitivity.refined import check_threshold
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
 
@@ -206,8 +207,7 @@ def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: 
 
 
 def _check(threshold: float, tolerance: float, max_iterations: int) -> None:
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}, but it must be in (0, 1]: use .95.")
+    check_threshold(threshold)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance}, but it must be in (0, 1): use 1e-4.")
     if max_iterations < 1:

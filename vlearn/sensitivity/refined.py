@@ -37,9 +37,7 @@ class Refined(NamedTuple):
 def check_threshold(threshold: float) -> None:
     """Raises ValueError unless 0 < threshold <= 1."""
     if not 0 < threshold <= 1:
-        raise ValueError(
-            f"threshold={threshold}, but it must be in (0, 1]: use .95; (I - VΛ)⁻¹ is for eigenvalues of VΛ below 1."
-        )
+        raise ValueError(f"threshold={threshold}, but it must be in (0, 1]: use .95.")
 
 
 def refine(lin: Linearization, deviation: Tensor, threshold: float) -> Refined:

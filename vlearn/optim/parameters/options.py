@@ -146,7 +146,7 @@ def common_rules(group: dict[str, Any]) -> list[Rule]:
     ]
 
 
-def check_positive_precision(group: dict[str, Any]) -> Rule:
+def positive_precision_rule(group: dict[str, Any]) -> Rule:
     """The rule of an estimate that may be zero: a Hessian of the last estimate alone needs weight decay beside it."""
     lasts = group["beta2"] > 0 or group["weight_decay"] > 0
     return "beta2", lasts, "must be positive without weight decay: the precision of a flat direction would be zero"

@@ -122,7 +122,7 @@ class Sampler:
         self.num_skipped = 0
         self._structure, self._curvature = structure, curvature
         self._gradient_origin = GradientOrigin()
-        self._hooked: dict[Tensor, Any] = {}
+        self._hooked_parameters: dict[Tensor, Any] = {}
         self._buffers: dict[Tensor, Tensor] = {}  # of draws that are over, for the next
 
     def __del__(self) -> None:
@@ -148,7 +148,7 @@ class Sampler:
 
     def follow_gradients(self, parameters: list[Tensor]) -> None:
         """Note from now on where the gradients of these parameters come from."""
-        self._gradient_origin.listen(parameters, self._hooked)
+        self._gradient_origin.listen(parameters, self._hooked_parameters)
 
     # -- states ------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlearn.optim.parameters.options import Rule, check_positive_precision, common_rules, tempered_ess_and_decay
+from vlearn.optim.parameters.options import Rule, common_rules, positive_precision_rule, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
 from vlearn.optim.updates.block_update import BlockUpdate, foreach_parts
@@ -15,7 +15,7 @@ def newton_rules(group: Group) -> list[Rule]:
     """Rules of the settings of an online Newton step."""
     return [
         *common_rules(group),
-        check_positive_precision(group),
+        positive_precision_rule(group),
         ("damping", group["damping"] >= 0, "must not be negative: use 0"),
     ]
 
