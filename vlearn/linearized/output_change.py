@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from vlearn.capture.hooks import hooked
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
 from vlearn.linearized.covariance_products import CovarianceProducts
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import as_recorded, call_with, forward_mode, same_random_numbers, tangents_in_reverse
+from vlearn.per_example.replay import as_recorded, forward_mode, rerun, tangents_in_reverse
 
 
 def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
@@ -61,8 +60,7 @@ def _replay(
     size: Tensor | None,
 ) -> list[Tensor]:
     """Outputs of the recorded pass, those of each call moved along its tangents: by `size`, or as dual numbers."""
-    trace, weights, root = recorded.trace, recorded.weights, recorded.trace.root
-    assert root is not None
+    trace, weights = recorded.trace, recorded.weights
     num_calls: dict[nn.Module, int] = {}
     dtype = next(iter(weights.values())).dtype
 
@@ -72,12 +70,9 @@ def _replay(
             output = _moved_along(output, call.positions, tangents[call], size)
         return output
 
-    with (
-        hooked(dict.fromkeys(m for m, _ in calls_of), leave=move),
-        same_random_numbers(trace),
-        _known_outputs(trace, dtype) if size is None else nullcontext(),
-    ):
-        leaves = tensor_leaves(call_with(root, weights, trace.args, trace.kwargs))
+    modules = dict.fromkeys(module for module, _ in calls_of)
+    with _known_outputs(trace, dtype) if size is None else nullcontext():
+        leaves = rerun(trace, weights, modules=modules, leave=move)
     outputs = [leaves[position] for position in trace.positions]
     trace.check_replayed(outputs)
     return outputs

@@ -1,8 +1,12 @@
-"""Whether the examples of a batch see one another anywhere in the model, also outside the layers that are recorded.
+"""Whether the examples of a batch have gradients of their own, also outside the layers that are recorded.
 
-`h - h.mean(0)` between two layers, attention over the batch, a batch sorted on the way: each layer's examples look
-right, but the gradients that come back are sums over several examples. So for every sequence of calls that a model
-makes, set of modules in train mode and structure of the graph, a few examples are run through it once, twice over:
+They lie along dimension 0 of what every layer was given. Its size alone tells, unless another axis has the batch's
+size too: a sequence-first layer inside a model looks right where there are as many positions as examples. Then the
+model is run once more with one example less, and the axis that shrinks is the one.
+
+And they do not see one another. `h - h.mean(0)` between two layers, attention over the batch, a batch sorted on the
+way: each layer's examples look right, but the gradients that come back are sums over several examples. So for every
+kind of pass a few examples are run through the model once, twice over:
 
     values      alone they must give what they give within the batch; not asked of a model that draws random numbers
     gradients   with c_n on the output of example n, what comes back must be c_n times what came with 1; powers of two,
@@ -19,17 +23,83 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.hooks import hooked
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import ModelChecks, remember
-from vlearn.capture.pytrees import rows_of, tensor_leaves, with_leaves
+from vlearn.capture.pytrees import shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace, is_close
-from vlearn.per_example.replay import as_recorded, call_with, same_random_numbers
+from vlearn.per_example.replay import as_recorded, forward_mode, rerun
 from vlearn.per_example.vmap_fallback import per_example_gradients
 
 FEW = 4
 VALUES_AGREE = 1e-2  # relative to the largest: an accelerator's TF32 rounds otherwise for another batch size
 GRADIENTS_AGREE = 1e-4
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def check_example_axis(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
+    """Raise RuntimeError if a recorded call does not have the examples along dimension 0.
+
+    Args:
+        trace: a recorded forward and backward pass.
+        weights: the value of each parameter during the pass.
+    """
+    total, root = trace.num_examples, trace.root
+    assert root is not None
+    unclear: dict[tuple[nn.Module, int], tuple[LayerCall, Shapes]] = {}
+    for call in trace.layer_calls:
+        module, number, before = call.consumer or (call.module, call.number, shapes((call.args, call.kwargs)))
+        may_differ = call.input_may_not_depend_on_examples or any(total in shape[1:] for shape in before)
+        if call.reached and call.parameters and may_differ:
+            unclear[module, number] = call, before
+    calls = tuple((call.path, number, before) for (_, number), (call, before) in unclear.items())
+    kind = (calls, trace.paths_in_train_mode, trace.graph_structure)
+    right = ModelChecks.of(root).example_axis
+    if total < 2 or not unclear or kind in right:
+        return
+    shapes_of = _shapes_with_one_less(trace, weights, {module for module, _ in unclear})
+    for (module, number), (call, before) in unclear.items():
+        of_calls = shapes_of.get(module, [])
+        after = of_calls[number] if number < len(of_calls) else ()
+        shrunk = len(before) == len(after) and all(
+            new[:1] == (total - 1,) for old, new in zip(before, after, strict=True) if old[:1] == (total,)
+        )
+        if not shrunk:
+            raise RuntimeError(
+                f"{call}: {_described(before, total)}, and dimension 0 is not the one of the examples: use a layer "
+                "with the examples first (batch_first=True), or another batch size."
+            )
+    remember(right, kind)
+
+
+def _described(before: Shapes, total: int) -> str:
+    several = [shape for shape in before if total in shape[1:]]
+    if several:
+        return f"an input of shape {several[0]} has several axes as long as the batch of {total}"
+    return f"an input of shape {before[0]} is as long as the batch of {total}"
+
+
+def _shapes_with_one_less(
+    trace: Trace, weights: dict[Tensor, Tensor], modules: set[nn.Module]
+) -> dict[nn.Module, list[Shapes]]:
+    """Input shapes of each call of the modules, in a forward pass without the last example."""
+    shapes_of: dict[nn.Module, list[Shapes]] = {}
+    total, root = trace.num_examples, trace.root
+    assert root is not None
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        shapes_of.setdefault(module, []).append(shapes((args, kwargs)))
+
+    try:
+        with as_recorded(trace), forward_mode(root.modules()):
+            rerun(trace, weights, slice(total - 1), modules, leave=note)
+    except Exception as error:
+        raise RuntimeError(
+            f"an axis that may not be the one of the examples is as long as the batch of {total}, and the model does "
+            "not run on one example less to tell: use another batch size."
+        ) from error
+    return shapes_of
 
 
 def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
@@ -91,12 +161,7 @@ def _values(trace: Trace, weights: dict[Tensor, Tensor], count: int, few: int, s
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         seen.append((f"the output of {trace.paths[module]} ({type(module).__name__})", rows(output)))
 
-    with same_random_numbers(trace):
-        if shift:
-            for device in {p.device for p in trace.tracked}:
-                torch.rand(1, device=device)
-        with hooked(trace.paths, enter, leave):
-            call_with(_root(trace), weights, *_first_examples(trace, count))
+    rerun(trace, weights, slice(count), trace.paths, enter, leave, other_random_numbers=shift)
     return seen
 
 
@@ -147,8 +212,8 @@ def _gradients(trace: Trace, weights: dict[Tensor, Tensor], count: int) -> list[
                     moved[position] = leaf + probe
         return with_leaves(output, moved)
 
-    with same_random_numbers(trace), hooked(dict.fromkeys(m for m, _ in calls_of), leave=leave):
-        outputs = tensor_leaves(call_with(_root(trace), weights, *_first_examples(trace, count)))
+    modules = dict.fromkeys(module for module, _ in calls_of)
+    outputs = rerun(trace, weights, slice(count), modules, leave=leave)
     ends = [
         outputs[position]
         for position, cotangent in zip(trace.positions, trace.cotangents, strict=True)
@@ -172,12 +237,3 @@ def _gradients(trace: Trace, weights: dict[Tensor, Tensor], count: int) -> list[
 def _by_example(tensor: Tensor) -> Tensor:
     factors = 2.0 ** (torch.arange(len(tensor), device=tensor.device) % FEW)
     return tensor * factors.to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1))
-
-
-def _first_examples(trace: Trace, count: int) -> tuple[Any, Any]:
-    return rows_of((trace.args, trace.kwargs), trace.num_examples, slice(count))
-
-
-def _root(trace: Trace) -> nn.Module:
-    assert trace.root is not None
-    return trace.root

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.trace import Trace
-from vlearn.per_example.example_axis import check_example_axis
-from vlearn.per_example.independence import check_independent
+from vlearn.per_example.independence import check_example_axis, check_independent
 from vlearn.per_example.subset import subset
 from vlearn.per_example.vmap_fallback import Weights
 

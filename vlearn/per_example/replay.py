@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from vlearn._torch_internals import without_onednn
-from vlearn.capture.hooks import hooks_paused
+from vlearn.capture.hooks import hooked, hooks_paused
+from vlearn.capture.pytrees import rows_of, tensor_leaves
 from vlearn.capture.random_state import random_state, set_random_state
 from vlearn.capture.trace import Trace
 
@@ -81,6 +82,34 @@ def same_random_numbers(trace: Trace) -> Iterator[None]:
         yield
     finally:
         set_random_state(now)
+
+
+def rerun(
+    trace: Trace,
+    weights: Mapping[Tensor, Tensor],
+    examples: slice = slice(None),
+    modules: Iterable[nn.Module] = (),
+    enter: Callable[..., None] | None = None,
+    leave: Callable[..., Any] | None = None,
+    other_random_numbers: bool = False,
+) -> list[Tensor]:
+    """The output tensors of a recorded pass that is made once more; to be called inside `as_recorded`.
+
+    Args:
+        weights: the value of each parameter.
+        examples: on which of the examples.
+        modules, enter, leave: hooks that these modules have meanwhile, see `hooked`.
+        other_random_numbers: draw others than the recorded pass did.
+    """
+    root = trace.root
+    assert root is not None
+    args, kwargs = trace.args, trace.kwargs
+    if examples != slice(None):
+        args, kwargs = rows_of((args, kwargs), trace.num_examples, examples)
+    with same_random_numbers(trace), hooked(modules, enter, leave):
+        for device in {p.device for p in trace.tracked} if other_random_numbers else ():
+            torch.rand(1, device=device)
+        return tensor_leaves(call_with(root, weights, args, kwargs))
 
 
 @contextmanager
