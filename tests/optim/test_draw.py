@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlearn.optim.sampling.blocks import Block, partition
+from vlearn.optim.sampling.blocks import SliceBlock, partition
 from vlearn.optim.sampling.draw import TRANSITIONS, Draw, DrawState, Origin
 from vlearn.optim.sampling.noise import Noise
 
@@ -39,7 +39,7 @@ TO = {"ACTIVE": (), "SUSPENDED": ("suspend",), "FINISHED": ("finish",), "DISCARD
 def drawn(calls: tuple[str, ...] = ()) -> tuple[Draw, Tensor]:
     """A draw of one parameter after some calls, and the parameter."""
     p = nn.Parameter(torch.full((3,), MEAN))
-    draw = Draw(Origin.TRAIN, Noise(None), [Block({}, slices) for slices in partition([p], {}, False)])
+    draw = Draw(Origin.TRAIN, Noise(None), [SliceBlock({}, slices) for slices in partition([p], {}, False)])
     for piece in draw.slices:
         piece.keep_mean()
         piece.weights.fill_(DRAW)

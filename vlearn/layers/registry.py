@@ -41,14 +41,16 @@ def bias_form(module: Any, x: Tensor, b: Tensor) -> Bias:
 
 
 class Rule(NamedTuple):
-    """How one layer type of a single input and a single output applies its parameters, each of them linearly.
+    """How one layer type of a single input and a single output applies its parameters: the output is affine in each.
 
     Attributes:
         forms: by the parameter's name in the module, (module, input, b) -> form of its per-example gradient, where b
             is the gradient of the output as rows.
         rows: (module, output or its gradient) -> ``[N, G, T, O]``, a view where possible.
-        from_rows: (module, rows ``[N, G, T, O]``, shape of the output) -> a tensor of that shape.
-        accepts: (module, input) -> whether the rule holds, dimension 0 is the example axis among that.
+        from_rows: (module, rows ``[N, G, T, O]``, shape of the output) -> a tensor of that shape, the inverse of `rows`;
+            it must be given with `rows` unless that only reshapes.
+        accepts: (module, input) -> whether the rule holds for this input, whose dimension 0 must be that of the
+            examples; else the call goes through the fallback. By default an input needs two axes.
         linear: (module, input) -> output without what does not depend on the input, for layers that are linear in it.
         refuses: module -> why its examples have no gradients of their own, None where they have.
     """

@@ -158,7 +158,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
             hessian = dense_hessian_step(self.rule, old, (estimate + estimate.mT) / 2, at, rate, decay)
         precision = (old if self.rule == "iblr" else hessian) + decay
         factor = cholesky(precision[at.unsqueeze(1), at])
-        means = [structure.exact_mean(piece) for _, piece, _ in rows]
+        means = [piece.exact_mean(structure.parameters) for _, piece, _ in rows]
         directions = []
         for (group, piece, gradient), mean in zip(rows, means, strict=True):
             state = self.state[piece.parameter]

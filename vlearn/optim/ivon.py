@@ -18,11 +18,12 @@ from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import check, common_rules
 from vlearn.optim.parameters.parameters import Group, Parameters
-from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
-from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
-from vlearn.optim.updates.block_update import BlockUpdate, foreach_parts
-from vlearn.optim.updates.curvature import check_curvature
+from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.updates.block_update import BlockUpdate, split_by_correction
+from vlearn.optim.updates.curvature import NoiseTimesGradient, SquaredGradient, check_curvature
+from vlearn.optim.updates.riemannian import ivon_kernel, ivon_step
 from vlearn.posterior import Diagonal
 
 _HESS_APPROX = {"price": "price", "gradsq": "empirical"}  # ivon-opt's names for the curvature
@@ -143,23 +144,14 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     def _new_structure(self, parameters: Parameters, processes: Processes) -> DiagonalStructure:
         return DiagonalStructure(parameters)
 
-    def _new_curvature(self, structure: DiagonalStructure) -> NoiseTimesGradient:
-        return NoiseTimesGradient()
+    def _new_curvature(self, structure: DiagonalStructure) -> PriceOrSquares:
+        return PriceOrSquares()
 
     def _update_block(self, update: BlockUpdate) -> None:
-        structure, (group, slices, gradients, curvatures) = self._structure, update
-        columns = [
-            [structure.exact_mean(piece) for piece in slices],
-            structure.state_of(slices, "momentum"),
-            structure.state_of(slices, "hessian"),
-            gradients,
-            curvatures or [],
-        ]
-        corrections = [structure.count_step(group, piece) for piece in slices]
-        for part, correction in foreach_parts(columns, corrections, use_foreach(group, slices)):
-            ivon_step(*part, **self._settings(group), correction=correction)
+        for part, correction in split_by_correction(self._structure, update):
+            ivon_step(*part, **self._settings(update.group), correction=correction)
 
-    def _update_compiled(self, draw: Draw, block: Block, keep: bool) -> bool:
+    def _update_compiled(self, draw: Draw, block: SliceBlock, keep: bool) -> bool:
         (group, slices), structure = block, self._structure
         piece, gradient = slices[0], draw.gradient_of(slices[0].parameter)
         if len(slices) > 1 or gradient is None:
@@ -169,7 +161,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         if tensors is None:
             return False
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
-        kernel(_ivon)(*tensors, mean_in_weights, keep, **self._settings(group), correction=correction)
+        kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **self._settings(group), correction=correction)
         if keep:
             piece.swap_in_mean()
         else:
@@ -190,22 +182,17 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         }
 
 
-class NoiseTimesGradient:
-    """(θ - m)∘∇ℓ̄ of a draw, Price's estimate but for the precision, which the update multiplies its average with.
-
-    Or, with the curvature "empirical", ĝ², the squared gradient of the minibatch.
-    """
+class PriceOrSquares:
+    """The curvature that each parameter group names."""
 
     needs_pass = False
+    _of = {"price": NoiseTimesGradient(), "empirical": SquaredGradient()}
 
     def of_draw(
         self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
-        """The products, in the place of the noise; or the squares."""
-        if group["curvature"] == "empirical":
-            return [gradient.square() for gradient in gradients]
-        torch._foreach_mul_(noise, gradients)
-        return noise
+        """The estimate of one draw."""
+        return self._of[group["curvature"]].of_draw(draw, group, slices, noise, gradients)
 
 
 def _curvature_of(hess_approx: str) -> str:
@@ -213,82 +200,3 @@ def _curvature_of(hess_approx: str) -> str:
     if hess_approx not in _HESS_APPROX:
         raise ValueError(f"hess_approx={hess_approx!r}, but it must be 'price' or 'gradsq': use 'price'.")
     return _HESS_APPROX[hess_approx]
-
-
-def _ivon(
-    weights: Tensor,
-    buffer: Tensor,
-    gradient: Tensor,
-    momentum: Tensor,
-    hessian: Tensor,
-    mean_in_weights: bool,
-    keep: bool,
-    *,
-    price: bool,
-    ess: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    clip_radius: float,
-    lr: float,
-    correction: float,
-) -> None:
-    """The update of one tensor as the class states it, to be compiled; the new mean goes into the weights.
-
-    Where the draw is to be kept and is in the weights, the mean stays in the buffer.
-    """
-    mean, sample = (weights, buffer) if mean_in_weights else (buffer, weights)
-    precision = hessian + weight_decay
-    estimate = ess * precision * (sample - mean) * gradient if price else ess * gradient * gradient  # ĥ
-    difference = hessian - estimate
-    moved = hessian - (1 - beta2) * difference + 0.5 * (1 - beta2) ** 2 * difference * difference / precision
-    averaged = beta1 * momentum + (1 - beta1) * gradient
-    direction = (averaged / correction + weight_decay * mean) / (moved + weight_decay)
-    if clip_radius < math.inf:
-        direction = direction.clamp(-clip_radius, clip_radius)
-    hessian.copy_(moved)
-    momentum.copy_(averaged)
-    (mean if keep else weights).copy_(mean - lr * direction)
-
-
-def ivon_step(
-    means: list[Tensor],
-    momenta: list[Tensor],
-    hessians: list[Tensor],
-    gradients: list[Tensor],
-    statistics: list[Tensor],
-    *,
-    price: bool,
-    ess: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    clip_radius: float,
-    lr: float,
-    correction: float,
-) -> None:
-    """The update as the class states it, of several tensors in place.
-
-    Args:
-        means: m, momenta: g, hessians: h, gradients: ĝ, statistics: mean of noise∘gradient, or of gradient².
-        correction: c = 1 - β₁ᵗ.
-    """
-    precisions = torch._foreach_add(hessians, weight_decay)
-    if price:
-        differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)  # h - ĥ
-    else:
-        differences = torch._foreach_sub(hessians, statistics, alpha=ess)
-    torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
-    torch._foreach_mul_(differences, differences)
-    torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
-    torch._foreach_lerp_(momenta, gradients, 1 - beta1)
-    # Direction and step are c times too long and too short: a pass less.
-    directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
-    precisions = torch._foreach_add(hessians, weight_decay)
-    if clip_radius < math.inf:
-        torch._foreach_div_(directions, precisions)
-        torch._foreach_clamp_max_(directions, clip_radius * correction)
-        torch._foreach_clamp_min_(directions, -clip_radius * correction)
-        torch._foreach_sub_(means, directions, alpha=lr / correction)
-    else:
-        torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)

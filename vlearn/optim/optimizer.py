@@ -1,4 +1,4 @@
-"""The face that every variational optimizer shows to torch and to the user.
+"""The base class of the variational optimizers: what they show to torch and to the user.
 
 A draw θ ~ q is put into the weights, a backward pass leaves the gradient at θ in `p.grad`, and `step()`
 turns gradient and noise into an update of the posterior. Four loops do this:
@@ -35,19 +35,20 @@ from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.options import follow_betas, with_betas
 from vlearn.optim.parameters.parameters import Parameters, state_dtype
 from vlearn.optim.parameters.state_dict import loaded_as_saved
-from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw, Origin
-from vlearn.optim.sampling.sampler import Context, Curvature, MeanView, Sampler
+from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
+from vlearn.optim.sampling.sampler import Context, MeanView, Sampler
 from vlearn.optim.step_checks import check_first_gradients, check_passes, waiting_draw
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
-from vlearn.optim.structures.protocol import PosteriorContext, Structure
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
 from vlearn.optim.watch.watch import Watch, WatchOptions, watches
 from vlearn.posterior.gaussian import Gaussian
 from vlearn.sensitivity.live import Sensitivities, live_sensitivities
 
-_RULES = ("ignore", "skip", "raise", "fail")  # of `nonfinite`, the stricter the later; "fail": there is no step
+# Outcomes of the checks before a step in rising severity; "fail" means that this process cannot step.
+_RULES = ("ignore", "skip", "raise", "fail")
 
 S = TypeVar("S", bound=Structure)
 P = TypeVar("P", bound=Gaussian)  # the posterior that S gives
@@ -117,7 +118,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:
         """Update what `_update_block` has left over; the weights are the mean by now."""
 
-    def _update_compiled(self, draw: Draw, block: Block, keep: bool) -> bool:
+    def _update_compiled(self, draw: Draw, block: SliceBlock, keep: bool) -> bool:
         """As `_update_block` for a block of one slice and the step's only draw, in one kernel that also shows the mean.
 
         Args:
@@ -231,7 +232,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         groups = enumerate(self.param_groups)
         self._runtime.betas = {n: g["betas"] for n, g in groups if (g["beta1"], g["beta2"]) == g["betas"]}
         if whole:
-            self._sampler.follow_gradients(self._parameters.all())
+            self._sampler.follow_gradients(self._parameters.every())
             self._bind(watch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,7 +317,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             raise RuntimeError("step() inside sampled_params: leave the context first.")
         sampler.recover()
         try:
-            loss, finite = self._run(closure) if closure is not None else (None, True)
+            loss, finite = self._run_closure(closure) if closure is not None else (None, True)
             draw = self._checked_draw(closure is not None) if finite else None
             if draw is not None:
                 self._apply(draw)
@@ -325,7 +326,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             raise
         return loss
 
-    def _run(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
+    def _run_closure(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
         """(average loss, False if the step is to be skipped for a gradient that is not finite)."""
         sampler = self._sampler
         if sampler.draw is not None and sampler.draw.origin is Origin.CONTEXT:
@@ -407,7 +408,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         synchronised = sampler.processes.several_with("sync")
         if synchronised:
             sampler.sum_up(draw)
-            every = self._parameters.all()
+            every = self._parameters.every()
             sampler.average.average_over_processes(every, state_dtype, self._parameters.names, structure.has_curvature)
         elif draw.pass_sums is not None and draw.pass_sums.count:
             sampler.average.add_layer_statistics(draw.pass_sums.layer_statistics())
@@ -425,7 +426,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             sampler.consume(draw, keep)
             self._parameters.count_step()
 
-    def _apply_to_block(self, draw: Draw, block: Block, keep: bool, synchronised: bool) -> BlockUpdate | None:
+    def _apply_to_block(self, draw: Draw, block: SliceBlock, keep: bool, synchronised: bool) -> BlockUpdate | None:
         """Update one block as far as it is independent of the others, put its mean into the weights; return the rest.
 
         Args:
@@ -467,7 +468,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         """Write the exact means of weights of lower precision into them."""
         for piece in slices:
             if is_low_precision(piece.weights):
-                piece.mean.copy_(self._sampler.exact_mean(piece))
+                piece.mean.copy_(piece.exact_mean(self._parameters))
 
     # -- the posterior and what is read from it ------------------------------------------------------------
 
@@ -514,8 +515,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             TypeError, ValueError: if an argument breaks its rule.
         """
         ddp = self._sampler.processes.ddp
-        wrapped = isinstance(model, nn.Module) and ddp.add(model.modules(), self._parameters.all())
-        if wrapped and self._parameters.any("sync"):
+        wrapped = isinstance(model, nn.Module) and ddp.add(model.modules(), self._parameters.every())
+        if wrapped and self._parameters.any_group_has("sync"):
             raise ValueError(
                 "sync=True, but DistributedDataParallel averages the gradients: drop sync=True, or the wrapper."
             )
@@ -531,10 +532,10 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
 
     def _unwatch_rivals(self, model: nn.Module) -> None:
         """Two optimizers that both draw the same parameters would draw on top of each other."""
-        own = set(self._parameters.all())
+        own = set(self._parameters.every())
         for watch in watches(model):
             rival = watch.sampler
-            if rival is not self._sampler and not own.isdisjoint(rival.parameters.all()):
+            if rival is not self._sampler and not own.isdisjoint(rival.parameters.every()):
                 rival.discard()
                 watch.remove()
                 warnings.warn(

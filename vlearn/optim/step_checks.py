@@ -41,7 +41,7 @@ def waiting_draw(sampler: Sampler, watch: Watch | None, has_closure: bool) -> Dr
             f"not at the sampled weights: call zero_grad() first. {loops}"
         )
     drawn = set(draw.parameters)
-    for p in parameters.all():
+    for p in parameters.every():
         if p.grad is None or not p.requires_grad:
             continue
         if p.grad.is_sparse:
@@ -79,17 +79,17 @@ def check_passes(draw: Draw, parameters: Parameters, watch: Watch | None) -> Non
         return
     if watch is None:
         raise RuntimeError(
-            f"{name} updates its Hessian from the examples' own gradients, which only a watched model gives: use "
+            f"{name} updates its Hessian from gradients of single examples, which only a watched model gives: use "
             f"{name}(model, ...) or optimizer.watch(model)."
         )
     if sums.problem is not None:
         raise RuntimeError(
-            f"{name} updates its Hessian from the examples' own gradients, which this step does not have: "
+            f"{name} updates its Hessian from gradients of single examples, which this step does not have: "
             f"{sums.problem}"
         ) from sums.problem
     if not sums.count and watch.records(parameters.next_step()):
         raise RuntimeError(
-            f"{name} updates its Hessian from the examples' own gradients, but no backward pass came through the "
+            f"{name} updates its Hessian from gradients of single examples, but no backward pass came through the "
             "watched model: compute the gradients by its forward and backward pass."
             f"{COMPILED if has_compiled() else ''}"
         )

@@ -31,14 +31,12 @@ class RecordedPass:
 
     @classmethod
     def validated(cls, trace: Trace, weights: Weights, scale: float = 1.0) -> RecordedPass:
-        """The pass of a trace, whose backward pass has come.
+        """The pass of a trace without problems, whose backward pass has come.
 
         Raises:
             RuntimeError: if the examples have no gradients of their own: a layer does not have them along dimension 0,
                 they see one another, a module that no rule covers refuses them, or an input was written since.
         """
-        if trace.problems:
-            raise RuntimeError(trace.problems[0])
         check_example_axis(trace, weights)
         for call in trace.layer_calls:
             if call.reached and call.parameters:

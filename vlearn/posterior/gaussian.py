@@ -34,7 +34,7 @@ class Gaussian:
         at_mean: gives a context in which the model's weights are the mean.
 
     Attributes:
-        only_ranks: why the scale of Σ is arbitrary, if it is.
+        uncalibrated_reason: why the scale of Σ is arbitrary, if it is.
         prior_mean: μ by name; 0 where missing.
     """
 

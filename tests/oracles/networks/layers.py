@@ -1,4 +1,4 @@
-"""Layers without a rule of their own: norms, embeddings, attention, recurrence."""
+"""Layers of many types, with a rule and without: norms, embeddings, attention, recurrence."""
 
 from __future__ import annotations
 

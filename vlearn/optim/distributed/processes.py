@@ -33,12 +33,12 @@ class Processes:
 
     def several_with(self, setting: str) -> bool:
         """Whether there are several processes and any group has `sync` or `shared_noise`."""
-        return self._parameters.any(setting) and process_count() > 1
+        return self._parameters.any_group_has(setting) and process_count() > 1
 
     @property
     def own_draws(self) -> bool:
         """Whether there are several processes, each with a draw of its own."""
-        return process_count() > 1 and not self._parameters.any("shared_noise")
+        return process_count() > 1 and not self._parameters.any_group_has("shared_noise")
 
     def agree_on(self, code: int, at_step: bool) -> int:
         """The greatest code of all processes whose step is one: none may wait for another that does not come."""

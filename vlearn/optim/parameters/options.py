@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _NONFINITE = ("raise", "skip", "ignore")
-Rule = tuple[str, bool, str]  # name of a setting, whether its value keeps the rule, the rule and a remedy
+SettingRule = tuple[str, bool, str]  # name of a setting, whether its value keeps the rule, the rule and a remedy
 
 
 class SharedOptions(TypedDict, total=False):
@@ -112,14 +112,14 @@ def tempered_ess_and_decay(group: dict[str, Any]) -> tuple[float, float]:
     )
 
 
-def check(group: dict[str, Any], rules: Iterable[Rule]) -> None:
+def check(group: dict[str, Any], rules: Iterable[SettingRule]) -> None:
     """Raise ValueError for the first rule that a parameter group's settings break."""
     for name, holds, rule in rules:
         if not holds:
             raise ValueError(f"{name}={group[name]!r}, but it {rule}.")
 
 
-def common_rules(group: dict[str, Any]) -> list[Rule]:
+def common_rules(group: dict[str, Any]) -> list[SettingRule]:
     """The rules of the settings that all optimizers have.
 
     Raises:
@@ -146,7 +146,7 @@ def common_rules(group: dict[str, Any]) -> list[Rule]:
     ]
 
 
-def positive_precision_rule(group: dict[str, Any]) -> Rule:
+def positive_precision_rule(group: dict[str, Any]) -> SettingRule:
     """The rule of an estimate that may be zero: a Hessian of the last estimate alone needs weight decay beside it."""
     lasts = group["beta2"] > 0 or group["weight_decay"] > 0
     return "beta2", lasts, "must be positive without weight decay: the precision of a flat direction would be zero"

@@ -42,13 +42,13 @@ class Parameters:
             self.loads += 1
             self._steps = None
 
-    def all(self) -> list[Tensor]:
+    def every(self) -> list[Tensor]:
         """Every parameter, in the order of the groups."""
         return [p for group in self.groups for p in group["params"]]
 
     def trainable(self) -> list[Tensor]:
         """The parameters that are drawn and updated: those that require grad."""
-        return [p for p in self.all() if p.requires_grad]
+        return [p for p in self.every() if p.requires_grad]
 
     def group_of(self, p: Tensor) -> Group:
         """The group that a parameter is in."""
@@ -64,7 +64,7 @@ class Parameters:
                 names[p] = uncompiled_name(name)
         return names
 
-    def any(self, setting: str) -> bool:
+    def any_group_has(self, setting: str) -> bool:
         """Whether a setting is on in any group."""
         return any(group[setting] for group in self.groups)
 

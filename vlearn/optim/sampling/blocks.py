@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.kernels.compiled import SMALLEST
-from vlearn.optim.parameters.parameters import Group
+from vlearn.optim.parameters.parameters import Group, Parameters
 
 # Entries. On one thread 2**18 is a tenth faster, but on several every operation waits for all of them: where other
 # processes want the cores too, blocks of 2**17 took three times as long as these.
@@ -57,8 +57,9 @@ class ParameterSlice:
         """The same rows of a tensor of the parameter's shape, as a view."""
         return tensor if self.rows is None else tensor.narrow(0, *self.rows)
 
-    def exact_mean(self, master: Tensor | None) -> Tensor:
+    def exact_mean(self, parameters: Parameters) -> Tensor:
         """The mean in the precision of the state: rows of the master copy, where the weights have one."""
+        master = parameters.master_copy(self.parameter)
         return self.mean if master is None else self.of(master)
 
     def keep_mean(self) -> None:
@@ -93,7 +94,7 @@ class ParameterSlice:
             self.mean_in_weights = True
 
 
-class Block(NamedTuple):
+class SliceBlock(NamedTuple):
     """Slices of one parameter group, device and dtype, with the settings of the group."""
 
     group: Group

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from vlearn._torch_internals import set_versions
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.sampling.accumulator import PassSums
-from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.noise import Noise
 
 
@@ -68,7 +68,7 @@ class Draw:
 
     origin: Origin
     noise: Noise
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[SliceBlock] = field(default_factory=list)
     state: DrawState = DrawState.ACTIVE
     has_gradient: bool = False
     gradients: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)

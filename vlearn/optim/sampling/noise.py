@@ -22,7 +22,8 @@ class Noise:
         seed: of new generators that are used instead.
 
     Attributes:
-        of_examples: for random numbers that belong to this process's own examples, also where the draw is shared.
+        of_examples: for random numbers that belong to this process's own examples (probes, sampled labels), also where
+            the draw is shared.
     """
 
     def __init__(self, generator: torch.Generator | None, seed: int | None = None):

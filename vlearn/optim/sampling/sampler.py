@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,64 +14,13 @@ from vlearn.optim.distributed.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
-from vlearn.optim.parameters.parameters import Group, Parameters, reconciled
+from vlearn.optim.parameters.parameters import Parameters, reconciled
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
-from vlearn.optim.sampling.blocks import Block, ParameterSlice, partition
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, partition
 from vlearn.optim.sampling.draw import Draw, DrawState, Origin, mark_changed
 from vlearn.optim.sampling.gradient_origin import GradientOrigin
 from vlearn.optim.sampling.noise import Noise
-
-
-class Drawable(Protocol):
-    """What the sampler needs of a posterior's structure."""
-
-    def init_states(self) -> None:
-        """Give every trainable parameter that has none its state."""
-        ...
-
-    def draw_block(self, block: Block, noise: Noise) -> None:
-        """Write mean + noise into the weights of a block, in which parameters are independent of all others."""
-        ...
-
-    def draw_jointly(self, blocks: list[Block], noise: Noise) -> None:
-        """Write mean + noise into the weights of the parameters that `draw_block` left out."""
-        ...
-
-
-class Curvature(Protocol):
-    """Where the curvature of a step comes from: what is averaged over draws beside the gradient.
-
-    Attributes:
-        needs_pass: whether it comes from the recorded passes under a draw.
-    """
-
-    needs_pass: bool
-
-    def of_draw(
-        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
-    ) -> list[Tensor] | None:
-        """The estimate of one draw, of each slice; None if this draw has none. May overwrite the noise θ - m."""
-        ...
-
-
-class PassListener(Protocol):
-    """What records the passes that are made under the draws: a watch."""
-
-    def collect(self) -> None:
-        """Take what the curvature estimate wants from the last pass, before its draw ends."""
-        ...
-
-    def forget_calls(self) -> None:
-        """Nothing of a forward pass that is still open goes on."""
-        ...
-
-    def forget_pass(self) -> None:
-        """The weights of the last pass are gone."""
-        ...
-
-    def remove(self) -> None:
-        """Take all hooks off the model."""
-        ...
+from vlearn.optim.sampling.protocols import Curvature, PassListener, Structure
 
 
 class Context(Enum):
@@ -107,7 +56,7 @@ class Sampler:
         self,
         parameters: Parameters,
         processes: Processes,
-        structure: Drawable,
+        structure: Structure,
         curvature: Curvature,
         generator: torch.Generator | None,
     ):
@@ -156,7 +105,7 @@ class Sampler:
         """Make sure that every parameter that is drawn has its state, with a master copy where it needs one."""
         with torch.inference_mode(False):
             self._structure.init_states()
-            for p in self.parameters.all():
+            for p in self.parameters.every():
                 state = self.parameters.state.get(p)
                 # The model may have been cast, or the state saved by a run of another dtype.
                 if state and is_low_precision(p) != ("mean" in state):
@@ -165,10 +114,6 @@ class Sampler:
                         state["mean"] = (means[p] if p in means else p).detach().float()
                     else:
                         del state["mean"]
-
-    def exact_mean(self, piece: ParameterSlice) -> Tensor:
-        """The mean of a slice in the precision of the state."""
-        return piece.exact_mean(self.parameters.master_copy(piece.parameter))
 
     # -- draws -------------------------------------------------------------------------------------------
 
@@ -198,12 +143,12 @@ class Sampler:
         mark_changed(draw.parameters)
         return draw
 
-    def _partition(self) -> Iterator[Block]:
+    def _partition(self) -> Iterator[SliceBlock]:
         for group in self.parameters.groups:
             self.follow_gradients(group["params"])
             trainable = [p for p in group["params"] if p.requires_grad]
             for slices in partition(trainable, self._buffers, group.get("compiled", False)):
-                yield Block(group, slices)
+                yield SliceBlock(group, slices)
 
     def _reconcile_master_copy(self, piece: ParameterSlice) -> None:
         """User edits of the weights override the float32 master copy."""
@@ -353,13 +298,13 @@ class Sampler:
         if draw.pass_sums is not None and draw.pass_sums.count:
             self.average.add_layer_statistics(draw.pass_sums.layer_statistics())
 
-    def contributions(self, draw: Draw, block: Block) -> list[Contribution]:
+    def contributions(self, draw: Draw, block: SliceBlock) -> list[Contribution]:
         """What one draw contributes, for the slices of a block that have a gradient."""
         given = [(piece, g) for piece in block.slices if (g := draw.gradient_of(piece.parameter)) is not None]
         if not given:
             return []
         slices = [piece for piece, _ in given]
-        means = [self.exact_mean(piece) for piece in slices]
+        means = [piece.exact_mean(self.parameters) for piece in slices]
         gradients = [piece.of(g).to(mean.dtype) for (piece, g), mean in zip(given, means, strict=True)]
         own = gradients
         if draw.local_gradients is not None:
@@ -482,6 +427,3 @@ class MeanView(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._named)
-
-
-MeanOf = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]  # parameters by name -> a view of their mean by name

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
-from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
-from vlearn.optim.structures.protocol import PosteriorContext
+from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.per_example.gradients import sums_of_products
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.posterior import Full
@@ -37,13 +38,13 @@ class DenseStructure:
 
     def joint(self) -> list[Tensor]:
         """The parameters in the order of the Hessian's rows: those that have a state."""
-        return [p for p in self.parameters.all() if self.parameters.state.get(p)]
+        return [p for p in self.parameters.every() if self.parameters.state.get(p)]
 
     def init_states(self) -> None:
         """Rows of H by parameter; those of new parameters start as hess_init times the identity."""
         with torch.no_grad():
             old = self.joint()
-            joint = [p for p in self.parameters.all() if p.requires_grad or self.parameters.state.get(p)]
+            joint = [p for p in self.parameters.every() if p.requires_grad or self.parameters.state.get(p)]
             if len(joint) == len(old):
                 return
             hessian = torch.block_diag(*(self._initial(p) for p in joint)).to(joint[0].device)
@@ -75,7 +76,11 @@ class DenseStructure:
 
     def by_entry(self, joint: list[Tensor], setting: str) -> Tensor:
         """A setting of the parameter groups for each row ``[P]``, in float64."""
-        values = {p: float(group[setting]) for group in self.parameters.groups for p in group["params"]}
+        values: dict[Tensor, float] = {}
+        for group in self.parameters.groups:
+            ess, weight_decay = tempered_ess_and_decay(group)
+            settings = {**group, "ess": ess, "weight_decay": weight_decay}
+            values |= dict.fromkeys(group["params"], float(settings[setting]))
         filled = [torch.full((p.numel(),), values[p], dtype=torch.float64) for p in joint]
         return torch.cat(filled).to(joint[0].device)
 
@@ -87,10 +92,10 @@ class DenseStructure:
         precision.diagonal().add_(self.by_entry(moving, "weight_decay"))
         return precision, at
 
-    def draw_block(self, block: Block, noise: Noise) -> None:
+    def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """See `Structure`; no parameter is independent of the others."""
 
-    def draw_jointly(self, blocks: list[Block], noise: Noise) -> None:
+    def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """Write m + (ess·S)^-½ ε into the weights; of frozen parameters the draw is the conditional one."""
         slices = [piece for block in blocks for piece in block.slices]
         if not slices:
@@ -102,7 +107,7 @@ class DenseStructure:
         moves = torch.linalg.solve_triangular(factor.mT, epsilon.to(factor).unsqueeze(1), upper=True).squeeze(1)
         moves /= self.by_entry(moving, "ess").sqrt()
         for piece, move in zip(slices, split(moves, moving), strict=True):
-            mean = self.exact_mean(piece)
+            mean = piece.exact_mean(self.parameters)
             piece.weights.copy_(mean + move.reshape(mean.shape).to(mean))
 
     def posterior(self, context: PosteriorContext) -> Full:
@@ -111,15 +116,15 @@ class DenseStructure:
         if not joint:
             raise ValueError("no parameter has a state, so there is no posterior: give some that require grad.")
         precision = num_data * (self.hessian(joint) + self.by_entry(joint, "weight_decay").diag())
-        settings = {p: group for group in self.parameters.groups for p in group["params"]}
+        scales = {p: tempered_ess_and_decay(group) for group in self.parameters.groups for p in group["params"]}
         wide = any(state_dtype(p) == torch.float64 for p in joint)
         named = {names[p]: p for p in joint}
         return Full(
             context.mean_of(named),
             precision if wide else precision.float(),
             num_data,
-            ess={name: settings[p]["ess"] for name, p in named.items()},
-            prior_precision={name: num_data * settings[p]["weight_decay"] for name, p in named.items()},
+            ess={name: scales[p][0] for name, p in named.items()},
+            prior_precision={name: num_data * scales[p][1] for name, p in named.items()},
             parameters=named,
             check=context.check,
             at_mean=context.at_mean,
@@ -153,14 +158,10 @@ class DenseStructure:
         """∇ℓ (ess·S(θ - m))ᵀ by rows, whose mean is the Hessian by Price's theorem; symmetric once averaged."""
         precision, at = self.precision_of(draw.parameters)
         root = self.by_entry(draw.parameters, "ess").sqrt()
-        moves = [piece.draw - self.exact_mean(piece) for piece in draw.slices]
+        moves = [piece.draw - piece.exact_mean(self.parameters) for piece in draw.slices]
         score = precision.new_zeros(sum(p.numel() for p in self.joint()))
         score[at] = root * (precision @ (root * torch.cat([move.reshape(-1).to(precision) for move in moves])))
         return [torch.outer(g.reshape(-1).to(score), score).reshape(*g.shape, len(score)).to(g) for g in gradients]
-
-    def exact_mean(self, piece: ParameterSlice) -> Tensor:
-        """The mean of a slice in the precision of the state."""
-        return piece.exact_mean(self.parameters.master_copy(piece.parameter))
 
 
 def check_size(parameters: list[Tensor]) -> None:

@@ -17,10 +17,10 @@ from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.kernels.threefry import new_key, normals
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
-from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
-from vlearn.optim.structures.protocol import PosteriorContext
+from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.posterior import Diagonal
@@ -43,11 +43,11 @@ class DiagonalStructure:
                 if p.requires_grad and not self.parameters.state[p]:
                     self.parameters.state[p] = initial_state(p, group["hess_init"])
 
-    def draw_block(self, block: Block, noise: Noise) -> None:
+    def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """Write m + ε/√(ess·(h + wd)) into the weights."""
         group, slices = block
         low_precision = is_low_precision(slices[0].weights)  # then the draw is made around the master mean and rounded
-        samples = [self.exact_mean(piece).clone() if low_precision else piece.weights for piece in slices]
+        samples = [piece.exact_mean(self.parameters).clone() if low_precision else piece.weights for piece in slices]
         hessians = self.state_of(slices, "hessian")
         generator = noise.on(hessians[0].device)
         ess, weight_decay = tempered_ess_and_decay(group)
@@ -60,7 +60,7 @@ class DiagonalStructure:
             for piece, sample in zip(slices, samples, strict=True):
                 piece.weights.copy_(sample)
 
-    def draw_jointly(self, blocks: list[Block], noise: Noise) -> None:
+    def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """See `Structure`; all parameters are independent."""
 
     def posterior(self, context: PosteriorContext) -> Diagonal:
@@ -111,10 +111,6 @@ class DiagonalStructure:
     def state_of(self, slices: list[ParameterSlice], key: str) -> list[Tensor]:
         """The rows of a state tensor that belong to the slices."""
         return [piece.of(self.parameters.state[piece.parameter][key]) for piece in slices]
-
-    def exact_mean(self, piece: ParameterSlice) -> Tensor:
-        """The mean of a slice in the precision of the state."""
-        return piece.exact_mean(self.parameters.master_copy(piece.parameter))
 
     def count_step(self, group: Group, piece: ParameterSlice) -> float:
         """The correction of the momentum, 1 - β₁ᵗ; the step is counted at the first rows of a parameter."""

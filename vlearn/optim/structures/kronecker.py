@@ -9,7 +9,8 @@ with its bias as the last column. Then the state of its weight is
     out_basis, in_basis     Q_B, Q_A, missing where the factor is diagonal
     hessian                 s ``[O, I]`` in that basis, per example, without the weight decay wd
 
-and that of the bias says whose last column it is. The posterior precision is num_data·Q(s + wd)Qᵀ; draws have ess.
+and that of its bias has `column_of`, the number of the weight whose last column it is. The posterior precision is
+num_data·Q(s + wd)Qᵀ; draws use ess in the place of num_data.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from torch import Tensor
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
-from vlearn.optim.sampling.blocks import Block, ParameterSlice
-from vlearn.optim.sampling.draw import Draw
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.noise import Noise
+from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.optim.structures.diagonal import DiagonalStructure
-from vlearn.optim.structures.protocol import PosteriorContext
 from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, layers_of
 from vlearn.per_example.recorded_pass import RecordedPass
@@ -68,7 +68,7 @@ class KroneckerStructure:
     def layer_of(self) -> dict[Tensor, Layer]:
         """The layer of each parameter that is in one."""
         if self._read_at != self.parameters.loads:
-            every, state = self.parameters.all(), self.parameters.state
+            every, state = self.parameters.every(), self.parameters.state
             biases = {every[int(state[p]["column_of"])]: p for p in every if "column_of" in state.get(p, {})}
             layers = [Layer(p, biases.get(p)) for p in every if "in_factor" in state.get(p, {})]
             self._layer_of = {p: layer for layer in layers for p in layer.parameters}
@@ -77,7 +77,7 @@ class KroneckerStructure:
 
     def add_layer(self, layer: Layer, out_factor: Tensor, in_factor: Tensor) -> None:
         """Replace the diagonal states of parameters that have not been updated yet by those of a layer."""
-        every, states = self.parameters.all(), self.parameters.state
+        every, states = self.parameters.every(), self.parameters.state
         weight: dict[str, Tensor] = states[layer.weight]
         hessian = weight["hessian"]
         columns = sum(p.numel() for p in layer.parameters) // len(hessian)
@@ -103,6 +103,11 @@ class KroneckerStructure:
         """Coordinates of a layer in its eigenbasis."""
         return KroneckerBlock(*self.basis(layer), variances, [p.shape for p in layer.parameters])
 
+    def mean_of(self, p: Tensor) -> Tensor:
+        """The mean of a whole parameter in the precision of the state, while it is in the weights."""
+        master = self.parameters.master_copy(p)
+        return p.data if master is None else master
+
     def num_updates(self, layer: Layer) -> int:
         """The number of updates of a layer so far."""
         return max(int(self.parameters.state[p]["step"]) for p in layer.parameters)
@@ -117,14 +122,14 @@ class KroneckerStructure:
         """See `Structure`."""
         self.diagonal.init_states()
 
-    def draw_block(self, block: Block, noise: Noise) -> None:
+    def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """Draw the parameters that are in no layer."""
         layer_of = self.layer_of()
         alone = [piece for piece in block.slices if piece.parameter not in layer_of]
         if alone:
-            self.diagonal.draw_block(Block(block.group, alone), noise)
+            self.diagonal.draw_block(SliceBlock(block.group, alone), noise)
 
-    def draw_jointly(self, blocks: list[Block], noise: Noise) -> None:
+    def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """Draw the layers."""
         slices_of: dict[Tensor, list[ParameterSlice]] = {}
         for piece in (piece for block in blocks for piece in block.slices):
@@ -142,7 +147,7 @@ class KroneckerStructure:
             moves = block.draw(noise.on(hessian.device))
         for p, move in zip(layer.parameters, moves, strict=True):
             for piece in slices_of.get(p, ()):
-                piece.weights.copy_(self.diagonal.exact_mean(piece) + piece.of(move))
+                piece.weights.copy_(piece.exact_mean(self.parameters) + piece.of(move))
 
     def posterior(self, context: PosteriorContext) -> ProductPosterior:
         """The posterior as a view of the state: a `Kronecker` of the layers, a `Diagonal` of all other parameters."""
@@ -209,9 +214,3 @@ class KroneckerStructure:
         same = same and self.processes.group_over([weight]) is self.processes.group_over([bias])
         groups = [[any(p is q for q in group["params"]) for p in (weight, bias)] for group in self.parameters.groups]
         return same and [True, True] in groups
-
-    def price_estimate(
-        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
-    ) -> list[Tensor]:
-        """See `Structure`; no optimizer with these factors uses it."""
-        raise NotImplementedError("Price's estimate in an eigenbasis")

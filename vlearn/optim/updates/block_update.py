@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
+from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
 
 
 class BlockUpdate(NamedTuple):
@@ -27,17 +28,24 @@ class BlockUpdate(NamedTuple):
     curvatures: list[Tensor] | None
 
 
-def foreach_parts(
-    columns: list[list[Any]], corrections: list[float], together: bool
-) -> Iterator[tuple[list[list[Any]], float]]:
-    """The tensors that one call of an update function works on, with the correction 1 - β₁ᵗ of their momentum.
+def split_by_correction(
+    structure: DiagonalStructure, update: BlockUpdate
+) -> Iterator[tuple[list[list[Tensor]], float]]:
+    """What one call of an update function works on: (means, momenta, hessians, gradients, curvatures), 1 - β₁ᵗ.
 
-    Args:
-        columns: means, states and gradients, each one tensor for each slice.
-        corrections: of each slice; they differ where parameters had no gradient in some steps.
-        together: all slices in one call, if their corrections allow it; else each by itself.
+    The steps are counted. Slices go in one call where multi-tensor operations are wanted and their corrections agree;
+    these differ where parameters had no gradient in some steps.
     """
-    if together and len(set(corrections)) == 1:
+    group, slices = update.group, update.slices
+    columns = [
+        [piece.exact_mean(structure.parameters) for piece in slices],
+        structure.state_of(slices, "momentum"),
+        structure.state_of(slices, "hessian"),
+        update.gradients,
+        update.curvatures or [],
+    ]
+    corrections = [structure.count_step(group, piece) for piece in slices]
+    if use_foreach(group, slices) and len(set(corrections)) == 1:
         yield columns, corrections[0]
         return
     for i, correction in enumerate(corrections):

@@ -4,7 +4,8 @@ One word chooses it, `curvature=`:
 
     "ggn"        the Gauss-Newton matrix E[Jᵀu uᵀJ], u = R z a probe of the output with R Rᵀ = ∂²ℓ/∂f², z random signs
     "sampled"    the same with u the residual of labels that are sampled from the model
-    "empirical"  second moments of the examples' own gradients
+    "empirical"  second moments of the examples' own gradients; IVON, which records no passes, takes the squared gradient
+                 of the minibatch times ess
     "price"      Price's theorem, E[∇²ℓ] = E[∇ℓ (S(θ - m))ᵀ], from the noise of the draw: no recorded pass
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlearn.capture.outputs import Selector
@@ -21,7 +23,9 @@ from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
-from vlearn.optim.structures.protocol import Structure
+from vlearn.optim.sampling.protocols import Structure
+from vlearn.optim.structures.dense import DenseStructure
+from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.per_example.recorded_pass import RecordedPass
 
 CURVATURES = ("ggn", "sampled", "empirical", "price")
@@ -50,6 +54,31 @@ def check_likelihood(likelihood: Likelihood) -> None:
         )
 
 
+class NoiseTimesGradient:
+    """(θ - m)∘∇ℓ̄ of a draw: Price's estimate but for the precision, which the update multiplies its average with."""
+
+    needs_pass = False
+
+    def of_draw(
+        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """The products, in the place of the noise."""
+        torch._foreach_mul_(noise, gradients)
+        return noise
+
+
+class SquaredGradient:
+    """ĝ² of a draw, the squared gradient of the minibatch, as in Adam."""
+
+    needs_pass = False
+
+    def of_draw(
+        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """The squares."""
+        return [gradient.square() for gradient in gradients]
+
+
 class PriceCurvature:
     """Price's theorem in the coordinates of a structure; estimates may be negative.
 
@@ -59,7 +88,7 @@ class PriceCurvature:
 
     needs_pass = False
 
-    def __init__(self, structure: Structure):
+    def __init__(self, structure: DiagonalStructure | DenseStructure):
         self._structure = structure
 
     def of_draw(

@@ -30,7 +30,7 @@ def averaged_statistics(
     Args:
         drawn: those of each of this process's draws, by layer and name.
     """
-    every, averaged = structure.parameters.all(), {}
+    every, averaged = structure.parameters.every(), {}
     processes_of = {layer: structure.processes.group_over(layer.parameters) for layer, _ in drawn}
     for processes in dict.fromkeys(structure.processes.group_over([p]) for p in every):
         of_these = {key: statistics for key, statistics in drawn.items() if processes_of[key[0]] is processes}
@@ -46,8 +46,8 @@ def update_factors(
 ) -> None:
     """Move the running means of the gradient, of the factors, and of EK-FAC's squares.
 
-    The first value of a factor counts whole, an older one β₂ times the next; a value stands for all steps since
-    the last.
+    A factor is a debiased running mean. A new value that comes k steps after the last is weighed by 1 - β₂ᵏ, as if it
+    had been seen at each of them.
     """
     states, group = structure.parameters.state, structure.group_of(layer)
     state = states[layer.weight]
@@ -126,16 +126,16 @@ def _decomposed(structure: KroneckerStructure, layer: Layer, factored_damping: b
 
 
 def move_mean(structure: KroneckerStructure, layer: Layer, gradients: Gradients) -> None:
-    """m ← m - lr·Q_B[(Q_Bᵀ(ĝ + wd·M)Q_A)/(s + wd + γ)]Q_Aᵀ; a parameter without a gradient stays."""
+    """m ← m - lr·Q_B[(Q_Bᵀ(g/(1 - β₁ᵗ) + wd·M)Q_A)/(s + wd + γ)]Q_Aᵀ; a parameter without a gradient stays."""
     states, group = structure.parameters.state, structure.group_of(layer)
     weight_decay = float(tempered_ess_and_decay(group)[1])
     directions = []
     for p in layer.parameters:
-        mean = states[p].get("mean", p.data)
+        mean = structure.mean_of(p)
         momentum = states[p]["momentum"] / momentum_correction(group, states[p]["step"])
         directions.append(torch.add(momentum, mean, alpha=weight_decay) if p in gradients else torch.zeros_like(mean))
     precision = states[layer.weight]["hessian"] + (weight_decay + float(group["damping"]))
     moves = structure.block(layer, precision.reciprocal_()).multiply([d.unsqueeze(0) for d in directions])
     for p, move in zip(layer.parameters, moves, strict=True):
         if p in gradients:
-            states[p].get("mean", p.data).sub_(move.squeeze(0), alpha=float(group["lr"]))
+            structure.mean_of(p).sub_(move.squeeze(0), alpha=float(group["lr"]))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlearn.optim.parameters.options import Rule, common_rules, positive_precision_rule, tempered_ess_and_decay
+from vlearn.optim.parameters.options import SettingRule, common_rules, positive_precision_rule, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group
-from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
-from vlearn.optim.updates.block_update import BlockUpdate, foreach_parts
+from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.updates.block_update import BlockUpdate, split_by_correction
 
 
-def newton_rules(group: Group) -> list[Rule]:
+def newton_rules(group: Group) -> list[SettingRule]:
     """Rules of the settings of an online Newton step."""
     return [
         *common_rules(group),
@@ -26,16 +26,8 @@ def apply_newton_step(structure: DiagonalStructure, update: BlockUpdate, signed:
     Args:
         signed: estimates may be negative, see `newton_step`.
     """
-    group, slices = update.group, update.slices
-    columns = [
-        [structure.exact_mean(piece) for piece in slices],
-        structure.state_of(slices, "momentum"),
-        structure.state_of(slices, "hessian"),
-        update.gradients,
-        update.curvatures or [],
-    ]
-    corrections = [structure.count_step(group, piece) for piece in slices]
-    for part, correction in foreach_parts(columns, corrections, use_foreach(group, slices)):
+    group = update.group
+    for part, correction in split_by_correction(structure, update):
         newton_step(
             *part,
             lr=float(group["lr"]),

@@ -220,7 +220,7 @@ class Watch:
                 self._calls.pop()
 
     def forget_calls(self) -> None:
-        """Nothing of a forward pass that is still open goes on."""
+        """Abandon a forward pass that was interrupted."""
         self._calls.clear()
         if self._recorder is not None:
             self.trace = self._recorder = None

@@ -1,8 +1,8 @@
-"""What every structure of the posterior precision does, and what it hands out."""
+"""What a sampler works with: the structure of the precision, the curvature estimate, and who records passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,12 +10,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vlearn.optim.parameters.parameters import Group
-from vlearn.optim.sampling.blocks import Block, ParameterSlice
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
-from vlearn.optim.sampling.sampler import MeanOf
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.posterior.protocol import Posterior
+
+MeanOf = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]  # parameters by name -> a view of their mean by name
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Structure(Protocol):
         """Give every trainable parameter that has none its state."""
         ...
 
-    def draw_block(self, block: Block, noise: Noise) -> None:
+    def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """Write mean + noise into the weights of a block, in which parameters are independent of all others."""
         ...
 
-    def draw_jointly(self, blocks: list[Block], noise: Noise) -> None:
+    def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """Write mean + noise into the weights of the parameters that `draw_block` left out."""
         ...
 
@@ -64,7 +65,7 @@ class Structure(Protocol):
         ...
 
     def hessian_rows(self, piece: ParameterSlice) -> Tensor | None:
-        """The part of the state that a curvature estimate of a slice moves; None where there is no such estimate."""
+        """The state tensor whose shape and dtype the curvature estimate of a slice takes; None where it has none."""
         ...
 
     def pass_sums(self, recorded: RecordedPass, wanted: Container[Tensor]) -> dict[Any, Tensor]:
@@ -78,8 +79,38 @@ class Structure(Protocol):
         """
         ...
 
-    def price_estimate(
+
+class Curvature(Protocol):
+    """Where the curvature of a step comes from: what is averaged over draws beside the gradient.
+
+    Attributes:
+        needs_pass: whether it comes from the recorded passes under a draw.
+    """
+
+    needs_pass: bool
+
+    def of_draw(
         self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
-    ) -> list[Tensor]:
-        """E[∇²ℓ] = E[∇ℓ (ess·S(θ - m))ᵀ] of one draw, by Price's theorem; may overwrite the noise θ - m."""
+    ) -> list[Tensor] | None:
+        """The estimate of one draw, of each slice; None if this draw has none. May overwrite the noise θ - m."""
+        ...
+
+
+class PassListener(Protocol):
+    """What records the passes that are made under the draws: a watch."""
+
+    def collect(self) -> None:
+        """Take what the curvature estimate wants from the last pass, before its draw ends."""
+        ...
+
+    def forget_calls(self) -> None:
+        """Abandon a forward pass that was interrupted."""
+        ...
+
+    def forget_pass(self) -> None:
+        """The weights of the last pass are gone."""
+        ...
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
         ...

@@ -1,0 +1,90 @@
+"""The step of IVON: a Newton step whose diagonal Hessian moves by the Riemannian rule, which keeps it positive.
+
+Shen et al., 2024, arXiv:2402.17641, Algorithm 1; Lin, Schmidt, Khan, 2020, arXiv:2002.10060.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def ivon_kernel(
+    weights: Tensor,
+    buffer: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    hessian: Tensor,
+    mean_in_weights: bool,
+    keep: bool,
+    *,
+    price: bool,
+    ess: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    clip_radius: float,
+    lr: float,
+    correction: float,
+) -> None:
+    """`ivon_step` of one tensor as one expression, to be compiled; the new mean goes into the weights.
+
+    Where the draw is to be kept and is in the weights, the mean stays in the buffer.
+    """
+    mean, sample = (weights, buffer) if mean_in_weights else (buffer, weights)
+    precision = hessian + weight_decay
+    estimate = ess * precision * (sample - mean) * gradient if price else ess * gradient * gradient  # ĥ
+    difference = hessian - estimate
+    moved = hessian - (1 - beta2) * difference + 0.5 * (1 - beta2) ** 2 * difference * difference / precision
+    averaged = beta1 * momentum + (1 - beta1) * gradient
+    direction = (averaged / correction + weight_decay * mean) / (moved + weight_decay)
+    if clip_radius < math.inf:
+        direction = direction.clamp(-clip_radius, clip_radius)
+    hessian.copy_(moved)
+    momentum.copy_(averaged)
+    (mean if keep else weights).copy_(mean - lr * direction)
+
+
+def ivon_step(
+    means: list[Tensor],
+    momenta: list[Tensor],
+    hessians: list[Tensor],
+    gradients: list[Tensor],
+    statistics: list[Tensor],
+    *,
+    price: bool,
+    ess: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    clip_radius: float,
+    lr: float,
+    correction: float,
+) -> None:
+    """The update of several tensors, in place, as `vlearn.IVON` states it.
+
+    Args:
+        means: m, momenta: g, hessians: h, gradients: ĝ, statistics: mean of noise∘gradient, or of gradient².
+        correction: c = 1 - β₁ᵗ.
+    """
+    precisions = torch._foreach_add(hessians, weight_decay)
+    if price:
+        differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)  # h - ĥ
+    else:
+        differences = torch._foreach_sub(hessians, statistics, alpha=ess)
+    torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
+    torch._foreach_mul_(differences, differences)
+    torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
+    torch._foreach_lerp_(momenta, gradients, 1 - beta1)
+    # Direction and step are c times too long and too short: a pass less.
+    directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
+    precisions = torch._foreach_add(hessians, weight_decay)
+    if clip_radius < math.inf:
+        torch._foreach_div_(directions, precisions)
+        torch._foreach_clamp_max_(directions, clip_radius * correction)
+        torch._foreach_clamp_min_(directions, -clip_radius * correction)
+        torch._foreach_sub_(means, directions, alpha=lr / correction)
+    else:
+        torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)
