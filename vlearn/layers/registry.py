@@ -47,8 +47,8 @@ class Rule(NamedTuple):
         forms: by the parameter's name in the module, (module, input, b) -> form of its per-example gradient, where b
             is the gradient of the output as rows.
         rows: (module, output or its gradient) -> ``[N, G, T, O]``, a view where possible.
-        from_rows: (module, rows ``[N, G, T, O]``, shape of the output) -> a tensor of that shape, the inverse of `rows`;
-            it must be given with `rows` unless that only reshapes.
+        from_rows: (module, rows ``[N, G, T, O]``, the output's shape) -> a tensor of that shape; the inverse of `rows`,
+            with which it must be given unless that only reshapes.
         accepts: (module, input) -> whether the rule holds for this input, whose dimension 0 must be that of the
             examples; else the call goes through the fallback. By default an input needs two axes.
         linear: (module, input) -> output without what does not depend on the input, for layers that are linear in it.

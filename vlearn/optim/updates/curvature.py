@@ -4,7 +4,7 @@ One word chooses it, `curvature=`:
 
     "ggn"        the Gauss-Newton matrix E[Jᵀu uᵀJ], u = R z a probe of the output with R Rᵀ = ∂²ℓ/∂f², z random signs
     "sampled"    the same with u the residual of labels that are sampled from the model
-    "empirical"  second moments of the examples' own gradients; IVON, which records no passes, takes the squared gradient
+    "empirical"  second moments of the examples' own gradients; IVON, which records no pass, takes the squared gradient
                  of the minibatch times ess
     "price"      Price's theorem, E[∇²ℓ] = E[∇ℓ (S(θ - m))ᵀ], from the noise of the draw: no recorded pass
 """
