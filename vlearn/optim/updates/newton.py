@@ -70,6 +70,7 @@ def newton_step(
             torch._foreach_maximum_(hessians, floors)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
     # Direction and step are c times too long and too short: a pass less.
-    directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
+    directions = torch._foreach_mul(means, weight_decay * correction)
+    torch._foreach_add_(directions, momenta)
     precisions = torch._foreach_add(hessians, weight_decay + damping)
     torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)

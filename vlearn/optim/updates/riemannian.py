@@ -79,7 +79,11 @@ def ivon_step(
     torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
     # Direction and step are c times too long and too short: a pass less.
-    directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
+    if len(means) == 1:
+        directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
+    else:  # rounded twice, as in the runs on record
+        directions = torch._foreach_mul(means, weight_decay * correction)
+        torch._foreach_add_(directions, momenta)
     precisions = torch._foreach_add(hessians, weight_decay)
     if clip_radius < math.inf:
         torch._foreach_div_(directions, precisions)
