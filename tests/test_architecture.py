@@ -142,14 +142,20 @@ OTHERS_PRIVATES = {name for names in CONVENTIONS.values() for name in names} | {
 
 
 def private_reaches(source: str, path: Path) -> list[str]:
-    """Where a file reads or writes a private attribute of another file's objects."""
+    """Where a file reads or writes private attributes of another file's objects, or imports private names of torch."""
     if path.name == "_torch_internals.py":
         return []
     tree = ast.parse(source)
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_self(node.value)}
     own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return [
+    imported = [
+        f"{path}:{item.line}: {item.module}"
+        for item in imports(tree, "")
+        if item.module.startswith("torch.")
+        and any(part.startswith("_") and part not in OTHERS_PRIVATES for part in item.module.split("."))
+    ]
+    return imported + [
         f"{path}:{node.lineno}: {ast.unparse(node)}"
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
@@ -277,5 +283,7 @@ def test_a_circle_of_files_is_found_also_one_for_types_alone():
 def test_a_reach_into_the_privates_of_another_file_is_found():
     path = Path("vlearn/optim/ivon.py")
     assert private_reaches("optimizer._draw = None", path) and private_reaches("f(x._y._z())", path)
+    assert private_reaches("from torch._dynamo.utils import counters", path)
+    assert private_reaches("from torch.utils._pytree import tree_map", path) == []
     own = "class A:\n    def __init__(self, other):\n        self._x = other._x\n"
     assert private_reaches(own, path) == []

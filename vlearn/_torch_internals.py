@@ -2,7 +2,7 @@
 
 `tests/test_torch_internals.py` holds each of these functions to what it promises, on every torch that is supported.
 Names with an underscore that torch's own optimizers and layers are written in are used where they are needed; they
-are listed in `CONVENTIONS`, and the same test finds each of them.
+are listed in `CONVENTIONS` under the module or the class that has them, and the same test finds each of them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-CONVENTIONS = {
-    torch: [
+CONVENTIONS: dict[Any, tuple[str, ...]] = {
+    torch: (
         *("_foreach_add", "_foreach_add_", "_foreach_addcdiv_", "_foreach_addcmul", "_foreach_addcmul_"),
         *("_foreach_clamp_max_", "_foreach_clamp_min_", "_foreach_div_", "_foreach_lerp_", "_foreach_maximum_"),
         *("_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_rsqrt_", "_foreach_sub", "_foreach_sub_"),
-    ],
-    torch.Tensor: ["_version"],
-    nn.Linear(1, 1): ["_parameters", "_buffers"],
-    nn.Conv1d(1, 1, 1): ["_conv_forward", "_reversed_padding_repeated_twice"],
-    nn.modules.batchnorm: ["_BatchNorm"],
+    ),
+    Tensor: ("_version",),
+    nn.Module: ("_parameters", "_buffers"),
+    nn.Conv1d: ("_conv_forward", "_reversed_padding_repeated_twice"),
+    nn.modules.batchnorm: ("_BatchNorm",),
+    torch.utils: ("_pytree",),
 }
 
+_VERSIONS_AT_ONCE = torch.__version__ >= "2.7"  # compared as versions, not as text
 _MODULE_GLOBALS = vars(nn.modules.module)
 
 
@@ -49,7 +51,12 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 def set_versions(versions: Mapping[Tensor, int]) -> None:
     """Set how often tensors count as written in place."""
-    torch._C._autograd._unsafe_set_version_counter(tuple(versions), tuple(versions.values()))  # pyright: ignore
+    setter = torch._C._autograd._unsafe_set_version_counter  # pyright: ignore
+    if _VERSIONS_AT_ONCE:
+        setter(tuple(versions), tuple(versions.values()))
+    else:
+        for tensor, version in versions.items():
+            setter(tensor, version)
 
 
 def saved_axis(node: Any) -> str | None:
@@ -105,7 +112,7 @@ def has_compiled() -> bool:
 
 
 def lets_processes_stop_early(wrapper: DistributedDataParallel) -> bool:
-    """Whether a wrapper is inside its `join()`."""
+    """Whether a wrapper is inside its `join()`, or has been: torch goes on as if inside until `join(enable=False)`."""
     return wrapper._join_config.enable
 
 
