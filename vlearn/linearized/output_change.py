@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import tensor_leaves, with_leaves
@@ -21,6 +22,11 @@ from vlearn.capture.trace import Trace
 from vlearn.linearized.covariance_products import CovarianceProducts
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded, forward_mode, rerun, tangents_in_reverse
+
+_CHECKPOINTED = (
+    "no deviation through checkpoint() (or other hooks on saved tensors) where an operation of the model has no "
+    "forward derivative, as checkpoint() itself before torch 2.12: leave the deviation out, or do not checkpoint."
+)
 
 
 def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
@@ -33,6 +39,8 @@ def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> li
     Args:
         recorded: the pass.
         products: those of its gradients with Σ, with their tangents.
+    Raises:
+        RuntimeError: if those backward passes would have to recompute a checkpoint.
     """
     trace, root = recorded.trace, recorded.trace.root
     assert products.tangents is not None and root is not None
@@ -49,7 +57,9 @@ def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> li
                 return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
         except NotImplementedError:
             size = torch.zeros_like(products.self_influence, requires_grad=True)
-            outputs = _replay(recorded, calls_of, products.tangents, size)
+            # A checkpoint would recompute only after the replay: with other weights, and not moved by `size`.
+            with disable_saved_tensors_hooks(_CHECKPOINTED):
+                outputs = _replay(recorded, calls_of, products.tangents, size)
             return tangents_in_reverse(outputs, [size], [torch.ones_like(size)])
 
 
