@@ -3,12 +3,12 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo tables test lint clean
+.PHONY: help demo tables test test-torch lint clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.bench  ## train on the digits, predict the test loss, draw it
 	$(BIN)/python -m benchmarks.digits
@@ -21,30 +21,42 @@ test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev  ## run every test, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS) -m ""
 
+# As `make test-torch VERSION=2.14.1 TESTS="tests/optim tests/capture"`; without TESTS, all of them.
+test-torch: export OMP_NUM_THREADS := 1
+test-torch: .venv-torch-$(VERSION)/.dev  ## run TESTS, or every test, beside torch VERSION
+	$(<D)/bin/python -m pytest -n $(WORKERS) -m "" $(TESTS)
+
 lint: $(VENV)/.dev  ## check style, types and the tables of the READMEs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m benchmarks.tables --check
 
-clean:  ## remove the environment and every cache
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and every cache
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted install starts again; both live in the environment they describe.
 $(VENV)/.bench: pyproject.toml constraints.txt
-	$(call install,.[bench])
+	$(call install,-c constraints.txt -e '.[bench]')
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
-	$(call install,.[bench$(comma)dev])
+	$(call install,-c constraints.txt -e '.[bench$(comma)dev]')
 	touch $(VENV)/.bench $@
+
+.venv-torch-%/.dev: pyproject.toml
+	$(call install,torch==$* -e '.[bench$(comma)dev]')
+	touch $@
+
+.venv-torch-/.dev:
+	$(error say which torch: make test-torch VERSION=2.14.1)
 
 # A CUDA build of torchvision beside a CPU build of torch does not import, and takes laplace-torch down with it.
 define install
-$(PYTHON) -m venv $(VENV)
-$(BIN)/python -m pip install -c constraints.txt -e '$(1)'
-if $(BIN)/python -m pip show -q torchvision 2>/dev/null && ! $(BIN)/python -c 'import torchvision' 2>/dev/null; \
-	then $(BIN)/python -m pip uninstall -y torchvision; fi
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip install $(1)
+if $(@D)/bin/python -m pip show -q torchvision 2>/dev/null && ! $(@D)/bin/python -c 'import torchvision' 2>/dev/null; \
+	then $(@D)/bin/python -m pip uninstall -y torchvision; fi
 endef
 comma := ,

@@ -46,6 +46,7 @@ def test_no_scheduler_of_torch_is_left_out() -> None:
     assert found - {"LRScheduler"} <= set(SCHEDULERS)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")  # SequentialLR to torch 2.8
 @representatives
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("loop", ["plain", "closure"])
@@ -109,8 +110,11 @@ def test_beta1_and_betas_are_one_setting_that_either_may_be_written(entry: Entry
 @representatives
 def test_a_tensor_rate_is_followed_by_its_scheduler(entry: Entry) -> None:
     x, y = data()
+    rates = [0.125, torch.tensor(0.125), torch.tensor([0.125])]
+    if torch.__version__ < "2.8":
+        rates.pop()  # torch's schedulers raise at a rate with an axis
     results = []
-    for lr in (0.125, torch.tensor(0.125), torch.tensor([0.125])):
+    for lr in rates:
         model = network()
         optimizer = entry.make(model, lr=lr)
         scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -120,7 +124,7 @@ def test_a_tensor_rate_is_followed_by_its_scheduler(entry: Entry) -> None:
             scheduler.step()
         assert isinstance(optimizer.param_groups[0]["lr"], type(lr))
         results.append(weights(model))
-    assert equal(results[0], results[1]) and equal(results[0], results[2])
+    assert all(equal(results[0], other) for other in results)
 
 
 @representatives
