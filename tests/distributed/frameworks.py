@@ -1,5 +1,6 @@
 """Lightning and Accelerate wrap the model themselves, so the optimizer has only seen the network or its parameters."""
 
+import gc
 import sys
 from typing import Any
 
@@ -86,8 +87,10 @@ def main(folder: str) -> None:
             except RuntimeError as error:
                 found[f"{train.__name__}, shared={shared}, clip={clip}"] = str(error)
     torch.save(found, f"{folder}/rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # A wrapper that lives (here in an error's frame) keeps the group's threads; one that outlives Python may abort.
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -42,8 +42,9 @@ def main(folder: str) -> None:
         "model": model.module.state_dict(),
     }
     torch.save(found, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # The wrapper is gone with main. One that lives keeps the group's threads, and one that outlives Python may abort.
+    torch.distributed.destroy_process_group()
