@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ ROOT = datasets.default_root()
     "name, count, shape",
     [("fashion-mnist", 60_000, (1, 28, 28)), ("mnist", 60_000, (1, 28, 28)), ("cifar-10", 10_000, (3, 32, 32))],
 )
-def test_real_images_are_normalised_and_whole(name: str, count: int, shape: tuple[int, ...]) -> None:
+def test_real_images_are_normalised_and_whole(
+    name: str, count: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # it would download what is missing
     try:
         found = datasets.load(name)
     except FileNotFoundError:
@@ -43,6 +47,6 @@ def test_digits_need_no_files() -> None:
 def test_an_unknown_name_and_missing_files_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="data set 'imagenet', but there are 'fashion-mnist'"):
         datasets.load("imagenet")
-    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(FileNotFoundError, match="no MNIST in .*: give its folder with --data-root or VLEARN_DATA"):
         datasets.load("mnist", tmp_path)
