@@ -7,14 +7,14 @@ for another one to read, is seen in the graph alone: some node outside the recor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from vlearn._torch_internals import saved_axis
+from vlearn._torch_internals import saved_axis, sequence_number
 
 Node = Any
 
@@ -72,6 +72,31 @@ def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, in
         if node not in inputs:
             waiting += [n for n, _ in node.next_functions if n is not None]
     return place, hash(tuple(met))
+
+
+def leaves_read_before(outputs: Iterable[Node], number: int, leaves: Container[Tensor]) -> list[Tensor]:
+    """The leaves that a graph reads in nodes made before the one of this number, on the present thread.
+
+    Args:
+        outputs: where the graph begins; it is walked to its end.
+        leaves: those of interest.
+    """
+    found: dict[Tensor, None] = {}
+    seen: set[Node] = set()
+    waiting = list(outputs)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        is_older = sequence_number(node) < number
+        for before, _ in node.next_functions:
+            leaf = getattr(before, "variable", None)
+            if leaf is None and before is not None:
+                waiting.append(before)
+            elif is_older and leaf is not None and leaf in leaves:
+                found[leaf] = None
+    return list(found)
 
 
 def find_unexplained_uses(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import finalize
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
@@ -46,9 +48,31 @@ class Recorder:
         self.trace = trace
         self._ends: dict[LayerCall, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
+        self._given_up = False
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is about to run; the first call of all is that of the root."""
+        self._unless_given_up(self._enter, module, args, kwargs)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A module has run."""
+        self._unless_given_up(self._leave, module, args, kwargs, output)
+
+    def _unless_given_up(self, record: Callable[..., None], module: nn.Module, *call: Any) -> None:
+        """What cannot be recorded is a reason for no sensitivities, and none against the user's pass."""
+        if self._given_up:
+            return
+        try:
+            record(module, *call)
+        except Exception as error:
+            self._give_up(module, f"its call could not be recorded ({type(error).__name__}: {error})")
+
+    def _give_up(self, module: nn.Module, reason: str) -> None:
+        name = f"{self.trace.paths[module]} ({type(module).__name__})"
+        self.trace.problems.append(f"{name}: {reason}, so no example has a gradient of its own.")
+        self._given_up = True
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._frames:
             self._enter_root(module, args, kwargs)
         elif self._frames[-1].broadcast:
@@ -61,11 +85,15 @@ class Recorder:
         trace.versions = versions((args, kwargs))
         trace.in_train_mode = [each for each in trace.paths if each.training]
         trace.random_state = random_state(trace.tracked)
+        if any(leaf.layout != torch.strided or leaf.is_nested for leaf in tensor_leaves((args, kwargs))):
+            self._give_up(
+                module, "an input is a sparse, nested or mkldnn tensor and not a dense one (padded, if need be)"
+            )
+            return
         sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
         trace.num_examples = sizes[0] if sizes else 0
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A module has run."""
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         while self._frames and self._frames[-1].module is not module:  # frames that an exception left open
             self._frames.pop()
         if not self._frames:
