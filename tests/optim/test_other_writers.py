@@ -1,4 +1,4 @@
-"""Other code that writes the weights, reads them or moves them while a draw is in them, and what the step makes of it."""
+"""Other code that writes, reads or moves the weights while a draw is in them, and what the step makes of it."""
 
 import copy
 
