@@ -25,6 +25,7 @@ from tests.optim.table import (
     states,
     weights,
 )
+from vlearn._torch_internals import after_backward
 
 X, Y = data()
 
@@ -35,9 +36,7 @@ class Replacing(nn.Sequential):
     def forward(self, x):
         output = super().forward(x)
         if output.requires_grad:
-            output.register_hook(
-                lambda gradient: torch.autograd.Variable._execution_engine.queue_callback(self.replace)
-            )
+            output.register_hook(lambda gradient: after_backward(self.replace))
         return output
 
     def replace(self):

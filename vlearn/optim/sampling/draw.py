@@ -188,8 +188,8 @@ class Draw:
         for piece in self.slices:
             if piece.parameter.shape != piece.whole_buffer.shape:
                 raise RuntimeError(
-                    f"p.data of a parameter of shape {tuple(piece.whole_buffer.shape)} was replaced by a tensor of shape "
-                    f"{tuple(piece.parameter.shape)} while a draw waits for step(): replace it after step()."
+                    f"p.data of a parameter of shape {tuple(piece.whole_buffer.shape)} was replaced by a tensor of "
+                    f"shape {tuple(piece.parameter.shape)} while a draw waits for step(): replace it after step()."
                 )
             piece.follow_storage()
 

@@ -282,8 +282,8 @@ class Watch:
             parameters = self.sampler.parameters
             self.sampler.discard()
             raise RuntimeError(
-                f"{type(other).__name__}.step() has moved {parameters.names()[p]!r} while a draw of {parameters.owner}, "
-                "which watches the model, was in it; the weights are the mean of before: call optimizer.unwatch() of "
+                f"{type(other).__name__}.step() has moved {parameters.names()[p]!r} while a draw of "
+                f"{parameters.owner}, which watches the model, was in it; the weights are the mean of before: call optimizer.unwatch() of "
                 f"the {parameters.owner} before another optimizer trains the model."
             )
 
@@ -327,8 +327,8 @@ class Watch:
             names = self.sampler.parameters.names()
             self.sampler.discard()
             raise RuntimeError(
-                f"the weight {names[early[0]]!r} was read before this forward pass of the watched model put a draw into "
-                "it, so its gradient would be that of the mean: watch the model whose forward pass reads all weights "
+                f"the weight {names[early[0]]!r} was read before this forward pass of the watched model put a draw "
+                "into it, so its gradient would be that of the mean: watch the model whose forward pass reads all weights "
                 "(optimizer.watch), or draw first, by optimizer.train() or inside sampled_params(train=True)."
             )
 
