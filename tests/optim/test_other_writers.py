@@ -1,6 +1,7 @@
 """Other code that writes, reads or moves the weights while a draw is in them, and what the step makes of it."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.optim.table import (
     weights,
 )
 from vlearn._torch_internals import after_backward
+from vlearn.optim.watch import other_optimizers
 
 X, Y = data()
 
@@ -147,15 +149,16 @@ def test_another_optimizer_may_train_other_parameters_or_the_mean() -> None:
     assert not equal(weights(body), before)
 
 
-def test_no_hook_on_the_optimizers_of_others_outlives_the_watch() -> None:
-    from torch.optim import optimizer as torch_optimizer
-
-    before = len(torch_optimizer._global_optimizer_post_hooks)
+def test_no_hook_on_the_optimizers_of_others_outlives_the_last_watch() -> None:
+    gc.collect()
+    others = set(other_optimizers._listeners)
     first, second = IVON.make(network()), IVON.make(network())
-    assert len(torch_optimizer._global_optimizer_post_hooks) == before + 1
+    assert len(other_optimizers._listeners) == len(others) + 2
     first.unwatch()
-    second.unwatch()
-    assert len(torch_optimizer._global_optimizer_post_hooks) == before
+    del second
+    gc.collect()
+    assert set(other_optimizers._listeners) == others
+    assert (other_optimizers._handle is None) == (not others)
 
 
 def test_weights_written_under_a_draw_are_not_hidden_by_the_mean() -> None:

@@ -101,14 +101,14 @@ def leaves_read_before(outputs: Iterable[Node], number: int, leaves: Container[T
 
 def find_unexplained_uses(
     outputs: set[Node], inputs: set[Node], subgraphs: list[CallSubgraph]
-) -> tuple[set[Tensor], set[Tensor]]:
-    """The parameters that a graph uses, and those of them that are used outside the given calls.
+) -> tuple[set[Tensor], set[Tensor], set[Tensor]]:
+    """The parameters that a graph uses, those of them that are used outside the given calls, those that calls lack.
 
     Args:
         outputs: where the graph begins, `inputs` where it ends.
         spans: the recorded calls.
     Returns:
-        (used, used elsewhere)
+        (used, used elsewhere, parameters of calls that lie in the graph and do not use them)
     """
     following: dict[Node, list[Node | None]] = {}  # what a node's inputs were made by, None for constants
     users: dict[Node, list[Node]] = {}
@@ -151,7 +151,10 @@ def find_unexplained_uses(
         inner = subgraph.nodes - subgraph.outputs - derived
         if any(user not in subgraph.nodes for node in inner for user in users.get(node, ())):
             used_outside_call.update(subgraph.parameters)
-    return set(leaves), used_outside_call
+    in_graph = {subgraph: subgraph.outputs <= following.keys() for subgraph in subgraphs}
+    unknown = {p for subgraph in subgraphs if not in_graph[subgraph] for p in subgraph.parameters}
+    lacking = {p for subgraph in subgraphs for p in subgraph.parameters} - leaves.keys() - unknown
+    return set(leaves), used_outside_call, lacking
 
 
 def _derived(

@@ -16,10 +16,10 @@ from vlearn._torch_internals import view_base
 from vlearn.capture.autograd_graph import CallSubgraph, Node, find_unexplained_uses, nodes_of, structure
 from vlearn.capture.broadcast_calls import BroadcastCall, other_terms
 from vlearn.capture.layer_call import LayerCall
-from vlearn.capture.model_checks import ModelChecks, UnattributedParameters, remember
+from vlearn.capture.model_checks import MOST_KINDS, ModelChecks, UnattributedParameters, remember
 from vlearn.capture.pytrees import detached, shapes, tensor_leaves, versions
 from vlearn.capture.random_state import random_state
-from vlearn.capture.trace import Trace
+from vlearn.capture.trace import Trace, remove_all
 from vlearn.layers.registry import Rule, rule_of
 
 _NOT_IN_GRAPH = (
@@ -116,12 +116,19 @@ class Recorder:
         self._attribute_remaining(frame, args, kwargs, output)
         self.trace.keep_output(output)  # takes the edges of all calls
         self._ends = {}
+        if self.trace.edges is None and self.trace.root is not None:
+            takes_gradients = ModelChecks.of(self.trace.root).takes_gradients
+            if takes_gradients.get(self.trace.kind, len(takes_gradients) < MOST_KINDS):
+                self.trace.take_gradients()
+                takes_gradients[self.trace.kind] = False
 
     def _attribute_remaining(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Parameters used in no module's own call, or also elsewhere: for these the whole model is the unit."""
         trace = self.trace
         assert trace.root is not None
         unattributed = self._unattributed(args, kwargs, output)
+        for call in trace.layer_calls if unattributed.unused else ():
+            call.parameters = [p for p in call.parameters if p not in unattributed.unused]
         for p in unattributed.not_in_model:
             trace.problems.append(
                 f"{trace.paths[trace.root]} ({type(trace.root).__name__}) uses a parameter of shape {tuple(p.shape)} "
@@ -135,7 +142,7 @@ class Recorder:
         if unattributed.not_in_graph and trace.edges is None:
             report = partial(trace.problems.append, _NOT_IN_GRAPH.format(name=trace.paths[trace.root]))
             handles = [p.register_hook(lambda gradient: report()) for p in unattributed.not_in_graph if p.requires_grad]
-            finalize(trace, _remove_all, handles)
+            finalize(trace, remove_all, handles)
 
     def _unattributed(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> UnattributedParameters:
         """What the calls do not explain, looked for once for each kind of pass: walking a graph is dear."""
@@ -152,17 +159,18 @@ class Recorder:
             )
             for call, ends in self._ends.items()
         )
-        kind = (calls, trace.graph_structure, frozenset(map(id, trace.tracked)), trace.paths_in_train_mode)
+        trace.kind = kind = calls, trace.graph_structure, frozenset(map(id, trace.tracked)), trace.paths_in_train_mode
         known = ModelChecks.of(trace.root).unattributed
         if kind not in known:
             subgraphs = [CallSubgraph(call.parameters, *map(set, ends)) for call, ends in self._ends.items()]
-            used, used_outside_call = find_unexplained_uses(set(outputs), inputs, subgraphs)
+            used, used_outside_call, unused = find_unexplained_uses(set(outputs), inputs, subgraphs)
             attributed = {p for call in trace.layer_calls for p in call.parameters}
             own: list[Tensor] = [p for p in trace.root.parameters() if p in trace.tracked]
             finding = UnattributedParameters(
                 not_in_model=list(used_outside_call.intersection(trace.tracked).difference(own)),
                 used_outside_call=[p for p in own if p in used_outside_call],
                 not_in_graph=[p for p in own if p not in used and p not in attributed],
+                unused=unused,
             )
             remember(known, kind, finding)
         return known[kind]
@@ -336,11 +344,6 @@ def _source(leaf: Tensor) -> Tensor:
     if base is None or base.numel() != leaf.numel() or not (base.is_contiguous() and leaf.is_contiguous()):
         return leaf
     return base
-
-
-def _remove_all(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _uses_batch_statistics(module: nn.modules.batchnorm._BatchNorm) -> bool:

@@ -111,6 +111,14 @@ def check_passes(draw: Draw, parameters: Parameters, watch: Watch | None) -> Non
             "watched model: compute the gradients by its forward and backward pass."
             f"{COMPILED if has_compiled() else ''}"
         )
+    for p in draw.parameters if sums.count else ():
+        gradient = draw.gradient_of(p)
+        if gradient is not None and p not in sums.reached and bool(gradient.any()):
+            raise RuntimeError(
+                f"{name} updates its Hessian from gradients of single examples, but {parameters.names()[p]!r} got its "
+                "gradient outside the forward passes of the watched model, as where the loss reads it itself: compute "
+                "the loss in the model's forward pass, or give this parameter to another optimizer."
+            )
 
 
 def check_first_gradients(sampler: Sampler) -> None:

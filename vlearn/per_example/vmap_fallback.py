@@ -33,6 +33,7 @@ class _RefusedError(RuntimeError):
         )
 
 
+@torch.enable_grad()
 def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, tolerance: float) -> Weights:
     """Gradient of each example's own loss with respect to the parameters of one call.
 

@@ -283,8 +283,8 @@ class Watch:
             self.sampler.discard()
             raise RuntimeError(
                 f"{type(other).__name__}.step() has moved {parameters.names()[p]!r} while a draw of "
-                f"{parameters.owner}, which watches the model, was in it; the weights are the mean of before: call optimizer.unwatch() of "
-                f"the {parameters.owner} before another optimizer trains the model."
+                f"{parameters.owner}, which watches the model, was in it; the weights are the mean of before: call "
+                f"optimizer.unwatch() of the {parameters.owner} before another optimizer trains the model."
             )
 
     def _new_trace(self, sampler: Sampler) -> Trace:
@@ -328,8 +328,8 @@ class Watch:
             self.sampler.discard()
             raise RuntimeError(
                 f"the weight {names[early[0]]!r} was read before this forward pass of the watched model put a draw "
-                "into it, so its gradient would be that of the mean: watch the model whose forward pass reads all weights "
-                "(optimizer.watch), or draw first, by optimizer.train() or inside sampled_params(train=True)."
+                "into it, so its gradient would be that of the mean: watch the model whose forward pass reads all "
+                "weights (optimizer.watch), or draw first, by optimizer.train() or inside sampled_params(train=True)."
             )
 
     def put_mean(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -429,7 +429,8 @@ class Watch:
                 raise ValueError("the minibatch has none. Leave it out.")
             with torch.autocast(next(iter(draw.samples())).device.type, enabled=False):
                 wanted = {p for p in draw.parameters if draw.gradient_of(p) is not None}
-                draw.pass_sums.add(consumer.sums(recorded, wanted), recorded.num_examples)
+                sums = consumer.sums(recorded, wanted)
+                draw.pass_sums.add(sums, recorded.num_examples, trace.calls_by_parameter())
         except (RuntimeError, ValueError) as error:  # for step() to raise: the training pass itself can go on
             draw.pass_sums.problem = error
 
