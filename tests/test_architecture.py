@@ -30,7 +30,7 @@ RIGHT_BELOW = {
     "optim.distributed": ("optim.parameters", "per_example"),
     "optim.sampling": ("optim.distributed", "posterior"),
     "optim.structures": ("optim.sampling",),
-    "optim.watch": ("optim.sampling", "per_example"),
+    "optim.watch": ("optim.sampling", "per_example", "losses"),
     "optim.updates": ("optim.structures", "losses"),
     "optim": ("optim.updates", "optim.watch", "sensitivity"),
     "conjugate": (),

@@ -245,3 +245,66 @@ def test_a_resumed_run_is_the_uninterrupted_one(what: str, tmp_path: Any) -> Non
     for p, q in zip(optimizer._parameters.trainable(), again._parameters.trainable(), strict=True):
         assert equal([*optimizer.state[p].values()], [*again.state[q].values()])
         assert optimizer.state[p]["step"] == 6
+
+
+class Labelled(Texts):
+    """Texts of one class each."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": TOKENS[i], "labels": torch.tensor(i % 3)}
+
+
+class WithoutKeywords(nn.Module):
+    """A model that the Trainer cannot tell what to divide by, so that it divides the loss itself."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        return self.model(input_ids=input_ids, labels=labels)
+
+
+def classifier() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["ignores num_items_in_batch", "is not told it"])
+def test_a_model_may_ignore_what_the_trainer_tells_it_to_divide_by(told: bool, tmp_path: Any) -> None:
+    """Its loss is then the mean over its own texts, or that divided by the number of micro-batches."""
+    model: Any = WithoutKeywords(classifier()) if told else classifier()
+    optimizer = ivon(model)
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 2, "train_sampling_strategy": "sequential"}
+    run = trainer(model, optimizer, tmp_path, **settings)
+    run.train_dataset = Labelled()
+    if told:
+        with pytest.warns(UserWarning, match=r"tell watch\(model, loss_scale=0.5\)"):
+            run.train()
+        optimizer.unwatch()
+        optimizer = ivon(model)
+        optimizer.watch(model, loss_scale=0.5)
+        run = trainer(model, optimizer, tmp_path, **settings)
+        run.train_dataset = Labelled()
+    run.train()
+    own: Any = WithoutKeywords(classifier()) if told else classifier()
+    assert len(run.rows) == 4
+    for k, (row, (values, variance)) in enumerate(zip(run.rows, run.at, strict=True)):
+        own.load_state_dict(values)
+        for i, influence in zip((2 * k, 2 * k + 1), row.self_influence, strict=True):
+            own.zero_grad()
+            text = {name: tensor[None] for name, tensor in Labelled()[i].items()}
+            own(**text).loss.backward()
+            expected = sum((variance[n] * p.grad**2).sum() for n, p in own.named_parameters())
+            torch.testing.assert_close(influence, expected, rtol=1e-4, atol=0)

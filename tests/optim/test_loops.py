@@ -124,6 +124,7 @@ def test_a_closure_shares_the_pending_draw_of_a_watched_model(entry: Entry, mc_s
     """What Lightning does under accumulation: the closure of the first micro-batches runs without step()."""
     model, (x, y) = network(), data()
     optimizer = entry.make(model, mc_samples=mc_samples)
+    optimizer.watch(model, loss_scale=1 / 2)
     seen = []
 
     def closure() -> None:

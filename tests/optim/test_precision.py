@@ -107,8 +107,8 @@ def test_a_step_that_the_scaler_skips_changes_nothing(entry: Entry, loop: str) -
 def test_a_skipped_step_leaves_the_draw_pending_and_the_mean_in_eval_forwards(entry: Entry) -> None:
     x, _ = data(dtype=torch.float32)
     model = network(dtype=torch.float32)
-    optimizer = entry.make(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = made(entry, "plain", model, loss_scale=scaler.get_scale)
     backward("plain", optimizer, model, scaler, nullcontext())
     draw = weights(model)
     model[0].weight.grad.fill_(float("nan"))

@@ -501,7 +501,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         self,
         model: nn.Module,
         loss_reduction: str | Callable[[], float] = "mean",
-        loss_scale: float | Callable[[], float] = 1.0,
+        loss_scale: float | Callable[[], float] | None = None,
         every: int = 1,
     ) -> None:
         """Draw in every training forward of the model, and keep what sensitivities need of it.
@@ -512,7 +512,9 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 the minibatch, or over the `num_items_in_batch` that Hugging Face's Trainer calls the model with),
                 "sum", or a callable that gives the denominator (class weights, unignored targets).
             loss_scale: what that loss is multiplied with beyond this: `1 / k` when it is divided for accumulation,
-                `scaler.get_scale`. A callable is read at backward.
+                `scaler.get_scale`. A callable is read at backward. Default 1, and a warning where the gradient of a
+                softmax cross-entropy with hard labels shows another factor, or class weights; ignored targets are then
+                seen and not counted.
             every: keep captures only on every so many steps.
         Raises:
             TypeError, ValueError: if an argument breaks its rule.

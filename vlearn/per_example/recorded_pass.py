@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.pytrees import is_per_example
 from vlearn.capture.trace import Trace
 from vlearn.per_example.independence import check_example_axis, check_independent
 from vlearn.per_example.row_sums import check_row_sums
@@ -51,6 +53,15 @@ class RecordedPass:
     def num_examples(self) -> int:
         """The number of examples."""
         return self.trace.num_examples
+
+    @property
+    def num_with_loss(self) -> int:
+        """The number of examples that the loss depends on, at least 1: those whose targets are ignored are none."""
+        total = self.num_examples
+        rows = [c for c in self.trace.cotangents if is_per_example(c, total)]
+        if not rows:
+            return total
+        return max(1, int(torch.stack([c.reshape(total, -1).ne(0).any(1) for c in rows]).any(0).sum()))
 
     def calls_of(self, wanted: Container[Tensor]) -> dict[Tensor, list[LayerCall]]:
         """The calls that the backward pass reached, of each wanted parameter that has any."""

@@ -5,9 +5,7 @@ The outermost call of any module is the one that counts, whichever the user call
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container
-from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from types import FrameType
@@ -32,6 +30,7 @@ from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.sampler import Context, Sampler
 from vlearn.optim.watch import other_optimizers
 from vlearn.optim.watch.hooks import Link, MeanCopies, hook
+from vlearn.optim.watch.loss_scale import LossScale, WatchOptions
 from vlearn.per_example.recorded_pass import RecordedPass
 
 COMPILED = (
@@ -76,31 +75,6 @@ class PassConsumer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class WatchOptions:
-    """How the loss of a watched model reduces the examples' own losses, and how often passes are recorded.
-
-    Attributes:
-        loss_reduction, loss_scale, every: see `VariationalOptimizer.watch`.
-    """
-
-    loss_reduction: str | Callable[[], float] = "mean"
-    loss_scale: float | Callable[[], float] = 1.0
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        reduction, scale, every = self.loss_reduction, self.loss_scale, self.every
-        if not callable(reduction) and reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"loss_reduction={reduction!r}, but it must be 'mean', 'sum' or a callable: use a callable that "
-                "returns the denominator of the loss."
-            )
-        if not callable(scale) and not (math.isfinite(scale) and scale != 0):
-            raise ValueError(f"loss_scale={scale!r}, but it must be finite and not zero: use 1.0.")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r}, but it must be a positive whole number: use 1 for every step.")
-
-
 class Watch:
     """Hooks on a model for one sampler, and the recorded pass of its last training step.
 
@@ -138,7 +112,7 @@ class Watch:
         self._collected = True  # the trace, by the consumer
         self._recorder: Recorder | None = None  # while a forward pass that is recorded runs
         self._overlap = False
-        self._scale = 1.0
+        self._scale = LossScale(self.options)
         self._calls: list[tuple[nn.Module, int]] = []  # that are open, with the id of the frame that runs each
         self._thread, self._several_threads = 0, False  # of the outermost call; whether others run calls inside it
         # Whether the outermost calls since the last step left a graph.
@@ -355,20 +329,8 @@ class Watch:
 
     def _begin_backward(self) -> None:
         if self.trace is not None:  # else of a pass that is not wanted any more
-            self._scale = self._read_scale(self.trace)
+            self._scale.read(self.trace)
             self.sampler.forget_zeroed_passes()
-
-    def _read_scale(self, trace: Trace) -> float:
-        """The own-loss gradient over the recorded one, denominator / loss scale; read as backward begins."""
-        reduction, scale = self.options.loss_reduction, self.options.loss_scale
-        if callable(reduction):
-            denominator = float(reduction())
-        elif reduction == "sum":
-            denominator = 1.0
-        else:  # Hugging Face's Trainer tells its models what to divide the summed loss by: all tokens of the step
-            told = trace.kwargs.get("num_items_in_batch")
-            denominator = trace.num_examples if told is None else told
-        return denominator / float(scale() if callable(scale) else scale)
 
     def _cotangent(self, output: Tensor, residual: Tensor) -> Tensor | None:
         """What the probe of the pass that runs backward sends back; None of a pass that is not wanted any more."""
@@ -384,11 +346,12 @@ class Watch:
 
         return self._consumer.cotangent(output, residual, weight_of, sampler.draw.noise)
 
-    def last_pass(self, prefix: str = "") -> RecordedPass:
+    def last_pass(self, prefix: str = "", as_probed: bool = False) -> RecordedPass:
         """The last recorded pass, at the weights that it saw.
 
         Args:
             prefix: what an error says before the reason why the examples have no gradients of their own.
+            as_probed: only the probe's gradients are wanted, which do not depend on the scale of the loss.
         Raises:
             RuntimeError: if there is none, or its examples have no gradients of their own.
         """
@@ -411,7 +374,8 @@ class Watch:
         draw = sampler.draw or sampler.previous
         samples = draw.samples() if draw is not None else {}
         weights = {p: samples.get(p, p.data) for p in trace.tracked}
-        return RecordedPass.validated(trace, weights, self._scale)
+        scale = 1.0 if as_probed else self._scale.of_own_loss(trace)
+        return RecordedPass.validated(trace, weights, scale)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -424,13 +388,15 @@ class Watch:
             return
         self._collected = True
         try:
-            recorded = self.last_pass()
+            recorded = self.last_pass(as_probed=consumer.probes)
             if not recorded.num_examples:
                 raise ValueError("the minibatch has none. Leave it out.")
             with torch.autocast(next(iter(draw.samples())).device.type, enabled=False):
                 wanted = {p for p in draw.parameters if draw.gradient_of(p) is not None}
                 sums = consumer.sums(recorded, wanted)
-                draw.pass_sums.add(sums, recorded.num_examples, trace.calls_by_parameter())
+                # A probe's rows have the weights of a mean over the rows that the loss depends on.
+                count = recorded.num_examples if consumer.probes else recorded.num_with_loss
+                draw.pass_sums.add(sums, count, trace.calls_by_parameter())
         except (RuntimeError, ValueError) as error:  # for step() to raise: the training pass itself can go on
             draw.pass_sums.problem = error
 

@@ -1,0 +1,99 @@
+"""What the gradient of a softmax cross-entropy with hard labels gives away: what the loss divides by, and its weights.
+
+Its rows are s_n (p_n - 1[c = y_n]), p the softmax of the output, so that each row shows its label and its factor s_n:
+1/D of a mean over D rows, w_y/Σw of a mean with class weights, k times that of a loss that is multiplied by k.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SAMPLE = 256  # rows that are looked at
+DOUBT = 0.05  # 1 - p_y below which a row says too little
+
+
+class RowFactors(NamedTuple):
+    """Of some rows whose label the model does not know by heart.
+
+    Attributes:
+        factor: ``[K]`` s.
+        label: ``[K]`` y.
+        tolerance: the relative error of a factor.
+        axis: of the output, along which the classes are.
+    """
+
+    factor: Tensor
+    label: Tensor
+    tolerance: float
+    axis: int
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all rows have the same factor."""
+        return float(self.factor.max() - self.factor.min()) <= 2 * self.tolerance * float(self.factor.max())
+
+    @property
+    def goes_by_label(self) -> bool:
+        """Whether rows of one label have one factor, as class weights give; seen on at least one label of two rows."""
+        repeated = False
+        for label in self.label.unique():
+            of_label = self.factor[self.label == label]
+            repeated = repeated or len(of_label) > 1
+            if float(of_label.max() - of_label.min()) > 2 * self.tolerance * float(of_label.max()):
+                return False
+        return repeated
+
+
+def row_factors(output: Tensor, residual: Tensor, is_narrow: bool = False) -> RowFactors | None:
+    """The factors of a sample of rows; None where the gradient is not that of softmax cross-entropy with hard labels.
+
+    Args:
+        output: the model's, ``[N, ..., C]`` or ``[N, C, ...]``.
+        residual: the loss's gradient with respect to it.
+        is_narrow: they may have passed through a type of low precision.
+    """
+    for axis in dict.fromkeys((output.dim() - 1, 1)):
+        if 0 < axis < output.dim() and output.shape[axis] > 1:
+            factors = _along(output, residual, axis, is_narrow)
+            if factors is not None:
+                return factors
+    return None
+
+
+def counted_rows(output: Tensor, residual: Tensor, axis: int) -> tuple[int, int]:
+    """(rows with a gradient, these and those whose label the model is certain of): between them is what a mean counts.
+
+    Args:
+        output, residual: as for `row_factors`.
+        axis: of the classes.
+    """
+    has_gradient = residual.ne(0).any(axis)
+    is_certain = output.detach().float().softmax(axis).amax(axis) > 1 - 1e-6
+    return int(has_gradient.sum()), int((has_gradient | is_certain).sum())
+
+
+def _along(output: Tensor, residual: Tensor, axis: int, is_narrow: bool) -> RowFactors | None:
+    """The factors if the classes are along this axis."""
+    lead = [size for i, size in enumerate(output.shape) if i != axis]
+    count = torch.Size(lead).numel()
+    chosen = torch.linspace(0, count - 1, min(count, SAMPLE), device=output.device).long()
+    places = torch.unravel_index(chosen, lead)
+    wide = torch.promote_types(output.dtype, torch.float32)
+    scores, rows = (tensor.detach().movedim(axis, -1)[places].to(wide) for tensor in (output, residual))
+    p, label = scores.softmax(-1), rows.argmin(-1)
+    doubt = 1 - p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    telling = rows.ne(0).any(-1) & (doubt > DOUBT)
+    if not bool(telling.any()):
+        return None
+    p, label, rows, doubt = p[telling], label[telling], rows[telling], doubt[telling]
+    factor = -rows.amin(-1) / doubt
+    expected = factor.unsqueeze(-1) * (p - F.one_hot(label, p.shape[-1]).to(wide))
+    is_narrow = is_narrow or min(torch.finfo(each.dtype).bits for each in (output, residual)) < 32
+    fits = (rows - expected).abs().amax(-1) <= (2e-2 if is_narrow else 1e-5) * factor
+    if not (bool(fits.all()) and bool((factor > 0).all())):
+        return None
+    return RowFactors(factor, label, 5e-2 if is_narrow else 1e-3, axis)
