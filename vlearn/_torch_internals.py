@@ -114,6 +114,11 @@ def frame_of_call() -> FrameType:
     return frame
 
 
+def arguments_of_call(frame: FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the call that `frame_of_call` gave the frame of; hooks on all modules do not get keywords."""
+    return frame.f_locals["args"], frame.f_locals["kwargs"]
+
+
 def has_compiled() -> bool:
     """Whether torch.compile has been at work in this process."""
     from torch._dynamo.utils import counters

@@ -434,9 +434,10 @@ def test_misuse_names_the_remedy_and_changes_nothing(entry: Entry) -> None:
     mean = weights(model)
     with pytest.raises(RuntimeError, match="(?s)without a draw.*\\(a\\).*\\(b\\).*\\(c\\).*\\(d\\)"):
         optimizer.step()
-    loss_of(model, x, y).backward()
+    loss_of(model.eval(), x, y).backward()
     with pytest.raises(RuntimeError, match="without a draw"):
         optimizer.step()
+    model.train()
     with pytest.raises(RuntimeError, match="leave the first context"):
         with optimizer.sampled_params(), optimizer.sampled_params():
             pass

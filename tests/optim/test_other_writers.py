@@ -332,6 +332,6 @@ def test_a_step_that_is_not_that_of_a_checkpoint_still_says_that_it_has_no_draw(
     optimizer = vlearn.IVON(model.parameters(), lr=0.0, ess=10)
     with pytest.raises(RuntimeError, match="without a draw"):
         optimizer.step()
-    loss_of(model, X, Y).backward()
+    loss_of(model.eval(), X, Y).backward()
     with pytest.raises(RuntimeError, match="without a draw"):
         optimizer.step()

@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,9 @@ from vlearn.optim.step_checks import check_first_gradients, check_passes, is_pri
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
-from vlearn.optim.watch.watch import Watch, WatchOptions, watches
+from vlearn.optim.watch.loss_scale import WatchOptions
+from vlearn.optim.watch.model_search import ModelSearch
+from vlearn.optim.watch.watch import Watch, watches
 from vlearn.posterior.gaussian import Gaussian
 from vlearn.sensitivity.live import Sensitivities, live_sensitivities
 
@@ -61,6 +64,8 @@ class _Runtime(Generic[S]):
     One object: wrappers that copy an optimizer's attributes, as Lightning's does, share it.
 
     Attributes:
+        search: for the model of an optimizer that was made from parameters.
+        found_watch: whether the watch is of a model that the search has found.
         betas: those that each parameter group had after the last step, by its number.
     """
 
@@ -68,7 +73,9 @@ class _Runtime(Generic[S]):
     structure: S
     curvature: Curvature
     sampler: Sampler
+    search: ModelSearch
     watch: Watch | None = None
+    found_watch: bool = False
     betas: dict[int, Any] = field(default_factory=dict)
 
 
@@ -137,7 +144,18 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         curvature = self._new_curvature(structure)
         processes.average_passes = curvature.needs_pass
         sampler = Sampler(parameters, processes, structure, curvature, generator)
-        return _Runtime(parameters, structure, curvature, sampler)
+        own = ref(self)
+
+        def is_open() -> bool:
+            waits = sampler.draw is not None and not sampler.draw.is_automatic
+            return sampler.context is Context.NONE and not waits
+
+        def found(module: nn.Module, args: Any, kwargs: Any) -> None:
+            optimizer = own()
+            if optimizer is not None:
+                optimizer._watch_found(module, args, kwargs)
+
+        return _Runtime(parameters, structure, curvature, sampler, ModelSearch(is_open, found))
 
     @property
     def _parameters(self) -> Parameters:
@@ -194,6 +212,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             raise
         self._runtime.betas[len(self.param_groups) - 1] = group["betas"]
         self._sampler.follow_gradients(group["params"])
+        self._runtime.search.start(group["params"])
 
     def _check_parameter(self, p: Tensor) -> None:
         if p.is_complex():
@@ -234,6 +253,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         if whole:
             self._sampler.follow_gradients(self._parameters.every())
             self._bind(watch)
+            if watch is None:
+                self._runtime.search.start(self._parameters.every())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch. A draw that waits is dropped; float32 state of narrower parameters stays float32.
@@ -277,6 +298,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             RuntimeError: if entered inside another sampled_params, or (train=True) while a draw made in another
                 way has gradients and waits for step().
         """
+        if train:
+            self._leave_loop_to_user()
         return self._sampler.sampled(train)
 
     def train(self) -> None:
@@ -285,6 +308,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         Raises:
             RuntimeError: inside sampled_params, or while a draw made there waits for step().
         """
+        self._leave_loop_to_user()
         self._sampler.train()
 
     def eval(self) -> None:
@@ -316,6 +340,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         if sampler.context is not Context.NONE:
             raise RuntimeError("step() inside sampled_params: leave the context first.")
         sampler.recover()
+        if closure is not None and self._watch is None:
+            self._runtime.search.stop()
         if closure is None and is_primed(sampler):
             sampler.init_states()
             return None
@@ -519,41 +545,68 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         Raises:
             TypeError, ValueError: if an argument breaks its rule.
         """
+        self._start_watch(model, WatchOptions(loss_reduction, loss_scale, every))
+        self._runtime.search.stop()
+
+    def _start_watch(self, model: nn.Module, options: WatchOptions) -> None:
+        """Watch the model, and no other any more."""
         ddp = self._sampler.processes.ddp
         wrapped = isinstance(model, nn.Module) and ddp.add(model.modules(), self._parameters.every())
         if wrapped and self._parameters.any_group_has("sync"):
             raise ValueError(
                 "sync=True, but DistributedDataParallel averages the gradients: drop sync=True, or the wrapper."
             )
-        watch = Watch(model, WatchOptions(loss_reduction, loss_scale, every))
-        self.unwatch()
-        self._unwatch_rivals(model)
+        watch = Watch(model, options)
+        self._end_watch()
+        for rival in self._rivals(model):
+            rival.sampler.discard()
+            rival.remove()
+            warnings.warn(
+                f"these parameters were watched by another {rival.sampler.parameters.owner}, which is unwatched now.",
+                stacklevel=4,
+            )
         self._bind(watch)
+
+    def _watch_found(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Watch a module that is about to run, beside those that were found before."""
+        if self._rivals(module):
+            self._runtime.search.stop()
+            return
+        if self._watch is None:
+            self._start_watch(module, WatchOptions())
+            self._runtime.found_watch = True
+        else:
+            self._watch.add(module)
+        assert self._watch is not None
+        self._watch.before(module, args, kwargs)
+
+    def _leave_loop_to_user(self) -> None:
+        """The user draws: no model is searched for any more, nor watched if it was found so."""
+        self._runtime.search.stop()
+        if self._runtime.found_watch:
+            self.unwatch()
 
     def _bind(self, watch: Watch | None) -> None:
         curvature = self._runtime.curvature
         consumer = curvature if isinstance(curvature, PassCurvature) else None
         self._runtime.watch = None if watch is None else watch.bind(self._sampler, consumer)
 
-    def _unwatch_rivals(self, model: nn.Module) -> None:
-        """Two optimizers that both draw the same parameters would draw on top of each other."""
+    def _rivals(self, model: nn.Module) -> list[Watch]:
+        """Watches of other optimizers that draw the same parameters: each would draw on top of the other."""
         own = set(self._parameters.every())
-        for watch in watches(model):
-            rival = watch.sampler
-            if rival is not self._sampler and not own.isdisjoint(rival.parameters.every()):
-                rival.discard()
-                watch.remove()
-                warnings.warn(
-                    f"these parameters were watched by another {rival.parameters.owner}, which is unwatched now.",
-                    stacklevel=4,
-                )
+        others = [watch for watch in watches(model) if watch.sampler is not self._sampler]
+        return [watch for watch in others if not own.isdisjoint(watch.sampler.parameters.every())]
 
     def unwatch(self) -> None:
-        """Remove every hook from the watched model; a draw that waits is dropped."""
+        """Remove every hook from the watched model; a draw that waits is dropped. None is searched for any more."""
+        self._runtime.search.stop()
+        self._end_watch()
+
+    def _end_watch(self) -> None:
         if self._watch is not None:
             self._sampler.discard()
             self._watch.remove()
-        self._runtime.watch = None
+        self._runtime.watch, self._runtime.found_watch = None, False
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -40,7 +40,7 @@ def waiting_draw(sampler: Sampler, watch: Watch | None, has_closure: bool) -> Dr
     loops = LOOPS.format(name=parameters.owner)
     if draw is None:
         why = ""
-        if watch is not None and not watch.model.training:
+        if watch is not None and not watch.is_training:
             why = " The watched model is in eval mode, where it predicts with the mean: call model.train()."
         elif watch is not None and has_compiled():
             why = COMPILED

@@ -58,7 +58,7 @@ class RecordedPass:
     def num_with_loss(self) -> int:
         """The number of examples that the loss depends on, at least 1: those whose targets are ignored are none."""
         total = self.num_examples
-        rows = [c for c in self.trace.cotangents if is_per_example(c, total)]
+        rows = [c for c in self.trace.cotangents if c is not None and is_per_example(c, total)]
         if not rows:
             return total
         return max(1, int(torch.stack([c.reshape(total, -1).ne(0).any(1) for c in rows]).any(0).sum()))

@@ -6,7 +6,7 @@ alone is at the mean and inert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from weakref import ref
 
@@ -100,15 +100,17 @@ class DiscardDraw:
             self.link.watch.weights_loaded()
 
 
-def hook(model: nn.Module) -> tuple[list[Link], list[Any]]:
-    """Put the hooks on every submodule: (their links, their handles).
+def hook(modules: Iterable[nn.Module]) -> tuple[list[Link], list[Any]]:
+    """Put the hooks on modules: (their links, their handles).
 
-    The user may call any of the submodules first: the network inside a LightningModule, one entry of a ModuleDict.
+    On every submodule of a model: the user may call any of them first, as the network inside a LightningModule.
     """
     links, handles = [], []
-    for module in dict.fromkeys(model.modules()):
+    for module in modules:
         # The wrapper's own part of a pass talks to other processes, which a replay or a probe must not repeat.
         if isinstance(module, DistributedDataParallel):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; the module around it is seen
             continue
         link: Any = Link()  # the type of what torch.compiler.disable makes of its methods is lost
         links.append(link)

@@ -92,8 +92,14 @@ class Watch:
     def __init__(self, model: nn.Module, options: WatchOptions):
         if not isinstance(model, nn.Module):
             raise TypeError(f"watch() got {type(model).__name__}, but it needs the nn.Module that is trained.")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                f"watch() got a scripted {model.original_name}, which calls no hooks: watch the model that it was made "
+                "of, or make the optimizer from its parameters() and draw by optimizer.train() or sampled_params()."
+            )
         self.model, self.options = model, options
-        self._links, self._handles = hook(model)
+        self._parts: list[nn.Module] = [model]
+        self._links, self._handles = hook(dict.fromkeys(model.modules()))
 
     def bind(self, sampler: Sampler, consumer: PassConsumer | None) -> Watch:
         """Work for this sampler, whose owner owns the watch too.
@@ -104,8 +110,7 @@ class Watch:
         self._sampler: ReferenceType[Sampler] = ref(sampler)
         self._consumer = consumer
         self.removed = False
-        self.paths = module_paths(self.model)
-        sampler.parameters.names_in_model = {p: name for name, p in named_parameters(self.model)}
+        self._name_parts()
         sampler.listener = self
         self.trace: Trace | None = None
         self.trace_step = 0
@@ -124,8 +129,31 @@ class Watch:
         other_optimizers.listen(self)
         return self
 
+    def add(self, part: nn.Module) -> None:
+        """Watch another module too, which the training loop calls apart from the model."""
+        known = {module for each in self._parts for module in each.modules()}
+        links, handles = hook(module for module in dict.fromkeys(part.modules()) if module not in known)
+        for link in links:
+            link.watch = self
+        self._links += links
+        self._handles += handles
+        within = set(part.modules())
+        self._parts = [*(each for each in self._parts if each not in within), part]
+        self.model = part if len(self._parts) == 1 else nn.ModuleList(self._parts)
+        self._name_parts()
+
+    def _name_parts(self) -> None:
+        self.paths = module_paths(self.model)
+        named = named_parameters(self.model)
+        self.sampler.parameters.names_in_model = {p: name for name, p in named}
+
+    @property
+    def is_training(self) -> bool:
+        """Whether any part of the model is in train mode."""
+        return any(part.training for part in self._parts)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("model", "options", "_links", "_handles")}
+        return {name: self.__dict__[name] for name in ("model", "options", "_parts", "_links", "_handles")}
 
     @property
     def sampler(self) -> Sampler:
