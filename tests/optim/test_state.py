@@ -107,6 +107,32 @@ def test_model_and_optimizer_copied_together_go_on_alike(entry: Entry, how: str)
 
 
 @family
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_model_pickled_within_a_step_is_at_the_mean(entry: Entry, how: str, together: bool) -> None:
+    model, (x, y) = network(), data()
+    optimizer = entry.make(model)
+    plain(optimizer, model, x, y)
+    mean = weights(model)
+    loss_of(model, x, y).backward()
+    drawn = weights(model)
+    what = (model, optimizer) if together else model
+    if how == "pickle":
+        loaded = pickle.loads(pickle.dumps(what))
+    else:
+        buffer = io.BytesIO()
+        torch.save(what, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+    copied = loaded[0] if together else loaded
+    assert equal(weights(copied), mean) and equal(weights(model), drawn)
+    loss_of(copied, x, y).backward()
+    if not together:
+        assert equal(weights(copied), mean)  # inert
+    optimizer.step()
+
+
+@family
 def test_unwatching_removes_every_hook(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model)

@@ -43,10 +43,15 @@ class Watcher(Protocol):
 
 
 class Link:
-    """What a module's hooks hold: the watch, if there is one."""
+    """What a module's hooks hold: the watch, if there is one.
 
-    def __init__(self) -> None:
+    Args:
+        module: the module; None in a copy, which is inert until a watch binds it.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
         self.watch: Watcher | None = None
+        self._module = ref(module) if module is not None else lambda: None
 
     # A compiled model calls the hooks between its graphs; traced into them they would change weights at every call
     # but flags only once.
@@ -72,8 +77,21 @@ class Link:
         memo[id(self)] = link = Link()
         return link
 
-    def __reduce__(self) -> tuple[type[Link], tuple[()]]:
-        return Link, ()
+    def __reduce__(self) -> tuple[Callable[..., Link], tuple[Any, ...]]:
+        # A pickled module has the parameters as they are: put the mean into them where they are loaded.
+        draw, module = self.watch.draw if self.watch is not None else None, self._module()
+        if draw is None or module is None:
+            return Link, ()
+        means = draw.means()
+        own = {p: means[p] for p in module._parameters.values() if p is not None and p in means}
+        return _link_at_mean, ([(p, mean) for p, mean in own.items() if mean.data_ptr() != p.data_ptr()],)
+
+
+def _link_at_mean(means: list[tuple[Tensor, Tensor]]) -> Link:
+    """A new link in a module that is being loaded, whose parameters were pickled with a draw in them."""
+    for p, mean in means:
+        p.data.copy_(mean)
+    return Link()
 
 
 class StateDictMean:
@@ -112,7 +130,7 @@ def hook(modules: Iterable[nn.Module]) -> tuple[list[Link], list[Any]]:
             continue
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; the module around it is seen
             continue
-        link: Any = Link()  # the type of what torch.compiler.disable makes of its methods is lost
+        link: Any = Link(module)  # the type of what torch.compiler.disable makes of its methods is lost
         links.append(link)
         handles += [
             # First of all hooks: others may compute weights from the parameters, or change inputs and outputs.
