@@ -179,3 +179,42 @@ def test_a_stale_posterior_is_refused():
     with pytest.raises(RuntimeError, match="this posterior is stale"):
         vlearn.predict(model, posterior, inputs())
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: nn.Linear(3, 1).double()(x),
+        lambda x: nn.Conv1d(1, 3, 2).double()(x.unsqueeze(1)),
+        lambda x: (x, x),
+        lambda x: {"logits": x},
+        lambda x: x.argmax(1),
+        lambda x: x.sum(1),
+    ],
+    ids=["one logit", "[N, C, T]", "tuple", "dict", "decisions", "[N]"],
+)
+def test_outputs_that_are_no_scores_of_classes_need_a_link(make):
+    model = Model(lambda m, x: make(m.net(x)), net=nn.Linear(3, 3)).double()
+    posterior = optimizer_of(model).posterior()
+    with pytest.raises(ValueError, match="the model's output has .* pass link="):
+        vlearn.predict(model, posterior, inputs(), draws=2)
+    assert vlearn.predict(model, posterior, inputs(), draws=2, link=lambda output: torch.ones(6)).shape == (6,)
+
+
+def test_a_second_reference_to_a_parameter_is_drawn_too():
+    class ByList(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+            self.weights = [self.weight]
+
+        def forward(self, x):
+            return x @ self.weights[0].T
+
+    model = ByList()
+    posterior, mean = optimizer_of(model).posterior(), model.weight.detach().clone()
+    found = vlearn.predict(model, posterior, inputs(), 3, link=lambda f: f, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    weight = sum(posterior.sample(generator)["weight"] for _ in range(3)) / 3
+    assert torch.allclose(found, inputs() @ weight.T, rtol=1e-12)
+    assert torch.equal(model.weight, mean)

@@ -15,19 +15,25 @@ from torch import Tensor, nn
 
 from vlearn.capture.hooks import record
 from vlearn.capture.outputs import Selector, select
-from vlearn.capture.pytrees import tensor_leaves, with_leaves
+from vlearn.capture.pytrees import shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.covariance_products import covariance_products
+from vlearn.linearized.loss_checks import check_own_losses
 from vlearn.linearized.output_change import output_deviation
 from vlearn.losses.example_loss import ExampleLoss
-from vlearn.losses.output_hessian import hessian_probe, output_hessian
+from vlearn.losses.output_hessian import hessian_by_differences, hessian_probe, output_hessian, root_probe
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded, eval_mode
 from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior, match
 
+_NO_CURVATURE = (
+    "the loss has no second derivative in torch, so neither the leverage nor refined is to be had: pass leverage=None "
+    "({error})."
+)
+DIFFERENCES = 256  # entries of an example's output up to which differences stand in for second derivatives
 GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
 
 
@@ -90,18 +96,57 @@ class Linearization:
         return self.leaves[self.chosen].detach()
 
     def hessian(self) -> Tensor:
-        """Λ ``[N, C, C]`` of the selected output; the residuals need their graph (`second_order`)."""
-        return output_hessian(self.selected_residual, self.leaves[self.chosen])
+        """Λ ``[N, C, C]`` of the selected output; the residuals need their graph (`second_order`).
+
+        Where the loss has no second derivative in torch (CTC and margin losses), by differences of its first.
+
+        Raises:
+            RuntimeError: if it has none and the output has too many entries for that.
+        """
+        try:
+            if self._hides_curvature():
+                raise NotImplementedError("it is a function that is differentiated once")
+            return output_hessian(self.selected_residual, self.leaves[self.chosen])
+        except (RuntimeError, NotImplementedError) as error:
+            if self.output[0].numel() > DIFFERENCES:
+                raise RuntimeError(_NO_CURVATURE.format(error=error)) from error
+            return hessian_by_differences(self._residual_at, self.output)
+
+    def _hides_curvature(self) -> bool:
+        """Whether residuals without a graph, as those of a loss that is linear in the output, change with the output.
+
+        A backward pass that is written in Python may hide that it depends on its input.
+        """
+        if self.selected_residual.requires_grad:
+            return False
+        return not torch.equal(self._residual_at(self.output * (1 + 1e-3)), self._residual_at(self.output))
+
+    @torch.enable_grad()
+    def _residual_at(self, output: Tensor) -> Tensor:
+        """e ``[N, ...]`` of the selected output, at another value of it."""
+        leaf = output.detach().requires_grad_()
+        chosen = self.chosen
+        loss = self._loss_of([leaf if i == chosen else other.detach() for i, other in enumerate(self.leaves)])
+        return torch.autograd.grad(loss.sum(), leaf)[0]
 
     @torch.enable_grad()
     def probe(self, generator: torch.Generator | None) -> Tensor:
-        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; needs the residuals' graph too."""
+        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; needs the residuals' graph too.
+
+        Raises:
+            RuntimeError: as for `hessian`.
+        """
         chosen = self.chosen
         zero = torch.zeros_like(self.leaves[chosen], requires_grad=True)
         leaves = [zero if i == chosen else leaf for i, leaf in enumerate(self.leaves)]
         loss = self._loss_of(leaves).sum()
         (residual,) = torch.autograd.grad(loss, zero, create_graph=True)
-        return hessian_probe(self.selected_residual, self.leaves[chosen], (residual, zero), generator)
+        try:
+            if self._hides_curvature():
+                return root_probe(self.hessian(), self.output, generator)
+            return hessian_probe(self.selected_residual, self.leaves[chosen], (residual, zero), generator)
+        except (RuntimeError, NotImplementedError):
+            return root_probe(self.hessian(), self.output, generator)
 
     def self_influence_and_deviation(self, deviation: bool, last: bool = False) -> tuple[Tensor, list[Tensor] | None]:
         """Along each example's own gradient: (gᵀΣg ``[N]``, J Σ g of every output).
@@ -201,7 +246,7 @@ def linearize(
         model: in eval mode at the mean, see `at_mean`.
         second_order: keep the graph of the residuals, which the curvature needs.
     Raises:
-        RuntimeError: if the examples of a batch have no gradient of their own.
+        RuntimeError: if the examples of a batch have no gradient or no loss of their own.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
     with torch.enable_grad(), record(model, parameters) as trace:
@@ -213,8 +258,16 @@ def linearize(
     outputs = [tensor_leaves(prediction)[i] for i in trace.positions]
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in outputs]
-        loss = losses(_for_loss(prediction, trace.positions, leaves, output, losses), batch.target)
-        residuals = torch.autograd.grad(loss.sum(), leaves, create_graph=second_order, allow_unused=True)
+        for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
+        loss = losses(for_loss, batch.target)
+        kind = shapes((leaves, batch.target))
+        is_known = kind in losses.checked
+        residuals = torch.autograd.grad(
+            loss.sum(), leaves, retain_graph=second_order or not is_known, create_graph=second_order, allow_unused=True
+        )
+        if not is_known:
+            check_own_losses(loss, leaves, list(residuals), parameters, (for_loss, batch.target), losses)
+            losses.checked.add(kind)
     trace.cotangents = list(residuals)
     return Linearization(
         trace=trace,

@@ -139,7 +139,7 @@ def _moved_along(output: Any, positions: list[int], tangents: list[Tensor], size
         if size is not None:
             moved[position] = leaf + size.reshape(-1, *[1] * (extra.dim() - 1)) * extra
         else:
-            if leaf.shape != extra.shape:  # of a call that all examples share
+            if leaf.shape != extra.shape or 0 in leaf.stride():  # of a call that all examples share, or expanded
                 leaf = leaf.expand(extra.shape).clone()
             primal, tangent = forward_ad.unpack_dual(leaf)
             moved[position] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)

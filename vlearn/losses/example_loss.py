@@ -18,15 +18,20 @@ class ExampleLoss:
     """The training loss of each example: (output, target) -> ``[N]``.
 
     Scales: a mean loss is undone by its own denominator, so with class weights the loss of an example is w_y ℓ (and
-    num_data Σw), and ignored targets have none. Of a sequence the entries are averaged, ignored ones as zeros, as
+    num_data Σw), and ignored targets have none. An example's entries are averaged by reduction="mean" and summed by
+    "sum" and "batchmean", as the loss itself does. Of a sequence the entries are averaged, ignored ones as zeros, as
     reduction="mean" does where none is ignored; where the number of ignored ones varies, the mean over all tokens has
     no such form: use a callable that sums over the sequence, with num_data the number of tokens that count.
 
     Args:
-        loss_fn: a torch-style loss with a `reduction` argument or attribute, whose entries beyond the first axis
-            are averaged as reduction="mean" does; or a callable (output, target) -> ``[N]``. `nn.GaussianNLLLoss`
-            takes a model that gives (mean, variance).
+        loss_fn: a torch-style loss with a `reduction` argument or attribute, which says what becomes of the entries
+            beyond the first axis; or a callable (output, target) -> ``[N]``, whose further axes are averaged.
+            `nn.GaussianNLLLoss` takes a model that gives (mean, variance).
         per: "example", or "token" for ``[N, T]``, the loss of every position; entries beyond are averaged.
+
+    Attributes:
+        reduction: what becomes of an example's entries: "mean", "sum" or "none".
+        checked: shapes of outputs and targets for which each loss was seen to be of its own example.
     """
 
     def __init__(self, loss_fn: LossFunction, per: str = "example"):
@@ -34,6 +39,13 @@ class ExampleLoss:
         self.ignore_index: int = getattr(loss_fn, "ignore_index", -100)
         if isinstance(loss_fn, partial):
             self.ignore_index = loss_fn.keywords.get("ignore_index", self.ignore_index)
+        self.reduction = _reduction_of(loss_fn)
+        self.checked: set[Any] = set()
+        if isinstance(loss_fn, nn.CTCLoss) or loss_fn is F.ctc_loss:
+            raise ValueError(
+                "nn.CTCLoss takes outputs [T, N, C] and lengths: pass a callable (output, target) -> [N] that calls "
+                "F.ctc_loss(..., reduction='none') and divides by the target lengths, and a model of outputs [N, T, C]."
+            )
         if isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "reduction"):
             self.unreduced: LossFunction = copy.copy(loss_fn)
             self.unreduced.reduction = "none"  # type: ignore[attr-defined]
@@ -52,14 +64,56 @@ class ExampleLoss:
                 "loss_fn gave one number for the whole batch, but sensitivities need each example's own loss: pass a "
                 "loss with a `reduction` argument, or a callable (output, target) -> [N]."
             )
+        self._check_shapes(rows, output, target)
         if self.per == "token":
             if rows.dim() == 1:
                 raise ValueError(
                     "loss_fn gave one loss for each example, but per='token' needs one for each position: pass a loss "
                     "with a `reduction` argument on outputs [N, C, T], or a callable (output, target) -> [N, T]."
                 )
-            return rows if rows.dim() == 2 else rows.flatten(2).mean(2)
-        return rows if rows.dim() == 1 else rows.flatten(1).mean(1)
+            return rows if rows.dim() == 2 else self._reduced(rows.flatten(2))
+        return rows if rows.dim() == 1 else self._reduced(rows.flatten(1))
+
+    def _reduced(self, rows: Tensor) -> Tensor:
+        """The entries along the last axis as the loss reduces them."""
+        if self.reduction == "none":
+            raise ValueError(
+                f"loss_fn has reduction='none' and gave {rows.shape[-1]} entries for each example, so that their "
+                "weight is unclear: use reduction='mean' or 'sum'."
+            )
+        return rows.mean(-1) if self.reduction == "mean" else rows.sum(-1)
+
+    def _check_shapes(self, rows: Tensor, output: Any, target: Any) -> None:
+        """Raise ValueError where the target was broadcast, so that each example's output met those of others."""
+        if not isinstance(output, Tensor) or rows.dim() < 2 or rows.numel() <= output.numel():
+            return
+        if self.torch_style or rows.shape[0] == rows.shape[1]:
+            given = f"a target of shape {tuple(target.shape)}" if isinstance(target, Tensor) else "its target"
+            raise ValueError(
+                f"loss_fn gave {tuple(rows.shape)} entries for an output of shape {tuple(output.shape)} and {given}, "
+                "which were broadcast against one another: give both the same shape, as by target.unsqueeze(1) or "
+                "output.squeeze(1)."
+            )
+
+
+def _reduction_of(loss_fn: LossFunction) -> str:
+    """What the loss itself does to the entries of an example: "mean", "sum" (also "batchmean") or "none"."""
+    if isinstance(loss_fn, partial):
+        given = loss_fn.keywords.get("reduction")
+        return _reduction_of(loss_fn.func) if given is None else _known(given)
+    if isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "reduction"):
+        return _known(loss_fn.reduction)
+    try:
+        argument = inspect.signature(loss_fn).parameters.get("reduction")
+    except (TypeError, ValueError):
+        argument = None
+    return "mean" if argument is None or argument.default is argument.empty else _known(argument.default)
+
+
+def _known(reduction: Any) -> str:
+    if reduction in ("sum", "batchmean"):
+        return "sum"
+    return "none" if reduction == "none" else "mean"
 
 
 def _of_mean_and_variance(loss: LossFunction, output: Any, target: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -92,8 +94,8 @@ def hessian_probe(
 ) -> Tensor:
     """A random u_n ``[N, ...]`` with E[u_n u_nᵀ] = Λ_n: R_n z, z of independent signs.
 
-    Where Λ is that of a softmax along one axis at each position, as in language models, only vectors are formed; else
-    Λ itself is.
+    Where Λ is that of a softmax along one axis at each position, as in language models, or diagonal, as that of squared
+    errors, only vectors are formed; else Λ itself is.
 
     Args:
         residual: gradient of the summed losses with respect to `output`, made with create_graph=True.
@@ -107,8 +109,56 @@ def hessian_probe(
     if softmax is not None:
         axis, p, scale = softmax
         return scale.sqrt() * softmax_root(p, z, axis)
-    root = hessian_root(output_hessian(residual, output), output)
-    return (root @ z.reshape(*z.shape[:1], -1, 1)).reshape(output.shape)
+    diagonal = _diagonal_hessian(residual, output)
+    if diagonal is not None:
+        return diagonal.clamp_min(0).sqrt() * z
+    return _times_root(output_hessian(residual, output), output, z)
+
+
+def root_probe(hessian: Tensor, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """As `hessian_probe`, from Λ ``[N, C, C]``."""
+    signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device)
+    return _times_root(hessian, output, (2 * signs - 1).to(output.dtype))
+
+
+def _times_root(hessian: Tensor, output: Tensor, z: Tensor) -> Tensor:
+    return (hessian_root(hessian, output) @ z.reshape(*z.shape[:1], -1, 1)).reshape(output.shape)
+
+
+def hessian_by_differences(residual: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """Λ ``[N, C, C]`` by central differences of the residuals, for losses that torch differentiates once.
+
+    Args:
+        residual: output -> gradient of the summed losses with respect to it.
+        output: ``[N, ...]`` where.
+    """
+    step = torch.finfo(output.dtype).eps ** (1 / 3) * (1 + float(output.abs().amax()))
+    columns = []
+    for c in range(output[0].numel()):
+        move = torch.zeros_like(output[0]).reshape(-1)
+        move[c] = step
+        move = move.reshape(output.shape[1:])
+        difference = residual(output + move) - residual(output - move)
+        columns.append(difference.reshape(len(output), -1) / (2 * step))
+    hessian = torch.stack(columns, 2)
+    return (hessian + hessian.mT) / 2
+
+
+@torch.enable_grad()
+def _diagonal_hessian(residual: Tensor, output: Tensor) -> Tensor | None:
+    """The diagonal of Λ ``[N, ...]`` if it has nothing else, as of a loss of each entry; None if it has.
+
+    Recognised by a product with a vector in no special direction.
+    """
+    if not residual.requires_grad:  # a loss linear in the output
+        return torch.zeros_like(output)
+    w = torch.arange(1, output[0].numel() + 1, dtype=output.dtype, device=output.device).cos()
+    w = w.reshape(output.shape[1:]).expand_as(output)
+    products = [torch.autograd.grad(residual, output, v, retain_graph=True)[0] for v in (torch.ones_like(output), w)]
+    diagonal, product = (each.detach() for each in products)
+    limit = 1000 * torch.finfo(output.dtype).eps * diagonal.abs().reshape(len(output), -1).amax(1)
+    differs = (product - diagonal * w).abs().reshape(len(output), -1).amax(1) > limit
+    return None if bool(differs.any()) else diagonal
 
 
 @torch.enable_grad()

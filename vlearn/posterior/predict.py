@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.per_example.replay import call_with, eval_mode
+from vlearn.per_example.replay import call_with, eval_mode, placed
 from vlearn.posterior.protocol import Posterior, match
 
 
-def _softmax(output: Tensor) -> Tensor:
-    return output.softmax(-1)
+def _softmax(output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2 or not output.is_floating_point():
+        given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
+        raise ValueError(
+            f"the model's output has {given}, but without a link predict() averages the softmax of scores [N, C] of "
+            "several classes: pass link=, for instance lambda f: f (regression), torch.sigmoid (one logit), "
+            "lambda f: f.softmax(1) ([N, C, ...]), lambda f: f.softmax(-1) ([N, T, C]), lambda f: f.logits.softmax(-1)."
+        )
+    return output.softmax(1)
 
 
 @torch.no_grad()
@@ -27,19 +34,20 @@ def predict(
 ) -> Tensor:
     """Average prediction over draws of the weights, p(y|x) ≈ mean_s link(f(x; θ_s)), θ_s ~ q.
 
-    The model runs in eval mode and its weights are not touched; one draw is held at a time.
+    The model runs in eval mode and is afterwards as it was; one draw is held at a time.
 
     Args:
         model: the network.
         posterior: a posterior over its parameters; draws are on its ess scale.
         x: one batch: a tensor, or a tuple (positional) or dict (keyword arguments) of them.
         draws: number of draws, > 0.
-        link: model output -> what is averaged; default softmax over the last axis.
+        link: model output -> what is averaged; default the softmax of scores ``[N, C]``.
         generator: of the draws.
     Returns:
         ``[N, C]`` averaged class probabilities (with the default link).
     Raises:
-        ValueError: if draws is not positive, or the posterior belongs to another model.
+        ValueError: if draws is not positive, the posterior belongs to another model, or the output is not scores
+            ``[N, C]`` and no link is given.
     """
     if draws < 1:
         raise ValueError(f"draws={draws}, but it must be positive: use 64.")
@@ -50,7 +58,8 @@ def predict(
         for _ in range(draws):
             sample = posterior.sample(generator)
             weights: dict[Tensor, Tensor] = {p: sample[name].to(p.dtype) for name, p in names.items()}
-            prediction = link(call_with(model, weights, args, kwargs))
+            with placed(weights):  # the parameters themselves: a model may have second references to them
+                prediction = link(call_with(model, {}, args, kwargs))
             if not (prediction.is_floating_point() or prediction.is_complex()):
                 prediction = prediction.to(torch.get_default_dtype())  # decisions: their average is a frequency
             total = prediction if total is None else total + prediction

@@ -92,12 +92,19 @@ def live_sensitivities(
         examples: ``[K]`` which of the examples; None for all.
     Raises:
         ValueError: if `output` or `examples` name what is not there.
+        RuntimeError: if the output has no row for each example.
     """
     part = recorded
     if examples is not None:
         device = next(iter(recorded.weights.values())).device
         part = recorded.subset(validate_indices(examples, recorded.num_examples, device))
     residual = select(part.trace.as_output(part.trace.cotangents), output) * part.scale
+    if residual.shape[:1] != (part.num_examples,):
+        raise RuntimeError(
+            f"dimension 0 of the output of shape {tuple(residual.shape)} is not that of the {part.num_examples} "
+            "examples: let the model return it with the examples first, as by output.transpose(0, 1), or select a "
+            "tensor that has a row for each by output=."
+        )
     products = covariance_products(part, covariance, tangents=deviation)
     change = None
     if deviation:

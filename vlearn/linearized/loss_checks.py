@@ -1,0 +1,84 @@
+"""Whether a loss gives each example its own: it must depend on that example's output and target alone.
+
+A loss that compares the examples of a batch (contrastive losses, losses over statistics of the batch) gives rows that
+depend on who else is in it. Looked at once for each shape of output:
+
+    gradients   with c_n on example n's loss, the gradient of its output must be c_n times that with 1; powers of two,
+                so that rounding makes no difference. It also shows an output that has its examples along another axis.
+    values      of some of the examples alone, they must be what they are within the batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlearn.capture.pytrees import rows_of
+from vlearn.capture.trace import is_close
+
+AGREE = 1e-4
+FEW = 4
+
+
+def check_own_losses(
+    loss: Tensor,
+    leaves: list[Tensor],
+    residuals: list[Tensor | None],
+    parameters: list[Tensor],
+    given: tuple[Any, Any],
+    losses: Callable[[Any, Any], Tensor],
+) -> None:
+    """Raise RuntimeError unless each example's loss depends on its own output alone.
+
+    Args:
+        loss: ``[N]`` or ``[N, T]``, with the graph of the leaves, which stays.
+        leaves: the tensors of the model's output.
+        residuals: gradients of the summed losses with respect to them.
+        parameters: those of the posterior.
+        given: what the losses were computed from, output and target.
+        losses: (output, target) -> the losses again.
+    """
+    count = len(loss)
+    for leaf, residual in zip(leaves, residuals, strict=True):
+        if residual is not None and leaf.shape[:1] != (count,):
+            raise RuntimeError(
+                f"the loss gives {count} examples, but dimension 0 of the model's output of shape "
+                f"{tuple(leaf.shape)} is not that of the examples: let the model return it with the examples first, as "
+                "by output.transpose(0, 1), and what belongs to all examples expanded to a row for each."
+            )
+    factors = 2.0 ** (torch.arange(count, device=loss.device) % FEW).to(loss.dtype)
+    ends = [*leaves, *parameters]
+    weights = _by_row(factors, loss).expand_as(loss)
+    weighted = torch.autograd.grad(loss, ends, weights, retain_graph=True, allow_unused=True)
+    if any(gradient is not None for gradient in weighted[len(leaves) :]):
+        raise RuntimeError(
+            "loss_fn reads a parameter of the posterior itself, beside the model's output, which no example's gradient "
+            "would count: compute what needs it in the model's forward pass."
+        )
+    for with_factors, residual in zip(weighted, residuals, strict=False):
+        if residual is not None and with_factors is not None:
+            expected = residual.detach() * _by_row(factors.to(residual.dtype), residual)
+            if not is_close(with_factors, expected, AGREE):
+                raise RuntimeError(_COMPARES)
+    few = slice(0, min(FEW, count - 1))
+    with torch.no_grad():
+        try:
+            part = losses(*rows_of(given, count, few))
+        except Exception:  # a target that is cut to pieces may be none
+            return
+        if part.shape == loss[few].shape and not is_close(part, loss[few].detach(), AGREE):
+            raise RuntimeError(_COMPARES)
+
+
+_COMPARES = (
+    "the loss of an example depends on the other examples of the batch (or on an axis of the output that is not its "
+    "own), so no example has a loss of its own: use a loss of each example's output and target alone, and a model that "
+    "returns the examples along dimension 0."
+)
+
+
+def _by_row(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.reshape(-1, *[1] * (like.dim() - 1))
