@@ -53,7 +53,7 @@ class Trace:
     def __init__(self, paths: dict[nn.Module, str], tracked: Iterable[Tensor], by_edge: bool = False):
         self.paths = paths
         self.edges: list[tuple[LayerCall, int, GradientEdge]] | None = [] if by_edge else None
-        self.tracked = dict.fromkeys(tracked)
+        self.tracked = dict.fromkeys(p for p in tracked if p.numel())  # one without entries has no gradient
         self.layer_calls: list[LayerCall] = []
         self.num_calls: dict[nn.Module, int] = {}
         self.problems: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -39,7 +40,18 @@ def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kw
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 state[lead + name] = copies.setdefault(buffer, buffer.clone())
+    if isinstance(module, nn.DataParallel):  # which torch.func refuses, but not inside another module
+        module, state = _Holder(module), {f"held.{name}": value for name, value in state.items()}
     return functional_call(module, state, args, kwargs, tie_weights=False)
+
+
+class _Holder(nn.Module):
+    def __init__(self, held: nn.Module):
+        super().__init__()
+        self.held = held
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.held(*args, **kwargs)
 
 
 @contextmanager
@@ -174,7 +186,7 @@ def _pulled_twice(outputs: list[Tensor], inputs: list[Tensor], directions: list[
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[0], -1)
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
 
 
 def _by_entry(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
@@ -186,12 +198,26 @@ def _by_entry(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) ->
     return torch.stack(columns, 1).reshape(output.shape).detach()
 
 
+def _whatever_the_layout(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function gives; some forward derivatives of torch (group_norm's) want their tensors contiguous."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        return func(*tree_map(_contiguous, args), **tree_map(_contiguous, kwargs))
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
 class _BackwardsStops(TorchFunctionMode):
     """Tangents end where gradients do: under `torch.no_grad()`, and in the padding row of an embedding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.is_grad_enabled():
-            result = func(*args, **(kwargs or {}))
+            result = _whatever_the_layout(func, args, kwargs or {})
             padding = (kwargs or {}).get("padding_idx") if func is F.embedding else None
             if padding is None:
                 return result
