@@ -9,15 +9,17 @@ from weakref import finalize
 
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from vlearn._torch_internals import view_base
 from vlearn.capture.autograd_graph import CallSubgraph, Node, find_unexplained_uses, nodes_of, structure
 from vlearn.capture.broadcast_calls import BroadcastCall, other_terms
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import ModelChecks, UnattributedParameters, remember
-from vlearn.capture.pytrees import detached, shapes, tensor_leaves, versions
-from vlearn.capture.random_state import random_state
+from vlearn.capture.pytrees import detached, tensor_leaves, versions
+from vlearn.capture.random_state import has_drawn, random_state, random_state_now
 from vlearn.capture.trace import Trace
+from vlearn.layers.example_axes import Axes, axes_of_call, axis_of
 from vlearn.layers.registry import Rule, rule_of
 
 _NOT_IN_GRAPH = (
@@ -30,6 +32,7 @@ _NOT_IN_GRAPH = (
 class _Frame:
     module: nn.Module
     first_call: int  # in the trace's calls, of those made inside
+    random_state: dict[str, Tensor] | None  # as it was entered, if it may draw in a call that no rule covers
     called: set[nn.Module] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
     broadcast: list[BroadcastCall] = field(default_factory=list)  # made inside, by a child
@@ -53,7 +56,9 @@ class Recorder:
             self._enter_root(module, args, kwargs)
         elif self._frames[-1].broadcast:
             self._find_broadcast(self._frames[-1], module, args, kwargs)
-        self._frames.append(_Frame(module, len(self.trace.layer_calls)))
+        may_draw = (module._modules or module._parameters) and rule_of(type(module)) is None
+        state = random_state_now(self.trace.random_state) if may_draw else None
+        self._frames.append(_Frame(module, len(self.trace.layer_calls), state))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace = self.trace
@@ -63,6 +68,7 @@ class Recorder:
         trace.random_state = random_state(trace.tracked)
         sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
         trace.num_examples = sizes[0] if sizes else 0
+        trace.input_axes = [axis_of(leaf, trace.num_examples) for leaf in tree_leaves((args, kwargs))]
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A module has run."""
@@ -174,10 +180,10 @@ class Recorder:
                     return
             rule = rule if fits else None
         if rule is None:
-            rows_fit = all(map(self._has_row_per_example, outputs)) and any(
-                map(self._has_row_per_example, tensor_leaves((args, kwargs)))
-            )
-            if not rows_fit or isinstance(module, nn.RNNBase):  # its final state is [layers, N, H]
+            into, out = self._axes(module, args, kwargs, output)
+            # What the model returns and the loss does not read, as a state, needs none.
+            rows_fit = any(axis is not None for axis in out) if not self._frames else None not in out
+            if not rows_fit or all(axis is None for axis in into):
                 self._leave_to_parent(module, wanted)
                 return
             # What this module's forward may use without calling its owner (MultiheadAttention's out_proj), if no call
@@ -219,6 +225,11 @@ class Recorder:
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
         )
+        if rule is None:
+            call.input_axes, call.output_axes = self._axes(module, args, kwargs, output)
+            call.random_state = frame.random_state if frame.random_state and has_drawn(frame.random_state) else None
+        else:
+            call.input_axes, call.output_axes = [0], [0]
         sources = [_source(leaf) if rule is not None else leaf for leaf in leaves]
         inputs = tensor_leaves((args, kwargs))
         # Taken now: a tensor that is written in place later has another node then.
@@ -233,15 +244,17 @@ class Recorder:
     def _find_broadcast(self, frame: _Frame, reader: nn.Module, args: Any, kwargs: Any) -> None:
         """Record the calls inside a frame whose outputs are terms of what a module is about to be given."""
         totals = [
-            leaf for leaf in tensor_leaves((args, kwargs)) if leaf.requires_grad and self._has_row_per_example(leaf)
+            (place, leaf)
+            for place, leaf in enumerate(tensor_leaves((args, kwargs)))
+            if leaf.requires_grad and self._has_row_per_example(leaf)
         ]
         for broadcast in list(frame.broadcast):
-            for total in totals:
+            for place, total in totals:
                 repeated = broadcast.for_all(total)
                 others = other_terms(total, broadcast.output) if repeated is not None else None
                 if others is not None:
                     frame.broadcast.remove(broadcast)
-                    consumer = reader, self.trace.num_calls.get(reader, 0), shapes((args, kwargs))
+                    consumer = reader, self.trace.num_calls.get(reader, 0), place
                     self._add_broadcast(broadcast, repeated, total, others, consumer)
                     break
 
@@ -264,6 +277,8 @@ class Recorder:
             positions=[0],
             shapes=[tuple(total.shape)],
             cotangents=[None],
+            input_axes=[0],
+            output_axes=[0],
             consumer=consumer,
         )
         self._ends[call] = others, nodes_of([total])
@@ -281,6 +296,12 @@ class Recorder:
 
     def _has_row_per_example(self, tensor: Tensor) -> bool:
         return tensor.dim() > 0 and tensor.shape[0] == self.trace.num_examples
+
+    def _axes(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Axes, Axes]:
+        """The axis of the examples of each input leaf, and of each output that requires grad."""
+        leaves = tensor_leaves(output)
+        into, out = axes_of_call(module, args, kwargs, tree_leaves((args, kwargs)), leaves, self.trace.num_examples)
+        return into, [axis for leaf, axis in zip(leaves, out, strict=True) if leaf.requires_grad]
 
     def _may_not_depend_on_examples(self, args: Any, kwargs: Any) -> bool:
         """Whether some input neither requires grad nor is one of the model's own."""

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge
 from vlearn.capture.layer_call import LayerCall, accumulate
 from vlearn.capture.output_probe import CallEdge, OutputProbe
 from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
+from vlearn.layers.example_axes import Axes
 
 
 class _Graph:
@@ -40,6 +41,7 @@ class Trace:
         problems: why the examples have no gradients of their own, where they have none.
         root: the module whose call the pass began with; args, kwargs, output: what it was called with and gave.
         num_examples: the size of the batch.
+        input_axes: along which axis of each leaf of (args, kwargs) the examples lie, None where along none; see `LayerCall`.
         examples: of a subset (`vlearn.per_example.subset`), which of the whole batch's examples it has; else None.
         in_train_mode: the modules that were in train mode.
         graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
@@ -59,6 +61,7 @@ class Trace:
         self.problems: list[str] = []
         self.root: nn.Module | None = None
         self.num_examples = 0
+        self.input_axes: Axes = []
         self.examples: Tensor | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}

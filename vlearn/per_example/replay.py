@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from vlearn._torch_internals import without_onednn
 from vlearn.capture.hooks import hooked, hooks_paused
 from vlearn.capture.pytrees import rows_of, tensor_leaves
-from vlearn.capture.random_state import random_state, set_random_state
+from vlearn.capture.random_state import random_state_now, set_random_state
 from vlearn.capture.trace import Trace
 
 
@@ -88,8 +88,15 @@ def as_recorded(trace: Trace) -> Iterator[None]:
 @contextmanager
 def same_random_numbers(trace: Trace) -> Iterator[None]:
     """Random numbers as in the recorded forward (dropout masks); the generators go on as if nothing was drawn."""
-    now = random_state(trace.tracked)
-    set_random_state(trace.random_state)
+    with random_numbers_from(trace.random_state):
+        yield
+
+
+@contextmanager
+def random_numbers_from(state: dict[str, Tensor]) -> Iterator[None]:
+    """Random numbers as from this state of the generators, which go on as if nothing was drawn."""
+    now = random_state_now(state)
+    set_random_state(state)
     try:
         yield
     finally:
@@ -117,7 +124,7 @@ def rerun(
     assert root is not None
     args, kwargs = trace.args, trace.kwargs
     if examples != slice(None):
-        args, kwargs = rows_of((args, kwargs), trace.num_examples, examples)
+        args, kwargs = rows_of((args, kwargs), trace.input_axes, examples)
     with same_random_numbers(trace), hooked(modules, enter, leave):
         for device in {p.device for p in trace.tracked} if other_random_numbers else ():
             torch.rand(1, device=device)

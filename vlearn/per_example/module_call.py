@@ -1,0 +1,95 @@
+"""Running the module of a recorded call again, for what no rule covers, and whether it gives what it gave.
+
+To be called, as all of this file, inside `vlearn.per_example.replay.as_recorded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.pytrees import tensor_leaves
+from vlearn.capture.trace import is_close
+from vlearn.per_example.replay import call_with, random_numbers_from
+
+Weights = Mapping[Tensor, Tensor]
+
+
+class RefusedError(RuntimeError):
+    """A call whose examples have no gradients of their own, or none that can be found.
+
+    Args:
+        call: the call.
+        reason: why not.
+    """
+
+    def __init__(self, call: LayerCall, reason: str):
+        super().__init__(
+            f"{call}: {reason}, so its per-example gradients are not defined. "
+            "Use a module that treats dimension 0 as examples, each alone, and is deterministic."
+        )
+
+
+def run_again(call: LayerCall, weights: Weights, args: Any, kwargs: Any) -> list[Tensor]:
+    """What the module's forward gives for these arguments, of the outputs that required grad.
+
+    Hooks of the user on this very module have changed the recorded arguments already, and change the output after it
+    was recorded: those that compute weights do so again, what they make of arguments and output is left aside.
+    """
+    given: list[Any] = []
+    waiting = [(args, kwargs)]
+    handles = [
+        call.module.register_forward_pre_hook(
+            lambda module, a, k: waiting.pop() if waiting else (a, k), with_kwargs=True
+        ),
+        call.module.register_forward_hook(lambda module, a, output: given.append(output), prepend=True),
+    ]
+    try:
+        call_with(call.module, weights, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaves = tensor_leaves(given[-1])  # the module may have called itself
+    return [leaves[position] for position in call.positions]
+
+
+def leaves_of(call: LayerCall, weights: Weights) -> tuple[list[Any], Any]:
+    """(The leaves of the call's arguments, their structure)."""
+    leaves, structure = tree_flatten((call.args, call.kwargs))
+    dtype = weights[call.parameters[0]].dtype  # autocast may have handed the module narrower inputs
+    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves], structure
+
+
+def names_of(call: LayerCall, moving: Any) -> dict[str, Tensor]:
+    """The call's parameters by name, of those that move."""
+    moving = set(moving)
+    return {name: p for name, p in call.module.named_parameters() if p in moving}
+
+
+def restore_outputs(call: LayerCall, weights: Weights) -> None:
+    """Compute the batch's outputs again where a later in-place operation has overwritten them."""
+    if all(output._version == version for output, version in call.outputs):
+        return
+    with torch.no_grad(), nullcontext() if call.random_state is None else random_numbers_from(call.random_state):
+        outputs = run_again(call, weights, call.args, call.kwargs)
+    call.outputs = [(output, output._version) for output in outputs]
+
+
+def check_outputs(call: LayerCall, outputs: list[Tensor], examples: slice, tolerance: float) -> None:
+    """Raise RefusedError if outputs ``[n, ...]``, examples first, are not the recorded ones of these examples."""
+    for output, (recorded, _), axis in zip(outputs, call.outputs, call.output_axes, strict=True):
+        if axis is not None and not is_close(output, recorded.movedim(axis, 0)[examples], tolerance):
+            raise RefusedError(call, "run on one example at a time it gives other outputs than on the batch")
+
+
+def check_axes(call: LayerCall) -> None:
+    """Raise RefusedError if the loss depends on an output along no axis of which the examples lie."""
+    for cotangent, shape, axis in zip(call.cotangents, call.shapes, call.output_axes, strict=True):
+        if cotangent is not None and axis is None:
+            raise RefusedError(call, f"its output of shape {shape}, which the loss depends on, has no examples in it")
