@@ -28,7 +28,9 @@ from vlearn._torch_internals import (
     in_functorch_transform,
     is_sharded,
     lets_processes_stop_early,
+    next_sequence_number,
     saved_axis,
+    sequence_number,
     set_versions,
     view_base,
     without_onednn,
@@ -83,6 +85,15 @@ def test_a_backward_pass_has_a_number_of_its_own_and_outside_there_is_none():
     assert graph_task_id() == -1
     outer, nested, after = seen
     assert outer == after and len({-1, outer, nested}) == 3
+
+
+def test_nodes_are_numbered_in_the_order_in_which_they_are_made():
+    x = leaf()
+    older = x * 2
+    number = next_sequence_number()
+    assert next_sequence_number() == number
+    newer = older + x
+    assert sequence_number(older.grad_fn) < number == sequence_number(newer.grad_fn) < next_sequence_number()
 
 
 @pytest.mark.parametrize("kind", ["before the node", "after the node", "on its output"])

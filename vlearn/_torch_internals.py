@@ -44,6 +44,16 @@ def current_node() -> Any:
     return torch._C._current_autograd_node()  # pyright: ignore
 
 
+def next_sequence_number() -> int:
+    """The number that the next node of the autograd graph gets which this thread makes; they rise by one."""
+    return torch._C._autograd._get_sequence_nr()  # pyright: ignore
+
+
+def sequence_number(node: Any) -> int:
+    """The number of a node of the autograd graph, among those of the thread that made it."""
+    return node._sequence_nr()
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Call back once the backward pass that runs now has ended, after what has been asked for before."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # pyright: ignore

@@ -7,14 +7,14 @@ for another one to read, is seen in the graph alone: some node outside the recor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from vlearn._torch_internals import saved_axis
+from vlearn._torch_internals import saved_axis, sequence_number
 
 Node = Any
 
@@ -74,16 +74,41 @@ def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, in
     return place, hash(tuple(met))
 
 
+def leaves_read_before(outputs: Iterable[Node], number: int, leaves: Container[Tensor]) -> list[Tensor]:
+    """The leaves that a graph reads in nodes made before the one of this number, on the present thread.
+
+    Args:
+        outputs: where the graph begins; it is walked to its end.
+        leaves: those of interest.
+    """
+    found: dict[Tensor, None] = {}
+    seen: set[Node] = set()
+    waiting = list(outputs)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        is_older = sequence_number(node) < number
+        for before, _ in node.next_functions:
+            leaf = getattr(before, "variable", None)
+            if leaf is None and before is not None:
+                waiting.append(before)
+            elif is_older and leaf is not None and leaf in leaves:
+                found[leaf] = None
+    return list(found)
+
+
 def find_unexplained_uses(
     outputs: set[Node], inputs: set[Node], subgraphs: list[CallSubgraph]
-) -> tuple[set[Tensor], set[Tensor]]:
-    """The parameters that a graph uses, and those of them that are used outside the given calls.
+) -> tuple[set[Tensor], set[Tensor], set[Tensor]]:
+    """The parameters that a graph uses, those of them that are used outside the given calls, those that calls lack.
 
     Args:
         outputs: where the graph begins, `inputs` where it ends.
         spans: the recorded calls.
     Returns:
-        (used, used elsewhere)
+        (used, used elsewhere, parameters of calls that lie in the graph and do not use them)
     """
     following: dict[Node, list[Node | None]] = {}  # what a node's inputs were made by, None for constants
     users: dict[Node, list[Node]] = {}
@@ -126,7 +151,10 @@ def find_unexplained_uses(
         inner = subgraph.nodes - subgraph.outputs - derived
         if any(user not in subgraph.nodes for node in inner for user in users.get(node, ())):
             used_outside_call.update(subgraph.parameters)
-    return set(leaves), used_outside_call
+    in_graph = {subgraph: subgraph.outputs <= following.keys() for subgraph in subgraphs}
+    unknown = {p for subgraph in subgraphs if not in_graph[subgraph] for p in subgraph.parameters}
+    lacking = {p for subgraph in subgraphs for p in subgraph.parameters} - leaves.keys() - unknown
+    return set(leaves), used_outside_call, lacking
 
 
 def _derived(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +65,8 @@ class LayerCall:
 
     def receive(self, position: int, gradient: Tensor) -> None:
         """Add the gradient of one output that a backward pass has brought."""
+        if _ignores_gradients.get():
+            return
         shape = self.shapes[position]
         accumulate(self.cotangents, position, gradient if gradient.shape == shape else gradient.reshape(shape))
 
@@ -68,6 +74,11 @@ class LayerCall:
     def input(self) -> Tensor:
         """The single input of a call that has a rule."""
         return self.args[0]
+
+    @property
+    def cotangent_entries(self) -> int:
+        """Entries of the gradient of one example's output."""
+        return math.prod(self.shapes[0][1:])
 
     @property
     def reached(self) -> bool:
@@ -92,6 +103,19 @@ class LayerCall:
 
     def __str__(self) -> str:
         return f"{self.path} ({type(self.module).__name__})"
+
+
+_ignores_gradients: ContextVar[bool] = ContextVar("_ignores_gradients", default=False)
+
+
+@contextmanager
+def gradients_ignored() -> Iterator[None]:
+    """Inside, no recorded call takes the gradients that come to its outputs: they are not those of the user's loss."""
+    before = _ignores_gradients.set(True)
+    try:
+        yield
+    finally:
+        _ignores_gradients.reset(before)
 
 
 def accumulate(cotangents: list[Tensor | None], position: int, gradient: Tensor) -> None:

@@ -16,17 +16,19 @@ MOST_KINDS = 256  # a model whose calls are drawn at random has ever new ones
 
 
 class UnattributedParameters(NamedTuple):
-    """Tracked parameters that the recorded calls do not explain.
+    """Tracked parameters that the recorded calls do not explain, or seem to explain and do not.
 
     Attributes:
         not_in_model: used, but of a module that is not in the model.
         used_outside_call: of the model, and used outside its module's own call.
         not_in_graph: of the model, and not seen in the graph.
+        unused: those of modules that were called, but that the graph does not use; the calls do not explain them.
     """
 
     not_in_model: list[Tensor]
     used_outside_call: list[Tensor]
     not_in_graph: list[Tensor]
+    unused: set[Tensor]
 
 
 @dataclass
@@ -37,11 +39,15 @@ class ModelChecks:
         unattributed: the parameters that the recorded calls of a kind of pass do not explain.
         independent: kinds of passes in which no example's output depends on the other examples.
         example_axis: kinds of passes in which dimension 0 is the axis of the examples.
+        row_sums: kinds of passes in which the examples' gradients add up to that of the pass.
+        takes_gradients: whether the next pass of a kind is to take its gradients for that; a first one does.
     """
 
     unattributed: dict[Any, UnattributedParameters] = field(default_factory=dict)
     independent: dict[Any, None] = field(default_factory=dict)
     example_axis: dict[Any, None] = field(default_factory=dict)
+    row_sums: dict[Any, None] = field(default_factory=dict)
+    takes_gradients: dict[Any, bool] = field(default_factory=dict)
 
     @staticmethod
     def of(model: nn.Module) -> ModelChecks:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from vlearn._torch_internals import current_node
-from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.layer_call import LayerCall, gradients_ignored
 
 CallEdge = tuple[LayerCall, int, GradientEdge | None]  # an output of a call, its place in the graph; None: the model's
 
@@ -76,8 +76,7 @@ class OutputProbe:
             The gradient with respect to each output of each call; None if there is none, see `problem`.
         """
         start = GradientEdge(current_node(), number)
-        kept = [(call, call.cotangents) for call in calls]
-        cotangents: dict[LayerCall, list[Tensor | None]] = {call: [None] * len(before) for call, before in kept}
+        cotangents: dict[LayerCall, list[Tensor | None]] = {call: [None] * len(call.shapes) for call in calls}
         claimed, edges = edges, [edge for edge in edges if edge[0] in cotangents]  # the recorder has given up others
         self.running = True
         try:
@@ -85,13 +84,14 @@ class OutputProbe:
             if wanted is None:
                 return None
             cotangent = wanted.to(arrived.dtype)
-            for call, before in kept:
-                call.cotangents = [None] * len(before)  # what the hooks on the calls' outputs write to
             inner = [(call, at, edge) for call, at, edge in edges if edge is not None]
             ends: Any = [edge for _, _, edge in inner]
-            gradients = (
-                torch.autograd.grad([start], ends, [cotangent], retain_graph=True, allow_unused=True) if ends else ()
-            )
+            with gradients_ignored():  # also by the calls that another optimizer has recorded
+                gradients = (
+                    torch.autograd.grad([start], ends, [cotangent], retain_graph=True, allow_unused=True)
+                    if ends
+                    else ()
+                )
             for (call, at, _), part in zip(inner, gradients, strict=True):
                 cotangents[call][at] = None if part is None else part.reshape(call.shapes[at])
             for call, at, edge in edges:
@@ -104,5 +104,3 @@ class OutputProbe:
         finally:
             self.running = False
             claimed.clear()
-            for call, before in kept:
-                call.cotangents = before

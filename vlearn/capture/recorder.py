@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import finalize
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
@@ -15,10 +17,10 @@ from vlearn._torch_internals import view_base
 from vlearn.capture.autograd_graph import CallSubgraph, Node, find_unexplained_uses, nodes_of, structure
 from vlearn.capture.broadcast_calls import BroadcastCall, other_terms
 from vlearn.capture.layer_call import LayerCall
-from vlearn.capture.model_checks import ModelChecks, UnattributedParameters, remember
+from vlearn.capture.model_checks import MOST_KINDS, ModelChecks, UnattributedParameters, remember
 from vlearn.capture.pytrees import detached, tensor_leaves, versions
 from vlearn.capture.random_state import has_drawn, random_state, random_state_now
-from vlearn.capture.trace import Trace
+from vlearn.capture.trace import Trace, remove_all
 from vlearn.layers.example_axes import Axes, axes_of_call, axis_of
 from vlearn.layers.registry import Rule, rule_of
 
@@ -49,9 +51,31 @@ class Recorder:
         self.trace = trace
         self._ends: dict[LayerCall, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
+        self._given_up = False
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is about to run; the first call of all is that of the root."""
+        self._unless_given_up(self._enter, module, args, kwargs)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A module has run."""
+        self._unless_given_up(self._leave, module, args, kwargs, output)
+
+    def _unless_given_up(self, record: Callable[..., None], module: nn.Module, *call: Any) -> None:
+        """What cannot be recorded is a reason for no sensitivities, and none against the user's pass."""
+        if self._given_up:
+            return
+        try:
+            record(module, *call)
+        except Exception as error:
+            self._give_up(module, f"its call could not be recorded ({type(error).__name__}: {error})")
+
+    def _give_up(self, module: nn.Module, reason: str) -> None:
+        name = f"{self.trace.paths[module]} ({type(module).__name__})"
+        self.trace.problems.append(f"{name}: {reason}, so no example has a gradient of its own.")
+        self._given_up = True
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._frames:
             self._enter_root(module, args, kwargs)
         elif self._frames[-1].broadcast:
@@ -66,12 +90,16 @@ class Recorder:
         trace.versions = versions((args, kwargs))
         trace.in_train_mode = [each for each in trace.paths if each.training]
         trace.random_state = random_state(trace.tracked)
+        if any(leaf.layout != torch.strided or leaf.is_nested for leaf in tensor_leaves((args, kwargs))):
+            self._give_up(
+                module, "an input is a sparse, nested or mkldnn tensor and not a dense one (padded, if need be)"
+            )
+            return
         sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
         trace.num_examples = sizes[0] if sizes else 0
         trace.input_axes = [axis_of(leaf, trace.num_examples) for leaf in tree_leaves((args, kwargs))]
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A module has run."""
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         while self._frames and self._frames[-1].module is not module:  # frames that an exception left open
             self._frames.pop()
         if not self._frames:
@@ -94,12 +122,19 @@ class Recorder:
         self._attribute_remaining(frame, args, kwargs, output)
         self.trace.keep_output(output)  # takes the edges of all calls
         self._ends = {}
+        if self.trace.edges is None and self.trace.root is not None:
+            takes_gradients = ModelChecks.of(self.trace.root).takes_gradients
+            if takes_gradients.get(self.trace.kind, len(takes_gradients) < MOST_KINDS):
+                self.trace.take_gradients()
+                takes_gradients[self.trace.kind] = False
 
     def _attribute_remaining(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Parameters used in no module's own call, or also elsewhere: for these the whole model is the unit."""
         trace = self.trace
         assert trace.root is not None
         unattributed = self._unattributed(args, kwargs, output)
+        for call in trace.layer_calls if unattributed.unused else ():
+            call.parameters = [p for p in call.parameters if p not in unattributed.unused]
         for p in unattributed.not_in_model:
             trace.problems.append(
                 f"{trace.paths[trace.root]} ({type(trace.root).__name__}) uses a parameter of shape {tuple(p.shape)} "
@@ -113,7 +148,7 @@ class Recorder:
         if unattributed.not_in_graph and trace.edges is None:
             report = partial(trace.problems.append, _NOT_IN_GRAPH.format(name=trace.paths[trace.root]))
             handles = [p.register_hook(lambda gradient: report()) for p in unattributed.not_in_graph if p.requires_grad]
-            finalize(trace, _remove_all, handles)
+            finalize(trace, remove_all, handles)
 
     def _unattributed(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> UnattributedParameters:
         """What the calls do not explain, looked for once for each kind of pass: walking a graph is dear."""
@@ -130,17 +165,18 @@ class Recorder:
             )
             for call, ends in self._ends.items()
         )
-        kind = (calls, trace.graph_structure, frozenset(map(id, trace.tracked)), trace.paths_in_train_mode)
+        trace.kind = kind = calls, trace.graph_structure, frozenset(map(id, trace.tracked)), trace.paths_in_train_mode
         known = ModelChecks.of(trace.root).unattributed
         if kind not in known:
             subgraphs = [CallSubgraph(call.parameters, *map(set, ends)) for call, ends in self._ends.items()]
-            used, used_outside_call = find_unexplained_uses(set(outputs), inputs, subgraphs)
+            used, used_outside_call, unused = find_unexplained_uses(set(outputs), inputs, subgraphs)
             attributed = {p for call in trace.layer_calls for p in call.parameters}
             own: list[Tensor] = [p for p in trace.root.parameters() if p in trace.tracked]
             finding = UnattributedParameters(
                 not_in_model=list(used_outside_call.intersection(trace.tracked).difference(own)),
                 used_outside_call=[p for p in own if p in used_outside_call],
                 not_in_graph=[p for p in own if p not in used and p not in attributed],
+                unused=unused,
             )
             remember(known, kind, finding)
         return known[kind]
@@ -329,11 +365,6 @@ def _source(leaf: Tensor) -> Tensor:
     if base is None or base.numel() != leaf.numel() or not (base.is_contiguous() and leaf.is_contiguous()):
         return leaf
     return base
-
-
-def _remove_all(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _uses_batch_statistics(module: nn.modules.batchnorm._BatchNorm) -> bool:

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from vlearn._torch_internals import graph_task_id
 from vlearn.capture.layer_call import LayerCall, accumulate
+from vlearn.capture.model_checks import ModelChecks
 from vlearn.capture.output_probe import CallEdge, OutputProbe
+from vlearn.capture.pass_gradients import PassGradients, product
 from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
 from vlearn.layers.example_axes import Axes
 
@@ -45,6 +48,7 @@ class Trace:
         examples: of a subset (`vlearn.per_example.subset`), which of the whole batch's examples it has; else None.
         in_train_mode: the modules that were in train mode.
         graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
+        kind: what tells kinds of passes apart, see `vlearn.capture.model_checks`.
         random_state: of the generators, as the pass began.
         positions: which tensors of the output required grad.
         cotangents: the gradient with respect to each of those, None where none has come.
@@ -68,6 +72,7 @@ class Trace:
         self.versions: list[int] = []
         self.in_train_mode: list[nn.Module] = []
         self.graph_structure = 0
+        self.kind: Any = None
         self.random_state: Any = None
         self.output: Any = None
         self.output_versions: list[int] = []
@@ -77,6 +82,9 @@ class Trace:
         self.probe: OutputProbe | None = None
         self.probed: Trace | None = None
         self._graph: Callable[[], _Graph | None] = lambda: None
+        self._tasks: dict[int, None] = {}  # the backward passes that have come
+        self._pass_gradients: PassGradients | None = None
+        self._gradient_products: dict[Tensor, Tensor] | None = None  # of a pass that was pulled back
         self._received_cast: set[int] = set()  # outputs that are casts and that the loss does depend on
 
     @property
@@ -119,6 +127,7 @@ class Trace:
         probe = self.probe
         if probe is not None and probe.running:
             return
+        self._tasks[graph_task_id()] = None
         if all(cotangent is None for cotangent in self.cotangents):
             self.on_backward()
         if torch.is_grad_enabled():
@@ -157,18 +166,40 @@ class Trace:
             retain_graph: whether another call follows.
         """
         assert self.edges is not None
-        inputs: Any = [edge for _, _, edge in self.edges]
-        gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
+        ends: Any = [edge for _, _, edge in self.edges]
+        # A first pass of its kind shows what the examples' gradients must add up to.
+        parameters = [] if self.root is None or self.kind in ModelChecks.of(self.root).row_sums else list(self.tracked)
+        gradients = torch.autograd.grad(
+            outputs, [*ends, *parameters], cotangents, allow_unused=True, retain_graph=retain_graph
+        )
         by_call: dict[LayerCall, list[Tensor | None]] = {c: [None] * len(c.positions) for c in self.layer_calls}
-        for (call, position, _), gradient in zip(self.edges, gradients, strict=True):
+        for (call, position, _), gradient in zip(self.edges, gradients, strict=False):
             if call in by_call:  # the recorder has given up others
                 by_call[call][position] = None if gradient is None else gradient.reshape(call.shapes[position])
-        return self._with_cotangents(by_call)
+        pulled_back = self._with_cotangents(by_call)
+        if parameters:
+            of_parameters = zip(parameters, gradients[len(ends) :], strict=True)
+            pulled_back._gradient_products = {p: product(g) for p, g in of_parameters if g is not None}
+        return pulled_back
+
+    def take_gradients(self) -> None:
+        """Take the products of this pass's gradients as its backward passes bring them, while this trace lives."""
+        self._pass_gradients = PassGradients()
+        finalize(self, remove_all, self._pass_gradients.listen(self.tracked))
+
+    def gradient_products(self) -> dict[Tensor, Tensor] | None:
+        """⟨gradient, direction⟩ of each parameter that the backward passes have reached, see `PassGradients`.
+
+        Without what other backward passes brought. None if they were not taken.
+        """
+        if self._pass_gradients is not None:
+            return self._pass_gradients.products(self._tasks)
+        return self._gradient_products
 
     def _with_cotangents(self, cotangents: Mapping[LayerCall, list[Tensor | None]]) -> Trace:
         other = copy.copy(self)
         other.layer_calls = [replace(call, cotangents=cotangents[call]) for call in self.layer_calls]
-        other.edges = other.probe = other.probed = None
+        other.edges = other.probe = other.probed = other._pass_gradients = None
         return other
 
     @property
@@ -212,6 +243,11 @@ class Trace:
             )
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether some layer worked in a type of low precision."""
+        return self.tolerance > 1e-4
+
+    @property
     def tolerance(self) -> float:
         """The relative difference that rounding may make between a recorded value and the same computed again."""
         # Under autocast some modules worked in a narrow type, a replay does not.
@@ -225,6 +261,12 @@ class Trace:
             for p in call.parameters if call.reached else ():
                 calls_of.setdefault(p, []).append(call)
         return calls_of
+
+
+def remove_all(handles: list[Any]) -> None:
+    """Remove the hooks of these handles."""
+    for handle in handles:
+        handle.remove()
 
 
 def is_close(replayed: Tensor, recorded: Tensor, tolerance: float) -> bool:

@@ -272,7 +272,7 @@ class Bias:
 
     def output_jvp(self, direction: Tensor) -> Tensor:
         """See `Form`; D_n at every position alike."""
-        return direction.reshape(self.b.shape)  # every position alike
+        return direction.reshape(-1, *self.b.shape[1:])  # every position alike
 
     def weighted_square(self, variance: Tensor) -> Tensor:
         """See `Form`."""

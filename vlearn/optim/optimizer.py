@@ -39,7 +39,7 @@ from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw, Origin
 from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
 from vlearn.optim.sampling.sampler import Context, MeanView, Sampler
-from vlearn.optim.step_checks import check_first_gradients, check_passes, waiting_draw
+from vlearn.optim.step_checks import check_first_gradients, check_passes, is_primed, waiting_draw
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
@@ -316,6 +316,9 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         if sampler.context is not Context.NONE:
             raise RuntimeError("step() inside sampled_params: leave the context first.")
         sampler.recover()
+        if closure is None and is_primed(sampler):
+            sampler.init_states()
+            return None
         try:
             loss, finite = self._run_closure(closure) if closure is not None else (None, True)
             draw = self._checked_draw(closure is not None) if finite else None

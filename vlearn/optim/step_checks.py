@@ -16,6 +16,18 @@ LOOPS = (
 )
 
 
+def is_primed(sampler: Sampler) -> bool:
+    """Whether step() is that of torch.distributed.checkpoint, which makes an optimizer's state by it.
+
+    It gives every parameter a gradient of zeros and every group lr=0, and nothing else has happened yet.
+    """
+    parameters = sampler.parameters
+    if sampler.draw is not None or parameters.state or any(float(group["lr"]) != 0 for group in parameters.groups):
+        return False
+    gradients = [p.grad for p in parameters.trainable()]
+    return all(g is not None and not bool(g.any()) for g in gradients)
+
+
 def waiting_draw(sampler: Sampler, watch: Watch | None, has_closure: bool) -> Draw:
     """The draw that the next update is made of.
 
@@ -33,6 +45,7 @@ def waiting_draw(sampler: Sampler, watch: Watch | None, has_closure: bool) -> Dr
         elif watch is not None and has_compiled():
             why = COMPILED
         raise RuntimeError(f"step() without a draw of the weights.{why} {loops}")
+    draw.follow_storage()
     _check_unchanged(sampler, draw)
     outside = sampler.gradient_outside_draw
     if outside is not None:
@@ -88,11 +101,24 @@ def check_passes(draw: Draw, parameters: Parameters, watch: Watch | None) -> Non
             f"{sums.problem}"
         ) from sums.problem
     if not sums.count and watch.records(parameters.next_step()):
+        if watch.trace is not None and watch.trace.problems:
+            raise RuntimeError(
+                f"{name} updates its Hessian from gradients of single examples, which this step does not have: "
+                f"{watch.trace.problems[0]}"
+            )
         raise RuntimeError(
             f"{name} updates its Hessian from gradients of single examples, but no backward pass came through the "
             "watched model: compute the gradients by its forward and backward pass."
             f"{COMPILED if has_compiled() else ''}"
         )
+    for p in draw.parameters if sums.count else ():
+        gradient = draw.gradient_of(p)
+        if gradient is not None and p not in sums.reached and bool(gradient.any()):
+            raise RuntimeError(
+                f"{name} updates its Hessian from gradients of single examples, but {parameters.names()[p]!r} got its "
+                "gradient outside the forward passes of the watched model, as where the loss reads it itself: compute "
+                "the loss in the model's forward pass, or give this parameter to another optimizer."
+            )
 
 
 def check_first_gradients(sampler: Sampler) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
 from vlearn.layers.gradient_forms import Form, Indexed, Outer
-from vlearn.per_example.gradients import chunks, form_of, gradient_rows
+from vlearn.per_example.forms import chunks, form_of, gradient_rows
 from vlearn.per_example.recorded_pass import RecordedPass
 
 CONVENTIONS = ("expand", "reduce")

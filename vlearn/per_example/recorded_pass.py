@@ -10,6 +10,7 @@ from torch import Tensor
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.trace import Trace
 from vlearn.per_example.independence import check_example_axis, check_independent
+from vlearn.per_example.row_sums import check_row_sums
 from vlearn.per_example.subset import subset
 from vlearn.per_example.vmap_fallback import Weights
 
@@ -35,13 +36,15 @@ class RecordedPass:
 
         Raises:
             RuntimeError: if the examples have no gradients of their own: a layer does not have them along dimension 0,
-                they see one another, a module that no rule covers refuses them, or an input was written since.
+                they see one another, a module that no rule covers refuses them, an input was written since, or their
+                gradients do not add up to that of the pass.
         """
         check_example_axis(trace, weights)
         for call in trace.layer_calls:
             if call.reached and call.parameters:
                 call.check_unchanged()
         check_independent(trace, weights)
+        check_row_sums(trace, weights)
         return cls(trace, weights, scale)
 
     @property

@@ -55,6 +55,21 @@ class _Holder(nn.Module):
 
 
 @contextmanager
+def placed(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Parameters hold other values inside, wherever the model has a reference to them; on any exit their own."""
+    before = {p: p.data for p in weights}
+    try:
+        for p, value in weights.items():
+            p.data = value.to(p.dtype)
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        for p, data in before.items():
+            p.data = data
+        torch.clear_autocast_cache()
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode inside, each of its modules as it was afterwards."""
     modes = {module: module.training for module in model.modules()}
@@ -129,6 +144,28 @@ def rerun(
         for device in {p.device for p in trace.tracked} if other_random_numbers else ():
             torch.rand(1, device=device)
         return tensor_leaves(call_with(root, weights, args, kwargs))
+
+
+def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The parameters' gradients from the recorded gradients of the outputs, in a pass that is made once more.
+
+    The parameters themselves hold the weights, so that second references to them count too.
+    """
+    root = trace.root
+    assert root is not None
+    with as_recorded(trace), placed(weights), same_random_numbers(trace):
+        buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
+        outputs = tensor_leaves(functional_call(root, buffers, trace.args, trace.kwargs))
+        reached = zip(trace.positions, trace.cotangents, strict=True)
+        pairs = [(outputs[at], c) for at, c in reached if c is not None and outputs[at].requires_grad]
+        parameters = [p for p in weights if p.requires_grad]
+        gradients = torch.autograd.grad(
+            [output for output, _ in pairs],
+            parameters,
+            [cotangent.to(output.dtype) for output, cotangent in pairs],
+            allow_unused=True,
+        )
+    return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
 @contextmanager

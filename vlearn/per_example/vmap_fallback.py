@@ -34,6 +34,7 @@ from vlearn.per_example.replay import forward_mode, tangents_in_reverse
 Weights = dict[Tensor, Tensor]
 
 
+@torch.enable_grad()
 def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, tolerance: float) -> Weights:
     """Gradient of each example's own loss with respect to the parameters of one call.
 

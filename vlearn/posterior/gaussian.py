@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vlearn.per_example.replay import placed
 from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.covariance_blocks import Block
 
@@ -186,17 +187,8 @@ def weights_at(
     outer: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[None]:
     """The parameters hold the mean inside; an optimizer whose draw is in them steps aside first."""
-    with outer():
-        before = {p: p.data for p in parameters.values()}
-        try:
-            for name, p in parameters.items():
-                p.data = mean[name].to(p.dtype)
-            torch.clear_autocast_cache()
-            yield
-        finally:
-            for p, data in before.items():
-                p.data = data
-            torch.clear_autocast_cache()
+    with outer(), placed({p: mean[name] for name, p in parameters.items()}):
+        yield
 
 
 class LazyByName(Mapping[str, Tensor]):

@@ -27,7 +27,7 @@ def loaded_as_saved(optimizer: Optimizer) -> Iterator[None]:
         loaded.update(state)
 
     before = optimizer.register_load_state_dict_pre_hook(check_own)
-    after = optimizer.register_load_state_dict_post_hook(lambda _: _keep_float32(optimizer, loaded), prepend=True)
+    after = optimizer.register_load_state_dict_post_hook(lambda _: _take_as_saved(optimizer, loaded), prepend=True)
     try:
         yield
     finally:
@@ -35,11 +35,12 @@ def loaded_as_saved(optimizer: Optimizer) -> Iterator[None]:
         after.remove()
 
 
-def _keep_float32(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-    """torch casts the float32 state of a parameter of lower precision to its dtype: take it as it was saved."""
+def _take_as_saved(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+    """Copies of the saved tensors: torch takes some themselves, and casts others to the parameter's low precision."""
     saved = [number for group in loaded["param_groups"] for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, p in zip(saved, parameters, strict=True):
         for key, value in loaded["state"].get(number, {}).items():
-            if is_low_precision(p) and value.dtype != optimizer.state[p][key].dtype:
-                optimizer.state[p][key] = value.to(device=p.device, copy=True)
+            own = optimizer.state[p][key]
+            if own is value or (is_low_precision(p) and value.dtype != own.dtype):
+                optimizer.state[p][key] = value.to(device=own.device, copy=True)

@@ -17,21 +17,25 @@ class PassSums:
 
     Attributes:
         count: the number of examples; 0 while no pass has been collected.
+        reached: the parameters that recorded calls explain.
         problem: why a pass could not be.
     """
 
     def __init__(self) -> None:
         self._sums: dict[Any, Tensor] = {}
         self.count = 0
+        self.reached: set[Tensor] = set()
         self.problem: Exception | None = None
 
-    def add(self, sums: Mapping[Any, Tensor], count: int) -> None:
+    def add(self, sums: Mapping[Any, Tensor], count: int, reached: Iterable[Tensor]) -> None:
         """Add one more pass.
 
         Args:
             sums: by parameter, in its shape; further axes may follow. By any other key, of any shape.
             count: the number of its examples.
+            reached: the parameters that its calls explain.
         """
+        self.reached.update(reached)
         for key, total in sums.items():
             self._sums[key] = self._sums[key] + total if key in self._sums else total
         self.count += count
@@ -39,6 +43,7 @@ class PassSums:
     def clear(self) -> None:
         """The gradients of all passes so far have been zeroed."""
         self._sums, self.count, self.problem = {}, 0, None
+        self.reached = set()
 
     def mean(self, piece: ParameterSlice, like: Tensor) -> Tensor:
         """The average over the examples for some rows of a parameter; zero where no pass reached it.

@@ -27,6 +27,7 @@ class ParameterSlice:
     """Some rows of one parameter: its weights, and the buffer that holds the mean while the draw is in the weights.
 
     Attributes:
+        weights: the rows of `parameter.data`, whatever storage that has; see `follow_storage`.
         mean_in_weights: where the mean is. It is set so that an interrupt after any copy of `swap_in_mean` and
             `swap_in_draw` leaves the mean in the place it names and the draw in the other.
     """
@@ -37,6 +38,18 @@ class ParameterSlice:
     whole_buffer: Tensor
     rows: tuple[int, int] | None = None
     mean_in_weights: bool = True
+
+    def __post_init__(self) -> None:
+        self._storage = self.parameter.data_ptr()
+
+    def follow_storage(self) -> None:
+        """Look for the rows where the parameter has them now: the user may have replaced `p.data` since.
+
+        A tensor of another shape is left alone, as nothing of this draw fits it.
+        """
+        storage = self.parameter.data_ptr()
+        if storage != self._storage and self.parameter.shape == self.whole_buffer.shape:
+            self.weights, self._storage = self.of(self.parameter.data), storage
 
     @property
     def mean(self) -> Tensor:
@@ -69,6 +82,7 @@ class ParameterSlice:
 
     def swap_in_mean(self) -> None:
         """Put the mean into the weights and the draw into the buffer."""
+        self.follow_storage()
         if not self.mean_in_weights:
             draw = self.weights.clone()
             try:
@@ -79,6 +93,7 @@ class ParameterSlice:
 
     def swap_in_draw(self) -> None:
         """Put the draw into the weights and the mean into the buffer."""
+        self.follow_storage()
         if self.mean_in_weights:
             draw = self.buffer.clone()
             try:
@@ -89,6 +104,7 @@ class ParameterSlice:
 
     def discard_draw(self) -> None:
         """Put the mean into the weights; the draw is lost."""
+        self.follow_storage()
         if not self.mean_in_weights:
             self.weights.copy_(self.buffer)
             self.mean_in_weights = True

@@ -64,6 +64,8 @@ class Draw:
         gradients: what `p.grad` and its version were when the draw was finished by leaving its context.
         local_gradients: this process's own gradients, where several processes have draws of their own.
         pass_sums: what the curvature estimate has taken from the passes under this draw, if it wants any.
+        first_node: the number of the first node of an autograd graph that can have read the draw; None where no graph
+            can have been begun before it.
     """
 
     origin: Origin
@@ -74,7 +76,9 @@ class Draw:
     gradients: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
     local_gradients: LocalGradients | None = None
     pass_sums: PassSums | None = None
+    first_node: int | None = None
     _versions: dict[Tensor, int] = field(default_factory=dict)  # of the parameters, before the mean was swapped in
+    _written: dict[Tensor, int] = field(default_factory=dict)  # their versions when the draw was put into them
 
     @property
     def slices(self) -> Iterator[ParameterSlice]:
@@ -163,6 +167,31 @@ class Draw:
             torch.clear_autocast_cache()
             _take_back(self._versions)
             self._enter(DrawState.ACTIVE)
+            for p, version in self._versions.items():
+                if self._written.get(p) == version:  # what has been written since was vlearn's own
+                    self._written[p] = p._version
+
+    def note_versions(self) -> None:
+        """Remember how often each parameter has been written, now that the draw is in them."""
+        self._written = {p: p._version for p in self.parameters}
+
+    def overwritten(self) -> Tensor | None:
+        """A parameter that was written in place since the draw was put into it; None if there is none."""
+        return next((p for p, version in self._written.items() if p._version != version), None)
+
+    def follow_storage(self) -> None:
+        """Look for all weights where the parameters have them now.
+
+        Raises:
+            RuntimeError: if a parameter has another shape.
+        """
+        for piece in self.slices:
+            if piece.parameter.shape != piece.whole_buffer.shape:
+                raise RuntimeError(
+                    f"p.data of a parameter of shape {tuple(piece.whole_buffer.shape)} was replaced by a tensor of "
+                    f"shape {tuple(piece.parameter.shape)} while a draw waits for step(): replace it after step()."
+                )
+            piece.follow_storage()
 
     def samples(self) -> dict[Tensor, Tensor]:
         """θ of every parameter, as one tensor each."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn._torch_internals import next_sequence_number
 from vlearn.optim.distributed.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
@@ -73,6 +74,7 @@ class Sampler:
         self._gradient_origin = GradientOrigin()
         self._hooked_parameters: dict[Tensor, Any] = {}
         self._buffers: dict[Tensor, Tensor] = {}  # of draws that are over, for the next
+        self._node_at_end = -1  # the number of the first node of a graph after the last step
 
     def __del__(self) -> None:
         # An optimizer that goes while its draw is in the weights leaves the mean.
@@ -122,7 +124,13 @@ class Sampler:
         """Put a new draw into the weights; on any exit but the normal one they are the mean."""
         self.init_states()
         uses_passes = self._curvature.needs_pass and origin is not Origin.ENSEMBLE
-        draw = Draw(origin, self._new_noise(origin), pass_sums=PassSums() if uses_passes else None)
+        first_node = next_sequence_number()
+        draw = Draw(
+            origin,
+            self._new_noise(origin),
+            pass_sums=PassSums() if uses_passes else None,
+            first_node=first_node if first_node != self._node_at_end else None,
+        )
         try:
             with torch.inference_mode(False):
                 for block in self._partition():
@@ -141,6 +149,7 @@ class Sampler:
                 draw.local_gradients.remove()
             raise
         mark_changed(draw.parameters)
+        draw.note_versions()
         return draw
 
     def _partition(self) -> Iterator[SliceBlock]:
@@ -249,6 +258,7 @@ class Sampler:
         """
         draw.discard()
         mark_changed(draw.parameters)
+        self._node_at_end = next_sequence_number()
         self.draw, self.average, self.previous = None, DrawAverage(), draw if keep else None
         if not keep:
             self._buffers = draw.reusable_buffers()
@@ -294,6 +304,7 @@ class Sampler:
                     "step(): call optimizer.zero_grad(), or zero_grad(set_to_none=True)."
                 )
         self.check_local_gradients(draw)
+        draw.follow_storage()
         self.average.add(c for block in draw.blocks for c in self.contributions(draw, block))
         if draw.pass_sums is not None and draw.pass_sums.count:
             self.average.add_layer_statistics(draw.pass_sums.layer_statistics())
@@ -337,20 +348,28 @@ class Sampler:
         self.begin(Origin.CONTEXT)
         draw = self.draw
         assert draw is not None
-        before = [(p.grad, None if p.grad is None else p.grad._version) for p in draw.parameters]
+        # Gradients may also be written by hand, without a backward pass that tells us. Inside, each is an alias of the
+        # one that was there, so that this very tensor is seen when it is assigned again.
+        before = {p: p.grad for p in draw.parameters if p.grad is not None}
+        aliases = {p: gradient.detach() for p, gradient in before.items()}
+        versions = {p: alias._version for p, alias in aliases.items()}
+        for p, alias in aliases.items():
+            p.grad = alias
         try:
             yield
         except BaseException:
+            self._put_back(before, aliases)
             self._discard_after_exception(draw)
             raise
         if self.draw is not draw:  # load_state_dict inside the context has dropped it
+            self._put_back(before, aliases)
             return
-        # Gradients may also have been written by hand, without a backward pass that tells us.
         written = (
-            p.grad is not None and (p.grad is not old or p.grad._version != version)
-            for p, (old, version) in zip(draw.parameters, before, strict=True)
+            p.grad is not None and (p.grad is not aliases.get(p) or p.grad._version != versions[p])
+            for p in draw.parameters
         )
         draw.has_gradient = draw.has_gradient or any(written)
+        self._put_back(before, aliases)
         if draw.has_gradient:
             draw.keep_gradients()
             if self.listener is not None:
@@ -359,6 +378,13 @@ class Sampler:
         else:
             draw.discard()
             self.draw = None
+
+    @staticmethod
+    def _put_back(gradients: dict[Tensor, Tensor], aliases: dict[Tensor, Tensor]) -> None:
+        """Give the parameters the gradients whose aliases they still have."""
+        for p, gradient in gradients.items():
+            if p.grad is aliases[p]:
+                p.grad = gradient
 
     def _discard_after_exception(self, draw: Draw) -> None:
         """Discard the draw; its gradients must not reach step()."""

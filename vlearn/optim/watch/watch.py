@@ -16,8 +16,10 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vlearn._torch_internals import forward_pre_hooks, frame_of_call, has_compiled, in_functorch_transform
+from vlearn.capture.autograd_graph import leaves_read_before, nodes_of
 from vlearn.capture.hooks import hooks_are_silent, is_recomputed
 from vlearn.capture.names import module_paths, named_parameters
 from vlearn.capture.output_probe import OutputProbe
@@ -28,6 +30,7 @@ from vlearn.capture.trace import Trace
 from vlearn.optim.sampling.draw import Draw, DrawState
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.sampler import Context, Sampler
+from vlearn.optim.watch import other_optimizers
 from vlearn.optim.watch.hooks import Link, MeanCopies, hook
 from vlearn.per_example.recorded_pass import RecordedPass
 
@@ -137,13 +140,14 @@ class Watch:
         self._overlap = False
         self._scale = 1.0
         self._calls: list[tuple[nn.Module, int]] = []  # that are open, with the id of the frame that runs each
-        self._thread = 0
+        self._thread, self._several_threads = 0, False  # of the outermost call; whether others run calls inside it
         # Whether the outermost calls since the last step left a graph.
         self._left_graph: dict[nn.Module, bool] = {}
         self._left_graph_step = 0
         self._mean_copies = MeanCopies()
         for link in self._links:
             link.watch = self
+        other_optimizers.listen(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,6 +168,7 @@ class Watch:
     def remove(self) -> None:
         """Take every hook off the model."""
         self.removed = True
+        other_optimizers.stop_listening(self)
         for handle in self._handles:
             handle.remove()
         for link in self._links:
@@ -192,6 +197,7 @@ class Watch:
                 return  # torch.func runs it, as a function of weights that a draw may not write
             self._enter(module)
         self._calls.append((module, id(frame)))
+        self._several_threads |= get_ident() != self._thread
         if self._recorder is not None:
             self._recorder.enter(module, args, kwargs)
 
@@ -232,7 +238,7 @@ class Watch:
     def _enter(self, module: nn.Module) -> None:
         sampler = self.sampler
         sampler.recover()
-        self._thread = get_ident()
+        self._thread, self._several_threads = get_ident(), False
         self._note_graph(module)
         if sampler.context is Context.ENSEMBLE:
             return
@@ -248,7 +254,38 @@ class Watch:
                 self._recorder = Recorder(self.trace)
         elif sampler.context is Context.NONE and sampler.draw is not None:
             if sampler.draw.state in (DrawState.ACTIVE, DrawState.SUSPENDED):
+                self._check_not_overwritten(sampler.draw)
                 sampler.draw.suspend()
+
+    def _check_not_overwritten(self, draw: Draw) -> None:
+        """What was written into the weights under a draw is not seen at the mean, and may go with the draw."""
+        p = draw.overwritten()
+        if p is not None:
+            parameters = self.sampler.parameters
+            raise RuntimeError(
+                f"the weight {parameters.names()[p]!r} was written in place while a draw of {parameters.owner} was in "
+                "it, so that the mean, which the model in eval mode shows, does not have what was written: call "
+                "optimizer.unwatch() if other code trains the model now, or write the weights after step()."
+            )
+
+    def other_optimizer_stepped(self, other: Optimizer) -> None:
+        """Another optimizer has updated its parameters.
+
+        Raises:
+            RuntimeError: if a draw was in some of them: it has trained the draw, which goes.
+        """
+        draw = self.draw
+        if draw is None or draw.state not in (DrawState.ACTIVE, DrawState.SUSPENDED) or not draw.has_gradient:
+            return
+        p = next((p for group in other.param_groups for p in group["params"] if p in draw.slices_of), None)
+        if p is not None:
+            parameters = self.sampler.parameters
+            self.sampler.discard()
+            raise RuntimeError(
+                f"{type(other).__name__}.step() has moved {parameters.names()[p]!r} while a draw of "
+                f"{parameters.owner}, which watches the model, was in it; the weights are the mean of before: call "
+                f"optimizer.unwatch() of the {parameters.owner} before another optimizer trains the model."
+            )
 
     def _new_trace(self, sampler: Sampler) -> Trace:
         trace = Trace(self.paths, sampler.parameters.trainable())
@@ -272,6 +309,9 @@ class Watch:
         draw = self.draw
         if draw is None or draw.state not in (DrawState.ACTIVE, DrawState.SUSPENDED):
             return
+        # Nodes are numbered by thread.
+        if draw.state is DrawState.ACTIVE and draw.first_node is not None and not self._several_threads:
+            self._check_read_since(draw, draw.first_node, output)
         # An eval forward between this pass and its backward may be interrupted and leave the mean in the weights.
         suspended = draw.state is DrawState.SUSPENDED
         before_backward = _refuse_backward if suspended else partial(_restore_draw_before_backward, ref(self))
@@ -279,6 +319,18 @@ class Watch:
         for leaf in tensor_leaves(output):
             if leaf.requires_grad:
                 leaf.register_hook(before_backward)
+
+    def _check_read_since(self, draw: Draw, first_node: int, output: Any) -> None:
+        """The graph of a training forward pass has no weights of before the draw."""
+        early = leaves_read_before(nodes_of(tensor_leaves(output)), first_node, draw.slices_of)
+        if early:
+            names = self.sampler.parameters.names()
+            self.sampler.discard()
+            raise RuntimeError(
+                f"the weight {names[early[0]]!r} was read before this forward pass of the watched model put a draw "
+                "into it, so its gradient would be that of the mean: watch the model whose forward pass reads all "
+                "weights (optimizer.watch), or draw first, by optimizer.train() or inside sampled_params(train=True)."
+            )
 
     def put_mean(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Replace a module's entries of a state_dict by copies of the mean while a draw is in the weights."""
@@ -377,7 +429,8 @@ class Watch:
                 raise ValueError("the minibatch has none. Leave it out.")
             with torch.autocast(next(iter(draw.samples())).device.type, enabled=False):
                 wanted = {p for p in draw.parameters if draw.gradient_of(p) is not None}
-                draw.pass_sums.add(consumer.sums(recorded, wanted), recorded.num_examples)
+                sums = consumer.sums(recorded, wanted)
+                draw.pass_sums.add(sums, recorded.num_examples, trace.calls_by_parameter())
         except (RuntimeError, ValueError) as error:  # for step() to raise: the training pass itself can go on
             draw.pass_sums.problem = error
 
