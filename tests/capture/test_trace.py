@@ -49,7 +49,7 @@ def places(case):
         ("layer_called_with_a_keyword", {"fc.weight": [("fc", False)], "out.weight": [("out", True)]}),
         ("attention", {"attention.in_proj_weight": [("attention", False)], "into.weight": [("into", True)]}),
         ("attention", {"attention.out_proj.weight": [("attention", False)]}),
-        ("gated_recurrent_network", {"gru.weight_hh_l0": [("Model", False)], "out.weight": [("out", True)]}),
+        ("gated_recurrent_network", {"gru.weight_hh_l0": [("gru", False)], "out.weight": [("out", True)]}),
         ("rows_flattened_inside_a_block", {"2.fc.weight": [("2", False)], "0.weight": [("0", True)]}),
         ("rows_flattened_around_a_linear_layer", {"fc.weight": [("Model", False)], "out.weight": [("out", True)]}),
         ("one_layer_used_both_flattened_and_not", {"fc.weight": [("Model", False)], "out.weight": [("out", True)]}),

@@ -38,7 +38,9 @@ def rows_of(tree: Any, axes: Sequence[int | None], examples: slice | Tensor) -> 
         axes: that axis of each leaf, None where there is none.
     """
     leaves, structure = tree_flatten(tree)
-    return tree_unflatten([rows_along(leaf, axis, examples) for leaf, axis in zip(leaves, axes, strict=True)], structure)
+    return tree_unflatten(
+        [rows_along(leaf, axis, examples) for leaf, axis in zip(leaves, axes, strict=True)], structure
+    )
 
 
 def rows_along(leaf: Any, axis: int | None, examples: slice | Tensor) -> Any:

@@ -18,9 +18,7 @@ def random_state(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
 
 def random_state_now(before: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same as `before`, as it is now."""
-    return {
-        device: torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device) for device in before
-    }
+    return {device: torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device) for device in before}
 
 
 def has_drawn(before: dict[str, Tensor]) -> bool:

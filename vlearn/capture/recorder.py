@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ class _Frame:
     called: set[nn.Module] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
     broadcast: list[BroadcastCall] = field(default_factory=list)  # made inside, by a child
+    uncalled: list[nn.Module] = field(default_factory=list)  # below modules inside that can be no unit
 
 
 class Recorder:
@@ -52,6 +53,7 @@ class Recorder:
         self._ends: dict[LayerCall, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
         self._given_up = False
+        self._adopters: list[tuple[LayerCall, _Frame, list[nn.Module]]] = []  # see `_await_uncalled`
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is about to run; the first call of all is that of the root."""
@@ -80,7 +82,7 @@ class Recorder:
             self._enter_root(module, args, kwargs)
         elif self._frames[-1].broadcast:
             self._find_broadcast(self._frames[-1], module, args, kwargs)
-        may_draw = (module._modules or module._parameters) and rule_of(type(module)) is None
+        may_draw = rule_of(type(module)) is None and (module._parameters or next(module.children(), None) is not None)
         state = random_state_now(self.trace.random_state) if may_draw else None
         self._frames.append(_Frame(module, len(self.trace.layer_calls), state))
 
@@ -119,6 +121,7 @@ class Recorder:
         self.trace.num_calls[module] = self.trace.num_calls.get(module, 0) + 1
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._adopt_uncalled()
         self._attribute_remaining(frame, args, kwargs, output)
         self.trace.keep_output(output)  # takes the edges of all calls
         self._ends = {}
@@ -198,6 +201,7 @@ class Recorder:
             if self._frames:  # a module that is called here may belong elsewhere
                 self._frames[-1].pending += [p for p in frame.pending if p not in own]
         if not wanted:
+            self._await_uncalled(frame, args, kwargs, output)
             return
         outputs = [leaf for leaf in tensor_leaves(output) if leaf.requires_grad]
         if not outputs:
@@ -230,6 +234,39 @@ class Recorder:
                 if child not in others:
                     wanted += [p for p in child._parameters.values() if p is not None and p in self.trace.tracked]
         self._add_call(frame, module, wanted, rule, args, kwargs, output)
+
+    def _await_uncalled(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> None:
+        """Record a call that will explain the parameters of modules below it that are called nowhere.
+
+        As a ParameterDict's, or those of a child whose weight is read without calling it. Whether one is called, the
+        end of the pass tells.
+        """
+        if not self._frames:
+            return  # the whole model is the unit of what is left
+        uncalled = [*frame.uncalled, *_uncalled(frame.module, frame.called)]
+        tracked = self.trace.tracked
+        uncalled = [each for each in uncalled if any(p in tracked for p in each._parameters.values())]
+        if not uncalled:
+            return
+        into, out = self._axes(frame.module, args, kwargs, output)
+        if not out or None in out or all(axis is None for axis in into):
+            self._frames[-1].uncalled += uncalled
+            return
+        self._add_call(frame, frame.module, [], None, args, kwargs, output)
+        self._adopters.append((self.trace.layer_calls[-1], frame, uncalled))
+
+    def _adopt_uncalled(self) -> None:
+        trace = self.trace
+        for call, frame, uncalled in self._adopters:
+            owners = [module for module in uncalled if module not in trace.num_calls]
+            owned = [p for module in owners for p in module._parameters.values() if p is not None]
+            adopted: dict[Tensor, None] = dict.fromkeys(p for p in owned if p in trace.tracked and p.requires_grad)
+            for inner in trace.layer_calls[frame.first_call : trace.layer_calls.index(call)]:
+                inner.parameters = [p for p in inner.parameters if p not in adopted]
+            call.parameters = list(adopted)
+        for call in [call for call, *_ in self._adopters if not call.parameters]:
+            trace.layer_calls.remove(call)
+            del self._ends[call]
 
     def _add_call(
         self,
@@ -353,6 +390,14 @@ class Recorder:
                 f"{self.trace.paths[module]} ({type(module).__name__}): its inputs or outputs have no example axis of "
                 f"size {self.trace.num_examples} as dimension 0, so per-example gradients are not defined."
             )
+
+
+def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]:
+    """The modules below a module that no call inside it was of, nor of a module between."""
+    for child in module.children():
+        if child not in called:
+            yield child
+            yield from _uncalled(child, called)
 
 
 def _source(leaf: Tensor) -> Tensor:

@@ -234,9 +234,7 @@ def _transposed_weight(module: Any, x: Tensor, b: Tensor) -> Form:
     )
     outputs = tuple(
         (size - 1) * step - 2 * p + gap * (k - 1) + extra + 1
-        for size, step, p, gap, k, extra in zip(
-            inputs, stride, padding, dilation, kernel, extra_sizes, strict=True
-        )
+        for size, step, p, gap, k, extra in zip(inputs, stride, padding, dilation, kernel, extra_sizes, strict=True)
     )
     image = b.mT.unflatten(3, outputs)  # [N, G, O, ...]
     padded = F.pad(image, [p for size in reversed(padding) for p in (size, size)])

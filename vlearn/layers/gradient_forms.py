@@ -237,7 +237,7 @@ class Elementwise:
 
     def output_jvp(self, direction: Tensor) -> Tensor:
         """See `Form`; D_n ∘ a_nt."""
-        return self.a * direction.reshape(len(self.b), self.b.shape[1], 1, self.b.shape[3])
+        return self.a * direction.reshape(len(direction), self.b.shape[1], 1, self.b.shape[3])
 
     def weighted_square(self, variance: Tensor) -> Tensor:
         """See `Form`."""

@@ -81,10 +81,19 @@ def restore_outputs(call: LayerCall, weights: Weights) -> None:
     call.outputs = [(output, output._version) for output in outputs]
 
 
-def check_outputs(call: LayerCall, outputs: list[Tensor], examples: slice, tolerance: float) -> None:
+def examples_first(call: LayerCall, outputs: list[Tensor]) -> list[Tensor | None]:
+    """The outputs of a call with the axis of their examples first, None for one that has no such axis."""
+    return [None if axis is None else out.movedim(axis, 0) for out, axis in zip(outputs, call.output_axes, strict=True)]
+
+
+def check_outputs(call: LayerCall, outputs: list[Tensor | None], examples: slice, tolerance: float) -> None:
     """Raise RefusedError if outputs ``[n, ...]``, examples first, are not the recorded ones of these examples."""
-    for output, (recorded, _), axis in zip(outputs, call.outputs, call.output_axes, strict=True):
-        if axis is not None and not is_close(output, recorded.movedim(axis, 0)[examples], tolerance):
+    for output, recorded in zip(outputs, examples_first(call, [out for out, _ in call.outputs]), strict=True):
+        if output is not None and recorded is not None and not is_close(output, recorded[examples], tolerance):
+            if call.random_state is not None:
+                raise RefusedError(
+                    call, "repeated with the random numbers of torch's generators it gives other outputs"
+                )
             raise RefusedError(call, "run on one example at a time it gives other outputs than on the batch")
 
 

@@ -40,9 +40,13 @@ def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kw
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 state[lead + name] = copies.setdefault(buffer, buffer.clone())
+    return _called(module, state, args, kwargs, tie_weights=False)
+
+
+def _called(module: nn.Module, state: dict[str, Tensor], args: Any, kwargs: Any, tie_weights: bool = True) -> Any:
     if isinstance(module, nn.DataParallel):  # which torch.func refuses, but not inside another module
         module, state = _Holder(module), {f"held.{name}": value for name, value in state.items()}
-    return functional_call(module, state, args, kwargs, tie_weights=False)
+    return functional_call(module, state, args, kwargs, tie_weights=tie_weights)
 
 
 class _Holder(nn.Module):
@@ -155,7 +159,7 @@ def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[
     assert root is not None
     with as_recorded(trace), placed(weights), same_random_numbers(trace):
         buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-        outputs = tensor_leaves(functional_call(root, buffers, trace.args, trace.kwargs))
+        outputs = tensor_leaves(_called(root, buffers, trace.args, trace.kwargs))
         reached = zip(trace.positions, trace.cotangents, strict=True)
         pairs = [(outputs[at], c) for at, c in reached if c is not None and outputs[at].requires_grad]
         parameters = [p for p in weights if p.requires_grad]

@@ -86,7 +86,7 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
 
     gradients, outputs = _each_example(call, gradient, gradient_of_one, batched, cotangents)
     restore_outputs(call, weights)
-    check_outputs(call, _examples_first(call, outputs), examples, tolerance)
+    check_outputs(call, _stacked(call, outputs), examples, tolerance)
     return {p: gradients[name].detach() for name, p in names.items()}
 
 
@@ -120,7 +120,7 @@ def output_tangents(call: LayerCall, examples: slice, weights: Weights, directio
 
     with forward_mode(call.module.modules()):
         tangents = _each_example(call, tangent, tangent_of_one, batched, moves)
-    return [None if rows is None else rows.detach() for rows in _examples_first(call, tangents)]
+    return [None if rows is None else rows.detach() for rows in _stacked(call, tangents)]
 
 
 def _example_call(
@@ -157,8 +157,8 @@ def _example_call(
     return names, run_example, batched
 
 
-def _examples_first(call: LayerCall, outputs: list[Tensor]) -> list[Any]:
-    """One tensor ``[n, ...]`` for each output of the call, from those of single examples stacked; None without axis."""
+def _stacked(call: LayerCall, outputs: list[Tensor]) -> list[Tensor | None]:
+    """``[n, ...]`` for each output of the call, from its stacked outputs of one example; None where it has no axis."""
     given = iter(outputs)
     return [None if axis is None else next(given).squeeze(axis + 1) for axis in call.output_axes]
 

@@ -19,11 +19,20 @@ from torch.utils._pytree import tree_unflatten
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import rows_along
 from vlearn.capture.trace import is_close
-from vlearn.per_example.module_call import RefusedError, check_outputs, leaves_of, names_of, restore_outputs, run_again
+from vlearn.per_example.module_call import (
+    RefusedError,
+    check_outputs,
+    examples_first,
+    leaves_of,
+    names_of,
+    restore_outputs,
+    run_again,
+)
 from vlearn.per_example.replay import forward_mode, random_numbers_from, tangents_in_reverse
 
 Weights = dict[Tensor, Tensor]
 ALL = slice(None)
+REPEATS = 1e-2  # relative: whether a pass with other kernels drew the same random numbers
 
 
 def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, tolerance: float) -> Weights:
@@ -41,27 +50,27 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
             leaves[place] = inputs[place] = leaf.detach().contiguous().requires_grad_()
     outputs = _run(whole, {**weights, **{p: live[name] for name, p in names.items()}}, leaves, structure)
     restore_outputs(whole, weights)
-    check_outputs(whole, _examples_first(whole, outputs), ALL, tolerance)
+    check_outputs(whole, examples_first(whole, outputs), ALL, tolerance)
     pulled = [
-        (output, axis, torch.zeros_like(output), cotangent)
+        (output, axis, cotangent)
         for output, axis, cotangent in zip(outputs, whole.output_axes, whole.cotangents, strict=True)
         if axis is not None and cotangent is not None and output.requires_grad
     ]
     rows: list[list[Tensor]] = []
     for n in numbers[examples].tolist():
-        for _, axis, alone, cotangent in pulled:
-            alone.zero_().select(axis, n).copy_(cotangent.select(axis, n))
         gradients: Any = [None] * (len(live) + len(inputs))
         if pulled:
             gradients = torch.autograd.grad(
-                [output for output, *_ in pulled],
+                [output for output, _, _ in pulled],
                 [*live.values(), *inputs.values()],
-                [alone for _, _, alone, _ in pulled],
+                [_of_one(cotangent.to(output.dtype), axis, n) for output, axis, cotangent in pulled],
                 retain_graph=True,
                 allow_unused=True,
             )
         for place, gradient in zip(inputs, gradients[len(live) :], strict=True):
-            _check_own(whole, gradient, whole.input_axes[place], n)
+            axis = whole.input_axes[place]
+            if gradient is not None and axis is not None and not torch.equal(gradient, _of_one(gradient, axis, n)):
+                raise RefusedError(whole, "the output of an example depends on other examples")
         own = zip(live.values(), gradients[: len(live)], strict=True)
         rows.append([torch.zeros_like(value) if gradient is None else gradient for value, gradient in own])
     return {p: torch.stack(column) for p, column in zip(names.values(), zip(*rows, strict=True), strict=True)}
@@ -78,30 +87,79 @@ def output_tangents(call: LayerCall, examples: slice, weights: Weights, directio
     def run(values: dict[str, Tensor]) -> list[Tensor]:
         return _run(whole, {**weights, **{p: values[name] for name, p in names.items()}}, leaves, structure)
 
-    def forward(k: int, n: int) -> list[Tensor]:
+    def forward(k: int, n: int) -> list[Tensor | None]:
         with forward_ad.dual_level():
             moved = {name: forward_ad.make_dual(values[name], directions[p][k]) for name, p in names.items()}
-            pairs = [forward_ad.unpack_dual(output) for output in _examples_first(whole, run(moved))]
+            pairs = [
+                None if rows is None else forward_ad.unpack_dual(rows) for rows in examples_first(whole, run(moved))
+            ]
             if k == 0:
-                _check_repeats(whole, [pair.primal for pair in pairs])
-            return [(torch.zeros_like(p.primal) if p.tangent is None else p.tangent)[n] for p in pairs]
+                check_outputs(whole, [None if pair is None else pair.primal for pair in pairs], ALL, REPEATS)
+            return [
+                None if pair is None else (torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent)[n]
+                for pair in pairs
+            ]
+
+    def in_reverse() -> list[list[Tensor | None]]:
+        live = {name: value.detach().requires_grad_() for name, value in values.items()}
+        outputs = examples_first(whole, run(live))
+        check_outputs(whole, outputs, ALL, REPEATS)
+        rows = []
+        for k, n in enumerate(chosen):
+            ends = [rows[n : n + 1] for rows in outputs if rows is not None]
+            moves = [directions[p][k] for p in names.values()]
+            tangents = iter(tangents_in_reverse(ends, list(live.values()), moves))
+            rows.append([None if rows is None else next(tangents).squeeze(0) for rows in outputs])
+        return rows
 
     with forward_mode(whole.module.modules()):
         try:
             rows = [forward(k, n) for k, n in enumerate(chosen)]
         except NotImplementedError:
-            live = {name: value.detach().requires_grad_() for name, value in values.items()}
-            outputs = _examples_first(whole, run(live))
-            _check_repeats(whole, outputs)
-            moves = [directions[p] for p in names.values()]
-            rows = [
-                [
-                    tangent.squeeze(0)
-                    for tangent in tangents_in_reverse(
-                        [output[n : n + 1] for output in outputs], list(live.values()), [move[k] for move in moves]
-                    )
-                ]
-                for k, n in enumerate(chosen)
-            ]
-    columns = iter([torch.stack(column).detach() for column in zip(*rows, strict=True)])
-    return [None if axis is None else next(columns) for axis in whole.output_axes]
+            rows = in_reverse()
+    return [None if column[0] is None else torch.stack(column).detach() for column in zip(*rows, strict=True)]
+
+
+def _whole(call: LayerCall) -> tuple[LayerCall, Tensor]:
+    """(The call of all examples, which of them the given one has)."""
+    if call.whole is not None:
+        return call.whole
+    axis, shape = next((a, s) for a, s in zip(call.output_axes, call.shapes, strict=True) if a is not None)
+    return call, torch.arange(shape[axis])
+
+
+def _run(call: LayerCall, weights: Weights, leaves: list[Any], structure: Any) -> list[Tensor]:
+    assert call.random_state is not None
+    with random_numbers_from(call.random_state):
+        return run_again(call, weights, *tree_unflatten(leaves, structure))
+
+
+def _of_one(tensor: Tensor, axis: int, n: int) -> Tensor:
+    """Zero but for one example."""
+    alone = torch.zeros_like(tensor)
+    alone.select(axis, n).copy_(tensor.select(axis, n))
+    return alone
+
+
+@torch.no_grad()
+def _check_apart(call: LayerCall, weights: Weights, tolerance: float) -> None:
+    """Raise RefusedError if the outputs of either half of the examples change where the other half is exchanged."""
+    numbers = _whole(call)[1]
+    if len(numbers) < 2:
+        return
+    leaves, structure = leaves_of(call, weights)
+    restore_outputs(call, weights)
+    half = len(numbers) // 2
+    for kept in (slice(None, half), slice(half, None)):
+        others = numbers.roll(1)
+        others[kept] = numbers[kept]
+        exchanged = [
+            leaf if axis is None else rows_along(leaf, axis, others.to(leaf.device))
+            for leaf, axis in zip(leaves, call.input_axes, strict=True)
+        ]
+        outputs = examples_first(call, _run(call, weights, exchanged, structure))
+        for rows, (recorded, _), axis in zip(outputs, call.outputs, call.output_axes, strict=True):
+            if rows is None or axis is None:
+                continue
+            if not is_close(rows[kept], recorded.movedim(axis, 0)[kept], tolerance):
+                raise RefusedError(call, "the output of an example depends on other examples")

@@ -177,7 +177,11 @@ class DenseBlock(Block):
         return torch.cholesky_inverse(self.factor).diagonal()
 
     def _as_columns(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensor.reshape(len(tensor), tensor[0].numel()) for tensor in tensors], 1).to(self.factor.dtype).mT
+        return (
+            torch.cat([tensor.reshape(len(tensor), tensor[0].numel()) for tensor in tensors], 1)
+            .to(self.factor.dtype)
+            .mT
+        )
 
     def _by_parameter(self, columns: Tensor) -> list[Tensor]:
         parts = columns.mT.split([shape.numel() for shape in self.shapes], 1)
