@@ -1,9 +1,8 @@
 """Whether the examples of a batch have gradients of their own, also outside the layers that are recorded.
 
-They lie along dimension 0 of what a layer with a rule was given, along any one axis elsewhere. Sizes may mislead: a
-sequence-first layer inside a model looks right where there are as many positions as examples, and so does a table of
-that length. So for every kind of pass the model is run once more with one example less, and the axis that shrinks is
-the one.
+They lie along one axis of what a layer was given, dimension 0 for a rule. Sizes may mislead: a sequence-first layer
+inside a model looks right where there are as many positions as examples, and so does a table of that length. So for
+every kind of pass the model is run once more with one example less, and the axis that shrinks is the one.
 
 And they do not see one another. `h - h.mean(0)` between two layers, attention over the batch, a batch sorted on the
 way: each layer's examples look right, but the gradients that come back are sums over several examples. So for every
@@ -32,6 +31,7 @@ from vlearn.capture.model_checks import ModelChecks, remember
 from vlearn.capture.pytrees import tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace, is_close
 from vlearn.layers.example_axes import Axes, axis_of
+from vlearn.per_example.module_call import run_again
 from vlearn.per_example.replay import as_recorded, forward_mode, rerun
 from vlearn.per_example.vmap_fallback import per_example_gradients
 
@@ -69,8 +69,7 @@ def find_example_axes(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
         trace: a recorded forward and backward pass; its axes and those of its calls, so far by size, are set.
         weights: the value of each parameter during the pass.
     Raises:
-        RuntimeError: if a layer with a rule has them elsewhere than along dimension 0, a call has them along several
-            axes or none, or that cannot be told.
+        RuntimeError: if a call has them along several axes or none, or that cannot be told.
     """
     total, root = trace.num_examples, trace.root
     assert root is not None
@@ -91,6 +90,10 @@ def find_example_axes(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             call.input_axes[:], call.output_axes[:] = axes
         elif call in unclear:
             raise _no_axis(call, total)
+    for part in (trace,) if trace.probed is None else (trace, trace.probed):
+        for call in part.layer_calls:
+            if call.rule is not None and (call.input_axes, call.output_axes) != ([0], [0]):
+                _without_rule(call, trace, weights)
 
 
 def _sizes_may_mislead(call: LayerCall, total: int) -> bool:
@@ -137,11 +140,13 @@ def _axes_with_one_less(
 
 def _candidates(trace: Trace) -> Iterator[Axes]:
     """Ways to read the model's own inputs: the first has the examples, others may be as long by chance."""
-    axes = list(trace.input_axes)
-    with_examples = [place for place, axis in enumerate(axes) if axis is not None]
-    for constant in islice(product((False, True), repeat=len(with_examples[1:])), MOST_TRIES):
-        left_out = {place for place, is_constant in zip(with_examples[1:], constant, strict=True) if is_constant}
-        yield [None if place in left_out else axis for place, axis in enumerate(axes)]
+    total, is_first = trace.num_examples, True
+    choices: list[Axes] = []
+    for leaf, axis in zip(tree_leaves((trace.args, trace.kwargs)), trace.input_axes, strict=True):
+        others = [1, None] if axis == 0 and leaf.dim() > 2 and leaf.shape[1] == total else [None]
+        choices.append([axis] if axis is None or is_first else [axis, *others])
+        is_first = is_first and axis is None
+    return map(list, islice(product(*choices), MOST_TRIES))
 
 
 def _shapes_with_one_less(
@@ -193,11 +198,18 @@ def _axes_of(call: LayerCall, after: _Shapes, total: int, place: int | None) -> 
         return None
     inputs = [_shrunk(old, new, total) for old, new in zip(before, after.inputs, strict=True)]
     of_outputs = [_shrunk(old, new, total) for old, new in zip(call.shapes, outputs, strict=True)]
-    if any(len(axes) > 1 for axes in (*inputs, *of_outputs)) or not any(inputs):
-        raise _no_axis(call, total)
-    if call.rule is not None and (inputs, of_outputs) != ([[0]], [[0]]):
+    served = call.rule is None or all(of_outputs)
+    if any(len(axes) > 1 for axes in (*inputs, *of_outputs)) or not any(inputs) or not served:
         raise _no_axis(call, total)
     return [axes[0] if axes else None for axes in inputs], [axes[0] if axes else None for axes in of_outputs]
+
+
+def _without_rule(call: LayerCall, trace: Trace, weights: dict[Tensor, Tensor]) -> None:
+    """Rules have the examples first; of a call that has them elsewhere each is run on its own."""
+    call.rule = None
+    with as_recorded(trace), torch.no_grad():
+        outputs = run_again(call, weights, call.args, call.kwargs)
+    call.outputs = [(output, output._version) for output in outputs]
 
 
 def _shapes(leaves: list[Any]) -> list[tuple[int, ...]]:
