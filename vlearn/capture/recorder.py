@@ -24,6 +24,7 @@ from vlearn.capture.trace import Trace, remove_all
 from vlearn.layers.example_axes import Axes, axes_of_call, axis_of
 from vlearn.layers.registry import Rule, rule_of
 
+_COMPUTE = frozenset(("forward", "_conv_forward", "_output_padding"))  # which a module may have of its own
 _NOT_IN_GRAPH = (
     "a parameter of {name} got its gradient from a backward pass inside the backward pass, whose graph cannot be seen "
     "(reentrant checkpointing): use checkpoint(..., use_reentrant=False)."
@@ -209,7 +210,7 @@ class Recorder:
         if rule is not None:
             single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
             # Pruning and the older weight_norm make the weight from a parameter of another name.
-            plain = all(rule.covers(module, p) for p in wanted) and "forward" not in module.__dict__
+            plain = all(rule.covers(module, p) for p in wanted) and _COMPUTE.isdisjoint(module.__dict__)
             fits = single and plain and self._has_row_per_example(args[0]) and rule.accepts(module, args[0])
             if single and plain and self._frames and not args[0].requires_grad:
                 number = self.trace.num_calls.get(module, 0)
