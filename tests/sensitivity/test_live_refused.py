@@ -95,7 +95,9 @@ def test_a_module_without_rule_that_draws_random_numbers_of_its_own_is_refused()
     loss_of(model, inputs()).backward()
     optimizer.step()
     before = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match=r"2 \(Noisy\): it draws random numbers that are not those of torch's default"):
+    with pytest.raises(
+        RuntimeError, match=r"2 \(Noisy\): it draws random numbers that are not those of torch's default"
+    ):
         optimizer.sensitivities()
     assert torch.equal(before, torch.get_rng_state())
 

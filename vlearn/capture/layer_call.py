@@ -39,6 +39,8 @@ class LayerCall:
             as there are examples.
         consumer: of a call that all examples share (`vlearn.capture.broadcast_calls`), the module that was given the
             sum, the number of that module's call and the place of the sum among its inputs' tensors; None elsewhere.
+        stand_in: of a call with a rule whose input may not depend on examples, the place in the trace of that around
+            it that explains its parameters if so; inside: of that call, the places of those that it was made of.
         random_state: of the generators as the call began, if it drew from them and no rule covers it.
         whole: of a subset of the batch (`vlearn.per_example.subset`), the call of all examples, and which of them it
             has; None elsewhere.
@@ -60,6 +62,8 @@ class LayerCall:
     output_axes: Axes = field(default_factory=list)
     input_may_not_depend_on_examples: bool = False
     consumer: tuple[nn.Module, int, int] | None = None
+    stand_in: int | None = None
+    inside: list[int] = field(default_factory=list)
     random_state: dict[str, Tensor] | None = None
     whole: tuple[LayerCall, Tensor] | None = None
 

@@ -40,6 +40,7 @@ class _Frame:
     pending: list[Tensor] = field(default_factory=list)
     broadcast: list[BroadcastCall] = field(default_factory=list)  # made inside, by a child
     uncalled: list[nn.Module] = field(default_factory=list)  # below modules inside that can be no unit
+    doubtful: list[LayerCall] = field(default_factory=list)  # made inside, of inputs that may have no examples
 
 
 class Recorder:
@@ -54,6 +55,7 @@ class Recorder:
         self._ends: dict[LayerCall, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
         self._given_up = False
+        self._stand_ins: dict[LayerCall, tuple[list[LayerCall], list[LayerCall]]] = {}  # see `_stand_by`
         self._adopters: list[tuple[LayerCall, _Frame, list[nn.Module]]] = []  # see `_await_uncalled`
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,12 +119,14 @@ class Recorder:
                 "(module.eval()) or use GroupNorm, LayerNorm or filter response normalisation."
             )
         self._attribute(frame, args, kwargs, output)
+        if frame.doubtful:
+            self._stand_by(frame, args, kwargs, output)
         if not self._frames:
             self._leave_root(frame, args, kwargs, output)
         self.trace.num_calls[module] = self.trace.num_calls.get(module, 0) + 1
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._adopt_uncalled()
+        self._settle()
         self._attribute_remaining(frame, args, kwargs, output)
         self.trace.keep_output(output)  # takes the edges of all calls
         self._ends = {}
@@ -146,9 +150,12 @@ class Recorder:
             )
         if unattributed.used_outside_call:
             rest, last = unattributed.used_outside_call, trace.layer_calls[-1] if trace.layer_calls else None
-            if last is not None and last.module is trace.root and last.rule is None:
-                rest = [*trace.layer_calls.pop().parameters, *rest]
-            self._add_call(frame, trace.root, rest, None, args, kwargs, output)
+            if last is None or last.module is not trace.root or last.rule is not None:
+                self._add_call(frame, trace.root, rest, None, args, kwargs, output)
+            else:
+                for inner in trace.layer_calls[:-1]:
+                    inner.parameters = [p for p in inner.parameters if all(p is not q for q in rest)]
+                last.parameters = list(dict.fromkeys([*last.parameters, *rest]))
         if unattributed.not_in_graph and trace.edges is None:
             report = partial(trace.problems.append, _NOT_IN_GRAPH.format(name=trace.paths[trace.root]))
             handles = [p.register_hook(lambda gradient: report()) for p in unattributed.not_in_graph if p.requires_grad]
@@ -221,10 +228,7 @@ class Recorder:
                     return
             rule = rule if fits else None
         if rule is None:
-            into, out = self._axes(module, args, kwargs, output)
-            # What the model returns and the loss does not read, as a state, needs none.
-            rows_fit = any(axis is not None for axis in out) if not self._frames else None not in out
-            if not rows_fit or all(axis is None for axis in into):
+            if not self._can_be_unit(module, args, kwargs, output):
                 self._leave_to_parent(module, wanted)
                 return
             # What this module's forward may use without calling its owner (MultiheadAttention's out_proj), if no call
@@ -235,6 +239,31 @@ class Recorder:
                 if child not in others:
                     wanted += [p for p in child._parameters.values() if p is not None and p in self.trace.tracked]
         self._add_call(frame, module, wanted, rule, args, kwargs, output)
+        if rule is not None and self._frames:
+            call = self.trace.layer_calls[-1]
+            doubtful = call.input_may_not_depend_on_examples or (args[0].requires_grad and args[0].is_leaf)
+            if doubtful and (call.path, call.number) not in self._checks.with_examples:
+                self._frames[-1].doubtful.append(call)
+
+    def _can_be_unit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+        """Whether a call can be made again on one example at a time, as far as sizes tell."""
+        into, out = self._axes(module, args, kwargs, output)
+        if all(axis is None for axis in into) or all(axis is None for axis in out):
+            return False
+        return None not in out or not self._frames  # the loss need not read all that the model returns, as a state
+
+    def _stand_by(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> None:
+        """Record a call that takes over from calls inside, should their inputs turn out to have no examples."""
+        trace, module = self.trace, frame.module
+        if not self._can_be_unit(module, args, kwargs, output):
+            if self._frames:
+                self._frames[-1].doubtful += frame.doubtful
+            return
+        last = trace.layer_calls[-1]
+        if last.module is not module or last.number != trace.num_calls.get(module, 0) or last.rule is not None:
+            self._add_call(frame, module, [], None, args, kwargs, output)
+            last = trace.layer_calls[-1]
+        self._stand_ins[last] = frame.doubtful, trace.layer_calls[frame.first_call : -1]
 
     def _await_uncalled(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> None:
         """Record a call that will explain the parameters of modules below it that are called nowhere.
@@ -249,14 +278,14 @@ class Recorder:
         uncalled = [each for each in uncalled if any(p in tracked for p in each._parameters.values())]
         if not uncalled:
             return
-        into, out = self._axes(frame.module, args, kwargs, output)
-        if not out or None in out or all(axis is None for axis in into):
+        if not self._can_be_unit(frame.module, args, kwargs, output):
             self._frames[-1].uncalled += uncalled
             return
         self._add_call(frame, frame.module, [], None, args, kwargs, output)
         self._adopters.append((self.trace.layer_calls[-1], frame, uncalled))
 
-    def _adopt_uncalled(self) -> None:
+    def _settle(self) -> None:
+        """Give what was awaited to the calls that wait for it, now that all calls are known."""
         trace = self.trace
         for call, frame, uncalled in self._adopters:
             owners = [module for module in uncalled if module not in trace.num_calls]
@@ -265,9 +294,14 @@ class Recorder:
             for inner in trace.layer_calls[frame.first_call : trace.layer_calls.index(call)]:
                 inner.parameters = [p for p in inner.parameters if p not in adopted]
             call.parameters = list(adopted)
-        for call in [call for call, *_ in self._adopters if not call.parameters]:
+        for call in [call for call, *_ in self._adopters if not call.parameters and call not in self._stand_ins]:
             trace.layer_calls.remove(call)
             del self._ends[call]
+        place = {call: number for number, call in enumerate(trace.layer_calls)} if self._stand_ins else {}
+        for unit, (doubtful, inside) in self._stand_ins.items():
+            unit.inside = [place[call] for call in inside if call in place]
+            for call in doubtful:
+                call.stand_in = place[unit]
 
     def _add_call(
         self,
@@ -376,6 +410,11 @@ class Recorder:
         leaves = tensor_leaves(output)
         into, out = axes_of_call(module, args, kwargs, tree_leaves((args, kwargs)), leaves, self.trace.num_examples)
         return into, [axis for leaf, axis in zip(leaves, out, strict=True) if leaf.requires_grad]
+
+    @property
+    def _checks(self) -> ModelChecks:
+        assert self.trace.root is not None
+        return ModelChecks.of(self.trace.root)
 
     def _may_not_depend_on_examples(self, args: Any, kwargs: Any) -> bool:
         """Whether some input neither requires grad nor is one of the model's own."""

@@ -47,7 +47,10 @@ class CovarianceProducts:
         assert axis is not None
         if call not in self.tangents:
             self.tangents[call] = [self.self_influence.new_zeros(shape) for shape in call.shapes]
-        self.tangents[call][output].movedim(axis, 0)[examples] += tangent
+        rows = self.tangents[call]
+        if tangent.is_complex() and not rows[output].is_complex():
+            rows[output] = rows[output].to(tangent.dtype)
+        rows[output].movedim(axis, 0)[examples] += tangent
 
     def within(self, whole: RecordedPass, part: RecordedPass) -> CovarianceProducts:
         """The products of a subset of the examples as rows among those of all, zero for the others."""

@@ -106,7 +106,7 @@ def _known_outputs(trace: Trace, dtype: torch.dtype) -> Iterator[None]:
 
     def is_known(call: LayerCall) -> bool:
         output = call.intact_output if call.rule is not None and call.rule.linear is not None else None
-        return output is not None and output.dtype == dtype
+        return output is not None and output.dtype == dtype and call.input_axes == [0]
 
     known = {
         m: calls for m, calls in calls_of.items() if len(calls) == trace.num_calls[m] and all(map(is_known, calls))

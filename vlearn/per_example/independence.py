@@ -73,12 +73,13 @@ def find_example_axes(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     """
     total, root = trace.num_examples, trace.root
     assert root is not None
-    calls = [call for call in trace.layer_calls if call.reached and call.parameters]
-    if total < 2 or not calls:
+    calls = [call for call in trace.layer_calls if call.reached and (call.parameters or call.inside)]
+    if total < 2 or not any(call.parameters for call in calls):
         return
     kind = tuple((call.path, call.number) for call in calls), trace.kind
-    known = ModelChecks.of(root).example_axes
-    unclear = [call for call in calls if _sizes_may_mislead(call, total)]
+    checks = ModelChecks.of(root)
+    known = checks.example_axes
+    unclear = [call for call in calls if call.parameters and _sizes_may_mislead(call, total)]
     if kind not in known or (known[kind] is None and unclear):
         remember(known, kind, _axes_with_one_less(trace, weights, calls, bool(unclear)))
     found: _Axes | None = known[kind]
@@ -90,10 +91,16 @@ def find_example_axes(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             call.input_axes[:], call.output_axes[:] = axes
         elif call in unclear:
             raise _no_axis(call, total)
-    for part in (trace,) if trace.probed is None else (trace, trace.probed):
-        for call in part.layer_calls:
-            if call.rule is not None and (call.input_axes, call.output_axes) != ([0], [0]):
-                _without_rule(call, trace, weights)
+        if call.rule is not None and call.input_axes == [0]:
+            checks.with_examples[call.path, call.number] = None
+    for number, call in enumerate(trace.layer_calls):
+        if call.rule is None or call.input_axes == call.output_axes == [0]:
+            continue
+        for part in (trace,) if trace.probed is None else (trace, trace.probed):
+            if call.input_axes == [None]:
+                _hand_over(part.layer_calls, number)
+            else:
+                _without_rule(part.layer_calls[number], trace, weights)
 
 
 def _sizes_may_mislead(call: LayerCall, total: int) -> bool:
@@ -198,10 +205,24 @@ def _axes_of(call: LayerCall, after: _Shapes, total: int, place: int | None) -> 
         return None
     inputs = [_shrunk(old, new, total) for old, new in zip(before, after.inputs, strict=True)]
     of_outputs = [_shrunk(old, new, total) for old, new in zip(call.shapes, outputs, strict=True)]
+    if call.rule is not None and not any(inputs) and call.stand_in is not None:
+        return [None], [None]
     served = call.rule is None or all(of_outputs)
     if any(len(axes) > 1 for axes in (*inputs, *of_outputs)) or not any(inputs) or not served:
+        if not call.parameters:
+            return None
         raise _no_axis(call, total)
     return [axes[0] if axes else None for axes in inputs], [axes[0] if axes else None for axes in of_outputs]
+
+
+def _hand_over(calls: list[LayerCall], number: int) -> None:
+    """The parameters of a call that has no examples go to the call around it, and from all calls inside that."""
+    place, moved = calls[number].stand_in, calls[number].parameters
+    assert place is not None
+    unit = calls[place]
+    for inner in (calls[each] for each in unit.inside):
+        inner.parameters = [p for p in inner.parameters if all(p is not q for q in moved)]
+    unit.parameters = [*unit.parameters, *moved]
 
 
 def _without_rule(call: LayerCall, trace: Trace, weights: dict[Tensor, Tensor]) -> None:
