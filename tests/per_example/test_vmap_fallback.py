@@ -134,7 +134,7 @@ def test_a_module_that_mixes_examples_is_refused_by_name(function, after):
         swept(around(Batchwise(function), *after))
     assert str(error.value) == (
         "1 (Batchwise): run on one example at a time it gives other outputs than on the batch, so its per-example "
-        "gradients are not defined. Use a module that treats dimension 0 as examples, each alone, and is deterministic."
+        "gradients are not defined. Use a module that treats its examples each alone, and repeats what it did."
     )
 
 

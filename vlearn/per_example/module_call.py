@@ -32,7 +32,7 @@ class RefusedError(RuntimeError):
     def __init__(self, call: LayerCall, reason: str):
         super().__init__(
             f"{call}: {reason}, so its per-example gradients are not defined. "
-            "Use a module that treats dimension 0 as examples, each alone, and is deterministic."
+            "Use a module that treats its examples each alone, and repeats what it did."
         )
 
 

@@ -39,18 +39,19 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
     """As `vlearn.per_example.vmap_fallback.per_example_gradients`, which see."""
     whole, numbers = _whole(call)
     whole.check_unchanged()
-    if examples.start == 0:
-        _check_apart(whole, weights, tolerance)
     names = names_of(whole, call.parameters)
     live = {name: weights[p].detach().requires_grad_() for name, p in names.items()}
     leaves, structure = leaves_of(whole, weights)
     inputs: dict[int, Tensor] = {}
     for place, (leaf, axis) in enumerate(zip(leaves, whole.input_axes, strict=True)):
         if axis is not None and (leaf.is_floating_point() or leaf.is_complex()):
-            leaves[place] = inputs[place] = leaf.detach().contiguous().requires_grad_()
+            inputs[place] = leaf.detach().contiguous().requires_grad_()
+            leaves[place] = inputs[place].clone()  # the module may write it in place
     outputs = _run(whole, {**weights, **{p: live[name] for name, p in names.items()}}, leaves, structure)
     restore_outputs(whole, weights)
     check_outputs(whole, examples_first(whole, outputs), ALL, tolerance)
+    if examples.start == 0:
+        _check_apart(whole, weights, tolerance)
     pulled = [
         (output, axis, cotangent)
         for output, axis, cotangent in zip(outputs, whole.output_axes, whole.cotangents, strict=True)
@@ -69,7 +70,7 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
             )
         for place, gradient in zip(inputs, gradients[len(live) :], strict=True):
             axis = whole.input_axes[place]
-            if gradient is not None and axis is not None and not torch.equal(gradient, _of_one(gradient, axis, n)):
+            if gradient is not None and axis is not None and _reaches_others(gradient, axis, n):
                 raise RefusedError(whole, "the output of an example depends on other examples")
         own = zip(live.values(), gradients[: len(live)], strict=True)
         rows.append([torch.zeros_like(value) if gradient is None else gradient for value, gradient in own])
@@ -141,6 +142,12 @@ def _of_one(tensor: Tensor, axis: int, n: int) -> Tensor:
     return alone
 
 
+def _reaches_others(gradient: Tensor, axis: int, n: int) -> bool:
+    others = gradient.clone()
+    others.select(axis, n).zero_()
+    return bool((others != 0).any())
+
+
 @torch.no_grad()
 def _check_apart(call: LayerCall, weights: Weights, tolerance: float) -> None:
     """Raise RefusedError if the outputs of either half of the examples change where the other half is exchanged."""
@@ -148,15 +155,17 @@ def _check_apart(call: LayerCall, weights: Weights, tolerance: float) -> None:
     if len(numbers) < 2:
         return
     leaves, structure = leaves_of(call, weights)
-    restore_outputs(call, weights)
+    with_examples = [place for place, axis in enumerate(call.input_axes) if axis is not None]
+    # Not the lengths of sequences, by which a packed one says which random number is whose.
+    values = [place for place in with_examples if leaves[place].is_floating_point() or leaves[place].dim() > 1]
     half = len(numbers) // 2
     for kept in (slice(None, half), slice(half, None)):
         others = numbers.roll(1)
         others[kept] = numbers[kept]
-        exchanged = [
-            leaf if axis is None else rows_along(leaf, axis, others.to(leaf.device))
-            for leaf, axis in zip(leaves, call.input_axes, strict=True)
-        ]
+        exchanged = list(leaves)
+        for place in values or with_examples:
+            leaf = leaves[place]
+            exchanged[place] = rows_along(leaf, call.input_axes[place], others.to(leaf.device))
         outputs = examples_first(call, _run(call, weights, exchanged, structure))
         for rows, (recorded, _), axis in zip(outputs, call.outputs, call.output_axes, strict=True):
             if rows is None or axis is None:
