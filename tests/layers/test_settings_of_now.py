@@ -54,7 +54,7 @@ CHANGED = {
     "kernel of a transposed convolution": (lambda: nn.ConvTranspose1d(4, 4, 3), weight(4, 4, 2), SEQUENCES),
     "transposed convolution by one number": (
         lambda: nn.ConvTranspose2d(4, 4, 3),
-        change(stride=2, padding=1, dilation=2),
+        change(stride=2, padding=(1, 1), dilation=2),
         IMAGES,
     ),
     "eps of a group norm": (lambda: nn.GroupNorm(2, 4), change(eps=0.7), IMAGES),

@@ -184,7 +184,7 @@ def test_random_numbers_of_another_generator_beside_torchs_are_refused():
     model = nn.Sequential(nn.Linear(D, D), noise, nn.Linear(D, 3)).double()
     optimizer = maker("IVON")(model)
     F.cross_entropy(model(inputs()[:, 0]), LABELS).backward()
-    with pytest.raises(RuntimeError, match=r"1 \(Noisy\): repeated with the same random numbers it gives other"):
+    with pytest.raises(RuntimeError, match=r"1 \(Noisy\): repeated with the random numbers of torch"):
         optimizer.sensitivities()
 
 

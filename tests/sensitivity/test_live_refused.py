@@ -154,16 +154,6 @@ def test_create_graph_is_refused():
         p.grad = None
 
 
-def test_a_sequence_first_layer_with_as_many_positions_as_examples_is_refused():
-    model = Model(lambda m, x: m.out(torch.tanh(m.layer(x.transpose(0, 1))).mean(0)), layer=nn.Linear(D, 8))
-    model.out = nn.Linear(8, C)
-    model.double()
-    optimizer = optimizer_of(model)
-    loss_of(model, torch.randn(N, N, D, dtype=torch.float64)).backward()
-    with pytest.raises(RuntimeError, match=r"layer \(\w+\): an input of shape \(6, 6, 5\) has several axes as long as"):
-        optimizer.sensitivities()
-
-
 def test_as_many_positions_as_examples_is_no_problem_with_the_examples_first():
     model = Model(lambda m, x: m.out(m.norm(torch.tanh(m.fc(x))).mean(1)), fc=nn.Linear(D, 8), norm=PlainNorm(8))
     model.out = nn.Linear(8, C)

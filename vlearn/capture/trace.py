@@ -252,7 +252,7 @@ class Trace:
         """The relative difference that rounding may make between a recorded value and the same computed again."""
         # Under autocast some modules worked in a narrow type, a replay does not.
         types = {cotangent.dtype for call in self.layer_calls for cotangent in call.cotangents if cotangent is not None}
-        return max(1e-4, *(30 * torch.finfo(dtype).eps for dtype in types))
+        return max((1e-4, *(30 * torch.finfo(dtype).eps for dtype in types)))
 
     def calls_by_parameter(self) -> dict[Tensor, list[LayerCall]]:
         """The calls that the backward pass reached, by parameter."""
