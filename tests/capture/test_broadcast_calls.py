@@ -43,7 +43,7 @@ def test_a_row_that_only_looks_like_an_example_is_none():
     model.places, model.out = nn.Embedding(4, 4), nn.Linear(4, 3)
     case = Case(model.double(), torch.randn(4, 4, 5).double(), torch.tensor([0, 1, 2, 0]))
     posterior = vlearn.IVON(model, lr=0.1, ess=20).posterior()
-    truth = per_example(model, case.call, case.each_loss)
+    truth = per_example(model.eval(), case.call, case.each_loss)
     table = vlearn.sweep(model, posterior, [(case.x, case.target)], F.cross_entropy, None, progress=False)
     covariance = torch.diag(flat({name: posterior.variance[name] for name in moving(model)}))
     assert relative_error(table.self_influence, truth.self_influence(covariance)) < 1e-10

@@ -152,3 +152,42 @@ def test_positions_taken_for_examples_are_refused():
     F.cross_entropy(model(square)[0], LABELS[:T]).backward()
     with pytest.raises(RuntimeError, match=MIXED):
         optimizer.sensitivities(output=0)
+
+
+def both_loss(output, target):
+    logits, hidden = output
+    return F.cross_entropy(logits, target) + hidden.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("loss", [logits_loss, both_loss], ids=["of the logits", "of the hidden values too"])
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "returned twice"])
+def test_logits_of_the_hidden_values_that_are_returned_beside_them(loss, twice):
+    """The gradient that comes to the hidden values has come through the logits, too."""
+
+    def forward(m, x):
+        hidden = torch.tanh(m.scale * m.fc(x[:, 0]))
+        logits = m.out(hidden) + F.linear(x[:, 1, :3], m.out.weight)
+        return (logits, hidden, hidden) if twice else (logits, hidden)
+
+    torch.manual_seed(0)
+    model = Model(forward, fc=nn.Linear(4, 3), out=nn.Linear(3, 3)).double()
+    model.scale = nn.Parameter(torch.ones(3, dtype=torch.double))
+    x = inputs()
+    assert_live(model, (x,), lambda n: (x[n : n + 1],), lambda output, target: loss(output[:2], target))
+
+
+def test_a_model_that_returns_its_loss_beside_the_logits():
+    def forward(m, x, target):
+        logits = F.linear(torch.tanh(m.fc(x[:, 0])), m.fc.weight[:, :3])  # the whole model is the unit
+        return F.cross_entropy(logits, target), logits
+
+    torch.manual_seed(0)
+    model = Model(forward, fc=nn.Linear(4, 3)).double()
+    x, twin = inputs(), copy.deepcopy(model)
+    optimizer = vlearn.IVON(model, lr=0.1, ess=20)
+    model(x, LABELS)[0].backward()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = optimizer.sensitivities(output=1, deviation=True)
+    variance = optimizer.posterior().variance
+    own = truth(twin, weights, variance, lambda o, y: o[0], lambda n: (x[n : n + 1], LABELS[n : n + 1]))
+    assert relative_error(found.self_influence, own) < 1e-10

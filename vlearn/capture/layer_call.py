@@ -41,6 +41,7 @@ class LayerCall:
             sum, the number of that module's call and the place of the sum among its inputs' tensors; None elsewhere.
         stand_in: of a call with a rule whose input may not depend on examples, the place in the trace of that around
             it that explains its parameters if so; inside: of that call, the places of those that it was made of.
+        is_nested: whether some outputs are made of others, and the cotangents of these contain what came through those.
         random_state: of the generators as the call began, if it drew from them and no rule covers it.
         whole: of a subset of the batch (`vlearn.per_example.subset`), the call of all examples, and which of them it
             has; None elsewhere.
@@ -64,6 +65,7 @@ class LayerCall:
     consumer: tuple[nn.Module, int, int] | None = None
     stand_in: int | None = None
     inside: list[int] = field(default_factory=list)
+    is_nested: bool = False
     random_state: dict[str, Tensor] | None = None
     whole: tuple[LayerCall, Tensor] | None = None
 

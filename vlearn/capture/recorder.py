@@ -14,7 +14,14 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from vlearn._torch_internals import view_base
-from vlearn.capture.autograd_graph import CallSubgraph, Node, find_unexplained_uses, nodes_of, structure
+from vlearn.capture.autograd_graph import (
+    CallSubgraph,
+    Node,
+    find_unexplained_uses,
+    nodes_of,
+    outputs_inside,
+    structure,
+)
 from vlearn.capture.broadcast_calls import BroadcastCall, other_terms
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import MOST_KINDS, ModelChecks, UnattributedParameters, remember
@@ -248,6 +255,7 @@ class Recorder:
     def _can_be_unit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
         """Whether a call can be made again on one example at a time, as far as sizes tell."""
         into, out = self._axes(module, args, kwargs, output)
+        out = [axis for leaf, axis in zip(tensor_leaves(output), out, strict=True) if leaf.requires_grad]
         if all(axis is None for axis in into) or all(axis is None for axis in out):
             return False
         return None not in out or not self._frames  # the loss need not read all that the model returns, as a state
@@ -316,6 +324,10 @@ class Recorder:
         trace = self.trace
         leaves = tensor_leaves(output)
         positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        made_of_others, is_nested = set(), False
+        if rule is None and len(positions) > 1:
+            ends = nodes_of(tensor_leaves((args, kwargs)))
+            made_of_others, is_nested = self._separate_outputs(leaves, positions, ends)
         if rule is None:  # replaying this call moves the parameters wherever it uses them
             for inner in trace.layer_calls[frame.first_call :]:
                 inner.parameters = [p for p in inner.parameters if all(p is not q for q in parameters)]
@@ -332,9 +344,11 @@ class Recorder:
             positions=positions,
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
+            is_nested=is_nested,
         )
         if rule is None:
-            call.input_axes, call.output_axes = self._axes(module, args, kwargs, output)
+            call.input_axes, axes = self._axes(module, args, kwargs, output)
+            call.output_axes = [axes[i] for i in positions]
             call.random_state = frame.random_state if frame.random_state and has_drawn(frame.random_state) else None
         else:
             call.input_axes, call.output_axes = [0], [0]
@@ -346,8 +360,20 @@ class Recorder:
         if rule is None or trace.edges is not None or all(len(shape) == 2 for shape in call.shapes):
             call.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
-            self._wait_for_gradient(call, position, sources[i])
+            if i not in made_of_others:
+                self._wait_for_gradient(call, position, sources[i])
         trace.layer_calls.append(call)
+
+    def _separate_outputs(self, leaves: list[Tensor], positions: list[int], ends: list[Node]) -> tuple[set[int], bool]:
+        """(The outputs whose gradients are not needed, whether others are made of one another).
+
+        Not needed is that of one that is made of other outputs alone, as a loss of the logits beside it: their
+        gradients have what came through it.
+        """
+        inside = list(zip(positions, outputs_inside([leaves[i] for i in positions], set(ends)), strict=True))
+        tracked = self.trace.tracked
+        made = {position for position, (inner, leaves) in inside if inner and leaves.isdisjoint(tracked)}
+        return made, any(inner for position, (inner, _) in inside if position not in made)
 
     def _find_broadcast(self, frame: _Frame, reader: nn.Module, args: Any, kwargs: Any) -> None:
         """Record the calls inside a frame whose outputs are terms of what a module is about to be given."""
@@ -406,10 +432,9 @@ class Recorder:
         return tensor.dim() > 0 and tensor.shape[0] == self.trace.num_examples
 
     def _axes(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Axes, Axes]:
-        """The axis of the examples of each input leaf, and of each output that requires grad."""
-        leaves = tensor_leaves(output)
-        into, out = axes_of_call(module, args, kwargs, tree_leaves((args, kwargs)), leaves, self.trace.num_examples)
-        return into, [axis for leaf, axis in zip(leaves, out, strict=True) if leaf.requires_grad]
+        """The axis of the examples of each input leaf and of each output tensor."""
+        inputs, outputs = tree_leaves((args, kwargs)), tensor_leaves(output)
+        return axes_of_call(module, args, kwargs, inputs, outputs, self.trace.num_examples)
 
     @property
     def _checks(self) -> ModelChecks:

@@ -52,6 +52,7 @@ class Trace:
         random_state: of the generators, as the pass began.
         positions: which tensors of the output required grad.
         cotangents: the gradient with respect to each of those, None where none has come.
+        cotangents_are_total: whether that of an output which others are made of has what came through those.
         on_backward: called as the user's backward pass begins.
         probe: what else is to be sent back; probed: the same pass with the probe's gradients, once there are.
     """
@@ -78,6 +79,7 @@ class Trace:
         self.output_versions: list[int] = []
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
+        self.cotangents_are_total = False
         self.on_backward: Callable[[], None] = lambda: None
         self.probe: OutputProbe | None = None
         self.probed: Trace | None = None
@@ -97,6 +99,7 @@ class Trace:
         leaves = tensor_leaves(output)
         self.positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
         self.cotangents = [None] * len(self.positions)
+        self.cotangents_are_total = self.edges is None
         if self.edges is None:
             graph = _Graph()
             self._graph = ref(graph)

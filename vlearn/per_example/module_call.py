@@ -6,17 +6,17 @@ To be called, as all of this file, inside `vlearn.per_example.replay.as_recorded
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import tensor_leaves
-from vlearn.capture.trace import is_close
-from vlearn.per_example.replay import call_with, random_numbers_from
+from vlearn.capture.trace import Trace, is_close
+from vlearn.per_example.replay import as_recorded, call_with, direct_cotangents, random_numbers_from
 
 Weights = Mapping[Tensor, Tensor]
 
@@ -59,6 +59,30 @@ def run_again(call: LayerCall, weights: Weights, args: Any, kwargs: Any) -> list
     return [leaves[position] for position in call.positions]
 
 
+@torch.enable_grad()
+def separate_outputs(trace: Trace, weights: Weights) -> None:
+    """Let the cotangents of every recorded call be the loss's gradients with respect to its outputs as separate values.
+
+    Args:
+        trace: with the gradients of its backward pass, whose calls are changed.
+    """
+    for call in trace.layer_calls:
+        if not (call.is_nested and call.parameters and sum(each is not None for each in call.cotangents) > 1):
+            continue
+        live = {p: value.detach().requires_grad_(p.requires_grad) for p, value in weights.items()}
+        with as_recorded(trace), _same_random_numbers(call):
+            leaves, structure = leaves_of(call, weights)
+            outputs = run_again(call, live, *tree_unflatten(leaves, structure))
+            reached = [i for i, each in enumerate(call.cotangents) if each is not None]
+            direct = direct_cotangents([(outputs[i], call.cotangents[i]) for i in reached])  # pyright: ignore
+        found = dict(zip(reached, (cotangent for _, cotangent in direct), strict=True))
+        call.cotangents, call.is_nested = [found.get(i) for i in range(len(outputs))], False
+
+
+def _same_random_numbers(call: LayerCall) -> AbstractContextManager[None]:
+    return nullcontext() if call.random_state is None else random_numbers_from(call.random_state)
+
+
 def leaves_of(call: LayerCall, weights: Weights) -> tuple[list[Any], Any]:
     """(The leaves of the call's arguments, their structure)."""
     leaves, structure = tree_flatten((call.args, call.kwargs))
@@ -76,7 +100,7 @@ def restore_outputs(call: LayerCall, weights: Weights) -> None:
     """Compute the batch's outputs again where a later in-place operation has overwritten them."""
     if all(output._version == version for output, version in call.outputs):
         return
-    with torch.no_grad(), nullcontext() if call.random_state is None else random_numbers_from(call.random_state):
+    with torch.no_grad(), _same_random_numbers(call):
         outputs = run_again(call, weights, call.args, call.kwargs)
     call.outputs = [(output, output._version) for output in outputs]
 

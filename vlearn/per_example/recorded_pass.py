@@ -10,6 +10,7 @@ from torch import Tensor
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.trace import Trace
 from vlearn.per_example.independence import check_independent, find_example_axes
+from vlearn.per_example.module_call import separate_outputs
 from vlearn.per_example.row_sums import check_row_sums
 from vlearn.per_example.subset import subset
 from vlearn.per_example.vmap_fallback import Weights
@@ -39,6 +40,8 @@ class RecordedPass:
                 they see one another, a module that no rule covers refuses them, an input was written since, or their
                 gradients do not add up to that of the pass.
         """
+        for part in (trace,) if trace.probed is None else (trace, trace.probed):
+            separate_outputs(part, weights)
         find_example_axes(trace, weights)
         for call in trace.layer_calls:
             if call.reached and call.parameters:

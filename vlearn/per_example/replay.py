@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from vlearn._torch_internals import without_onednn
+from vlearn.capture.autograd_graph import outputs_inside
 from vlearn.capture.hooks import hooked, hooks_paused
 from vlearn.capture.pytrees import rows_of, tensor_leaves
 from vlearn.capture.random_state import random_state_now, set_random_state
@@ -162,6 +163,8 @@ def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[
         outputs = tensor_leaves(_called(root, buffers, trace.args, trace.kwargs))
         reached = zip(trace.positions, trace.cotangents, strict=True)
         pairs = [(outputs[at], c) for at, c in reached if c is not None and outputs[at].requires_grad]
+        if trace.cotangents_are_total:
+            pairs = direct_cotangents(pairs)
         parameters = [p for p in weights if p.requires_grad]
         gradients = torch.autograd.grad(
             [output for output, _ in pairs],
@@ -170,6 +173,44 @@ def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[
             allow_unused=True,
         )
     return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def direct_cotangents(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The outputs of a call with a loss's gradients with respect to them as separate values.
+
+    To a value inside the graph comes what came through the outputs that are made of it, too:
+    direct_i = total_i - Σ_j (dO_j/dO_i)ᵀ direct_j over those O_j.
+
+    Args:
+        pairs: outputs with their graph, and the gradient that came to each.
+    """
+    inside = outputs_inside([output for output, _ in pairs], set())
+    direct: dict[int, Tensor] = {}
+
+    def find(number: int) -> Tensor:
+        if number not in direct:
+            output, total = pairs[number]
+            total = total.to(output.dtype)
+            outer = [j for j in range(len(pairs)) if number in _all_inside(inside, j)]
+            if outer:
+                cotangents = [find(j) for j in outer]
+                (through,) = torch.autograd.grad([pairs[j][0] for j in outer], output, cotangents, retain_graph=True)
+                total = total - through
+            direct[number] = total
+        return direct[number]
+
+    return [(output, find(number)) for number, (output, _) in enumerate(pairs)]
+
+
+def _all_inside(inside: list[tuple[set[int], set[Tensor]]], number: int) -> set[int]:
+    found: set[int] = set()
+    waiting = list(inside[number][0])
+    while waiting:
+        inner = waiting.pop()
+        if inner not in found:
+            found.add(inner)
+            waiting += inside[inner][0]
+    return found
 
 
 @contextmanager

@@ -88,6 +88,39 @@ def state_that_a_block_returns() -> Case:
     return Case(Model(forward, encoder=Encoder(), out=nn.Linear(4, 3)), rows(5, 2), labels())
 
 
+class Both(nn.Module):
+    """Gives a hidden value, what it makes of it, and a total that is made of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        hidden = torch.tanh(self.gain * x)
+        out = self.shift * hidden.square() + x
+        return hidden, out, hidden, hidden * out.exp(), hidden + out
+
+
+@case
+def outputs_of_which_some_are_made_of_others() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b, c, d, e = m.both(m.into(x))
+        return m.out(a * b + c.square() + torch.sin(d) + e.cos())
+
+    return Case(Model(forward, into=nn.Linear(5, 4), both=Both(), out=nn.Linear(4, 3)), rows(5), labels())
+
+
+@case
+def outputs_made_of_others_with_dropout() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b, *_ = m.both(F.dropout(m.gain * m.into(x), 0.3, m.training))
+        return m.out(a * b)
+
+    block = Model(forward, into=nn.Linear(5, 4), both=Both(), out=nn.Linear(4, 4))
+    block.gain = nn.Parameter(torch.randn(4))
+    return Case(nn.Sequential(block, nn.Tanh(), nn.Linear(4, 3)), rows(5), labels())
+
+
 # -- parameters of modules that are not called ------------------------------------------------------------------------
 
 
