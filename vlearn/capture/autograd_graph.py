@@ -62,12 +62,14 @@ def outputs_inside(outputs: list[Tensor], ends: set[Node]) -> list[tuple[set[int
             leaf = getattr(node, "variable", None)
             if leaf is not None:
                 leaves.add(leaf)
-            for edge in () if node in ends else node.next_functions:
-                if edge[0] is not None and edge in place:
-                    inner.add(place[edge])
-                elif edge[0] is not None and edge[0] not in seen:
-                    seen.add(edge[0])
-                    waiting.append(edge[0])
+            for before, output in () if node in ends else node.next_functions:
+                if before is None:
+                    continue
+                if (before, output) in place:
+                    inner.add(place[before, output])
+                elif before not in seen:
+                    seen.add(before)
+                    waiting.append(before)
         found.append((inner - {number}, leaves))
     return found
 

@@ -92,7 +92,7 @@ class Recorder:
             self._enter_root(module, args, kwargs)
         elif self._frames[-1].broadcast:
             self._find_broadcast(self._frames[-1], module, args, kwargs)
-        may_draw = rule_of(type(module)) is None and (module._parameters or next(module.children(), None) is not None)
+        may_draw = (module._parameters or module._modules) and rule_of(type(module)) is None
         state = random_state_now(self.trace.random_state) if may_draw else None
         self._frames.append(_Frame(module, len(self.trace.layer_calls), state))
 
@@ -279,7 +279,7 @@ class Recorder:
         As a ParameterDict's, or those of a child whose weight is read without calling it. Whether one is called, the
         end of the pass tells.
         """
-        if not self._frames:
+        if not self._frames or not (frame.uncalled or frame.module._modules):
             return  # the whole model is the unit of what is left
         uncalled = [*frame.uncalled, *_uncalled(frame.module, frame.called)]
         tracked = self.trace.tracked
@@ -459,8 +459,8 @@ class Recorder:
 
 def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]:
     """The modules below a module that no call inside it was of, nor of a module between."""
-    for child in module.children():
-        if child not in called:
+    for child in module._modules.values():
+        if child is not None and child not in called:
             yield child
             yield from _uncalled(child, called)
 
