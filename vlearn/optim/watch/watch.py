@@ -21,8 +21,7 @@ from vlearn.capture.autograd_graph import leaves_read_before, nodes_of
 from vlearn.capture.hooks import hooks_are_silent, is_recomputed
 from vlearn.capture.names import module_paths, named_parameters
 from vlearn.capture.output_probe import OutputProbe
-from vlearn.capture.outputs import Selector, select
-from vlearn.capture.pytrees import tensor_leaves
+from vlearn.capture.pytrees import Selector, select, tensor_leaves
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
 from vlearn.optim.sampling.draw import Draw, DrawState
