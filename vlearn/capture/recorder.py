@@ -150,6 +150,12 @@ class Recorder:
         unattributed = self._unattributed(args, kwargs, output)
         for call in trace.layer_calls if unattributed.unused else ():
             call.parameters = [p for p in call.parameters if p not in unattributed.unused]
+        for p in unattributed.complex_parameters:
+            trace.problems.append(
+                f"{trace.paths[trace.root]} ({type(trace.root).__name__}) has a complex parameter of shape "
+                f"{tuple(p.shape)}, of which no example has a gradient here: hold it as a pair of reals "
+                "(torch.view_as_complex of a parameter [..., 2])."
+            )
         for p in unattributed.not_in_model:
             trace.problems.append(
                 f"{trace.paths[trace.root]} ({type(trace.root).__name__}) uses a parameter of shape {tuple(p.shape)} "
@@ -195,6 +201,7 @@ class Recorder:
                 used_outside_call=[p for p in own if p in used_outside_call],
                 not_in_graph=[p for p in own if p not in used and p not in attributed],
                 unused=unused,
+                complex_parameters=[p for p in own if p.is_complex() and (p in used or p in attributed)],
             )
             remember(known, kind, finding)
         return known[kind]
