@@ -473,15 +473,10 @@ def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Mo
 
 
 def _batch_size(leaves: list[Tensor]) -> int:
-    """How many rows the inputs have; where they differ, a number that is not the size of another axis, if there is one.
-
-    A matrix that all examples share, as the adjacency of a graph, may come first.
-    """
-    sizes = [leaf.shape[0] for leaf in leaves if leaf.dim() > 0]
-    if len(set(sizes)) > 1:
-        others = {size for leaf in leaves for size in leaf.shape[1:]}
-        sizes = [size for size in sizes if size not in others] or sizes
-    return sizes[0] if sizes else 0
+    """How many rows the first input has that is no square matrix: one that all examples share, as of a graph, may lead."""
+    sized = [leaf for leaf in leaves if leaf.dim() > 0]
+    others = [leaf for leaf in sized if leaf.dim() != 2 or leaf.shape[0] != leaf.shape[1]]
+    return next((leaf.shape[0] for leaf in (*others, *sized)), 0)
 
 
 def _source(leaf: Tensor) -> Tensor:
