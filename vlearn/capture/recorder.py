@@ -473,7 +473,7 @@ def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Mo
 
 
 def _batch_size(leaves: list[Tensor]) -> int:
-    """How many rows the first input has that is no square matrix: one that all examples share, as of a graph, may lead."""
+    """How many rows the first input has that is no square matrix; one that all examples share, of a graph, may lead."""
     sized = [leaf for leaf in leaves if leaf.dim() > 0]
     others = [leaf for leaf in sized if leaf.dim() != 2 or leaf.shape[0] != leaf.shape[1]]
     return next((leaf.shape[0] for leaf in (*others, *sized)), 0)
