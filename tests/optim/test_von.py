@@ -374,3 +374,15 @@ def test_a_graph_that_is_given_up_is_freed_and_does_not_count(monkeypatch: pytes
     assert optimizer._watch is not None and optimizer._watch.trace is not None
     assert not optimizer._watch.trace.waits_for_backward
     plain(optimizer, model, x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_that_has_fitted_its_data_trains_on(dtype: torch.dtype) -> None:
+    """Of p - y only rounding is left then, which does not sum to zero."""
+    torch.manual_seed(0)
+    y = torch.arange(6) % 3
+    for factor in (1.0, 10.0, 15.0, 100.0, 1000.0):
+        logits = factor * F.one_hot(y, 3).to(dtype)
+        output = (torch.randn(6, 3, dtype=dtype) + logits).requires_grad_()
+        (residual,) = torch.autograd.grad(F.cross_entropy(output, y), output)
+        assert likelihood_module.class_axis(output, residual) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlearn._torch_internals import has_compiled
+from vlearn.optim.distributed.collectives import process_count
 from vlearn.optim.parameters.parameters import Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.sampler import Sampler
@@ -111,7 +112,8 @@ def check_passes(draw: Draw, parameters: Parameters, watch: Watch | None) -> Non
             "watched model: compute the gradients by its forward and backward pass."
             f"{COMPILED if has_compiled() else ''}"
         )
-    for p in draw.parameters if sums.count else ():
+    # Of several processes, another may be where a gradient has come from.
+    for p in draw.parameters if sums.count and process_count() == 1 else ():
         gradient = draw.gradient_of(p)
         if gradient is not None and p not in sums.reached and bool(gradient.any()):
             raise RuntimeError(
