@@ -44,7 +44,7 @@ def step(optimizer: Any, model: nn.Module, rank: int, contexts: int, unused: boo
             x, y = batches(rank)[0]
             if unused and rank == 1:
                 hidden = model[0](x)  # type: ignore[operator]
-                nn.functional.cross_entropy(hidden, torch.zeros(len(x), dtype=torch.long)).backward()
+                nn.functional.cross_entropy(hidden, torch.arange(len(x)) % 5).backward()
             else:
                 (scale * loss_of(model, x, y)).backward()
 
