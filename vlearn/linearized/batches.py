@@ -1,33 +1,20 @@
-"""Batches as sensitivities take them: (x, y) or (x, y, index)."""
+"""Batches as sensitivities take them: inputs, target, and a number for each example, in whatever form they come."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from vlearn.linearized.numbering import TARGETS, Numbering
+from vlearn.per_example.arguments import argument_names, model_arguments
 
-class IndexedDataset(Dataset):
-    """A dataset that yields (x, y, index), so that a shuffled loader still names its examples.
-
-    Args:
-        dataset: a map-style dataset that yields (x, y).
-    """
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
-        x, y = self.dataset[index]
-        return x, y, index
+NUMBERS = ("index", "idx")  # what a batch with names calls the numbers of its examples
 
 
 class Batch(NamedTuple):
@@ -38,75 +25,168 @@ class Batch(NamedTuple):
     target: Any
     index: Tensor
 
-    def rows(self, rows: Tensor) -> Batch:
-        """Some of the examples: those rows of every tensor that has one for each."""
+    def part(self, rows: Tensor) -> Part:
+        """Some of the examples: those rows of every tensor that has one for each, and all of the rest."""
         count = len(self.index)
-
-        def of(leaf: Any) -> Any:
-            has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
-            return leaf[rows.to(leaf.device)] if has_rows else leaf
-
-        args, kwargs, target = tree_map(of, (self.args, self.kwargs, self.target))
-        return Batch(args, kwargs, target, self.index[rows])
-
-    def fits(self, other: Batch) -> bool:
-        """Whether the two can be made one: all they hold are tensors with a row for each example, of one shape."""
-        mine, theirs = (tree_flatten((batch.args, batch.kwargs, batch.target)) for batch in (self, other))
-
-        def joins(leaf: Any, its: Any) -> bool:
-            if not (isinstance(leaf, Tensor) and isinstance(its, Tensor) and leaf.dim() and its.dim()):
-                return False
-            rows = leaf.shape[0] == len(self.index) and its.shape[0] == len(other.index)
-            return rows and leaf.shape[1:] == its.shape[1:] and leaf.dtype == its.dtype
-
-        return mine[1] == theirs[1] and all(map(joins, mine[0], theirs[0]))
+        leaves, structure = tree_flatten((self.args, self.kwargs, self.target))
+        has_rows = [isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves]
+        taken = [leaf[rows.to(leaf.device)] if own else leaf for leaf, own in zip(leaves, has_rows, strict=True)]
+        return Part(taken, has_rows, structure, self.index[rows])
 
 
-def joined(parts: list[Batch]) -> Batch:
-    """One batch of several that fit."""
-    if len(parts) == 1:
-        return parts[0]
-    flat = [tree_flatten((part.args, part.kwargs, part.target)) for part in parts]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    args, kwargs, target = tree_unflatten([torch.cat(column) for column in columns], flat[0][1])
-    return Batch(args, kwargs, target, torch.cat([part.index for part in parts]))
+class Part(NamedTuple):
+    """Some of the examples of a batch.
+
+    Attributes:
+        leaves: all that its arguments and target hold.
+        has_rows: which of them have a row for each example; the others are the same for all examples.
+        structure: how they are held.
+        index: ``[n]`` numbers of the examples.
+    """
+
+    leaves: list[Any]
+    has_rows: list[bool]
+    structure: TreeSpec
+    index: Tensor
+
+    def fits(self, other: Part) -> bool:
+        """Whether the two can be made one: their rows are of one shape, and the rest is the very same."""
+
+        def joins(leaf: Any, its: Any, has_rows: bool) -> bool:
+            if not has_rows:
+                return leaf is its
+            return leaf.shape[1:] == its.shape[1:] and leaf.dtype == its.dtype
+
+        alike = self.structure == other.structure and self.has_rows == other.has_rows
+        return alike and all(map(joins, self.leaves, other.leaves, self.has_rows))
 
 
-def batches(loader: Iterable[Any], device: torch.device, by_number: bool = False) -> Iterator[Batch]:
-    """The loader's batches on a device; without an index, examples are numbered in loader order.
+def joined(parts: list[Part]) -> Batch:
+    """One batch of several parts that fit."""
+    first, columns = parts[0], zip(*(part.leaves for part in parts), strict=True)
+    leaves = [
+        torch.cat(column) if has_rows and len(parts) > 1 else column[0]
+        for column, has_rows in zip(columns, first.has_rows, strict=True)
+    ]
+    return Batch(*tree_unflatten(leaves, first.structure), torch.cat([part.index for part in parts]))
 
-    Args:
-        by_number: refuse a loader whose order is not that of the examples and that does not number them.
+
+def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
+    """The loader's batches, where the model is and as its forward takes them.
 
     Raises:
-        ValueError: if a batch is neither (x, y) nor (x, y, index), or has no tensors, or not one index an example.
+        ValueError: if a batch is none that `split` takes, has no tensors, or its examples cannot be numbered.
     """
-    shuffles = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
-    seen = 0
-    for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-            given = f"{len(batch)} entries" if isinstance(batch, tuple | list) else type(batch).__name__
-            raise ValueError(f"the loader gave a batch of {given}, but it must yield (x, y) or (x, y, index).")
-        if by_number and shuffles and len(batch) == 2:
+    device, names = device_of(model), argument_names(model)
+    numbering = Numbering(loader)
+    for given in numbering.loader:
+        drawn = numbering.drawn()
+        x, target, index = split(given, names)
+        x, target = (tree_map(lambda leaf: _on(device, leaf), part) for part in (x, target))
+        known = index if index is not None else drawn
+        count = _count(x, target, None if known is None else len(known))
+        if index is None:
+            index = numbering.number(count, drawn)
+        elif len(index) != count:
             raise ValueError(
-                "the loader shuffles and does not number its examples, so they cannot be told apart: wrap the dataset "
-                "in vlearn.IndexedDataset, or do not shuffle."
+                f"the loader gave {len(index)} indices for {count} examples, but it must give one for each."
             )
-        x, target = (tree_map(lambda leaf: _on(device, leaf), part) for part in batch[:2])
-        sizes = [leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        if not sizes:
+        else:
+            numbering.check(index, drawn)
+        yield Batch(*model_arguments(model, x), target, index)
+
+
+def split(batch: Any, arguments: Iterable[str] = ()) -> tuple[Any, Any, Tensor | None]:
+    """(inputs, target, numbers ``[n]`` of the examples or None) of a batch.
+
+    A tuple or list is (x, y) or (x, y, index). A mapping (a dict, Hugging Face's BatchEncoding), a dataclass, or a
+    named tuple that calls its target so, has the target under "labels" or "label" and, if it has any, the numbers
+    under "index" or "idx"; all the rest are inputs.
+
+    Args:
+        arguments: names of the model's inputs, which are no numbers.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    named = _by_name(batch)
+    if named is not None:
+        target = next((name for name in TARGETS if name in named), None)
+        if target is None:
             raise ValueError(
-                f"the loader gave inputs without a tensor ({type(batch[0]).__name__}): let it yield tensors, or tuples "
-                "or dicts of them, with the examples along dimension 0."
+                f"the loader gave a {type(batch).__name__} of {', '.join(map(repr, named))}, but a batch with names has "
+                "its targets under 'labels' or 'label': name them so, or let the loader yield (inputs, targets)."
             )
-        index = torch.as_tensor(batch[2]) if len(batch) == 3 else torch.arange(seen, seen + sizes[0])
-        if index.shape != (sizes[0],):
-            raise ValueError(
-                f"the loader gave {index.numel()} indices for {sizes[0]} examples, but it must give one for each."
-            )
-        seen += sizes[0]
-        args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, tuple | list) else (x,), {})
-        yield Batch(args, kwargs, target, index.cpu())
+        number = next((name for name in NUMBERS if name in named and name not in arguments), None)
+        x = {name: entry for name, entry in named.items() if name not in (target, number)}
+        return x, _plain(named[target]), None if number is None else _numbers(named[number], f"entry {number!r}")
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        given = f"{len(batch)} entries" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(
+            f"the loader gave a batch of {given}, but it must yield (x, y) or (x, y, index), or a dict with 'labels': "
+            "put several inputs into one tuple, ((x1, x2), y)."
+        )
+    index = _numbers(batch[2], "third entry") if len(batch) == 3 else None
+    return _plain(batch[0]), _plain(batch[1]), index
+
+
+def _by_name(batch: Any) -> dict[str, Any] | None:
+    """The entries of a batch by their names; None for one that goes by position."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if is_dataclass(batch):
+        return {each.name: getattr(batch, each.name) for each in fields(batch)}
+    names = getattr(batch, "_fields", ())
+    if not isinstance(batch, tuple) or not names:
+        return None
+    first_is_x = len(names) > 1 and names[0] not in TARGETS + NUMBERS
+    if first_is_x and (len(names) == 2 or len(names) == 3 and names[2] in NUMBERS):
+        return None
+    return dict(zip(names, batch, strict=True))
+
+
+def _plain(entry: Any) -> Any:
+    """A mapping as the dict that it is: torch sees no tensors in others."""
+    return dict(entry) if isinstance(entry, Mapping) else entry
+
+
+def _numbers(given: Any, what: str) -> Tensor:
+    try:
+        numbers = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = None
+    if numbers is None or numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        found = type(given).__name__ if numbers is None else f"shape {tuple(numbers.shape)} and {numbers.dtype}"
+        raise ValueError(
+            f"the loader gave a batch whose {what} has {found}, but it must be the number of each example: put several "
+            "inputs into one tuple, ((x1, x2), y), and what else a loss needs into the target, (x, (y, more))."
+        )
+    return numbers.long().cpu()
+
+
+def _count(x: Any, target: Any, known: int | None) -> int:
+    """The number of examples: what is known, else the rows of an input that are also those of a target.
+
+    An input may be none of the examples', as the matrix of a graph that they share, and a target have a row for each
+    token: only what both have counts, and if there is none the rows of the first input.
+
+    Args:
+        known: how many numbers there are; it counts if an input has as many rows.
+    """
+    sizes, targets = ([leaf.shape[0] for leaf in tree_leaves(part) if _has_rows(leaf)] for part in (x, target))
+    hidden = next((leaf for leaf in tree_leaves(x) if is_dataclass(leaf)), None)
+    if not sizes or hidden is not None:
+        given = f"without a tensor ({type(x).__name__})" if hidden is None else f"in a {type(hidden).__name__}"
+        raise ValueError(
+            f"the loader gave inputs {given}: let it yield tensors, or tuples or dicts of them, with the examples along "
+            "dimension 0."
+        )
+    candidates = [known, *(size for size in [sizes[0]] if size in targets), *targets]
+    return next((count for count in candidates if count in sizes), sizes[0])
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -124,7 +204,10 @@ def with_progress_bar(given: Iterator[Batch], loader: Any, progress: bool | None
         from tqdm.auto import tqdm
     except ImportError:
         return given
-    total = len(loader) if hasattr(loader, "__len__") else None
+    try:
+        total = len(loader)
+    except (TypeError, NotImplementedError):  # a stream has no length
+        total = None
     return tqdm(given, total=total, desc=name, unit="batch", leave=False)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.outputs import Selector
-from vlearn.linearized.batches import batches, device_of, with_progress_bar
+from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.linearized.solver import Vectors, solve
@@ -116,7 +116,7 @@ def leave_group_out(
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples, in batches."""
             seen = members.count()
-            given = batches(loader, device_of(model), by_number=True)
+            given = batches(loader, model)
             given = with_progress_bar(given, loader, progress, "leave_group_out")
             for k, batch in batches_by_group(given, seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)

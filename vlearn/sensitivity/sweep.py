@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.outputs import Selector
-from vlearn.linearized.batches import batches, device_of, with_progress_bar
+from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
@@ -205,7 +205,7 @@ def sweep(
     rows: list[SensitivityTable] = []
     parts: list[SensitivityTable] = []
     with at_mean(model, posterior) as covariance:
-        for batch in with_progress_bar(batches(loader, device_of(model)), loader, progress, "sweep"):
+        for batch in with_progress_bar(batches(loader, model), loader, progress, "sweep"):
             lin = linearize(model, covariance, batch, losses, output, options.second_order)
             rows.append(_rows_of(lin, options) if per == "example" else _token_rows_of(lin, options))
             del lin  # its graph goes before the next batch comes
