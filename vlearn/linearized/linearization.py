@@ -260,6 +260,11 @@ def linearize(
         leaves = [tensor.detach().requires_grad_() for tensor in outputs]
         for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
         loss = losses(for_loss, batch.target)
+        if len(loss) != len(batch.index):
+            raise RuntimeError(
+                f"the loss gives {len(loss)} values for a batch of {len(batch.index)} examples: use a loss of one "
+                "value for each example, and inputs and targets with the examples along dimension 0."
+            )
         kind = shapes((leaves, batch.target))
         is_known = kind in losses.checked
         residuals = torch.autograd.grad(

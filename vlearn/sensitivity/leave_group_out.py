@@ -20,6 +20,7 @@ from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
 from vlearn.sensitivity.refined import check_threshold
+from vlearn.sensitivity.sweep import not_kept
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
 
@@ -34,7 +35,8 @@ class GroupTable:
         loss: ``[K]`` their mean loss, in the loss's units.
         left_out_loss: ``[K]`` the same at the outputs predicted without the group, mean ℓ(y_i, f_i + Δf_i).
         index: numbers of each group's examples.
-        deviation: Δf ``[|M|, ...]`` of each group, in the order of `index`.
+        deviation: Δf ``[|M|, ...]`` of each group, in the order of `index`; ``[|M|, 1]`` of NaN where its batches are
+            padded to different lengths.
         converged: ``[K]`` whether conjugate gradients did; None unless refined.
         iterations: ``[K]`` their number; None unless refined.
         largest_eigenvalue: ``[K]`` of VΛ over the group, an estimate from below: the refined form is at most
@@ -201,9 +203,15 @@ def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: 
         loss=loss / members.sizes,
         left_out_loss=left_out / members.sizes,
         index=[torch.cat(rows) for rows in index],
-        deviation=[torch.cat(rows) for rows in deviation],
+        deviation=[_joined(rows) for rows in deviation],
         **facts,
     )
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    if len({row.shape[1:] for row in rows}) > 1:  # batches that are padded to different lengths
+        rows = [not_kept(row) for row in rows]
+    return torch.cat(rows)
 
 
 def _check(threshold: float, tolerance: float, max_iterations: int) -> None:

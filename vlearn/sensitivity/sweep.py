@@ -22,6 +22,7 @@ from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 # Small tensors that stay, between large ones that go, keep the heap from being used again: 20 times the table's size.
 JOINED_BATCHES = 64
+KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class SensitivityTable:
         loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Δf), Eq. 15; its mean
             predicts the test loss. NaN if not asked for.
         deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, or its refined form
-            if that was asked for.
+            if that was asked for; ``[N, 1]`` of NaN if it was not kept.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
         leverage: ``[N]`` tr(ΛV); None if not asked for.
         prediction_error: ``[N]`` ‖residual‖/√2.
         function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
         used_first_order: ``[N]`` where `refined` kept V e; None if not asked for.
         position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
+        deviation_norm: ``[N]`` ‖Δf‖, in the output's units.
     """
 
     index: Tensor
@@ -53,6 +55,7 @@ class SensitivityTable:
     function_variance: Tensor | None = None
     used_first_order: Tensor | None = None
     position: Tensor | None = None
+    deviation_norm: Tensor | None = None
 
     @property
     def num_first_order(self) -> int | None:
@@ -105,7 +108,7 @@ class SensitivityTable:
         distributions = {
             "self_influence": self.self_influence,
             "prediction_error": self.prediction_error,
-            "deviation_norm": row_norms(self.deviation),
+            "deviation_norm": row_norms(self.deviation) if self.deviation_norm is None else self.deviation_norm,
             "leverage": self.leverage,
         }
         summary = summarize(means, distributions, prefix)
@@ -123,6 +126,7 @@ class SweepOptions:
     threshold: float
     variance: bool
     loo_loss: bool
+    deviation: bool | None
     generator: torch.Generator | None
     per: str
 
@@ -164,6 +168,7 @@ def sweep(
     variance: bool = False,
     per: str = "example",
     loo_loss: bool = True,
+    deviation: bool | None = None,
 ) -> SensitivityTable:
     """Leave-one-out loss, deviation, self-influence and leverage of every example, without retraining.
 
@@ -176,7 +181,8 @@ def sweep(
     Args:
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
-        loader: yields (x, y) or (x, y, index); see `IndexedDataset`.
+        loader: yields (x, y) or (x, y, index), see `IndexedDataset`, or dicts with "labels" (and "index"). Without an
+            index an example's number is its place in the dataset, whatever order a DataLoader goes through it in.
         loss_fn: the training loss, with a `reduction` argument, or a callable (output, target) -> ``[N]``.
         leverage: "probe" (one unbiased random probe per example), "exact" (one backward per output; `refined`
             has it anyway) or None.
@@ -193,13 +199,15 @@ def sweep(
             that token's loss alone were removed; num_data of the posterior must then count tokens. As many times
             slower as there are positions.
         loo_loss: False leaves it out: for a posterior whose Σ has an arbitrary scale, as SGD's, which only ranks.
+        deviation: keep Δf of every example; by default where it has at most 2¹² entries for each, and as many in every
+            batch. A language model's outgrow any memory; the norms are always kept.
     Returns:
         One row per example, or token.
     Raises:
         ValueError: if an argument breaks its rule, or the posterior belongs to another model.
         RuntimeError: if the examples of a batch have no gradient of their own, or the posterior has no scale.
     """
-    options = SweepOptions(leverage, refined, threshold, variance, loo_loss, generator, per)
+    options = SweepOptions(leverage, refined, threshold, variance, loo_loss, deviation, generator, per)
     options.check(posterior)
     losses = ExampleLoss(loss_fn, per)
     rows: list[SensitivityTable] = []
@@ -217,7 +225,14 @@ def sweep(
     return _joined(parts + rows)
 
 
+def not_kept(deviation: Tensor) -> Tensor:
+    """What stands in the place of an output change that is not kept: ``[N, 1]`` of NaN."""
+    return deviation.new_full((len(deviation), 1), torch.nan)
+
+
 def _joined(rows: list[SensitivityTable]) -> SensitivityTable:
+    if len({row.deviation.shape[1:] for row in rows}) > 1:  # batches that are padded to different lengths
+        rows = [replace(row, deviation=not_kept(row.deviation)) for row in rows]
     return _by_column(rows, torch.cat)
 
 
@@ -235,7 +250,7 @@ def _token_rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTabl
     tables = []
     for of_position, position in by_position(lin):
         rows = _rows_of(of_position, options)
-        own = rows.deviation.select(axis, position)
+        own = rows.deviation.select(axis, position) if rows.deviation.dim() > axis else rows.deviation
         rows = replace(rows, deviation=own, position=torch.full_like(rows.index, position))
         tables.append(_by_column([rows], lambda parts, mask=kept[:, position]: parts[0][mask]))
     return _joined(tables)
@@ -262,16 +277,18 @@ def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
     def kept(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.detach().cpu()
 
+    keeps = change[0].numel() <= KEPT_ENTRIES if options.deviation is None and len(change) else options.deviation
     return SensitivityTable(
         index=lin.batch.index,
         loss=kept(lin.loss),
         loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),
-        deviation=kept(change),
+        deviation=kept(change if keeps else not_kept(change)),
         self_influence=kept(self_influence),
         leverage=kept(leverage),
         prediction_error=kept(prediction_error(lin.residual)),
         function_variance=kept(variance),
         used_first_order=kept(used_first_order),
+        deviation_norm=kept(row_norms(change)),
     )
 
 
