@@ -91,7 +91,7 @@ class Recorder:
             )
             return
         sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
-        trace.num_examples = sizes[0] if sizes else 0
+        trace.num_examples = trace.num_examples or (sizes[0] if sizes else 0)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         while self._frames and self._frames[-1].module is not module:  # frames that an exception left open

@@ -25,6 +25,10 @@ class Batch(NamedTuple):
     target: Any
     index: Tensor
 
+    def rows(self, rows: Tensor) -> Batch:
+        """Some of the examples, as a batch."""
+        return joined([self.part(rows)])
+
     def part(self, rows: Tensor) -> Part:
         """Some of the examples: those rows of every tensor that has one for each, and all of the rest."""
         count = len(self.index)

@@ -249,7 +249,7 @@ def linearize(
         RuntimeError: if the examples of a batch have no gradient or no loss of their own.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
-    with torch.enable_grad(), record(model, parameters) as trace:
+    with torch.enable_grad(), record(model, parameters, len(batch.index)) as trace:
         prediction = model(*batch.args, **batch.kwargs)
     if trace.problems:
         raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.outputs import Selector
-from vlearn.linearized.batches import batches, with_progress_bar
+from vlearn.capture.pytrees import shapes
+from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.linearized.solver import Vectors, solve
@@ -113,14 +114,23 @@ def leave_group_out(
     posterior.require_calibrated("loss without a group")
     members = Membership(groups)
     losses = ExampleLoss(loss_fn)
+    checked: set[Any] = set()
     with at_mean(model, posterior) as covariance:
+
+        def whole(batch: Batch) -> Batch:
+            """A batch of the loader, seen to be one of examples: in groups of one nobody sees others."""
+            kind = shapes((batch.args, batch.kwargs))
+            if kind not in checked:
+                linearize(model, covariance, batch, losses, output).self_influence_and_deviation(False, last=True)
+                checked.add(kind)
+            return batch
 
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples, in batches."""
             seen = members.count()
             given = batches(loader, model)
             given = with_progress_bar(given, loader, progress, "leave_group_out")
-            for k, batch in batches_by_group(given, seen, only):
+            for k, batch in batches_by_group(map(whole, given), seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)
             seen.check()
 
