@@ -18,7 +18,8 @@ from torch.distributions import Distribution
 from vlearn.losses.output_hessian import hessian_root, output_hessian, softmax_root
 
 Likelihood = str | Callable[[Tensor], Distribution]
-LIKELIHOODS = ("categorical", "gaussian")
+LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
+SUMS_TO_ZERO = 1e-3  # relative to the entries; of C independent entries the sum is 1/√C
 
 
 def probe(
@@ -32,27 +33,78 @@ def probe(
     """u ``[N, ...]`` in the output's shape, for each example's own loss.
 
     Args:
-        likelihood: "categorical" (softmax cross-entropy over the last axis), "gaussian" (squared error, as
-            `F.mse_loss` has it) or output -> distribution of the targets, whose negative log-likelihood is the loss.
+        likelihood: "categorical" (softmax cross-entropy over the axis of the classes, see `class_axis`), "gaussian"
+            (squared error, as `F.mse_loss` has it), "bernoulli" (binary cross-entropy of logits) or output ->
+            distribution of the targets, whose negative log-likelihood is the loss.
         how: "ggn", u = R z with R Rᵀ = Λ and independent signs z; or "sampled", the residual of labels that are
             sampled from the model.
         output: the model's, ``[N, ...]``.
         residual: the loss's gradient with respect to it; rows where it is zero are not in the loss.
         weight_of: number of rows in the loss -> what an example's own loss multiplies each of its rows with.
         generator: of the random numbers (a distribution samples with torch's global one).
+    Raises:
+        ValueError: if the residual is not that of the likelihood, as far as it shows.
     """
     wide = output.detach() if torch.finfo(output.dtype).bits >= 32 else output.detach().float()
+    if isinstance(likelihood, str):
+        axis = class_axis(output, residual)
+        _check_residual(likelihood, output, axis)
     if likelihood == "categorical":
-        counted = residual.ne(0).any(-1, keepdim=True)
-        u = _categorical(wide, how, generator) * counted
+        assert axis is not None
+        counted = residual.ne(0).any(axis, keepdim=True)
+        u = _categorical(wide.movedim(axis, -1), how, generator).movedim(-1, axis) * counted
         rows = int(counted.sum())
     elif likelihood == "gaussian":
         z = _signs(wide, generator) if how == "ggn" else _normal(wide, generator)
         u, rows = math.sqrt(2) * z, wide.numel()  # (f - y)² has the curvature 2; y ~ N(f, 1/2)
+    elif likelihood == "bernoulli":
+        u, rows = _bernoulli(wide, how, generator), wide.numel()
     else:
         assert callable(likelihood)
         u, rows = _distribution(likelihood, wide, how, generator)
     return u * math.sqrt(weight_of(max(rows, 1)))
+
+
+def class_axis(output: Tensor, residual: Tensor) -> int | None:
+    """The axis of the classes of a softmax cross-entropy, whose gradient sums to zero over them; None if none does.
+
+    The last one, or axis 1 of ``[N, C, ...]``.
+
+    Args:
+        output: ``[N, ...]``.
+        residual: the loss's gradient with respect to it.
+    """
+    last, wide = output.dim() - 1, residual.detach().float() if residual.dtype.itemsize < 4 else residual.detach()
+    for axis in dict.fromkeys((last, 1)):
+        if 0 < axis <= last and output.shape[axis] > 1:
+            sums, sizes = wide.sum(axis).abs().sum(), wide.abs().sum()
+            narrow = min(torch.finfo(each.dtype).bits for each in (output, residual)) < 32
+            tolerance = min(3e-2, 0.3 / math.sqrt(output.shape[axis])) if narrow else SUMS_TO_ZERO
+            if bool(sums <= tolerance * sizes):
+                return axis
+    return None
+
+
+def _check_residual(likelihood: str, output: Tensor, axis: int | None) -> None:
+    given = f"the loss's gradient with respect to the output of shape {tuple(output.shape)}"
+    if likelihood == "categorical" and axis is None:
+        raise ValueError(
+            f"{given} does not sum to zero over any classes, so the loss is no softmax cross-entropy: pass "
+            "likelihood='gaussian' (squared error), 'bernoulli' (binary cross-entropy of logits) or a callable output "
+            "-> torch.distributions.Distribution."
+        )
+    if likelihood != "categorical" and axis is not None:
+        raise ValueError(
+            f"{given} sums to zero over axis {axis}, as that of softmax cross-entropy does, but likelihood="
+            f"{likelihood!r} was given: pass likelihood='categorical'."
+        )
+
+
+def _bernoulli(logits: Tensor, how: str, generator: torch.Generator | None) -> Tensor:
+    p = logits.sigmoid()
+    if how == "sampled":
+        return p - torch.bernoulli(p, generator=generator)
+    return (p * (1 - p)).sqrt() * _signs(logits, generator)  # the curvature p(1 - p)
 
 
 def _categorical(scores: Tensor, how: str, generator: torch.Generator | None) -> Tensor:

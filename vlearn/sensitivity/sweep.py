@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,8 +21,6 @@ from vlearn.sensitivity.refined import check_threshold, function_variance, refin
 from vlearn.sensitivity.summary import row_norms, summarize
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
-# Small tensors that stay, between large ones that go, keep the heap from being used again: 20 times the table's size.
-JOINED_BATCHES = 64
 KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
 
 
@@ -210,19 +209,16 @@ def sweep(
     options = SweepOptions(leverage, refined, threshold, variance, loo_loss, deviation, generator, per)
     options.check(posterior)
     losses = ExampleLoss(loss_fn, per)
-    rows: list[SensitivityTable] = []
-    parts: list[SensitivityTable] = []
+    table = _GrowingTable()
     with at_mean(model, posterior) as covariance:
         for batch in with_progress_bar(batches(loader, model), loader, progress, "sweep"):
             lin = linearize(model, covariance, batch, losses, output, options.second_order)
-            rows.append(_rows_of(lin, options) if per == "example" else _token_rows_of(lin, options))
+            for rows in (_rows_of(lin, options),) if per == "example" else _token_rows_of(lin, options):
+                table.add(rows)
             del lin  # its graph goes before the next batch comes
-            if len(rows) == JOINED_BATCHES:
-                parts.append(_joined(rows))
-                rows = []
-    if not (parts or rows):
+    if not table.count:
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
-    return _joined(parts + rows)
+    return table.rows()
 
 
 def not_kept(deviation: Tensor) -> Tensor:
@@ -230,30 +226,65 @@ def not_kept(deviation: Tensor) -> Tensor:
     return deviation.new_full((len(deviation), 1), torch.nan)
 
 
-def _joined(rows: list[SensitivityTable]) -> SensitivityTable:
-    if len({row.deviation.shape[1:] for row in rows}) > 1:  # batches that are padded to different lengths
-        rows = [replace(row, deviation=not_kept(row.deviation)) for row in rows]
-    return _by_column(rows, torch.cat)
+class _GrowingTable:
+    """Rows of batch after batch in columns that double when they are full.
+
+    Small tensors that stay, between large ones that go, would keep the heap from being used again.
+
+    Attributes:
+        count: the number of rows.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._columns: dict[str, Tensor | None] = {}
+
+    def add(self, rows: SensitivityTable) -> None:
+        """Add the rows of one batch, or of one position of it."""
+        deviation = self._columns.get("deviation")
+        if deviation is not None and deviation.shape[1:] != rows.deviation.shape[1:]:
+            # Batches that are padded to different lengths.
+            rows, self._columns["deviation"] = replace(rows, deviation=not_kept(rows.deviation)), not_kept(deviation)
+        for field in fields(SensitivityTable):
+            part: Tensor | None = getattr(rows, field.name)
+            self._columns[field.name] = None if part is None else self._with(self._columns.get(field.name), part)
+        self.count += len(rows)
+
+    def _with(self, column: Tensor | None, part: Tensor) -> Tensor:
+        needed = self.count + len(part)
+        if column is None or len(column) < needed:
+            grown = part.new_empty(2 * needed, *part.shape[1:])
+            if column is not None:
+                grown[: self.count] = column[: self.count]
+            column = grown
+        column[self.count : needed] = part
+        return column
+
+    def rows(self) -> SensitivityTable:
+        """The table of all rows."""
+        columns: dict[str, Any] = {
+            name: None if column is None else column[: self.count].clone() for name, column in self._columns.items()
+        }
+        return SensitivityTable(**columns)
 
 
-def _by_column(rows: list[SensitivityTable], function: Callable[[list[Tensor]], Tensor]) -> SensitivityTable:
-    columns: dict[str, Any] = {}
-    for field in fields(SensitivityTable):
-        parts = [getattr(row, field.name) for row in rows]
-        columns[field.name] = None if parts[0] is None else function(parts)
-    return SensitivityTable(**columns)
-
-
-def _token_rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
+def _token_rows_of(lin: Linearization, options: SweepOptions) -> Iterator[SensitivityTable]:
     """Rows of the tokens that count, position by position."""
-    axis, kept = token_axis(lin), kept_tokens(lin).cpu()
-    tables = []
+    axis, counts = token_axis(lin), kept_tokens(lin).cpu()
     for of_position, position in by_position(lin):
         rows = _rows_of(of_position, options)
-        own = rows.deviation.select(axis, position) if rows.deviation.dim() > axis else rows.deviation
-        rows = replace(rows, deviation=own, position=torch.full_like(rows.index, position))
-        tables.append(_by_column([rows], lambda parts, mask=kept[:, position]: parts[0][mask]))
-    return _joined(tables)
+        columns: dict[str, Any] = {field.name: getattr(rows, field.name) for field in fields(SensitivityTable)}
+        columns["position"] = torch.full_like(rows.index, position)
+        columns["deviation"] = _kept(rows.deviation.select(axis, position), options)
+        mask = counts[:, position]
+        counted: dict[str, Any] = {name: None if column is None else column[mask] for name, column in columns.items()}
+        yield SensitivityTable(**counted)
+
+
+def _kept(deviation: Tensor, options: SweepOptions) -> Tensor:
+    """An output change, if it is to be kept."""
+    keeps = math.prod(deviation.shape[1:]) <= KEPT_ENTRIES if options.deviation is None else options.deviation
+    return deviation if keeps else not_kept(deviation)
 
 
 def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
@@ -277,12 +308,11 @@ def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
     def kept(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.detach().cpu()
 
-    keeps = change[0].numel() <= KEPT_ENTRIES if options.deviation is None and len(change) else options.deviation
     return SensitivityTable(
         index=lin.batch.index,
         loss=kept(lin.loss),
         loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),
-        deviation=kept(change if keeps else not_kept(change)),
+        deviation=kept(change if lin.position is not None else _kept(change, options)),
         self_influence=kept(self_influence),
         leverage=kept(leverage),
         prediction_error=kept(prediction_error(lin.residual)),
