@@ -118,16 +118,16 @@ def split(batch: Any, arguments: Iterable[str] = ()) -> tuple[Any, Any, Tensor |
         target = next((name for name in TARGETS if name in named), None)
         if target is None:
             raise ValueError(
-                f"the loader gave a {type(batch).__name__} of {', '.join(map(repr, named))}, but a batch with names has "
-                "its targets under 'labels' or 'label': name them so, or let the loader yield (inputs, targets)."
+                f"the loader gave a {type(batch).__name__} of {', '.join(map(repr, named))}, but its target must be "
+                "under 'labels' or 'label': let it yield (x, y) or (x, y, index), or name it so."
             )
         number = next((name for name in NUMBERS if name in named and name not in arguments), None)
         x = {name: entry for name, entry in named.items() if name not in (target, number)}
-        return x, _plain(named[target]), None if number is None else _numbers(named[number], f"entry {number!r}")
+        return x, _plain(named[target]), None if number is None else _numbers(named[number], f"{number!r}")
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         given = f"{len(batch)} entries" if isinstance(batch, tuple | list) else type(batch).__name__
         raise ValueError(
-            f"the loader gave a batch of {given}, but it must yield (x, y) or (x, y, index), or a dict with 'labels': "
+            f"the loader gave a batch of {given}, but it must yield (x, y) or (x, y, index), or dicts with 'labels': "
             "put several inputs into one tuple, ((x1, x2), y)."
         )
     index = _numbers(batch[2], "third entry") if len(batch) == 3 else None
@@ -162,8 +162,8 @@ def _numbers(given: Any, what: str) -> Tensor:
     if numbers is None or numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
         found = type(given).__name__ if numbers is None else f"shape {tuple(numbers.shape)} and {numbers.dtype}"
         raise ValueError(
-            f"the loader gave a batch whose {what} has {found}, but it must be the number of each example: put several "
-            "inputs into one tuple, ((x1, x2), y), and what else a loss needs into the target, (x, (y, more))."
+            f"the loader gave a {what} of {found}, but it must be the number of each example: put several inputs into "
+            "one tuple, ((x1, x2), y), and what else a loss needs into the target, (x, (y, more))."
         )
     return numbers.long().cpu()
 

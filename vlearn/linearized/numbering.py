@@ -27,14 +27,12 @@ MOVED_LOADERS = ("base_dataloader", "_dataloader")
 class IndexedDataset(Dataset):
     """A dataset that yields (x, y, index), so that a shuffled loader still names its examples.
 
-    A dict is yielded with its number under "index": a copy, whose other entries are as they were.
-
     Args:
         dataset: a map-style dataset that yields (x, y), or dicts with their targets under "labels" or "label".
 
     Raises:
         TypeError: if the dataset cannot be indexed.
-        ValueError: at an item that is neither, or a dict with an "index" of its own.
+        ValueError: at an item that is neither.
     """
 
     def __init__(self, dataset: Any):
@@ -51,10 +49,9 @@ class IndexedDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         item = self.dataset[index]
         number = index + len(self) if isinstance(index, int) and index < 0 else index
-        if isinstance(item, Mapping) and any(name in item for name in TARGETS):
-            if "index" in item:
-                raise ValueError("the dataset yields dicts with an 'index' of their own: use it without IndexedDataset.")
-            return {**item, "index": number}
+        target = next((name for name in TARGETS if isinstance(item, Mapping) and name in item), None)
+        if target is not None:
+            return {name: entry for name, entry in item.items() if name != target}, item[target], number
         if not isinstance(item, tuple | list) or len(item) != 2:
             given = f"{len(item)} entries" if isinstance(item, tuple | list) else f"type {type(item).__name__}"
             raise ValueError(
@@ -172,7 +169,7 @@ class _Drawn:
             return None
         given = self._waiting.popleft()
         try:
-            if isinstance(given, Sequence) or isinstance(given, Tensor) and given.dim():
+            if isinstance(given, Sequence) or getattr(given, "ndim", 0):
                 return torch.tensor([operator.index(number) for number in given], dtype=torch.long)
             return torch.tensor([operator.index(given)])
         except TypeError:  # a dataset by names has no numbers
