@@ -148,6 +148,14 @@ def test_only_drawn_examples_are_there_by_their_own_numbers(trained):
         vlearn.leave_group_out(*trained, repeated, LABELS, F.cross_entropy)
 
 
+def test_an_example_may_come_twice_where_the_dataset_has_it_twice(trained):
+    expected = vlearn.sweep(*trained, [DATA[:]], F.cross_entropy, leverage=None)
+    loader = DataLoader(Subset(vlearn.IndexedDataset(DATA), [3, 3, 1]), 3)
+    table = vlearn.sweep(*trained, loader, F.cross_entropy, leverage=None)
+    assert table.index.tolist() == [3, 3, 1]
+    torch.testing.assert_close(table.loss, expected.loss[table.index])
+
+
 class Reversed(DataLoader):
     """A loader with an order of its own, which its sampler does not know."""
 
@@ -296,6 +304,8 @@ FORMS = {
     "dict for one argument": (OneDict, (NAMED, LABELS)),
     "tuple for one argument": (OnePair, (Pair(*PARTS), LABELS)),
     "dict for one argument of a wrapper": (lambda: DataParallel(OneDict()), (NAMED, LABELS)),
+    "dict for one argument of an average": (lambda: AveragedModel(OneDict()), (NAMED, LABELS)),
+    "dict for one argument of compiled code": (lambda: torch.compile(OneDict(), backend="eager"), (NAMED, LABELS)),
     "another mapping": (TwoInputs, (UserDict(NAMED), LABELS)),
     "another mapping with labels": (OneDict, UserDict({**NAMED, "labels": LABELS})),
     "ordered dict with numbers": (TwoInputs, OrderedDict(**NAMED, labels=LABELS, idx=list(range(N)))),

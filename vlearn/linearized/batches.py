@@ -72,7 +72,8 @@ def joined(parts: list[Part]) -> Batch:
         torch.cat(column) if has_rows and len(parts) > 1 else column[0]
         for column, has_rows in zip(columns, first.has_rows, strict=True)
     ]
-    return Batch(*tree_unflatten(leaves, first.structure), torch.cat([part.index for part in parts]))
+    args, kwargs, target = tree_unflatten(leaves, first.structure)
+    return Batch(args, kwargs, target, torch.cat([part.index for part in parts]))
 
 
 def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
@@ -182,8 +183,8 @@ def _count(x: Any, target: Any, known: int | None) -> int:
     if not sizes or hidden is not None:
         given = f"without a tensor ({type(x).__name__})" if hidden is None else f"in a {type(hidden).__name__}"
         raise ValueError(
-            f"the loader gave inputs {given}: let it yield tensors, or tuples or dicts of them, with the examples along "
-            "dimension 0."
+            f"the loader gave inputs {given}: let it yield tensors, or tuples or dicts of them, with the examples "
+            "along dimension 0."
         )
     candidates = [known, *(size for size in [sizes[0]] if size in targets), *targets]
     return next((count for count in candidates if count in sizes), sizes[0])

@@ -3,7 +3,7 @@
 A batch may have the numbers of its examples (`IndexedDataset`). Where it has none they are
 
     of a DataLoader over a map-style dataset    what its sampler drew
-    of anything else                            counted in the order of the loader, which is taken to be that of the data
+    of anything else                            counted in its order, which is taken to be that of the data
 
 and where a sampler cannot be followed and is not sequential, unknown.
 """

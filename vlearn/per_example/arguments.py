@@ -47,13 +47,13 @@ def _takes(model: nn.Module, arguments: Arguments) -> bool:
 
 
 def _signature(model: nn.Module) -> inspect.Signature | None:
-    """That of the forward of the model inside a wrapper (DataParallel, AveragedModel), which passes on whatever it is
-    given; None if there is none to be read."""
+    """That of a model's forward, None if it has none to be read; of a wrapper (DataParallel, AveragedModel, compiled
+    code), which passes on whatever it is given, that of the model inside."""
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
         return None
-    inner = getattr(model, "module", None)
+    inner = next((each for name in ("_orig_mod", "module") if (each := getattr(model, name, None)) is not None), None)
     kinds = {p.kind for p in signature.parameters.values()}
     if isinstance(inner, nn.Module) and kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         return _signature(inner)

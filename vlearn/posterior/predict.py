@@ -40,7 +40,7 @@ def predict(
     Args:
         model: the network.
         posterior: a posterior over its parameters; draws are on its ess scale.
-        x: one batch: a tensor, or a tuple or list (positional) or dict (keyword arguments) of them, as in `vlearn.sweep`.
+        x: one batch: a tensor, or a tuple or list (positional) or dict (keyword arguments) of them, as in `sweep`.
         draws: number of draws, > 0.
         link: model output -> what is averaged; default the softmax of scores ``[N, C]``.
         generator: of the draws.

@@ -96,8 +96,8 @@ class PassCounter:
         for row, i in enumerate(index.tolist()):
             if members.labelled is not None and not 0 <= i < members.labelled:
                 raise ValueError(
-                    f"the loader gave example {i}, but groups has {members.labelled} entries: give one for every example, "
-                    "in the order of their numbers."
+                    f"the loader gave example {i}, but groups has {members.labelled} entries: give one for every "
+                    "example, in the order of their numbers."
                 )
             for k in members.groups_of.get(i, ()):
                 rows_of_group.setdefault(k, []).append(row)
@@ -152,7 +152,8 @@ def batches_by_group(
 def _values(given: Any, name: str) -> list[Any]:
     """The entries of a list, a set, a tensor, an array or a pandas Series, as Python's own values."""
     if not isinstance(given, Iterable) or isinstance(given, str) or getattr(given, "ndim", 1) != 1:
-        found = f"shape {tuple(given.shape)}" if hasattr(given, "shape") else f"type {type(given).__name__}"
+        shape = getattr(given, "shape", None)
+        found = f"type {type(given).__name__}" if shape is None else f"shape {tuple(shape)}"
         raise ValueError(f"{name} has {found}, but it must be a list of one value for each example.")
     values = given.tolist() if hasattr(given, "tolist") else list(given)  # pyright: ignore
     return [value.item() if getattr(value, "shape", None) == () else value for value in values]

@@ -60,7 +60,7 @@ def influence(
     Args:
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
-        train_loader: yields (x, y) or (x, y, index), the same examples each time it is iterated.
+        train_loader: yields batches as for `vlearn.sweep`, every example once and the same each time it is iterated.
         test_loader: the same, iterated once.
         loss_fn: the training loss, as for `vlearn.sweep`; taken of the test examples too.
         top_k: keep only the k training examples of largest influence, by size, on each test example; then nothing of
@@ -70,8 +70,8 @@ def influence(
     Returns:
         Values with the numbers of their examples.
     Raises:
-        ValueError: if an argument breaks its rule, the posterior belongs to another model, or the training loader
-            gives other examples when it is iterated again.
+        ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be
+            numbered, or the training loader gives one twice, or others when it is iterated again.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
     for name, value in (("top_k", top_k), ("chunk", chunk)):
