@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,14 +31,21 @@ def detached(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def is_per_example(leaf: Any, total: int) -> bool:
-    """Whether a leaf is a tensor with a row for each of so many examples."""
-    return isinstance(leaf, Tensor) and leaf.shape[:1] == (total,)
+def rows_of(tree: Any, axes: Sequence[int | None], examples: slice | Tensor) -> Any:
+    """The same structure with some of the examples of each leaf that has them along an axis.
+
+    Args:
+        axes: that axis of each leaf, None where there is none.
+    """
+    leaves, structure = tree_flatten(tree)
+    return tree_unflatten(
+        [rows_along(leaf, axis, examples) for leaf, axis in zip(leaves, axes, strict=True)], structure
+    )
 
 
-def rows_of(tree: Any, total: int, examples: slice | Tensor) -> Any:
-    """The same structure with some of the rows of each tensor that has one for each of so many examples."""
-    return tree_map(lambda leaf: leaf[examples] if is_per_example(leaf, total) else leaf, tree)
+def rows_along(leaf: Any, axis: int | None, examples: slice | Tensor) -> Any:
+    """A leaf with some of its examples, if it has any: they lie along the given axis."""
+    return leaf if axis is None else leaf[(slice(None),) * axis + (examples,)]
 
 
 def shapes(tree: Any) -> tuple[tuple[int, ...], ...]:

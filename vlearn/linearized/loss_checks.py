@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vlearn.capture.pytrees import rows_of
 from vlearn.capture.trace import is_close
@@ -66,7 +67,10 @@ def check_own_losses(
     few = slice(0, min(FEW, count - 1))
     with torch.no_grad():
         try:
-            part = losses(*rows_of(given, count, few))
+            axes = [
+                0 if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else None for leaf in tree_leaves(given)
+            ]
+            part = losses(*rows_of(given, axes, few))
         except Exception:  # a target that is cut to pieces may be none
             return
         if part.shape == loss[few].shape and not is_close(part, loss[few].detach(), AGREE):

@@ -49,8 +49,8 @@ def check_likelihood(likelihood: Likelihood) -> None:
     """Raise ValueError unless the curvature of a likelihood is known."""
     if not callable(likelihood) and likelihood not in LIKELIHOODS:
         raise ValueError(
-            f"likelihood={likelihood!r}, but it must be 'categorical', 'gaussian', 'bernoulli' or a callable: use a callable "
-            "that gives the targets' torch.distributions.Distribution for an output."
+            f"likelihood={likelihood!r}, but it must be 'categorical', 'gaussian', 'bernoulli' or a callable: use a "
+            "callable that gives the targets' torch.distributions.Distribution for an output."
         )
 
 
