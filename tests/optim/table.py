@@ -40,6 +40,11 @@ class Entry:
             return p.numel() + rows * columns + 2 * (rows**2 + columns**2) + 3
         return p.numel() * (1 + (sum(q.numel() for q in model.parameters()) if self.dense else 1))
 
+    @property
+    def of_squares(self) -> dict[str, Any]:
+        """Settings for a loss that is no cross-entropy."""
+        return {"likelihood": "gaussian"} if self.probes else {}
+
     def __str__(self) -> str:
         return f"{self.name}-{self.variant}" if self.variant else self.name
 

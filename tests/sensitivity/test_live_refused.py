@@ -332,3 +332,11 @@ def test_an_output_that_the_loss_does_not_use_needs_no_choice():
     F.cross_entropy(model(inputs())[0], LABELS).backward()
     s = optimizer.sensitivities(deviation=True)
     assert s.residual.shape == s.deviation.shape == (N, C)
+
+
+def test_parts_that_are_called_apart_are_to_be_called_in_one_forward():
+    model = nn.ModuleDict({"encoder": nn.Linear(D, 4), "decoder": nn.Linear(4, C)}).double()
+    optimizer = optimizer_of(model)
+    loss_of(lambda x: model["decoder"](model["encoder"](x).tanh()), inputs()).backward()
+    with pytest.raises(RuntimeError, match="call 'encoder' and 'decoder' in the forward pass of one module"):
+        optimizer.sensitivities()

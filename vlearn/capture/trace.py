@@ -50,7 +50,8 @@ class Trace:
         graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
         kind: what tells kinds of passes apart, see `vlearn.capture.model_checks`.
         random_state: of the generators, as the pass began.
-        positions: which tensors of the output required grad.
+        positions: which tensors of the output required grad; output_axes: along which axis of each the examples lie,
+            None where there is none, or for all of them where that was not looked for.
         cotangents: the gradient with respect to each of those, None where none has come.
         cotangents_are_total: whether that of an output which others are made of has what came through those.
         on_backward: called as the user's backward pass begins.
@@ -77,6 +78,7 @@ class Trace:
         self.random_state: Any = None
         self.output: Any = None
         self.output_versions: list[int] = []
+        self.output_axes: list[int | None] | None = None
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
         self.cotangents_are_total = False

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.hooks import record
-from vlearn.capture.outputs import Selector, select
-from vlearn.capture.pytrees import shapes, tensor_leaves, with_leaves
+from vlearn.capture.pytrees import Selector, select, shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.covariance_products import covariance_products

@@ -47,11 +47,12 @@ class _Axes(NamedTuple):
     """Along which axes the examples lie, as `LayerCall` and `Trace` have them; by call, None where nothing was learned.
 
     Attributes:
-        root: of the model's own inputs.
+        root: of the model's own inputs; outputs: of its outputs that require grad.
         calls: of the inputs and of the outputs of each call.
     """
 
     root: Axes
+    outputs: Axes
     calls: list[tuple[Axes, Axes] | None]
 
 
@@ -85,7 +86,7 @@ def find_example_axes(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     found: _Axes | None = known[kind]
     if found is None:
         return
-    trace.input_axes[:] = found.root
+    trace.input_axes[:], trace.output_axes = found.root, found.outputs
     for call, axes in zip(calls, found.calls, strict=True):
         if axes is not None:
             call.input_axes[:], call.output_axes[:] = axes
@@ -118,6 +119,7 @@ def _axes_with_one_less(
     of_call = [call.consumer or (call.module, call.number, None) for call in calls]
     wanted = {(module, number) for module, number, _ in of_call}
     guess, shapes_of, error = list(trace.input_axes), None, None
+    outputs_after: list[Tensor] = []
     for axes in _candidates(trace):
         trace.input_axes[:] = axes
         try:
@@ -127,7 +129,7 @@ def _axes_with_one_less(
             continue
         agrees = _agree(outputs, trace)
         if shapes_of is None or agrees:
-            shapes_of, guess = seen, axes
+            shapes_of, guess, outputs_after = seen, axes, outputs
         if agrees:
             break
     trace.input_axes[:] = guess
@@ -142,7 +144,9 @@ def _axes_with_one_less(
     for call, (module, number, place) in zip(calls, of_call, strict=True):
         after = shapes_of.get((module, number))
         found.append(None if after is None else _axes_of(call, after, total, place))
-    return _Axes(guess, found)
+    leaves = tensor_leaves(trace.output)
+    of_outputs = [_shrunk(tuple(leaves[at].shape), tuple(outputs_after[at].shape), total) for at in trace.positions]
+    return _Axes(guess, [axes[0] if len(axes) == 1 else None for axes in of_outputs], found)
 
 
 def _candidates(trace: Trace) -> Iterator[Axes]:

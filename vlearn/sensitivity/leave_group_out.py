@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.outputs import Selector
-from vlearn.capture.pytrees import shapes
+from vlearn.capture.pytrees import Selector, shapes
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize

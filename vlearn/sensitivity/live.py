@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.capture.outputs import Selector, select
+from vlearn.capture.pytrees import Selector, select
 from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
 from vlearn.linearized.output_change import output_deviation
 from vlearn.per_example.recorded_pass import RecordedPass
@@ -98,8 +98,13 @@ def live_sensitivities(
     if examples is not None:
         device = next(iter(recorded.weights.values())).device
         part = recorded.subset(validate_indices(examples, recorded.num_examples, device))
-    residual = select(part.trace.as_output(part.trace.cotangents), output) * part.scale
-    if residual.shape[:1] != (part.num_examples,):
+    gradient = select(part.trace.as_output(part.trace.cotangents), output)
+    residual = gradient * part.scale
+    axes = recorded.trace.output_axes
+    first = axes is None or any(
+        axis == 0 and each is gradient for axis, each in zip(axes, part.trace.cotangents, strict=True)
+    )
+    if residual.shape[:1] != (part.num_examples,) or not (first or callable(output)):
         raise RuntimeError(
             f"dimension 0 of the output of shape {tuple(residual.shape)} is not that of the {part.num_examples} "
             "examples: let the model return it with the examples first, as by output.transpose(0, 1), or select a "
