@@ -503,9 +503,9 @@ def test_what_all_examples_share_is_no_example(count):
 def test_what_may_be_the_examples_or_shared_by_them_is_refused():
     model, posterior, adjacency, x, y = shared_graph(5)
     loader = [((adjacency, x), y)]
-    with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+    with pytest.raises(RuntimeError, match="the examples|other examples"):
         vlearn.sweep(model, posterior, loader, F.cross_entropy)
-    with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+    with pytest.raises(RuntimeError, match="the examples|other examples"):
         vlearn.leave_group_out(model, posterior, loader, {"one": [0]}, F.cross_entropy)
 
 
