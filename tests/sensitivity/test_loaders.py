@@ -579,3 +579,69 @@ def test_a_module_of_ones_own_called_module_is_no_wrapper():
     posterior = vlearn.IVON(nn.Linear(D, 3).double(), lr=0.1, ess=9).posterior()  # "weight" is another one's
     with pytest.raises(ValueError, match="the posterior's 'weight' has shape"):
         vlearn.sweep(model, posterior, [DATA[:]], F.cross_entropy)
+
+
+class OneGraph(nn.Module):
+    """Whose first input is a matrix that all examples share."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 3)
+
+    def forward(self, adjacency, x):
+        return self.b(torch.relu(self.a(adjacency @ x))).mean(1)
+
+
+def test_an_input_that_all_examples_share_may_come_first():
+    model, plain = OneGraph().double(), OneGraph().double()
+    adjacency, x = torch.rand(4, 4, dtype=torch.float64), torch.randn(N, 4, 3, dtype=torch.float64)
+
+    class Bound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph = plain
+
+        def forward(self, x):
+            return self.graph(adjacency, x)
+
+    optimizers = [
+        vlearn.IVON(each, lr=0.1, ess=100, generator=torch.Generator().manual_seed(1)) for each in (model, Bound())
+    ]
+    rows = []
+    for optimizer, inputs_ in zip(optimizers, ((adjacency, x), (x,)), strict=True):
+        F.cross_entropy(optimizer._watch.model(*inputs_), LABELS).backward()
+        rows.append(optimizer.sensitivities(deviation=True))
+        optimizer.step()
+    torch.testing.assert_close(rows[0].self_influence, rows[1].self_influence)
+    torch.testing.assert_close(rows[0].deviation, rows[1].deviation)
+    loaders = [((adjacency, x), LABELS)] * 2, [(x, LABELS)] * 2
+    tables = [
+        vlearn.sweep(o._watch.model, o.posterior(), loader, F.cross_entropy, leverage=None)
+        for o, loader in zip(optimizers, loaders, strict=True)
+    ]
+    assert tables[0].index.tolist() == list(range(2 * N))
+    torch.testing.assert_close(tables[0].self_influence, tables[1].self_influence)
+    groups = [
+        vlearn.leave_group_out(o._watch.model, o.posterior(), loader[:1], {"last": [4, 5]}, F.cross_entropy)
+        for o, loader in zip(optimizers, loaders, strict=True)
+    ]
+    torch.testing.assert_close(groups[0].left_out_loss, groups[1].left_out_loss)
+
+
+def test_graphs_of_one_batch_are_refused():
+    class Graphs(OneGraph):
+        def forward(self, x, edges, graph):
+            h = self.a(torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])).relu()
+            return self.b(torch.zeros(3, 6, dtype=x.dtype).index_add(0, graph, h))
+
+    model = Graphs().double()
+    x, edges = torch.randn(7, 3, dtype=torch.float64), torch.tensor([[0, 1, 3, 5], [1, 2, 4, 6]])
+    batch = (x, edges, torch.tensor([0, 0, 0, 1, 1, 2, 2])), torch.tensor([0, 1, 2])
+    optimizer = vlearn.IVON(model, lr=0.1, ess=3)
+    F.cross_entropy(model(*batch[0]), batch[1]).backward()
+    with pytest.raises(RuntimeError, match="no example axis"):
+        optimizer.sensitivities()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no example axis"):
+        vlearn.sweep(model, optimizer.posterior(), [batch], F.cross_entropy)

@@ -71,7 +71,7 @@ def record(model: nn.Module, tracked: Iterable[Tensor], num_examples: int = 0) -
     Args:
         model: called once inside, with gradients enabled.
         tracked: the parameters whose per-example gradients are wanted.
-        num_examples: the size of the batch; by default the rows of the first input.
+        num_examples: the size of the batch; 0: to be seen from the inputs.
     """
     trace = Trace(module_paths(model), tracked, by_edge=True)
     trace.num_examples = num_examples

@@ -107,8 +107,8 @@ class Recorder:
                 module, "an input is a sparse, nested or mkldnn tensor and not a dense one (padded, if need be)"
             )
             return
-        sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
-        trace.num_examples = trace.num_examples or (sizes[0] if sizes else 0)
+        if not trace.num_examples:
+            trace.num_examples = _batch_size(tensor_leaves((args, kwargs)))
         trace.input_axes = [axis_of(leaf, trace.num_examples) for leaf in tree_leaves((args, kwargs))]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -463,6 +463,18 @@ def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Mo
         if child is not None and child not in called:
             yield child
             yield from _uncalled(child, called)
+
+
+def _batch_size(leaves: list[Tensor]) -> int:
+    """How many rows the inputs have; where they differ, a number that is not the size of another axis, if there is one.
+
+    A matrix that all examples share, as the adjacency of a graph, may come first.
+    """
+    sizes = [leaf.shape[0] for leaf in leaves if leaf.dim() > 0]
+    if len(set(sizes)) > 1:
+        others = {size for leaf in leaves for size in leaf.shape[1:]}
+        sizes = [size for size in sizes if size not in others] or sizes
+    return sizes[0] if sizes else 0
 
 
 def _source(leaf: Tensor) -> Tensor:
