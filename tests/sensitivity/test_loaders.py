@@ -438,6 +438,9 @@ def test_groups_may_be_named_by_anything(trained):
         table = vlearn.leave_group_out(*trained, [DATA[:]], groups, F.cross_entropy)
         assert table.group == ["cat", "dog", "owl"]
         torch.testing.assert_close(table.left_out_loss, expected.left_out_loss)
+    mixed = vlearn.leave_group_out(*trained, [DATA[:]], [("b", 1), 7, ("b", 1), "a", 7, ("b", 1)], F.cross_entropy)
+    assert mixed.group == [("b", 1), 7, "a"]
+    torch.testing.assert_close(mixed.left_out_loss, expected.left_out_loss)
     flags = [name == "cat" for name in names]
     for groups in (flags, torch.tensor(flags), np.array(flags)):
         table = vlearn.leave_group_out(*trained, [DATA[:]], groups, F.cross_entropy)

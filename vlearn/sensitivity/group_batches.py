@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ class Membership:
     """Groups of examples, in the order of their names or as the mapping has them.
 
     Args:
-        groups: ``[N]`` the group of each example, a whole number, a string or a bool; or a mapping from names to the
+        groups: ``[N]`` the group of each example, a whole number or any name; or a mapping from names to the
             numbers of their examples, or to masks ``[N]``, which may overlap.
 
     Raises:
@@ -48,14 +48,16 @@ class Membership:
         self.labelled = len(labels)
         examples_of: dict[Any, list[int]] = {}
         for i, label in enumerate(labels):
-            if not isinstance(label, str | int):
+            if label is None or isinstance(label, float | complex) or not isinstance(label, Hashable):
                 raise ValueError(
                     f"groups has {label!r} of type {type(label).__name__}, but it must name the group of each example "
-                    "by a whole number, a string or a bool."
+                    "by a whole number, a string or another name."
                 )
             examples_of.setdefault(label, []).append(i)
-        one_kind = len({isinstance(label, str) for label in examples_of}) == 1
-        return {label: examples_of[label] for label in sorted(examples_of)} if one_kind else examples_of
+        try:
+            return {label: examples_of[label] for label in sorted(examples_of)}
+        except TypeError:  # names of several kinds stay in the order of their first examples
+            return examples_of
 
     def _of_mapping(self, groups: Mapping[Any, Any]) -> dict[Any, list[int]]:
         examples_of: dict[Any, list[int]] = {}

@@ -91,8 +91,8 @@ def leave_group_out(
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
         loader: yields batches as for `vlearn.sweep`, with all examples of every group, as often as it is iterated.
-        groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label: a whole number, a string
-            or a bool; or a mapping from names to the numbers of their examples, or to masks ``[N]``.
+        groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label: a whole number or any
+            name; or a mapping from names to the numbers of their examples, or to masks ``[N]``.
         loss_fn: the training loss, as for `vlearn.sweep`.
         refined: Δf_M = (I - V_MΛ_M)⁻¹ V_M e_M, exact for linear regression, instead of its first order, which is short
             by several times for a whole class; by conjugate gradients on S - J_MᵀΛ_MJ_M. For a Σ that is the inverse
