@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlearn.linearized.batches import batches, device_of
+from vlearn.linearized.batches import batches
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.protocol import Posterior
@@ -60,7 +60,7 @@ def diagonal_sweep(
     losses = ExampleLoss(loss_fn)
     tables = []
     with at_mean(model, posterior) as covariance:
-        for batch in batches(loader, device_of(model), model=model):
+        for batch in batches(loader, model):
             at = linearize(model, covariance, batch, losses, None, second_order=False)
             tables.append((batch.index, *(column.cpu() for column in diagonal_deviation(at))))
     return DiagonalTable(*(torch.cat(columns) for columns in zip(*tables, strict=True)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -58,36 +57,6 @@ class _Holder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.held(*args, **kwargs)
-
-
-def model_arguments(model: nn.Module | None, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(positional, keyword) arguments for inputs: of a dict by name, of a tuple or a list one after the other.
-
-    Where the model's forward does not take them so but takes one argument, they are that one.
-
-    Args:
-        model: None: not asked.
-    """
-    args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else (tuple(x) if isinstance(x, tuple | list) else (x,), {})
-    forward = None if model is None else _signature(model.forward)
-    if forward is not None and not _binds(forward, args, kwargs) and _binds(forward, (x,), {}):
-        return (x,), {}
-    return args, kwargs
-
-
-def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(forward)
-    except (TypeError, ValueError):
-        return None
-
-
-def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
 
 
 @contextmanager

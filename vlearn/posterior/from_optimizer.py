@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from vlearn.capture.names import uncompiled_name
+from vlearn.capture.names import named_parameters
 from vlearn.posterior.diagonal import Diagonal
 from vlearn.posterior.gaussian import weights_at
 
@@ -36,7 +36,7 @@ def from_optimizer(
     smaller the batch.
 
     Args:
-        optimizer: has taken a step; also as Accelerate, Lightning or Fabric wrap it.
+        optimizer: has taken a step; also as Accelerate, Fabric or Lightning have wrapped it.
         model: the network it trains; gives the names.
         num_data: number of training examples N.
         prior_precision: δ of the prior N(0, 1/δ), on the scale of the summed loss. An L2 penalty on the mean loss
@@ -63,8 +63,7 @@ def from_optimizer(
         raise ValueError(f"prior_precision={prior_precision}, but it must be positive.")
 
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    own = {uncompiled_name(name): p for name, p in model.named_parameters()}
-    known: dict[str, Tensor] = {name: p for name, p in own.items() if p in groups and p.requires_grad}
+    known = {name: p for name, p in named_parameters(model) if p in groups and p.requires_grad}
     if not known:
         raise ValueError(
             f"{type(optimizer).__name__} trains none of the parameters of this {type(model).__name__}: pass the model "
@@ -93,10 +92,10 @@ def from_optimizer(
     return posterior
 
 
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside a wrapper, as that of Accelerate, Lightning and Fabric has it in its `optimizer`."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that a training framework's has in its `optimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
     return optimizer
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.names import uncompiled_name
+from vlearn.capture.names import named_parameters, uncompiled_name
 from vlearn.posterior.covariance import Covariance
 
 
@@ -46,15 +46,11 @@ class Posterior(Protocol):
         ...
 
 
-def _unwrapped(own: dict[str, nn.Parameter], names: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """The parameters by name, without the name that a wrapper (AveragedModel, DataParallel) puts before all of them."""
-    if not own.keys().isdisjoint(names) or not all(name.startswith("module.") for name in own):
-        return own
-    return {name.removeprefix("module."): p for name, p in own.items()}
-
-
 def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     """The model's parameters by the posterior's names: the same objects, or else the same names.
+
+    Names are compared without what DistributedDataParallel, DataParallel, AveragedModel and torch.compile put before
+    them; the copy that such a wrapper holds is matched like the model itself.
 
     Raises:
         ValueError: if none matches, or one by name has another shape.
@@ -63,8 +59,7 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     same = {id(p): name for name, p in posterior.parameters.items()}
     matched = {same[id(p)]: p for p in own.values() if id(p) in same}
     if not matched:
-        clean = _unwrapped({uncompiled_name(name): p for name, p in own.items()}, posterior.names)
-        matched = {name: clean[name] for name in posterior.names if name in clean}
+        matched = _of_same_name(model, posterior.names)
         for name, p in matched.items():
             if posterior.mean[name].shape != p.shape:
                 raise ValueError(
@@ -77,3 +72,22 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
             f"{type(model).__name__} ({', '.join(list(own)[:3])}, ...): pass the model that was trained."
         )
     return matched
+
+
+def _of_same_name(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    named: Any = dict(named_parameters(model))
+    found = {name: named[name] for name in names if name in named}
+    if found:
+        return found
+    inside = {_unwrapped_name(name): p for name, p in named.items()}
+    if len(inside) < len(named):  # "module." is more than a wrapper's
+        return {}
+    return {name: inside[_unwrapped_name(name)] for name in names if _unwrapped_name(name) in inside}
+
+
+def _unwrapped_name(name: str) -> str:
+    """A parameter's name as it is without wrappers that hold the model as their `module`."""
+    name = uncompiled_name(name)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name

@@ -1,6 +1,6 @@
 """The memory-perturbation equation: what removing examples would change, read from a posterior."""
 
-from vlearn.linearized.batches import IndexedDataset
+from vlearn.linearized.numbering import IndexedDataset
 from vlearn.sensitivity import measures
 from vlearn.sensitivity.influence import Influence, influence
 from vlearn.sensitivity.leave_group_out import GroupTable, leave_group_out

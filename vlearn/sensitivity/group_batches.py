@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.linearized.batches import Batch, joined
+from vlearn.linearized.batches import Batch, Part, joined
 
 HELD_BATCHES = 16  # as many of the loader's batches may wait to be filled up
 
@@ -17,38 +17,68 @@ class Membership:
     """Groups of examples, in the order of their names or as the mapping has them.
 
     Args:
-        groups: ``[N]`` the group of each example, a whole number or any name, or a mapping from names to the numbers
-            of their examples, which may overlap.
+        groups: ``[N]`` the group of each example, a whole number or any name; or a mapping from names to the
+            numbers of their examples, or to masks ``[N]``, which may overlap.
 
     Raises:
         ValueError: if there is no group, one is empty, or one names an example twice.
     """
 
     def __init__(self, groups: Any):
-        if isinstance(groups, Mapping):
-            examples_of = {name: _numbers(examples, f"groups[{name!r}]") for name, examples in groups.items()}
-            self.labelled: int | None = None
-        else:
-            names = _names(groups)
-            examples_of = {
-                name: torch.tensor([i for i, each in enumerate(names) if each == name]) for name in _sorted(set(names))
-            }
-            self.labelled = len(names)
+        self.labelled: int | None = None  # of how many examples the groups are given, where it is of all
+        examples_of = self._of_mapping(groups) if isinstance(groups, Mapping) else self._of_labels(groups)
         if not examples_of:
             raise ValueError("groups is empty: give each example's group, or a mapping from names to examples.")
         self.names = list(examples_of)
         self.groups_of: dict[int, list[int]] = {}
         for k, (name, examples) in enumerate(examples_of.items()):
-            if not len(examples):
+            if not examples:
                 raise ValueError(f"group {name!r} has no example: leave it out.")
-            if len(examples.unique()) < len(examples):
+            if len(set(examples)) < len(examples):
                 raise ValueError(f"group {name!r} has an example twice: name each once.")
-            for i in examples.tolist():
+            for i in examples:
                 self.groups_of.setdefault(i, []).append(k)
         self.sizes = torch.tensor([len(examples) for examples in examples_of.values()])
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def _of_labels(self, groups: Any) -> dict[Any, list[int]]:
+        labels = _values(groups, "groups")
+        self.labelled = len(labels)
+        examples_of: dict[Any, list[int]] = {}
+        for i, label in enumerate(labels):
+            if label is None or isinstance(label, float | complex) or not isinstance(label, Hashable):
+                raise ValueError(
+                    f"groups has {label!r} of type {type(label).__name__}, but it must name the group of each example "
+                    "by a whole number, a string or another name."
+                )
+            examples_of.setdefault(label, []).append(i)
+        try:
+            return {label: examples_of[label] for label in sorted(examples_of)}
+        except TypeError:  # names of several kinds stay in the order of their first examples
+            return examples_of
+
+    def _of_mapping(self, groups: Mapping[Any, Any]) -> dict[Any, list[int]]:
+        examples_of: dict[Any, list[int]] = {}
+        for name, given in groups.items():
+            values = _values(given, f"groups[{name!r}]")
+            if values and all(isinstance(value, bool) for value in values):
+                if self.labelled not in (None, len(values)):
+                    raise ValueError(
+                        f"groups[{name!r}] is a mask of {len(values)} entries and another one of {self.labelled}, but "
+                        "each needs one for every example."
+                    )
+                self.labelled = len(values)
+                values = [i for i, is_member in enumerate(values) if is_member]
+            for value in values:
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise ValueError(
+                        f"groups[{name!r}] has {value!r} of type {type(value).__name__}, but it must be the whole "
+                        "numbers of its examples, or a mask of bools, one for every example."
+                    )
+            examples_of[name] = values
+        return examples_of
 
     def count(self) -> PassCounter:
         """A count of the members that one pass through the data comes across."""
@@ -68,7 +98,7 @@ class PassCounter:
         for row, i in enumerate(index.tolist()):
             if members.labelled is not None and not 0 <= i < members.labelled:
                 raise ValueError(
-                    f"the loader gave example {i}, but groups has {members.labelled} entries: give the group of every "
+                    f"the loader gave example {i}, but groups has {members.labelled} entries: give one for every "
                     "example, in the order of their numbers."
                 )
             for k in members.groups_of.get(i, ()):
@@ -97,7 +127,7 @@ def batches_by_group(
     Args:
         only: ``[K]`` the groups that are wanted.
     """
-    held: dict[int, list[Batch]] = {}
+    held: dict[int, list[Part]] = {}
     full = 0
 
     def count(k: int) -> int:
@@ -108,7 +138,7 @@ def batches_by_group(
         for k, rows in seen.rows_of(batch.index):
             if only is not None and not bool(only[k]):
                 continue
-            part = batch.rows(rows)
+            part = batch.part(rows)
             if k in held and not held[k][-1].fits(part):
                 yield k, joined(held.pop(k))
             held.setdefault(k, []).append(part)
@@ -121,27 +151,11 @@ def batches_by_group(
         yield k, joined(parts)
 
 
-def _names(groups: Any) -> list[Hashable]:
-    """The name of each example's group, from a tensor, an array, a series or a sequence."""
-    if isinstance(groups, Tensor) or all(isinstance(each, int | float) for each in groups):
-        values = torch.as_tensor(groups)
-        return _numbers(values.long() if values.dtype == torch.bool else values, "groups").tolist()
-    return groups.tolist() if hasattr(groups, "tolist") else list(groups)
-
-
-def _sorted(names: set[Hashable]) -> list[Hashable]:
-    try:
-        return sorted(names)  # pyright: ignore
-    except TypeError:  # names of several kinds
-        return sorted(names, key=repr)
-
-
-def _numbers(values: Any, name: str) -> Tensor:
-    numbers = torch.as_tensor(values)
-    if numbers.numel() == 0:
-        return numbers.reshape(0).long()
-    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.is_complex():
-        raise ValueError(
-            f"{name} has shape {tuple(numbers.shape)} and type {numbers.dtype}, but it must be a list of whole numbers."
-        )
-    return numbers.cpu().long()
+def _values(given: Any, name: str) -> list[Any]:
+    """The entries of a list, a set, a tensor, an array or a pandas Series, as Python's own values."""
+    if not isinstance(given, Iterable) or isinstance(given, str) or getattr(given, "ndim", 1) != 1:
+        shape = getattr(given, "shape", None)
+        found = f"type {type(given).__name__}" if shape is None else f"shape {tuple(shape)}"
+        raise ValueError(f"{name} has {found}, but it must be a list of one value for each example.")
+    values = given.tolist() if hasattr(given, "tolist") else list(given)  # pyright: ignore
+    return [value.item() if getattr(value, "shape", None) == () else value for value in values]

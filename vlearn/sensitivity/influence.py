@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.linearized.batches import Batch, batches, device_of, with_progress_bar
+from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.linearization import at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.protocol import Posterior
@@ -60,7 +60,7 @@ def influence(
     Args:
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
-        train_loader: yields (x, y) or (x, y, index), the same examples each time it is iterated.
+        train_loader: yields batches as for `vlearn.sweep`, every example once and the same each time it is iterated.
         test_loader: the same, iterated once.
         loss_fn: the training loss, as for `vlearn.sweep`; taken of the test examples too.
         top_k: keep only the k training examples of largest influence, by size, on each test example; then nothing of
@@ -70,15 +70,14 @@ def influence(
     Returns:
         Values with the numbers of their examples.
     Raises:
-        ValueError: if an argument breaks its rule, the posterior belongs to another model, or the training loader
-            gives other examples when it is iterated again.
+        ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be
+            numbered, or the training loader gives one twice, or others when it is iterated again.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
     for name, value in (("top_k", top_k), ("chunk", chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}, but it must be positive: leave it out for the default.")
     losses = ExampleLoss(loss_fn)
-    device = device_of(model)
     columns: list[_Best | _All] = []
     test_index: list[Tensor] = []
     first: _Pass | None = None
@@ -92,7 +91,7 @@ def influence(
         def directions() -> Iterator[tuple[Tensor, Vectors]]:
             """Σg_j of one chunk of test examples after the other."""
             held: list[tuple[Tensor, Vectors]] = []
-            for batch in batches(test_loader, device, model=model):
+            for batch in batches(test_loader, model):
                 for index, _, of_examples in gradients(batch, chunk):
                     size = chunk or max(1, DIRECTION_ENTRIES // sum(v[0].numel() for v in of_examples.values()))
                     if held and sum(len(i) for i, _ in held) + len(index) > size:
@@ -105,9 +104,7 @@ def influence(
 
         for index, moved in directions():
             now, column = _Pass(), _All() if top_k is None else _Best(top_k)
-            for batch in with_progress_bar(
-                batches(train_loader, device, by_number=True, model=model), train_loader, progress, "influence"
-            ):
+            for batch in with_progress_bar(batches(train_loader, model), train_loader, progress, "influence"):
                 for numbers, loss, of_examples in gradients(batch):
                     now.add(numbers, loss)
                     column.add(numbers, _inner(of_examples, moved))
@@ -129,7 +126,13 @@ class _Pass:
         self.losses: dict[int, float] = {}
 
     def add(self, numbers: Tensor, loss: Tensor) -> None:
-        self.losses.update(zip(numbers.tolist(), loss.tolist(), strict=True))
+        for i, value in zip(numbers.tolist(), loss.tolist(), strict=True):
+            if i in self.losses:
+                raise ValueError(
+                    f"the training loader gave example {i} twice: use one that gives every example once, without "
+                    "replacement and without filling up the last batch."
+                )
+            self.losses[i] = value
 
     def check_same(self, first: _Pass) -> _Pass:
         same = self.losses.keys() == first.losses.keys()

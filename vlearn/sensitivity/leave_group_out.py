@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.pytrees import Selector
-from vlearn.linearized.batches import batches, device_of, with_progress_bar
+from vlearn.capture.pytrees import Selector, shapes
+from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.linearized.solver import Vectors, solve
@@ -90,9 +90,9 @@ def leave_group_out(
     Args:
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
-        loader: yields (x, y) or (x, y, index) with all examples of every group, as often as it is iterated.
-        groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label, a whole number or any
-            name; or a mapping from names to the numbers of their examples.
+        loader: yields batches as for `vlearn.sweep`, with all examples of every group, as often as it is iterated.
+        groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label: a whole number or any
+            name; or a mapping from names to the numbers of their examples, or to masks ``[N]``.
         loss_fn: the training loss, as for `vlearn.sweep`.
         refined: Δf_M = (I - V_MΛ_M)⁻¹ V_M e_M, exact for linear regression, instead of its first order, which is short
             by several times for a whole class; by conjugate gradients on S - J_MᵀΛ_MJ_M. For a Σ that is the inverse
@@ -113,14 +113,23 @@ def leave_group_out(
     posterior.require_calibrated("loss without a group")
     members = Membership(groups)
     losses = ExampleLoss(loss_fn)
+    checked: set[Any] = set()
     with at_mean(model, posterior) as covariance:
+
+        def whole(batch: Batch) -> Batch:
+            """A batch of the loader, seen to be one of examples: in groups of one nobody sees others."""
+            kind = shapes((batch.args, batch.kwargs))
+            if kind not in checked:
+                linearize(model, covariance, batch, losses, output).self_influence_and_deviation(False, last=True)
+                checked.add(kind)
+            return batch
 
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples, in batches."""
             seen = members.count()
-            given = batches(loader, device_of(model), by_number=True, model=model)
+            given = batches(loader, model)
             given = with_progress_bar(given, loader, progress, "leave_group_out")
-            for k, batch in batches_by_group(given, seen, only):
+            for k, batch in batches_by_group(map(whole, given), seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)
             seen.check()
 

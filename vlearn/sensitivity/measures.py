@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.linearized.batches import batches, device_of
+from vlearn.linearized.batches import batches
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.diagonal import Diagonal
@@ -154,7 +154,7 @@ def _each(
     losses = ExampleLoss(loss_fn)
     values, index = [], []
     with at_mean(model, posterior) as covariance:
-        for batch in batches(loader, device_of(model), model=model):
+        for batch in batches(loader, model):
             values.append(of(linearize(model, covariance, batch, losses, second_order=second_order)).detach().cpu())
             index.append(batch.index)
     if not values:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector
-from vlearn.linearized.batches import batches, device_of, with_progress_bar
+from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
@@ -180,8 +180,11 @@ def sweep(
     Args:
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
-        loader: yields (x, y) or (x, y, index), see `IndexedDataset`, or dicts with "labels" (and "index"). Without an
-            index an example's number is its place in the dataset, whatever order a DataLoader goes through it in.
+        loader: yields (x, y) or (x, y, index), see `IndexedDataset`, or dicts (also dataclasses and named tuples) with
+            "labels" or "label" and, if they number their examples, "index" or "idx". Without an index an example's
+            number is its place in the dataset, whatever order a DataLoader goes through it in, and its place in the
+            loader if that is no DataLoader over a map-style dataset. x is a tensor, a tuple or list (positional
+            arguments) or a dict (keyword arguments); or the only argument of a model that takes it whole.
         loss_fn: the training loss, with a `reduction` argument, or a callable (output, target) -> ``[N]``.
         leverage: "probe" (one unbiased random probe per example), "exact" (one backward per output; `refined`
             has it anyway) or None.
@@ -203,7 +206,8 @@ def sweep(
     Returns:
         One row per example, or token.
     Raises:
-        ValueError: if an argument breaks its rule, or the posterior belongs to another model.
+        ValueError: if an argument breaks its rule, the posterior belongs to another model, or the examples cannot be
+            numbered.
         RuntimeError: if the examples of a batch have no gradient of their own, or the posterior has no scale.
     """
     options = SweepOptions(leverage, refined, threshold, variance, loo_loss, deviation, generator, per)
@@ -211,7 +215,7 @@ def sweep(
     losses = ExampleLoss(loss_fn, per)
     table = _GrowingTable()
     with at_mean(model, posterior) as covariance:
-        for batch in with_progress_bar(batches(loader, device_of(model), model=model), loader, progress, "sweep"):
+        for batch in with_progress_bar(batches(loader, model), loader, progress, "sweep"):
             lin = linearize(model, covariance, batch, losses, output, options.second_order)
             for rows in (_rows_of(lin, options),) if per == "example" else _token_rows_of(lin, options):
                 table.add(rows)
@@ -245,6 +249,12 @@ class _GrowingTable:
         if deviation is not None and deviation.shape[1:] != rows.deviation.shape[1:]:
             # Batches that are padded to different lengths.
             rows, self._columns["deviation"] = replace(rows, deviation=not_kept(rows.deviation)), not_kept(deviation)
+        earlier, variance = self._columns.get("function_variance"), rows.function_variance
+        if earlier is not None and variance is not None and earlier.shape[1:] != variance.shape[1:]:
+            raise ValueError(
+                f"variance=True over batches whose outputs have {earlier.shape[1]} and {variance.shape[1]} entries for "
+                "each example: leave it out, or pad all batches to one length."
+            )
         for field in fields(SensitivityTable):
             part: Tensor | None = getattr(rows, field.name)
             self._columns[field.name] = None if part is None else self._with(self._columns.get(field.name), part)

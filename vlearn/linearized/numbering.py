@@ -1,0 +1,200 @@
+"""Which example is which: an example's number is its place in the dataset, in whatever order a loader goes through it.
+
+A batch may have the numbers of its examples (`IndexedDataset`). Where it has none they are
+
+    of a DataLoader over a map-style dataset    what its sampler drew
+    of anything else                            counted in its order, which is taken to be that of the data
+
+and where a sampler cannot be followed and is not sequential, unknown.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+
+TARGETS = ("labels", "label")  # what a batch with names calls its target
+# Where Accelerate's and Fabric's loaders keep the one whose batches they move to a device.
+MOVED_LOADERS = ("base_dataloader", "_dataloader")
+
+
+class IndexedDataset(Dataset):
+    """A dataset that yields (x, y, index), so that a shuffled loader still names its examples.
+
+    Args:
+        dataset: a map-style dataset that yields (x, y), or dicts with their targets under "labels" or "label".
+
+    Raises:
+        TypeError: if the dataset cannot be indexed.
+        ValueError: at an item that is neither.
+    """
+
+    def __init__(self, dataset: Any):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"{type(dataset).__name__} has no numbered examples, but IndexedDataset takes a map-style dataset: let "
+                "an iterable one yield (x, y, index) itself."
+            )
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.dataset[index]
+        number = index + len(self) if isinstance(index, int) and index < 0 else index
+        target = next((name for name in TARGETS if isinstance(item, Mapping) and name in item), None)
+        if target is not None:
+            return {name: entry for name, entry in item.items() if name != target}, item[target], number
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            given = f"{len(item)} entries" if isinstance(item, tuple | list) else f"type {type(item).__name__}"
+            raise ValueError(
+                f"the dataset yields items of {given}, but IndexedDataset takes (x, y), or dicts with 'labels' or "
+                "'label': put several inputs into one tuple, ((x1, x2), y)."
+            )
+        return item[0], item[1], number
+
+
+class Numbering:
+    """The numbers of a loader's examples where its batches do not have them.
+
+    Attributes:
+        loader: to be iterated in the place of the given one; `drawn` is then called once for each batch.
+    """
+
+    def __init__(self, loader: Iterable[Any]):
+        self.loader = loader
+        self._seen = 0
+        self._drawn: _Drawn | None = None
+        self._in_order = True
+        sampled = _sampled(loader)
+        if sampled is None:
+            return
+        keeps_order = not getattr(sampled, "num_workers", 0) or getattr(sampled, "in_order", True)
+        if isinstance(sampled.dataset, IterableDataset):
+            self._in_order = keeps_order
+            return
+        self._in_order = keeps_order and _is_sequential(_index_sampler(sampled))
+        # A loader that numbers its examples itself keeps its persistent workers.
+        followed = _followed(loader) if keeps_order and not isinstance(sampled.dataset, IndexedDataset) else None
+        if followed is not None:
+            self.loader, self._drawn = followed
+
+    def drawn(self) -> Tensor | None:
+        """``[n]`` what the sampler drew for the batch that has just come; None if that is not known."""
+        return None if self._drawn is None else self._drawn.next()
+
+    def number(self, count: int, drawn: Tensor | None) -> Tensor:
+        """The numbers ``[count]`` of the examples of a batch that has none.
+
+        Raises:
+            ValueError: if they are not known.
+        """
+        if drawn is not None and (len(drawn) > count or len(drawn) < count and not self._in_order):
+            raise ValueError(
+                f"the loader gave {count} examples where its sampler drew {len(drawn)}, so they cannot be told apart: "
+                "let its dataset and collate_fn yield (x, y, index)."
+            )
+        if self._in_order:  # also where an item of the dataset is several examples
+            self._seen += count
+            return torch.arange(self._seen - count, self._seen)
+        if drawn is None:
+            raise ValueError(
+                "the loader does not go through its dataset in order and does not number its examples, so they cannot "
+                "be told apart: wrap the dataset in vlearn.IndexedDataset, or do not shuffle."
+            )
+        return drawn
+
+    def check(self, index: Tensor, drawn: Tensor | None) -> None:
+        """Raises ValueError where a batch has a number twice, as labels or groups in the place of numbers have."""
+        drawn_twice = drawn is not None and len(drawn.unique()) < len(drawn)
+        if len(index.unique()) < len(index) and not drawn_twice and not _is_indexed(_sampled(self.loader)):
+            raise ValueError(
+                "the loader gave the number of an example twice in one batch, so that what it gave are no numbers: "
+                "yield (x, y, index), several inputs as ((x1, x2), y), and what else a loss needs as (x, (y, more))."
+            )
+
+
+def _sampled(loader: Any) -> Any:
+    """The loader, or what a progress bar goes through, if it has samplers; else None."""
+    while isinstance(getattr(loader, "iterable", None), Iterable):  # tqdm
+        loader = loader.iterable
+    return loader if all(hasattr(loader, name) for name in ("dataset", "sampler", "batch_sampler")) else None
+
+
+def _index_sampler(loader: Any) -> Any:
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def _is_sequential(sampler: Any) -> bool:
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    return type(sampler) is SequentialSampler
+
+
+def _is_indexed(sampled: Any) -> bool:
+    """Whether an `IndexedDataset` is what a loader reads, also through a Subset."""
+    dataset = getattr(sampled, "dataset", None)
+    while dataset is not None and not isinstance(dataset, IndexedDataset):
+        dataset = getattr(dataset, "dataset", None)
+    return dataset is not None
+
+
+class _Drawn:
+    """A sampler that remembers what it gave, until its batches come."""
+
+    def __init__(self, sampler: Any):
+        self._sampler = sampler
+        self._waiting: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        for numbers in self._sampler:
+            self._waiting.append(numbers)
+            yield numbers
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def next(self) -> Tensor | None:
+        if not self._waiting:
+            return None
+        given = self._waiting.popleft()
+        try:
+            if isinstance(given, Sequence) or getattr(given, "ndim", 0):
+                return torch.tensor([operator.index(number) for number in given], dtype=torch.long)
+            return torch.tensor([operator.index(given)])
+        except TypeError:  # a dataset by names has no numbers
+            return None
+
+
+def _followed(loader: Any) -> tuple[Any, _Drawn] | None:
+    """A loader that shares everything with the given one, and what its sampler draws.
+
+    None for a loader with an iteration of its own, which may leave out batches or change their order.
+    """
+    if type(loader).__iter__ is DataLoader.__iter__:
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        drawn = _Drawn(_index_sampler(loader))
+        # Persistent workers would go on with the sampler that they began with.
+        return _copy(loader, {name: drawn, "persistent_workers": False}), drawn
+    for name in MOVED_LOADERS:
+        moved = vars(loader).get(name)
+        followed = _followed(moved) if isinstance(moved, DataLoader) else None
+        if followed is not None:
+            return _copy(loader, {name: followed[0]}), followed[1]
+    return None
+
+
+def _copy(loader: Any, changed: dict[str, Any]) -> Any:
+    copied = object.__new__(type(loader))
+    copied.__dict__.update(vars(loader), **changed)  # past a DataLoader's refusal of new samplers
+    return copied
