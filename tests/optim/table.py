@@ -31,6 +31,11 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)  # that make the variant at its defaults
     variant: str = ""  # where the same optimizer is in the table with other settings
 
+    @property
+    def of_numbers(self) -> dict[str, Any]:
+        """Arguments for a loss that is not that of classes."""
+        return {"likelihood": "gaussian"} if self.probes else {}
+
     def state_size(self, p: Tensor, model: nn.Module) -> int:
         """Numbers in a parameter's state, without the step and the mean of narrower ones; the model is `network()`."""
         if self.kronecker:

@@ -17,6 +17,7 @@ from tests.optim.table import data, equal, network, plain, states, weights
 from tests.oracles.per_example import PerExample, relative_error
 from vlearn.losses import likelihood as likelihood_module
 from vlearn.losses.likelihood import probe
+from vlearn.losses.residual_checks import LossMakeup
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 SIGNS = [torch.tensor(signs, dtype=torch.float64) for signs in itertools.product((-1.0, 1.0), repeat=3)]
@@ -97,9 +98,12 @@ def test_sampled_labels_have_the_same_mean(likelihood: str) -> None:
     torch.manual_seed(0)
     output = torch.randn(2, 3, dtype=torch.float64)
     given = (lambda f: torch.distributions.Categorical(logits=f)) if likelihood == "callable" else likelihood
-    arguments = (given, "sampled", output, torch.ones_like(output), lambda rows: 1.0, None)
-    u = torch.stack([probe(*arguments) for _ in range(4000)])
     p = output.softmax(1)
+    residual = p - F.one_hot(torch.tensor([0, 2]), 3)
+    if likelihood == "gaussian":
+        residual = 2 * (output - 1)
+    arguments = (given, "sampled", output, residual, LossMakeup(lambda rows: 1.0), None)
+    u = torch.stack([probe(*arguments) for _ in range(4000)])
     truth = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     if likelihood == "gaussian":
         truth = 2 * torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
@@ -117,11 +121,10 @@ def test_positions_share_the_own_loss_and_ignored_ones_have_no_curvature(monkeyp
     (residual,) = torch.autograd.grad(F.cross_entropy(model(output).flatten(0, 1), y.flatten()), output)
 
     def weight_of(rows: int) -> float:
-        assert rows == 16
         return 4 / rows
 
     def estimate() -> Tensor:
-        u = probe("categorical", "probe", output, residual, weight_of, None)
+        u = probe("categorical", "ggn", output, residual, LossMakeup(weight_of, 4.0), None)
         return u.unsqueeze(3) * u.unsqueeze(2)
 
     p = output.detach().softmax(2)
@@ -287,7 +290,7 @@ def test_one_of_several_outputs_is_selected() -> None:
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"likelihood": "poisson"}, "likelihood='poisson', but it must be 'categorical', 'gaussian' or a callable"),
+        ({"likelihood": "poisson"}, "likelihood='poisson', but it must be 'categorical', 'bernoulli', 'gaussian' or a"),
         (
             {"curvature": "fisher"},
             "curvature='fisher', but for VON it must be 'ggn', 'sampled', 'empirical' or 'price': use 'ggn'.",

@@ -16,9 +16,17 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from vlearn.losses.output_hessian import hessian_root, output_hessian, softmax_root
+from vlearn.losses.residual_checks import (
+    CHOICES,
+    LossMakeup,
+    binary_weights,
+    categorical_weights,
+    is_binary,
+    is_categorical,
+)
 
 Likelihood = str | Callable[[Tensor], Distribution]
-LIKELIHOODS = ("categorical", "gaussian")
+LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 
 
 def probe(
@@ -26,41 +34,63 @@ def probe(
     how: str,
     output: Tensor,
     residual: Tensor,
-    weight_of: Callable[[int], float],
+    makeup: LossMakeup,
     generator: torch.Generator | None,
 ) -> Tensor:
     """u ``[N, ...]`` in the output's shape, for each example's own loss.
 
     Args:
-        likelihood: "categorical" (softmax cross-entropy over the last axis), "gaussian" (squared error, as
-            `F.mse_loss` has it) or output -> distribution of the targets, whose negative log-likelihood is the loss.
+        likelihood: "categorical" (softmax cross-entropy, over whichever axis the residual shows), "bernoulli" (binary
+            cross-entropy of logits), "gaussian" (squared error, as `F.mse_loss` has it) or output -> distribution of
+            the targets, whose negative log-likelihood is the loss.
         how: "ggn", u = R z with R Rᵀ = Λ and independent signs z; or "sampled", the residual of labels that are
             sampled from the model.
         output: the model's, ``[N, ...]``.
         residual: the loss's gradient with respect to it; rows where it is zero are not in the loss.
-        weight_of: number of rows in the loss -> what an example's own loss multiplies each of its rows with.
+        makeup: how the loss is made up of the examples' own.
         generator: of the random numbers (a distribution samples with torch's global one).
+    Raises:
+        ValueError: if the residual shows that the loss is not of the likelihood; that of "gaussian" and of a callable
+            shows only that it is another of the two.
     """
     wide = output.detach() if torch.finfo(output.dtype).bits >= 32 else output.detach().float()
     if likelihood == "categorical":
-        counted = residual.ne(0).any(-1, keepdim=True)
-        u = _categorical(wide, how, generator) * counted
-        rows = int(counted.sum())
-    elif likelihood == "gaussian":
+        axis, weights = categorical_weights(output.detach(), residual, makeup)
+        return _categorical(wide, axis, how, generator) * weights.to(wide.dtype).sqrt()
+    if likelihood == "bernoulli":
+        return _bernoulli(wide, how, generator) * binary_weights(output.detach(), residual, makeup).to(wide).sqrt()
+    if likelihood == "gaussian":
+        _check_not_of_classes(output.detach(), residual)
         z = _signs(wide, generator) if how == "ggn" else _normal(wide, generator)
         u, rows = math.sqrt(2) * z, wide.numel()  # (f - y)² has the curvature 2; y ~ N(f, 1/2)
     else:
         assert callable(likelihood)
         u, rows = _distribution(likelihood, wide, how, generator)
-    return u * math.sqrt(weight_of(max(rows, 1)))
+    return u * math.sqrt(makeup.weight_of(max(rows, 1)))
 
 
-def _categorical(scores: Tensor, how: str, generator: torch.Generator | None) -> Tensor:
-    p = scores.softmax(-1)
+def _check_not_of_classes(output: Tensor, residual: Tensor) -> None:
+    for likelihood, is_it in (("categorical", is_categorical), ("bernoulli", is_binary)):
+        if is_it(output, residual):
+            raise ValueError(
+                f"likelihood='gaussian', but the loss's gradient with respect to the output of shape "
+                f"{tuple(output.shape)} is that of likelihood={likelihood!r} with hard labels: {CHOICES}."
+            )
+
+
+def _categorical(scores: Tensor, axis: int, how: str, generator: torch.Generator | None) -> Tensor:
+    if how != "sampled":
+        return softmax_root(scores.softmax(axis), _signs(scores, generator), axis)
+    p = scores.softmax(axis).movedim(axis, -1)
+    labels = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+    return (p - F.one_hot(labels, p.shape[-1]).to(p.dtype)).movedim(-1, axis)
+
+
+def _bernoulli(logits: Tensor, how: str, generator: torch.Generator | None) -> Tensor:
+    p = logits.sigmoid()
     if how == "sampled":
-        labels = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
-        return p - F.one_hot(labels, p.shape[-1]).to(p.dtype)
-    return softmax_root(p, _signs(scores, generator), -1)
+        return p - torch.bernoulli(p, generator=generator)
+    return (p * (-logits).sigmoid()).sqrt() * _signs(logits, generator)
 
 
 @torch.enable_grad()
