@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from vlearn import _torch_internals
@@ -20,6 +21,7 @@ from vlearn._torch_internals import (
     CONVENTIONS,
     added_factor,
     after_backward,
+    arguments_of_call,
     current_node,
     forward_pre_hooks,
     frame_of_call,
@@ -238,6 +240,15 @@ def test_the_hooks_and_the_forward_of_one_call_run_in_one_frame_within_that_of_t
         while frame is not outer.frames[call]:
             assert frame.f_back is not None
             frame = frame.f_back
+
+
+def test_a_hook_on_all_modules_can_see_keyword_arguments():
+    seen = []
+    module = nn.Bilinear(1, 1, 1)
+    with register_module_forward_pre_hook(lambda module, args: seen.append(arguments_of_call(frame_of_call()))):
+        module(leaf()[:, :1], input2=leaf()[:, :1])
+    ((args, kwargs),) = seen
+    assert len(args) == 1 and list(kwargs) == ["input2"]
 
 
 def test_a_compilation_is_seen():

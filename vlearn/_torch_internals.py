@@ -24,7 +24,7 @@ CONVENTIONS: dict[Any, tuple[str, ...]] = {
         *("_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_rsqrt_", "_foreach_sub", "_foreach_sub_"),
     ),
     Tensor: ("_version",),
-    nn.Module: ("_parameters", "_buffers"),
+    nn.Module: ("_parameters", "_buffers", "_modules"),
     nn.Conv1d: ("_conv_forward", "_reversed_padding_repeated_twice"),
     nn.modules.batchnorm: ("_BatchNorm",),
     torch.utils: ("_pytree",),

@@ -60,7 +60,7 @@ def diagonal_sweep(
     losses = ExampleLoss(loss_fn)
     tables = []
     with at_mean(model, posterior) as covariance:
-        for batch in batches(loader, device_of(model)):
+        for batch in batches(loader, device_of(model), model=model):
             at = linearize(model, covariance, batch, losses, None, second_order=False)
             tables.append((batch.index, *(column.cpu() for column in diagonal_deviation(at))))
     return DiagonalTable(*(torch.cat(columns) for columns in zip(*tables, strict=True)))

@@ -8,6 +8,7 @@ from torch import nn
 import vlearn
 from tests.capture.test_trace import places
 from tests.oracles.networks import CASES, Case, Model
+from tests.oracles.per_example import flat, moving, per_example, relative_error
 from vlearn.capture.broadcast_calls import other_terms
 
 
@@ -36,18 +37,16 @@ def test_the_sum_explains_the_call_if_nothing_else_uses_its_output(name, by_rule
     assert by_rule or [path for path, _ in found] == ["Model"]
 
 
-def test_a_row_that_only_looks_like_an_example_is_refused():
+def test_a_row_that_only_looks_like_an_example_is_none():
     """As many positions as examples, in a product, where no shape tells them apart."""
     model = Model(lambda m, x: m.out((m.into(x) * m.places(torch.arange(4))).mean(1)), into=nn.Linear(5, 4))
     model.places, model.out = nn.Embedding(4, 4), nn.Linear(4, 3)
-    case = Case(model, torch.randn(4, 4, 5), torch.tensor([0, 1, 2, 0]))
+    case = Case(model.double(), torch.randn(4, 4, 5).double(), torch.tensor([0, 1, 2, 0]))
     posterior = vlearn.IVON(model, lr=0.1, ess=20).posterior()
-    with pytest.raises(RuntimeError) as error:
-        vlearn.sweep(model, posterior, [(case.x, case.target)], F.cross_entropy, None, progress=False)
-    assert str(error.value) == (
-        "places (Embedding): an input of shape (4,) is as long as the batch of 4, and dimension 0 is not the one of "
-        "the examples: use a layer with the examples first (batch_first=True), or another batch size."
-    )
+    truth = per_example(model.eval(), case.call, case.each_loss)
+    table = vlearn.sweep(model, posterior, [(case.x, case.target)], F.cross_entropy, None, progress=False)
+    covariance = torch.diag(flat({name: posterior.variance[name] for name in moving(model)}))
+    assert relative_error(table.self_influence, truth.self_influence(covariance)) < 1e-10
 
 
 def test_the_terms_of_a_sum():

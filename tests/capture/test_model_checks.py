@@ -28,6 +28,6 @@ def test_findings_are_those_of_one_model_and_go_with_it():
     assert len(model_checks._checks_of) == count - 1
 
 
-@pytest.mark.parametrize("name", ["unattributed", "independent", "example_axis"])
+@pytest.mark.parametrize("name", ["unattributed", "independent", "example_axes"])
 def test_there_are_none_at_first(name):
     assert getattr(ModelChecks(), name) == {}

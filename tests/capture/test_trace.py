@@ -49,7 +49,7 @@ def places(case):
         ("layer_called_with_a_keyword", {"fc.weight": [("fc", False)], "out.weight": [("out", True)]}),
         ("attention", {"attention.in_proj_weight": [("attention", False)], "into.weight": [("into", True)]}),
         ("attention", {"attention.out_proj.weight": [("attention", False)]}),
-        ("gated_recurrent_network", {"gru.weight_hh_l0": [("Model", False)], "out.weight": [("out", True)]}),
+        ("gated_recurrent_network", {"gru.weight_hh_l0": [("gru", False)], "out.weight": [("out", True)]}),
         ("rows_flattened_inside_a_block", {"2.fc.weight": [("2", False)], "0.weight": [("0", True)]}),
         ("rows_flattened_around_a_linear_layer", {"fc.weight": [("Model", False)], "out.weight": [("out", True)]}),
         ("one_layer_used_both_flattened_and_not", {"fc.weight": [("Model", False)], "out.weight": [("out", True)]}),
@@ -62,6 +62,18 @@ def places(case):
         ("intermediate_value_left_in_an_attribute", {"block.gain": [("Model", False)], "fc.weight": [("fc", True)]}),
         ("weight_handed_to_a_block", {"block.fc.weight": [("Model", False)], "block.gain": [("block", False)]}),
         ("layer_that_is_never_used", {"1.spare.weight": []}),
+        ("parameters_in_a_dict", {"2.own.a": [("2", False)], "0.weight": [("0", True)]}),
+        ("parameters_in_lists_within_a_dict", {"2.own.a.0": [("2", False)], "2.own.b.0": [("2", False)]}),
+        ("weight_of_a_child_that_is_not_called", {"2.fc.weight": [("2", False)]}),
+        (
+            "parameters_in_a_dict_beside_a_layer_that_is_called",
+            {"2.own.b": [("2", False)], "2.fc.weight": [("2.fc", True)]},
+        ),
+        ("parameters_in_a_dict_of_a_block_that_is_called_twice", {"2.block.own.a": [("2.block", False)] * 2}),
+        ("parameters_in_a_dict_used_outside_their_block", {"block.own.a": [("Model", False)]}),
+        ("parameters_in_a_dict_where_rows_are_folded", {"1.block.own.a": [("1", False)]}),
+        ("recurrence_with_positions_first", {"rnn.weight_ih_l0": [("rnn", False)]}),
+        ("state_that_a_block_returns", {"encoder.gain": [("encoder", False)]}),
         ("linear_whose_first_use_is_under_no_grad", {"fc.weight": [("fc", True)]}),
     ],
 )
@@ -90,6 +102,15 @@ def test_a_parameter_of_no_submodule_is_a_problem():
     with record(model, [*model.parameters(), *hidden[0].parameters()]) as trace:
         model(torch.randn(2, 4))
     assert "uses a parameter of shape (4, 4) that belongs to none of its modules" in trace.problems[0]
+
+
+def test_a_module_that_is_called_elsewhere_is_not_adopted():
+    """A container that this call skips; what it calls at another time explains the parameters already."""
+    model = Model(lambda m, x: m.block(m.block(x, 0), 1), block=Model(lambda m, x, k: x.tanh() if k else m.fc(x)))
+    model.block.fc = nn.Linear(4, 4)
+    with record(model, model.parameters()) as trace:
+        model(torch.randn(2, 4))
+    assert [(call.path, len(call.parameters)) for call in trace.layer_calls] == [("block.fc", 2)]
 
 
 def test_outputs_without_an_example_axis_are_a_problem():

@@ -31,11 +31,6 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)  # that make the variant at its defaults
     variant: str = ""  # where the same optimizer is in the table with other settings
 
-    @property
-    def of_numbers(self) -> dict[str, Any]:
-        """Arguments for a loss that is not that of classes."""
-        return {"likelihood": "gaussian"} if self.probes else {}
-
     def state_size(self, p: Tensor, model: nn.Module) -> int:
         """Numbers in a parameter's state, without the step and the mean of narrower ones; the model is `network()`."""
         if self.kronecker:
@@ -44,6 +39,11 @@ class Entry:
             rows, columns = len(p), p.shape[1] + 1
             return p.numel() + rows * columns + 2 * (rows**2 + columns**2) + 3
         return p.numel() * (1 + (sum(q.numel() for q in model.parameters()) if self.dense else 1))
+
+    @property
+    def of_squares(self) -> dict[str, Any]:
+        """Settings for a loss that is no cross-entropy."""
+        return {"likelihood": "gaussian"} if self.probes else {}
 
     def __str__(self) -> str:
         return f"{self.name}-{self.variant}" if self.variant else self.name

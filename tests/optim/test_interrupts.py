@@ -206,7 +206,7 @@ def test_any_kind_of_pass_gets_the_gradient_at_the_draw_or_none(entry: Entry, ki
 
     def train(is_interrupted: bool) -> list[Tensor]:
         model, scalar = bent(kind)
-        optimizer = seeded(entry, model, **entry.of_numbers)
+        optimizer = seeded(entry, model, **entry.of_squares)
         loss = scalar(model, x)
         if is_interrupted:
             with interrupted(model.get_submodule("block.1")):

@@ -57,7 +57,7 @@ def second_moment(
     """E[u uᵀ] within each row along an axis ``[..., C, C]``, the average over all signs."""
     residual, found = residual_of(loss, output), []
     for signs in itertools.product((-1.0, 1.0), repeat=output.shape[axis]):
-        row = torch.tensor(signs, dtype=output.dtype).reshape(-1, *[1] * (output.dim() - 1 - axis % output.dim()))
+        row = torch.tensor(signs, dtype=output.dtype)
         monkeypatch.setattr(likelihood_module, "_signs", lambda like, generator, row=row: row.expand(like.shape))
         u = probe(likelihood, "ggn", output, residual, told, None).movedim(axis, -1)
         found.append(u.unsqueeze(-1) * u.unsqueeze(-2))
@@ -233,16 +233,16 @@ REFUSED: dict[str, tuple[Any, Tensor, Loss, str]] = {
         lambda f: F.nll_loss(f.log(), classes(N)),
         "choose likelihood=",
     ),
-    "classes as yes and no": ("bernoulli", randn(9, C), lambda f: ce(f, classes(9)), "choose likelihood="),
-    "numbers as yes and no": ("bernoulli", randn(N, 1), lambda f: F.mse_loss(f, 9 * REAL[:, :1]), "at the scale"),
+    "classes as yes and no": ("bernoulli", randn(9, C), lambda f: ce(f, classes(9)), "use likelihood='categorical'"),
+    "numbers as yes and no": ("bernoulli", randn(N, 1), lambda f: F.mse_loss(f, 9 * REAL[:, :1]), "choose likelihood="),
     "probabilities as logits": (
         "bernoulli",
         randn(9, C).sigmoid(),
         lambda f: F.binary_cross_entropy(f, yes_no(9, C)),
         "binary cross-entropy with logits",
     ),
-    "classes as numbers": ("gaussian", randn(9, C), lambda f: ce(f, classes(9)), "likelihood='categorical' with hard"),
-    "yes and no as numbers": ("gaussian", randn(9, 1), bce(yes_no(9, 1)), "likelihood='bernoulli' with hard labels"),
+    "classes as numbers": ("gaussian", randn(9, C), lambda f: ce(f, classes(9)), "use likelihood='categorical'"),
+    "yes and no as numbers": ("gaussian", randn(9, 1), bce(yes_no(9, 1)), "use likelihood='bernoulli'"),
 }
 
 

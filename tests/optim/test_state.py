@@ -55,7 +55,7 @@ def test_model_state_dict_holds_the_mean_while_a_draw_is_active(entry: Entry) ->
 def test_tied_weights_share_one_mean_tensor_in_the_state_dict(entry: Entry) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     model[2].weight = model[0].weight
-    optimizer = entry.make(model, **entry.of_numbers)
+    optimizer = entry.make(model, **entry.of_squares)
     model(torch.ones(2, 3)).sum().backward()
     state = model.state_dict()
     assert state["0.weight"].data_ptr() == state["2.weight"].data_ptr() != model[0].weight.data_ptr()

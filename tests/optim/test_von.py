@@ -67,6 +67,10 @@ def plain_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
 
 LIKELIHOODS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {
     "gaussian": ("gaussian", lambda f, y: (f - y).square().mean(1)),
+    "bernoulli": (
+        "bernoulli",
+        lambda f, y: F.binary_cross_entropy_with_logits(f, (y > 1).double(), reduction="none").mean(1),
+    ),
     "normal": (
         lambda f: torch.distributions.Normal(f, 0.3),
         lambda f, y: -torch.distributions.Normal(f, 0.3).log_prob(y).mean(1),
@@ -93,7 +97,7 @@ def test_other_likelihoods_have_their_own_curvature(likelihood: str, monkeypatch
     assert relative_error(mean_over_signs(monkeypatch, estimate), truth) < 1e-10
 
 
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "callable"])
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli", "callable"])
 def test_sampled_labels_have_the_same_mean(likelihood: str) -> None:
     torch.manual_seed(0)
     output = torch.randn(2, 3, dtype=torch.float64)
@@ -107,8 +111,69 @@ def test_sampled_labels_have_the_same_mean(likelihood: str) -> None:
     truth = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     if likelihood == "gaussian":
         truth = 2 * torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
+    elif likelihood == "bernoulli":
+        truth = torch.diag_embed(output.sigmoid() * (-output).sigmoid())
     products = u.unsqueeze(3) * u.unsqueeze(2)
     assert bool(((products.mean(0) - truth).abs() <= 5 * products.std(0) / 4000**0.5 + 1e-12).all())
+
+
+MISMATCHES = {
+    "regression": (
+        {},
+        lambda f, y: F.mse_loss(f, y.double()),
+        "is not that of softmax cross-entropy along any axis, .* 'gaussian'",
+    ),
+    "many labels": (
+        {},
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y.double()),
+        "use likelihood='bernoulli'",
+    ),
+    "one logit": ({}, lambda f, y: F.binary_cross_entropy_with_logits(f[:, :1], y[:, :1].double()), "likelihood="),
+    "classes told as numbers": (
+        {"likelihood": "gaussian"},
+        lambda f, y: F.cross_entropy(f, y[:, 0]),
+        "is not that of squared error, .* use likelihood='categorical'",
+    ),
+    "classes told as labels": (
+        {"likelihood": "bernoulli"},
+        lambda f, y: F.cross_entropy(f, y[:, 0]),
+        "is not that of binary cross-entropy with logits, .* use likelihood='categorical'",
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [vlearn.VON, vlearn.KFACVON, vlearn.FullVON])
+@pytest.mark.parametrize(("given", "loss", "match"), MISMATCHES.values(), ids=MISMATCHES)
+def test_a_loss_that_is_not_of_the_likelihood_is_refused(
+    make: Any, given: dict[str, Any], loss: Callable[[Tensor, Tensor], Tensor], match: str
+) -> None:
+    model, x, _ = problem("perceptron")
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = make(model, lr=0.1, ess=7, **given)
+    loss(model(x), torch.randint(0, 2, (7, 3), generator=torch.Generator().manual_seed(1))).backward()
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("sizes", [(6,), (5, 6), (3,)])
+def test_the_axis_of_the_classes_is_found(sizes: tuple[int, ...], soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[N, C, ...], as of a segmentation, also where there are as many positions as classes."""
+    torch.manual_seed(0)
+    output = torch.randn(4, 3, *sizes, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(4, 3, *sizes, dtype=torch.float64).softmax(1) if soft else torch.randint(0, 3, (4, *sizes))
+    (residual,) = torch.autograd.grad(F.cross_entropy(output, y, label_smoothing=0.1), output)
+    last = output.detach().movedim(1, -1)
+    makeup = LossMakeup(lambda rows: 4 / rows, 4.0)
+
+    def squares(output: Tensor, residual: Tensor) -> Tensor:
+        return mean_over_signs(
+            monkeypatch, lambda: probe("categorical", "ggn", output, residual, makeup, None).square()
+        )
+
+    expected = squares(last, residual.movedim(1, -1))
+    assert relative_error(squares(output.detach(), residual), expected.movedim(-1, 1)) < 1e-12
 
 
 def test_positions_share_the_own_loss_and_ignored_ones_have_no_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +355,10 @@ def test_one_of_several_outputs_is_selected() -> None:
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"likelihood": "poisson"}, "likelihood='poisson', but it must be 'categorical', 'bernoulli', 'gaussian' or a"),
+        (
+            {"likelihood": "poisson"},
+            "likelihood='poisson', but it must be 'categorical', 'gaussian', 'bernoulli' or a callable",
+        ),
         (
             {"curvature": "fisher"},
             "curvature='fisher', but for VON it must be 'ggn', 'sampled', 'empirical' or 'price': use 'ggn'.",

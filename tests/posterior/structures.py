@@ -24,13 +24,13 @@ def posterior_of(parameters, structure):
         size = sum(tensor.numel() for tensor in means.values())
         decay, ess = 0.1 + 0.05 * turn, dict.fromkeys(group, ESS)
         decays = dict.fromkeys(group, decay)
-        if kind == "dense":
+        if kind == "dense" and size:
             blocks[group] = NUM_DATA * (
                 random_covariance(size, generator) + decay * torch.eye(size, dtype=torch.float64)
             )
             prior = dict.fromkeys(group, NUM_DATA * decay)
             parts.append(Full(means, blocks[group], NUM_DATA, ess=ESS, prior_precision=prior))
-        elif kind == "diagonal" or not means[group[0]].dim():
+        elif kind == "diagonal" or not size or not means[group[0]].dim():
             hessian = {n: torch.rand(t.shape, dtype=torch.float64, generator=generator) for n, t in means.items()}
             parts.append(Diagonal(means, hessian, decays, ess, NUM_DATA))
             blocks[group] = torch.diag(NUM_DATA * (torch.cat([h.flatten() for h in hessian.values()]) + decay))

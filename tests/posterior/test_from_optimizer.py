@@ -188,3 +188,23 @@ def test_optimizers_outside_the_table_are_refused():
     )
     with pytest.raises(TypeError, match=r"It has a posterior of its own: optimizer\.posterior\(\)\.$"):
         from_optimizer(vlearn.IVON(model, lr=0.1, ess=9), model, num_data=N, prior_precision=DELTA)
+
+
+@pytest.mark.parametrize("library", ["accelerate", "fabric"])
+def test_a_wrapped_optimizer_is_the_one_inside(library):
+    model = torch.nn.Linear(4, 3)
+    adam = torch.optim.AdamW(model.parameters(), lr=0.01)
+    if library == "accelerate":
+        accelerate = pytest.importorskip("accelerate")
+        prepared, wrapper = accelerate.Accelerator(cpu=True).prepare(model, adam)
+    else:
+        lightning = pytest.importorskip("lightning")
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        fabric.launch()
+        prepared, wrapper = fabric.setup(model, adam)
+    prepared(torch.ones(2, 4)).sum().backward()
+    wrapper.step()
+    inside = next(each for each in (wrapper.optimizer, adam) if isinstance(each, torch.optim.Optimizer))
+    found, expected = (from_optimizer(each, model, num_data=8, prior_precision=1.0) for each in (wrapper, inside))
+    for name in expected.names:
+        assert torch.equal(found.variance[name], expected.variance[name])

@@ -12,7 +12,11 @@ from tests.oracles.per_example import by_functorch, flat, moving, per_example, r
 NUM_DATA, WEIGHT_DECAY = 50.0, 0.02
 TOLERANCE = 1e-10
 # A block that is given another module's weights as an argument sees the mean once the step has been taken.
-HANDED_OVER = ("layer_handed_to_a_block", "weight_handed_to_a_block")
+HANDED_OVER = (
+    "layer_handed_to_a_block",
+    "weight_handed_to_a_block",
+    "table_of_parameters_as_long_as_the_batch",
+)
 
 SLOW = {
     "resnet20_with_filter_response_norm",

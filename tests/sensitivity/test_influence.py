@@ -152,12 +152,6 @@ def test_an_argument_that_is_not_positive_is_refused(name):
     assert str(error.value) == f"{name}=0, but it must be positive: leave it out for the default."
 
 
-def test_a_training_loader_that_shuffles_without_numbers_is_refused():
-    model, posterior, train, test = arguments_of()
-    with pytest.raises(ValueError, match="the loader shuffles and does not number its examples"):
-        influence_of(model, posterior, DataLoader(train.dataset, shuffle=True), test)
-
-
 class Noisy(Dataset):
     def __len__(self):
         return 12

@@ -361,12 +361,6 @@ def test_a_loader_that_can_be_iterated_once_is_refused():
         left_out(model, posterior, iter(loader), LABELS)
 
 
-def test_a_loader_that_shuffles_without_numbers_is_refused():
-    model, posterior, _ = arguments_of()
-    with pytest.raises(ValueError, match="the loader shuffles and does not number its examples"):
-        left_out(model, posterior, DataLoader(TensorDataset(inputs(), LABELS), 5, shuffle=True), LABELS)
-
-
 def test_batch_statistics_are_refused():
     with pytest.raises(RuntimeError, match="BatchNorm1d"):
         left_out(*arguments_of(network(nn.BatchNorm1d(8, track_running_stats=False))), LABELS)

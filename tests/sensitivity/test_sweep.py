@@ -344,14 +344,16 @@ def test_a_loss_that_is_one_number_is_refused(loss_fn):
         ((inputs(),), "1 entries"),
         ((inputs(), LABELS, LABELS, LABELS), "4 entries"),
         (inputs(), "Tensor"),
-        ({"x": inputs(), "y": LABELS}, "dict"),
     ],
 )
 def test_a_batch_of_another_form_is_refused(batch, found):
     model = network()
     with pytest.raises(ValueError) as error:
         swept(model, optimizer_of(model).posterior(), [batch])
-    assert str(error.value) == f"the loader gave a batch of {found}, but it must yield (x, y) or (x, y, index)."
+    assert str(error.value) == (
+        f"the loader gave a batch of {found}, but it must yield (x, y) or (x, y, index), or dicts with 'labels': put "
+        "several inputs into one tuple, ((x1, x2), y)."
+    )
 
 
 @pytest.mark.parametrize("x", ["text", {"name": "text"}, ()])

@@ -40,6 +40,40 @@ def nodes_of(tensors: Iterable[Tensor]) -> list[Node]:
     return [t.grad_fn or get_gradient_edge(t).node for t in tensors if t.requires_grad]
 
 
+def outputs_inside(outputs: list[Tensor], ends: set[Node]) -> list[tuple[set[int], set[Tensor]]]:
+    """Of each output of a call: (the places of the outputs that it is made of, the leaves that it is made of besides).
+
+    Args:
+        outputs: those that require grad.
+        ends: nodes at which the call begins.
+    """
+    edges = [(t.grad_fn or get_gradient_edge(t).node, t.output_nr) for t in outputs]
+    place = {edge: number for number, edge in reversed(list(enumerate(edges)))}
+    found: list[tuple[set[int], set[Tensor]]] = []
+    for number, (start, at) in enumerate(edges):
+        inner: set[int] = set()
+        leaves: set[Tensor] = set()
+        if place[start, at] != number:  # the same value once more
+            found.append(({place[start, at]}, leaves))
+            continue
+        waiting, seen = [start], {start}
+        while waiting:
+            node = waiting.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                leaves.add(leaf)
+            for before, output in () if node in ends else node.next_functions:
+                if before is None:
+                    continue
+                if (before, output) in place:
+                    inner.add(place[before, output])
+                elif before not in seen:
+                    seen.add(before)
+                    waiting.append(before)
+        found.append((inner - {number}, leaves))
+    return found
+
+
 _has_axis: dict[type, bool] = {}  # whether the nodes of a type say along which axis they work
 
 

@@ -63,7 +63,7 @@ def hooked(
 
 
 @contextmanager
-def record(model: nn.Module, tracked: Iterable[Tensor]) -> Iterator[Trace]:
+def record(model: nn.Module, tracked: Iterable[Tensor], num_examples: int = 0) -> Iterator[Trace]:
     """Record the one forward pass made inside; the hooks are gone afterwards, by any exit.
 
     Its gradients come from `Trace.pulled_back`.
@@ -71,8 +71,10 @@ def record(model: nn.Module, tracked: Iterable[Tensor]) -> Iterator[Trace]:
     Args:
         model: called once inside, with gradients enabled.
         tracked: the parameters whose per-example gradients are wanted.
+        num_examples: the size of the batch; 0: to be seen from the inputs.
     """
     trace = Trace(module_paths(model), tracked, by_edge=True)
+    trace.num_examples = num_examples
     recorder = Recorder(trace)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import versions
+from vlearn.layers.example_axes import Axes
 from vlearn.layers.registry import Rule
 
 
@@ -31,12 +32,19 @@ class LayerCall:
         cotangents: the gradient of the backward pass with respect to each of those, None where it was not reached.
         outputs: their values with their versions: for the fallback, to check the recomputation against; elsewhere
             where they are cheap to keep, so that the deviation need not compute them again.
+        input_axes: along which axis of each leaf of (args, kwargs) the examples lie, None where along none; what sizes
+            tell until `vlearn.per_example.independence.find_example_axes` knows.
+        output_axes: the same of each of those outputs.
         input_may_not_depend_on_examples: whether an input may have come from no example, though it has as many rows
             as there are examples.
         consumer: of a call that all examples share (`vlearn.capture.broadcast_calls`), the module that was given the
-            sum, the number of that module's call and the shapes of its inputs; None elsewhere.
-        has_example_axis: of a subset of the batch, which leaves of (args, kwargs) have a row for each example: another
-            may be as long by chance. None elsewhere: those that are as long as the batch.
+            sum, the number of that module's call and the place of the sum among its inputs' tensors; None elsewhere.
+        stand_in: of a call with a rule whose input may not depend on examples, the place in the trace of that around
+            it that explains its parameters if so; inside: of that call, the places of those that it was made of.
+        is_nested: whether some outputs are made of others, and the cotangents of these contain what came through those.
+        random_state: of the generators as the call began, if it drew from them and no rule covers it.
+        whole: of a subset of the batch (`vlearn.per_example.subset`), the call of all examples, and which of them it
+            has; None elsewhere.
     """
 
     module: nn.Module
@@ -51,9 +59,15 @@ class LayerCall:
     shapes: list[tuple[int, ...]]
     cotangents: list[Tensor | None]
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
+    input_axes: Axes = field(default_factory=list)
+    output_axes: Axes = field(default_factory=list)
     input_may_not_depend_on_examples: bool = False
-    consumer: tuple[nn.Module, int, tuple[tuple[int, ...], ...]] | None = None
-    has_example_axis: list[bool] | None = None
+    consumer: tuple[nn.Module, int, int] | None = None
+    stand_in: int | None = None
+    inside: list[int] = field(default_factory=list)
+    is_nested: bool = False
+    random_state: dict[str, Tensor] | None = None
+    whole: tuple[LayerCall, Tensor] | None = None
 
     def receive(self, position: int, gradient: Tensor) -> None:
         """Add the gradient of one output that a backward pass has brought."""

@@ -38,14 +38,16 @@ class ModelChecks:
     Attributes:
         unattributed: the parameters that the recorded calls of a kind of pass do not explain.
         independent: kinds of passes in which no example's output depends on the other examples.
-        example_axis: kinds of passes in which dimension 0 is the axis of the examples.
+        example_axes: along which axes the examples lie in a kind of pass, see `vlearn.per_example.independence`.
+        with_examples: calls of layers, by path and number, whose input was seen to have examples.
         row_sums: kinds of passes in which the examples' gradients add up to that of the pass.
         takes_gradients: whether the next pass of a kind is to take its gradients for that; a first one does.
     """
 
     unattributed: dict[Any, UnattributedParameters] = field(default_factory=dict)
     independent: dict[Any, None] = field(default_factory=dict)
-    example_axis: dict[Any, None] = field(default_factory=dict)
+    example_axes: dict[Any, Any] = field(default_factory=dict)
+    with_examples: dict[Any, None] = field(default_factory=dict)
     row_sums: dict[Any, None] = field(default_factory=dict)
     takes_gradients: dict[Any, bool] = field(default_factory=dict)
 

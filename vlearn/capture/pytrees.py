@@ -1,12 +1,14 @@
-"""Nested structures of tensors: what modules are called with and what they return."""
+"""Nested structures of tensors: what modules are called with and what they return, of which a selector names one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+Selector = str | int | Callable[[Any], Tensor] | None
 
 
 def tensor_leaves(tree: Any) -> list[Tensor]:
@@ -31,14 +33,21 @@ def detached(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def is_per_example(leaf: Any, total: int) -> bool:
-    """Whether a leaf is a tensor with a row for each of so many examples."""
-    return isinstance(leaf, Tensor) and leaf.shape[:1] == (total,)
+def rows_of(tree: Any, axes: Sequence[int | None], examples: slice | Tensor) -> Any:
+    """The same structure with some of the examples of each leaf that has them along an axis.
+
+    Args:
+        axes: that axis of each leaf, None where there is none.
+    """
+    leaves, structure = tree_flatten(tree)
+    return tree_unflatten(
+        [rows_along(leaf, axis, examples) for leaf, axis in zip(leaves, axes, strict=True)], structure
+    )
 
 
-def rows_of(tree: Any, total: int, examples: slice | Tensor) -> Any:
-    """The same structure with some of the rows of each tensor that has one for each of so many examples."""
-    return tree_map(lambda leaf: leaf[examples] if is_per_example(leaf, total) else leaf, tree)
+def rows_along(leaf: Any, axis: int | None, examples: slice | Tensor) -> Any:
+    """A leaf with some of its examples, if it has any: they lie along the given axis."""
+    return leaf if axis is None else leaf[(slice(None),) * axis + (examples,)]
 
 
 def shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
@@ -64,3 +73,38 @@ def with_leaves(tree: Any, tensors: Mapping[int, Any], others: bool = True) -> A
     for place, tensor in tensors.items():
         replaced[places[place]] = tensor
     return tree_unflatten(replaced, structure)
+
+
+def select(tree: Any, output: Selector) -> Tensor:
+    """The tensor that `output` names in a model's output; None: the only one with rows, a loss beside it has none.
+
+    Raises:
+        ValueError: if it names none, or several are there and it is None.
+    """
+    if output is None:
+        with_rows = [leaf for leaf in tensor_leaves(tree) if leaf.dim() > 0]
+        if not with_rows:
+            raise ValueError(
+                "the loss depends on no tensor in the model's output: return tensors, or tuples or dicts of them, and "
+                "do not write them in place."
+            )
+        if len(with_rows) > 1:
+            raise ValueError(
+                f"the model gives {len(with_rows)} outputs that the loss depends on: select the one that residual and "
+                "deviation speak of with output=<key, index or callable>."
+            )
+        return with_rows[0]
+    if callable(output):
+        chosen = output(tree)
+    elif isinstance(tree, Tensor):  # an index would name an example
+        chosen = None
+    elif isinstance(output, str) and not isinstance(tree, dict):
+        chosen = getattr(tree, output, None)
+    else:
+        try:
+            chosen = tree[output]
+        except (LookupError, TypeError):
+            chosen = None
+    if not isinstance(chosen, Tensor):
+        raise ValueError(f"output={output!r} selects no tensor that the loss depends on.")
+    return chosen

@@ -16,6 +16,18 @@ def random_state(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def random_state_now(before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as `before`, as it is now."""
+    return {device: torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device) for device in before}
+
+
+def has_drawn(before: dict[str, Tensor]) -> bool:
+    """Whether a generator has been drawn from since."""
+    now = random_state_now(before)
+    # By bytes: a recorded pass adds no operator to the user's.
+    return any(bool((state.numpy() != now[device].numpy()).any()) for device, state in before.items())
+
+
 def set_random_state(state: dict[str, Tensor]) -> None:
     """Undo of `random_state`."""
     for device, value in state.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,17 +11,27 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from vlearn._torch_internals import view_base
-from vlearn.capture.autograd_graph import CallSubgraph, Node, find_unexplained_uses, nodes_of, structure
+from vlearn.capture.autograd_graph import (
+    CallSubgraph,
+    Node,
+    find_unexplained_uses,
+    nodes_of,
+    outputs_inside,
+    structure,
+)
 from vlearn.capture.broadcast_calls import BroadcastCall, other_terms
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import MOST_KINDS, ModelChecks, UnattributedParameters, remember
-from vlearn.capture.pytrees import detached, shapes, tensor_leaves, versions
-from vlearn.capture.random_state import random_state
+from vlearn.capture.pytrees import detached, tensor_leaves, versions
+from vlearn.capture.random_state import has_drawn, random_state, random_state_now
 from vlearn.capture.trace import Trace, remove_all
+from vlearn.layers.example_axes import Axes, axes_of_call, axis_of
 from vlearn.layers.registry import Rule, rule_of
 
+_COMPUTE = frozenset(("forward", "_conv_forward", "_output_padding"))  # which a module may have of its own
 _NOT_IN_GRAPH = (
     "a parameter of {name} got its gradient from a backward pass inside the backward pass, whose graph cannot be seen "
     "(reentrant checkpointing): use checkpoint(..., use_reentrant=False)."
@@ -32,9 +42,12 @@ _NOT_IN_GRAPH = (
 class _Frame:
     module: nn.Module
     first_call: int  # in the trace's calls, of those made inside
+    random_state: dict[str, Tensor] | None  # as it was entered, if it may draw in a call that no rule covers
     called: set[nn.Module] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
     broadcast: list[BroadcastCall] = field(default_factory=list)  # made inside, by a child
+    uncalled: list[nn.Module] = field(default_factory=list)  # below modules inside that can be no unit
+    doubtful: list[LayerCall] = field(default_factory=list)  # made inside, of inputs that may have no examples
 
 
 class Recorder:
@@ -49,6 +62,8 @@ class Recorder:
         self._ends: dict[LayerCall, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
         self._given_up = False
+        self._stand_ins: dict[LayerCall, tuple[list[LayerCall], list[LayerCall]]] = {}  # see `_stand_by`
+        self._adopters: list[tuple[LayerCall, _Frame, list[nn.Module]]] = []  # see `_await_uncalled`
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is about to run; the first call of all is that of the root."""
@@ -77,7 +92,9 @@ class Recorder:
             self._enter_root(module, args, kwargs)
         elif self._frames[-1].broadcast:
             self._find_broadcast(self._frames[-1], module, args, kwargs)
-        self._frames.append(_Frame(module, len(self.trace.layer_calls)))
+        may_draw = (module._parameters or module._modules) and rule_of(type(module)) is None
+        state = random_state_now(self.trace.random_state) if may_draw else None
+        self._frames.append(_Frame(module, len(self.trace.layer_calls), state))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace = self.trace
@@ -90,8 +107,9 @@ class Recorder:
                 module, "an input is a sparse, nested or mkldnn tensor and not a dense one (padded, if need be)"
             )
             return
-        sizes = [leaf.shape[0] for leaf in tensor_leaves((args, kwargs)) if leaf.dim() > 0]
-        trace.num_examples = sizes[0] if sizes else 0
+        if not trace.num_examples:
+            trace.num_examples = _batch_size(tensor_leaves((args, kwargs)))
+        trace.input_axes = [axis_of(leaf, trace.num_examples) for leaf in tree_leaves((args, kwargs))]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         while self._frames and self._frames[-1].module is not module:  # frames that an exception left open
@@ -108,11 +126,14 @@ class Recorder:
                 "(module.eval()) or use GroupNorm, LayerNorm or filter response normalisation."
             )
         self._attribute(frame, args, kwargs, output)
+        if frame.doubtful:
+            self._stand_by(frame, args, kwargs, output)
         if not self._frames:
             self._leave_root(frame, args, kwargs, output)
         self.trace.num_calls[module] = self.trace.num_calls.get(module, 0) + 1
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._settle()
         self._attribute_remaining(frame, args, kwargs, output)
         self.trace.keep_output(output)  # takes the edges of all calls
         self._ends = {}
@@ -136,9 +157,12 @@ class Recorder:
             )
         if unattributed.used_outside_call:
             rest, last = unattributed.used_outside_call, trace.layer_calls[-1] if trace.layer_calls else None
-            if last is not None and last.module is trace.root and last.rule is None:
-                rest = [*trace.layer_calls.pop().parameters, *rest]
-            self._add_call(frame, trace.root, rest, None, args, kwargs, output)
+            if last is None or last.module is not trace.root or last.rule is not None:
+                self._add_call(frame, trace.root, rest, None, args, kwargs, output)
+            else:
+                for inner in trace.layer_calls[:-1]:
+                    inner.parameters = [p for p in inner.parameters if all(p is not q for q in rest)]
+                last.parameters = list(dict.fromkeys([*last.parameters, *rest]))
         if unattributed.not_in_graph and trace.edges is None:
             report = partial(trace.problems.append, _NOT_IN_GRAPH.format(name=trace.paths[trace.root]))
             handles = [p.register_hook(lambda gradient: report()) for p in unattributed.not_in_graph if p.requires_grad]
@@ -192,6 +216,7 @@ class Recorder:
             if self._frames:  # a module that is called here may belong elsewhere
                 self._frames[-1].pending += [p for p in frame.pending if p not in own]
         if not wanted:
+            self._await_uncalled(frame, args, kwargs, output)
             return
         outputs = [leaf for leaf in tensor_leaves(output) if leaf.requires_grad]
         if not outputs:
@@ -199,7 +224,7 @@ class Recorder:
         if rule is not None:
             single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
             # Pruning and the older weight_norm make the weight from a parameter of another name.
-            plain = all(rule.covers(module, p) for p in wanted) and "forward" not in module.__dict__
+            plain = all(rule.covers(module, p) for p in wanted) and _COMPUTE.isdisjoint(module.__dict__)
             fits = single and plain and self._has_row_per_example(args[0]) and rule.accepts(module, args[0])
             if single and plain and self._frames and not args[0].requires_grad:
                 number = self.trace.num_calls.get(module, 0)
@@ -210,10 +235,7 @@ class Recorder:
                     return
             rule = rule if fits else None
         if rule is None:
-            rows_fit = all(map(self._has_row_per_example, outputs)) and any(
-                map(self._has_row_per_example, tensor_leaves((args, kwargs)))
-            )
-            if not rows_fit or isinstance(module, nn.RNNBase):  # its final state is [layers, N, H]
+            if not self._can_be_unit(module, args, kwargs, output):
                 self._leave_to_parent(module, wanted)
                 return
             # What this module's forward may use without calling its owner (MultiheadAttention's out_proj), if no call
@@ -224,6 +246,70 @@ class Recorder:
                 if child not in others:
                     wanted += [p for p in child._parameters.values() if p is not None and p in self.trace.tracked]
         self._add_call(frame, module, wanted, rule, args, kwargs, output)
+        if rule is not None and self._frames:
+            call = self.trace.layer_calls[-1]
+            doubtful = call.input_may_not_depend_on_examples or (args[0].requires_grad and args[0].is_leaf)
+            if doubtful and (call.path, call.number) not in self._checks.with_examples:
+                self._frames[-1].doubtful.append(call)
+
+    def _can_be_unit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+        """Whether a call can be made again on one example at a time, as far as sizes tell."""
+        into, out = self._axes(module, args, kwargs, output)
+        out = [axis for leaf, axis in zip(tensor_leaves(output), out, strict=True) if leaf.requires_grad]
+        if all(axis is None for axis in into) or all(axis is None for axis in out):
+            return False
+        return None not in out or not self._frames  # the loss need not read all that the model returns, as a state
+
+    def _stand_by(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> None:
+        """Record a call that takes over from calls inside, should their inputs turn out to have no examples."""
+        trace, module = self.trace, frame.module
+        if not self._can_be_unit(module, args, kwargs, output):
+            if self._frames:
+                self._frames[-1].doubtful += frame.doubtful
+            return
+        last = trace.layer_calls[-1]
+        if last.module is not module or last.number != trace.num_calls.get(module, 0) or last.rule is not None:
+            self._add_call(frame, module, [], None, args, kwargs, output)
+            last = trace.layer_calls[-1]
+        self._stand_ins[last] = frame.doubtful, trace.layer_calls[frame.first_call : -1]
+
+    def _await_uncalled(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> None:
+        """Record a call that will explain the parameters of modules below it that are called nowhere.
+
+        As a ParameterDict's, or those of a child whose weight is read without calling it. Whether one is called, the
+        end of the pass tells.
+        """
+        if not self._frames or not (frame.uncalled or frame.module._modules):
+            return  # the whole model is the unit of what is left
+        uncalled = [*frame.uncalled, *_uncalled(frame.module, frame.called)]
+        tracked = self.trace.tracked
+        uncalled = [each for each in uncalled if any(p in tracked for p in each._parameters.values())]
+        if not uncalled:
+            return
+        if not self._can_be_unit(frame.module, args, kwargs, output):
+            self._frames[-1].uncalled += uncalled
+            return
+        self._add_call(frame, frame.module, [], None, args, kwargs, output)
+        self._adopters.append((self.trace.layer_calls[-1], frame, uncalled))
+
+    def _settle(self) -> None:
+        """Give what was awaited to the calls that wait for it, now that all calls are known."""
+        trace = self.trace
+        for call, frame, uncalled in self._adopters:
+            owners = [module for module in uncalled if module not in trace.num_calls]
+            owned = [p for module in owners for p in module._parameters.values() if p is not None]
+            adopted: dict[Tensor, None] = dict.fromkeys(p for p in owned if p in trace.tracked and p.requires_grad)
+            for inner in trace.layer_calls[frame.first_call : trace.layer_calls.index(call)]:
+                inner.parameters = [p for p in inner.parameters if p not in adopted]
+            call.parameters = list(adopted)
+        for call in [call for call, *_ in self._adopters if not call.parameters and call not in self._stand_ins]:
+            trace.layer_calls.remove(call)
+            del self._ends[call]
+        place = {call: number for number, call in enumerate(trace.layer_calls)} if self._stand_ins else {}
+        for unit, (doubtful, inside) in self._stand_ins.items():
+            unit.inside = [place[call] for call in inside if call in place]
+            for call in doubtful:
+                call.stand_in = place[unit]
 
     def _add_call(
         self,
@@ -238,6 +324,10 @@ class Recorder:
         trace = self.trace
         leaves = tensor_leaves(output)
         positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        made_of_others, is_nested = set(), False
+        if rule is None and len(positions) > 1:
+            ends = nodes_of(tensor_leaves((args, kwargs)))
+            made_of_others, is_nested = self._separate_outputs(leaves, positions, ends)
         if rule is None:  # replaying this call moves the parameters wherever it uses them
             for inner in trace.layer_calls[frame.first_call :]:
                 inner.parameters = [p for p in inner.parameters if all(p is not q for q in parameters)]
@@ -254,7 +344,14 @@ class Recorder:
             positions=positions,
             shapes=[tuple(leaves[i].shape) for i in positions],
             cotangents=[None] * len(positions),
+            is_nested=is_nested,
         )
+        if rule is None:
+            call.input_axes, axes = self._axes(module, args, kwargs, output)
+            call.output_axes = [axes[i] for i in positions]
+            call.random_state = frame.random_state if frame.random_state and has_drawn(frame.random_state) else None
+        else:
+            call.input_axes, call.output_axes = [0], [0]
         sources = [_source(leaf) if rule is not None else leaf for leaf in leaves]
         inputs = tensor_leaves((args, kwargs))
         # Taken now: a tensor that is written in place later has another node then.
@@ -263,21 +360,35 @@ class Recorder:
         if rule is None or trace.edges is not None or all(len(shape) == 2 for shape in call.shapes):
             call.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
-            self._wait_for_gradient(call, position, sources[i])
+            if i not in made_of_others:
+                self._wait_for_gradient(call, position, sources[i])
         trace.layer_calls.append(call)
+
+    def _separate_outputs(self, leaves: list[Tensor], positions: list[int], ends: list[Node]) -> tuple[set[int], bool]:
+        """(The outputs whose gradients are not needed, whether others are made of one another).
+
+        Not needed is that of one that is made of other outputs alone, as a loss of the logits beside it: their
+        gradients have what came through it.
+        """
+        inside = list(zip(positions, outputs_inside([leaves[i] for i in positions], set(ends)), strict=True))
+        tracked = self.trace.tracked
+        made = {position for position, (inner, leaves) in inside if inner and leaves.isdisjoint(tracked)}
+        return made, any(inner for position, (inner, _) in inside if position not in made)
 
     def _find_broadcast(self, frame: _Frame, reader: nn.Module, args: Any, kwargs: Any) -> None:
         """Record the calls inside a frame whose outputs are terms of what a module is about to be given."""
         totals = [
-            leaf for leaf in tensor_leaves((args, kwargs)) if leaf.requires_grad and self._has_row_per_example(leaf)
+            (place, leaf)
+            for place, leaf in enumerate(tensor_leaves((args, kwargs)))
+            if leaf.requires_grad and self._has_row_per_example(leaf)
         ]
         for broadcast in list(frame.broadcast):
-            for total in totals:
+            for place, total in totals:
                 repeated = broadcast.for_all(total)
                 others = other_terms(total, broadcast.output) if repeated is not None else None
                 if others is not None:
                     frame.broadcast.remove(broadcast)
-                    consumer = reader, self.trace.num_calls.get(reader, 0), shapes((args, kwargs))
+                    consumer = reader, self.trace.num_calls.get(reader, 0), place
                     self._add_broadcast(broadcast, repeated, total, others, consumer)
                     break
 
@@ -300,6 +411,8 @@ class Recorder:
             positions=[0],
             shapes=[tuple(total.shape)],
             cotangents=[None],
+            input_axes=[0],
+            output_axes=[0],
             consumer=consumer,
         )
         self._ends[call] = others, nodes_of([total])
@@ -318,6 +431,16 @@ class Recorder:
     def _has_row_per_example(self, tensor: Tensor) -> bool:
         return tensor.dim() > 0 and tensor.shape[0] == self.trace.num_examples
 
+    def _axes(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Axes, Axes]:
+        """The axis of the examples of each input leaf and of each output tensor."""
+        inputs, outputs = tree_leaves((args, kwargs)), tensor_leaves(output)
+        return axes_of_call(module, args, kwargs, inputs, outputs, self.trace.num_examples)
+
+    @property
+    def _checks(self) -> ModelChecks:
+        assert self.trace.root is not None
+        return ModelChecks.of(self.trace.root)
+
     def _may_not_depend_on_examples(self, args: Any, kwargs: Any) -> bool:
         """Whether some input neither requires grad nor is one of the model's own."""
         own = {leaf.data_ptr() for leaf in tensor_leaves((self.trace.args, self.trace.kwargs))}
@@ -332,6 +455,26 @@ class Recorder:
                 f"{self.trace.paths[module]} ({type(module).__name__}): its inputs or outputs have no example axis of "
                 f"size {self.trace.num_examples} as dimension 0, so per-example gradients are not defined."
             )
+
+
+def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]:
+    """The modules below a module that no call inside it was of, nor of a module between."""
+    for child in module._modules.values():
+        if child is not None and child not in called:
+            yield child
+            yield from _uncalled(child, called)
+
+
+def _batch_size(leaves: list[Tensor]) -> int:
+    """How many rows the inputs have; where they differ, a number that is not the size of another axis, if there is one.
+
+    A matrix that all examples share, as the adjacency of a graph, may come first.
+    """
+    sizes = [leaf.shape[0] for leaf in leaves if leaf.dim() > 0]
+    if len(set(sizes)) > 1:
+        others = {size for leaf in leaves for size in leaf.shape[1:]}
+        sizes = [size for size in sizes if size not in others] or sizes
+    return sizes[0] if sizes else 0
 
 
 def _source(leaf: Tensor) -> Tensor:

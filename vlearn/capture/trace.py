@@ -23,6 +23,7 @@ from vlearn.capture.model_checks import ModelChecks
 from vlearn.capture.output_probe import CallEdge, OutputProbe
 from vlearn.capture.pass_gradients import PassGradients, product
 from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
+from vlearn.layers.example_axes import Axes
 
 
 class _Graph:
@@ -43,13 +44,16 @@ class Trace:
         problems: why the examples have no gradients of their own, where they have none.
         root: the module whose call the pass began with; args, kwargs, output: what it was called with and gave.
         num_examples: the size of the batch.
+        input_axes: along which axis of each leaf of (args, kwargs) the examples lie; see `LayerCall`.
         examples: of a subset (`vlearn.per_example.subset`), which of the whole batch's examples it has; else None.
         in_train_mode: the modules that were in train mode.
         graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
         kind: what tells kinds of passes apart, see `vlearn.capture.model_checks`.
         random_state: of the generators, as the pass began.
-        positions: which tensors of the output required grad.
+        positions: which tensors of the output required grad; output_axes: along which axis of each the examples lie,
+            None where there is none, or for all of them where that was not looked for.
         cotangents: the gradient with respect to each of those, None where none has come.
+        cotangents_are_total: whether that of an output which others are made of has what came through those.
         on_backward: called as the user's backward pass begins.
         probe: what else is to be sent back; probed: the same pass with the probe's gradients, once there are.
     """
@@ -57,12 +61,13 @@ class Trace:
     def __init__(self, paths: dict[nn.Module, str], tracked: Iterable[Tensor], by_edge: bool = False):
         self.paths = paths
         self.edges: list[tuple[LayerCall, int, GradientEdge]] | None = [] if by_edge else None
-        self.tracked = dict.fromkeys(tracked)
+        self.tracked = dict.fromkeys(p for p in tracked if p.numel())  # one without entries has no gradient
         self.layer_calls: list[LayerCall] = []
         self.num_calls: dict[nn.Module, int] = {}
         self.problems: list[str] = []
         self.root: nn.Module | None = None
         self.num_examples = 0
+        self.input_axes: Axes = []
         self.examples: Tensor | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
@@ -73,8 +78,10 @@ class Trace:
         self.random_state: Any = None
         self.output: Any = None
         self.output_versions: list[int] = []
+        self.output_axes: list[int | None] | None = None
         self.positions: list[int] = []
         self.cotangents: list[Tensor | None] = []
+        self.cotangents_are_total = False
         self.on_backward: Callable[[], None] = lambda: None
         self.probe: OutputProbe | None = None
         self.probed: Trace | None = None
@@ -94,6 +101,7 @@ class Trace:
         leaves = tensor_leaves(output)
         self.positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
         self.cotangents = [None] * len(self.positions)
+        self.cotangents_are_total = self.edges is None
         if self.edges is None:
             graph = _Graph()
             self._graph = ref(graph)
@@ -249,7 +257,7 @@ class Trace:
         """The relative difference that rounding may make between a recorded value and the same computed again."""
         # Under autocast some modules worked in a narrow type, a replay does not.
         types = {cotangent.dtype for call in self.layer_calls for cotangent in call.cotangents if cotangent is not None}
-        return max(1e-4, *(30 * torch.finfo(dtype).eps for dtype in types))
+        return max((1e-4, *(30 * torch.finfo(dtype).eps for dtype in types)))
 
     def calls_by_parameter(self) -> dict[Tensor, list[LayerCall]]:
         """The calls that the backward pass reached, by parameter."""

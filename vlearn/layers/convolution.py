@@ -105,12 +105,30 @@ def _places(offset: Sizes, sizes: Sizes, stride: Sizes, dilation: Sizes) -> tupl
     )
 
 
+def _as_sizes(value: int | Sizes, dimensions: int) -> Sizes:
+    """What a convolution takes as one number for all axes or as one for each."""
+    return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(value))
+
+
+def _widths(module: Any, kernel: Sizes, dilation: Sizes) -> list[int]:
+    """What a convolution pads with, last axis first and both sides of each, as F.pad wants it."""
+    if module.padding_mode != "zeros":  # laid down when the module was made, unlike `padding`
+        return list(module._reversed_padding_repeated_twice)
+    if module.padding == "valid":
+        return [0] * (2 * len(kernel))
+    if module.padding == "same":
+        totals = [gap * (k - 1) for k, gap in zip(kernel, dilation, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return [side for side in reversed(_as_sizes(module.padding, len(kernel))) for _ in range(2)]
+
+
 def _convolution_weight(module: Any, x: Tensor, b: Tensor) -> Form:
-    # Last axis first, as F.pad wants it; also what padding="same" resolves to.
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    if any(module._reversed_padding_repeated_twice):
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    # As torch's forward reads them: from the weight, and from what the module has now.
+    kernel = tuple(module.weight.shape[2:])
+    stride, dilation = (_as_sizes(value, len(kernel)) for value in (module.stride, module.dilation))
+    widths = _widths(module, kernel, dilation)
+    if any(widths):
+        x = F.pad(x, widths, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
     sizes = tuple(
         (length - gap * (k - 1) - 1) // step + 1
         for length, k, step, gap in zip(x.shape[2:], kernel, stride, dilation, strict=True)
@@ -209,13 +227,14 @@ def _padded(outputs: Sizes, geometry: Any) -> Sizes:
 
 
 def _transposed_weight(module: Any, x: Tensor, b: Tensor) -> Form:
-    kernel, stride, dilation, padding = module.kernel_size, module.stride, module.dilation, module.padding
-    inputs = tuple(x.shape[2:])
+    kernel, inputs = tuple(module.weight.shape[2:]), tuple(x.shape[2:])
+    stride, dilation, padding, extra_sizes = (
+        _as_sizes(value, len(kernel))
+        for value in (module.stride, module.dilation, module.padding, module.output_padding)
+    )
     outputs = tuple(
         (size - 1) * step - 2 * p + gap * (k - 1) + extra + 1
-        for size, step, p, gap, k, extra in zip(
-            inputs, stride, padding, dilation, kernel, module.output_padding, strict=True
-        )
+        for size, step, p, gap, k, extra in zip(inputs, stride, padding, dilation, kernel, extra_sizes, strict=True)
     )
     image = b.mT.unflatten(3, outputs)  # [N, G, O, ...]
     padded = F.pad(image, [p for size in reversed(padding) for p in (size, size)])

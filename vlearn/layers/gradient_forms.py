@@ -105,7 +105,7 @@ class Outer:
 
     def dense(self) -> Tensor:
         """See `Form`; Σ_t b_nt a_ntᵀ."""
-        return self._product().reshape(-1, *self.shape)
+        return self._product().reshape(len(self.b), *self.shape)
 
     def output_jvp(self, direction: Tensor) -> Tensor:
         """See `Form`; D_n a_nt."""
@@ -150,7 +150,8 @@ class Outer:
 
     def _matrix(self, tensor: Tensor) -> Tensor:
         lead = tensor.shape[: tensor.dim() - len(self.shape)]
-        return tensor.reshape(*lead, self.a.shape[1], *((-1, self.a.shape[3])[:: -1 if self.transposed else 1]))
+        rows, columns = self.b.shape[3], self.a.shape[3]
+        return tensor.reshape(*lead, self.a.shape[1], *((columns, rows) if self.transposed else (rows, columns)))
 
 
 @dataclass(frozen=True)
@@ -232,11 +233,11 @@ class Elementwise:
 
     def dense(self) -> Tensor:
         """See `Form`; Σ_t b_nt ∘ a_nt."""
-        return (self.a * self.b).sum(2).reshape(-1, *self.shape)
+        return (self.a * self.b).sum(2).reshape(len(self.b), *self.shape)
 
     def output_jvp(self, direction: Tensor) -> Tensor:
         """See `Form`; D_n ∘ a_nt."""
-        return self.a * direction.reshape(-1, self.b.shape[1], 1, self.b.shape[3])
+        return self.a * direction.reshape(len(direction), self.b.shape[1], 1, self.b.shape[3])
 
     def weighted_square(self, variance: Tensor) -> Tensor:
         """See `Form`."""
@@ -267,7 +268,7 @@ class Bias:
 
     def dense(self) -> Tensor:
         """See `Form`; Σ_t b_nt."""
-        return self.b.reshape(-1, *self.shape)
+        return self.b.reshape(len(self.b), *self.shape)
 
     def output_jvp(self, direction: Tensor) -> Tensor:
         """See `Form`; D_n at every position alike."""
@@ -279,7 +280,7 @@ class Bias:
 
     def weighted_output_jvp(self, variance: Tensor) -> Tensor:
         """See `Form`, at every position alike."""
-        return self.b * variance.reshape(1, self.b.shape[1], 1, -1)
+        return self.b * variance.reshape(1, self.b.shape[1], 1, self.b.shape[3])
 
     def sum_of_squares(self) -> Tensor:
         """See `Form`."""

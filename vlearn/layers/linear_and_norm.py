@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,11 +52,14 @@ def _embedding_refuses(module: nn.Embedding) -> str | None:
 
 
 def _embedding_weight(module: nn.Embedding, x: Tensor, b: Tensor) -> Indexed:
-    return Indexed(x.reshape(len(x), -1), b, module.weight.shape, module.padding_idx)
+    padding = module.padding_idx
+    if padding is not None:  # one that was set later may count from the end
+        padding %= len(module.weight)
+    return Indexed(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1), b, module.weight.shape, padding)
 
 
 def _one_embedding_a_row(module: nn.Embedding, tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor), 1, -1, module.embedding_dim)
+    return tensor.reshape(len(tensor), 1, math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 register(
@@ -73,7 +77,10 @@ def _normalised_features(normalise: Callable[[Any, Tensor], Tensor]) -> Rule:
     """Rule of a layer that normalises over the last axes, with a gain for each of their entries."""
 
     def rows(module: Any, tensor: Tensor) -> Tensor:
-        return tensor.reshape(tensor.shape[0], 1, -1, module.weight.numel())
+        axes = len(module.normalized_shape)
+        return tensor.reshape(
+            len(tensor), 1, math.prod(tensor.shape[1 : tensor.dim() - axes]), math.prod(tensor.shape[-axes:])
+        )
 
     return Rule(
         forms={

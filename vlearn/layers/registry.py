@@ -6,6 +6,7 @@ unless its own rule is registered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from vlearn.layers.gradient_forms import Bias, Form
 
 def features_last(module: Any, tensor: Tensor) -> Tensor:
     """``[N, ..., O]`` as rows ``[N, 1, T, O]``."""
-    return tensor.reshape(tensor.shape[0], 1, -1, tensor.shape[-1])
+    return tensor.reshape(tensor.shape[0], 1, math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 def from_features_last(module: Any, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -27,7 +28,7 @@ def from_features_last(module: Any, rows: Tensor, shape: tuple[int, ...]) -> Ten
 def channels_first(module: Any, tensor: Tensor) -> Tensor:
     """``[N, C, ...]`` as rows ``[N, G, T, C/G]``."""
     groups = getattr(module, "groups", 1)
-    return tensor.reshape(tensor.shape[0], groups, tensor.shape[1] // groups, -1).mT
+    return tensor.reshape(tensor.shape[0], groups, tensor.shape[1] // groups, math.prod(tensor.shape[2:])).mT
 
 
 def from_channels_first(module: Any, rows: Tensor, shape: tuple[int, ...]) -> Tensor:

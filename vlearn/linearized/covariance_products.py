@@ -41,23 +41,29 @@ class CovarianceProducts:
     tangents: dict[LayerCall, list[Tensor]] | None
 
     def add(self, call: LayerCall, output: int, examples: slice, tangent: Tensor) -> None:
-        """Add to the tangent of one output of a call, for some of the examples."""
+        """Add to the tangent of one output of a call, for some of the examples, which come first."""
         assert self.tangents is not None
+        axis = call.output_axes[output]
+        assert axis is not None
         if call not in self.tangents:
             self.tangents[call] = [self.self_influence.new_zeros(shape) for shape in call.shapes]
-        self.tangents[call][output][examples] += tangent
+        rows = self.tangents[call]
+        if tangent.is_complex() and not rows[output].is_complex():
+            rows[output] = rows[output].to(tangent.dtype)
+        rows[output].movedim(axis, 0)[examples] += tangent
 
     def within(self, whole: RecordedPass, part: RecordedPass) -> CovarianceProducts:
         """The products of a subset of the examples as rows among those of all, zero for the others."""
         assert self.tangents is not None
 
-        def spread(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        def spread(rows: Tensor, shape: tuple[int, ...], axis: int | None = 0) -> Tensor:
             of_all = rows.new_zeros(shape)
-            of_all[part.trace.examples] = rows
+            if axis is not None:
+                of_all.movedim(axis, 0)[part.trace.examples] = rows.movedim(axis, 0)
             return of_all
 
         tangents = {
-            call: [spread(rows, shape) for rows, shape in zip(self.tangents[chosen], call.shapes, strict=True)]
+            call: [spread(*each) for each in zip(self.tangents[chosen], call.shapes, call.output_axes, strict=True)]
             for call, chosen in zip(whole.trace.layer_calls, part.trace.layer_calls, strict=True)
             if chosen in self.tangents
         }
@@ -179,7 +185,8 @@ def _add_dense(
                     _add_row_tangent(products, call, examples, form_of(call, p, examples).output_jvp(direction))
             else:
                 for output, tangent in enumerate(output_tangents(call, examples, recorded.weights, moving)):
-                    products.add(call, output, examples, tangent)
+                    if tangent is not None:
+                        products.add(call, output, examples, tangent)
 
 
 def _together(

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.hooks import record
-from vlearn.capture.outputs import Selector, select
-from vlearn.capture.pytrees import shapes, tensor_leaves, with_leaves
+from vlearn.capture.pytrees import Selector, select, shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.covariance_products import covariance_products
@@ -279,7 +278,7 @@ def linearize(
         RuntimeError: if the examples of a batch have no gradient or no loss of their own.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
-    with torch.enable_grad(), record(model, parameters) as trace:
+    with torch.enable_grad(), record(model, parameters, len(batch.index)) as trace:
         prediction = model(*batch.args, **batch.kwargs)
     if trace.problems:
         raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")
@@ -290,6 +289,11 @@ def linearize(
         leaves = [tensor.detach().requires_grad_() for tensor in outputs]
         for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
         loss = losses(for_loss, batch.target)
+        if len(loss) != len(batch.index):
+            raise RuntimeError(
+                f"the loss gives {len(loss)} values for a batch of {len(batch.index)} examples: use a loss of one "
+                "value for each example, and inputs and targets with the examples along dimension 0."
+            )
         kind = shapes((leaves, batch.target))
         is_known = kind in losses.checked
         residuals = torch.autograd.grad(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vlearn.capture.pytrees import rows_of
 from vlearn.capture.trace import is_close
@@ -77,7 +78,8 @@ def _differs(
     """Whether the first losses are others when computed from these rows, and that not by chance."""
     count = len(loss)
     try:
-        part = losses(*rows_of(given, count, rows.to(loss.device)))
+        axes = [0 if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else None for leaf in tree_leaves(given)]
+        part = losses(*rows_of(given, axes, rows.to(loss.device)))
         if part.shape != (len(rows), *loss.shape[1:]) or is_close(part[:few], loss[:few].detach(), AGREE):
             return False
         return is_close(losses(*given), loss.detach(), AGREE)  # else it draws random numbers

@@ -19,6 +19,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
+from vlearn.layers.example_axes import axis_of
 from vlearn.linearized.covariance_products import CovarianceProducts
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded, forward_mode, rerun, tangents_in_reverse
@@ -60,7 +61,15 @@ def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> li
             # A checkpoint would recompute only after the replay: with other weights, and not moved by `size`.
             with disable_saved_tensors_hooks(_CHECKPOINTED):
                 outputs = _replay(recorded, calls_of, products.tangents, size)
-            return tangents_in_reverse(outputs, [size], [torch.ones_like(size)])
+            axes = [axis_of(output, trace.num_examples) for output in outputs]
+            with_examples = [
+                output.movedim(axis, 0) for output, axis in zip(outputs, axes, strict=True) if axis is not None
+            ]
+            found = iter(tangents_in_reverse(with_examples, [size], [torch.ones_like(size)]))
+            return [
+                torch.zeros_like(output) if axis is None else next(found).movedim(0, axis)
+                for output, axis in zip(outputs, axes, strict=True)
+            ]
 
 
 def _replay(
@@ -77,7 +86,7 @@ def _replay(
     def move(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         number = num_calls[module] = num_calls.get(module, -1) + 1
         for call in calls_of.get((module, number), ()):
-            output = _moved_along(output, call.positions, tangents[call], size)
+            output = _moved_along(output, call, tangents[call], size)
         return output
 
     modules = dict.fromkeys(module for module, _ in calls_of)
@@ -97,7 +106,7 @@ def _known_outputs(trace: Trace, dtype: torch.dtype) -> Iterator[None]:
 
     def is_known(call: LayerCall) -> bool:
         output = call.intact_output if call.rule is not None and call.rule.linear is not None else None
-        return output is not None and output.dtype == dtype
+        return output is not None and output.dtype == dtype and call.input_axes == [0]
 
     known = {
         m: calls for m, calls in calls_of.items() if len(calls) == trace.num_calls[m] and all(map(is_known, calls))
@@ -130,14 +139,16 @@ def _carry_tangent(
     return forward_ad.make_dual(call.intact_output, call.rule.linear(call.module, tangent))
 
 
-def _moved_along(output: Any, positions: list[int], tangents: list[Tensor], size: Tensor | None) -> Any:
-    """The same output with the tensors at the given positions moved, see `_replay`."""
+def _moved_along(output: Any, call: LayerCall, tangents: list[Tensor], size: Tensor | None) -> Any:
+    """The same output of a call with its tensors moved, see `_replay`."""
     leaves, moved = tensor_leaves(output), {}
-    for position, extra in zip(positions, tangents, strict=True):
+    for position, axis, extra in zip(call.positions, call.output_axes, tangents, strict=True):
+        if axis is None:
+            continue
         leaf = leaves[position]
         extra = extra.to(leaf.dtype)
         if size is not None:
-            moved[position] = leaf + size.reshape(-1, *[1] * (extra.dim() - 1)) * extra
+            moved[position] = leaf + size.reshape(-1, *[1] * (extra.dim() - 1 - axis)) * extra
         else:
             if leaf.shape != extra.shape or 0 in leaf.stride():  # of a call that all examples share, or expanded
                 leaf = leaf.expand(extra.shape).clone()

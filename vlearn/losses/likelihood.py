@@ -17,16 +17,15 @@ from torch.distributions import Distribution
 
 from vlearn.losses.output_hessian import hessian_root, output_hessian, softmax_root
 from vlearn.losses.residual_checks import (
-    CHOICES,
     LossMakeup,
     binary_weights,
     categorical_weights,
-    is_binary,
-    is_categorical,
+    refusal,
+    shown_likelihood,
 )
 
 Likelihood = str | Callable[[Tensor], Distribution]
-LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
+LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 
 
 def probe(
@@ -50,17 +49,19 @@ def probe(
         makeup: how the loss is made up of the examples' own.
         generator: of the random numbers (a distribution samples with torch's global one).
     Raises:
-        ValueError: if the residual shows that the loss is not of the likelihood; that of "gaussian" and of a callable
-            shows only that it is another of the two.
+        ValueError: if the residual is not that of the likelihood. That of "gaussian" is one as long as it is not that
+            of hard labels, and that of a callable always.
     """
     wide = output.detach() if torch.finfo(output.dtype).bits >= 32 else output.detach().float()
     if likelihood == "categorical":
         axis, weights = categorical_weights(output.detach(), residual, makeup)
-        return _categorical(wide, axis, how, generator) * weights.to(wide.dtype).sqrt()
+        u = _categorical(wide.movedim(axis, -1), how, generator).movedim(-1, axis)
+        return u * weights.to(wide.dtype).sqrt()
     if likelihood == "bernoulli":
         return _bernoulli(wide, how, generator) * binary_weights(output.detach(), residual, makeup).to(wide).sqrt()
     if likelihood == "gaussian":
-        _check_not_of_classes(output.detach(), residual)
+        if shown_likelihood(output.detach(), residual) is not None:
+            raise refusal("gaussian", output.detach(), residual)
         z = _signs(wide, generator) if how == "ggn" else _normal(wide, generator)
         u, rows = math.sqrt(2) * z, wide.numel()  # (f - y)² has the curvature 2; y ~ N(f, 1/2)
     else:
@@ -69,21 +70,12 @@ def probe(
     return u * math.sqrt(makeup.weight_of(max(rows, 1)))
 
 
-def _check_not_of_classes(output: Tensor, residual: Tensor) -> None:
-    for likelihood, is_it in (("categorical", is_categorical), ("bernoulli", is_binary)):
-        if is_it(output, residual):
-            raise ValueError(
-                f"likelihood='gaussian', but the loss's gradient with respect to the output of shape "
-                f"{tuple(output.shape)} is that of likelihood={likelihood!r} with hard labels: {CHOICES}."
-            )
-
-
-def _categorical(scores: Tensor, axis: int, how: str, generator: torch.Generator | None) -> Tensor:
-    if how != "sampled":
-        return softmax_root(scores.softmax(axis), _signs(scores, generator), axis)
-    p = scores.softmax(axis).movedim(axis, -1)
-    labels = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
-    return (p - F.one_hot(labels, p.shape[-1]).to(p.dtype)).movedim(-1, axis)
+def _categorical(scores: Tensor, how: str, generator: torch.Generator | None) -> Tensor:
+    p = scores.softmax(-1)
+    if how == "sampled":
+        labels = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+        return p - F.one_hot(labels, p.shape[-1]).to(p.dtype)
+    return softmax_root(p, _signs(scores, generator), -1)
 
 
 def _bernoulli(logits: Tensor, how: str, generator: torch.Generator | None) -> Tensor:

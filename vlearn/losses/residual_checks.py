@@ -23,6 +23,11 @@ from vlearn.losses.hard_labels import DOUBT, SAMPLE, RowFactors, row_factors
 ENTRIES = 4096  # of binary losses that are looked at
 SLACK = 1.5  # with class weights and smoothed labels the weights of a minibatch do not quite add up to 1
 UNTOLD = 16.0  # no weight, but a gradient scaler's factor
+LOSSES = {
+    "categorical": "softmax cross-entropy along any axis",
+    "bernoulli": "binary cross-entropy with logits",
+    "gaussian": "squared error",
+}
 CHOICES = (
     "choose likelihood='categorical' (softmax cross-entropy), 'bernoulli' (binary cross-entropy of logits), 'gaussian' "
     "(squared error) or a callable output -> torch.distributions.Distribution, or use curvature='empirical' or the "
@@ -125,11 +130,7 @@ def _evidence(output: Tensor, residual: Tensor, makeup: LossMakeup) -> _Evidence
             soft = _Evidence(axis, None)
     if soft is not None:
         return soft
-    shown = "it is that of binary cross-entropy: use likelihood='bernoulli'" if is_binary(output, residual) else CHOICES
-    raise ValueError(
-        f"likelihood='categorical', but the loss's gradient with respect to the output of shape {tuple(output.shape)} "
-        f"is not that of softmax cross-entropy along any axis: {shown}."
-    )
+    raise refusal("categorical", output, residual)
 
 
 def _may_have_soft_labels(p: Tensor, rows: Tensor, number: int, makeup: LossMakeup) -> bool:
@@ -176,14 +177,27 @@ def binary_weights(output: Tensor, residual: Tensor, makeup: LossMakeup) -> Tens
         return makeup.own_weights(every.nan_to_num(0.0, 0.0, 0.0))
     if float(factor.mean()) <= SLACK * makeup.weight_of(int(counted.sum())) / makeup.scale:
         return counted.to(output.dtype) * makeup.shared_weight(None, counted)
-    raise ValueError(
-        f"likelihood='bernoulli', but the loss's gradient with respect to the output of shape {tuple(output.shape)} is "
-        f"not that of binary cross-entropy with logits, at the scale that is told: {CHOICES}, or tell "
-        "watch(model, loss_scale=...) what the loss is multiplied with."
+    raise refusal("bernoulli", output, residual)
+
+
+def shown_likelihood(output: Tensor, residual: Tensor) -> str | None:
+    """The likelihood whose gradient with hard labels this is beyond doubt, if there is one."""
+    if _is_categorical(output, residual):
+        return "categorical"
+    return "bernoulli" if _is_binary(output, residual) else None
+
+
+def refusal(likelihood: str, output: Tensor, residual: Tensor) -> ValueError:
+    """What is to be raised where the gradient is not that of a likelihood."""
+    shown = shown_likelihood(output, residual)
+    remedy = f"it is that of another: use likelihood={shown!r}" if shown not in (None, likelihood) else CHOICES
+    return ValueError(
+        f"likelihood={likelihood!r}, but the loss's gradient with respect to the output of shape {tuple(output.shape)} "
+        f"is not that of {LOSSES[likelihood]}, at the scale that is told by watch(model, loss_scale=...): {remedy}."
     )
 
 
-def is_binary(output: Tensor, residual: Tensor) -> bool:
+def _is_binary(output: Tensor, residual: Tensor) -> bool:
     """Whether a gradient can be nothing else than that of a binary cross-entropy with hard labels."""
     factor, places, _ = _binary_factors(output, residual)
     if len(factor) < 8 or not bool(factor.isfinite().all()):
@@ -192,7 +206,7 @@ def is_binary(output: Tensor, residual: Tensor) -> bool:
     return bool(spread > 1e-2) and _is_one(factor, 2e-2 if _is_narrow(output, residual) else 1e-4)
 
 
-def is_categorical(output: Tensor, residual: Tensor) -> bool:
+def _is_categorical(output: Tensor, residual: Tensor) -> bool:
     """Whether a gradient can be nothing else than that of a softmax cross-entropy with hard labels."""
     factors = row_factors(output, residual)
     return factors is not None and len(factors.factor) >= 4 and factors.is_one

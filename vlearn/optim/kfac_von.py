@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.outputs import Selector
+from vlearn.capture.pytrees import Selector
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from vlearn._torch_internals import is_sharded
 from vlearn.capture.names import named_parameters
-from vlearn.capture.outputs import Selector
+from vlearn.capture.pytrees import Selector
 from vlearn.optim.distributed.collectives import averaged
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision

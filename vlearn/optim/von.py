@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vlearn.capture.outputs import Selector
+from vlearn.capture.pytrees import Selector
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
@@ -57,8 +57,8 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         likelihood: what the loss is the negative logarithm of: "categorical" (softmax cross-entropy of scores or
             log-probabilities, over whichever axis; with class weights, ignored targets, soft labels),
             "bernoulli" (binary cross-entropy of logits), "gaussian" (`F.mse_loss`: (f - y)², averaged over all
-            entries), or a callable output -> torch Distribution, averaged too. The loss's gradient must fit, or
-            step() refuses it; that of the last two shows no more than that it is one of the first.
+            entries), or a callable output -> torch Distribution, averaged too. step() refuses a loss whose gradient is
+            not that of the first two, and with "gaussian" one that is theirs.
         output: which of several outputs of the model the likelihood is of: a key, an index or a callable.
         damping: added to the preconditioner alone, never to the posterior.
         foreach: multi-tensor operations; default wherever a block has several tensors.

@@ -65,7 +65,7 @@ def sums_of_products(recorded: RecordedPass, joint: list[Tensor], wanted: Contai
             by_parameter = dense_gradients(recorded, calls_of, examples)
             size = examples.stop - examples.start
             columns = [
-                upcast(by_parameter[p]).reshape(size, -1)
+                upcast(by_parameter[p]).reshape(size, p.numel())
                 if p in by_parameter
                 else torch.zeros(size, p.numel(), device=p.device)
                 for p in joint

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
-from vlearn.capture.pytrees import is_per_example
 from vlearn.capture.trace import Trace
-from vlearn.per_example.independence import check_example_axis, check_independent
+from vlearn.per_example.independence import check_independent, find_example_axes
+from vlearn.per_example.module_call import separate_outputs
 from vlearn.per_example.row_sums import check_row_sums
 from vlearn.per_example.subset import subset
 from vlearn.per_example.vmap_fallback import Weights
@@ -41,7 +41,9 @@ class RecordedPass:
                 they see one another, a module that no rule covers refuses them, an input was written since, or their
                 gradients do not add up to that of the pass.
         """
-        check_example_axis(trace, weights)
+        for part in (trace,) if trace.probed is None else (trace, trace.probed):
+            separate_outputs(part, weights)
+        find_example_axes(trace, weights)
         for call in trace.layer_calls:
             if call.reached and call.parameters:
                 call.check_unchanged()
@@ -58,7 +60,7 @@ class RecordedPass:
     def num_with_loss(self) -> int:
         """The number of examples that the loss depends on, at least 1: those whose targets are ignored are none."""
         total = self.num_examples
-        rows = [c for c in self.trace.cotangents if c is not None and is_per_example(c, total)]
+        rows = [c for c in self.trace.cotangents if c is not None and c.shape[:1] == (total,)]
         if not rows:
             return total
         return max(1, int(torch.stack([c.reshape(total, -1).ne(0).any(1) for c in rows]).any(0).sum()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from vlearn._torch_internals import without_onednn
+from vlearn.capture.autograd_graph import outputs_inside
 from vlearn.capture.hooks import hooked, hooks_paused
 from vlearn.capture.pytrees import rows_of, tensor_leaves
-from vlearn.capture.random_state import random_state, set_random_state
+from vlearn.capture.random_state import random_state_now, set_random_state
 from vlearn.capture.trace import Trace
 
 
@@ -39,7 +42,52 @@ def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kw
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 state[lead + name] = copies.setdefault(buffer, buffer.clone())
-    return functional_call(module, state, args, kwargs, tie_weights=False)
+    return _called(module, state, args, kwargs, tie_weights=False)
+
+
+def _called(module: nn.Module, state: dict[str, Tensor], args: Any, kwargs: Any, tie_weights: bool = True) -> Any:
+    if isinstance(module, nn.DataParallel):  # which torch.func refuses, but not inside another module
+        module, state = _Holder(module), {f"held.{name}": value for name, value in state.items()}
+    return functional_call(module, state, args, kwargs, tie_weights=tie_weights)
+
+
+class _Holder(nn.Module):
+    def __init__(self, held: nn.Module):
+        super().__init__()
+        self.held = held
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.held(*args, **kwargs)
+
+
+def model_arguments(model: nn.Module | None, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments for inputs: of a dict by name, of a tuple or a list one after the other.
+
+    Where the model's forward does not take them so but takes one argument, they are that one.
+
+    Args:
+        model: None: not asked.
+    """
+    args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else (tuple(x) if isinstance(x, tuple | list) else (x,), {})
+    forward = None if model is None else _signature(model.forward)
+    if forward is not None and not _binds(forward, args, kwargs) and _binds(forward, (x,), {}):
+        return (x,), {}
+    return args, kwargs
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -91,8 +139,15 @@ def as_recorded(trace: Trace) -> Iterator[None]:
 @contextmanager
 def same_random_numbers(trace: Trace) -> Iterator[None]:
     """Random numbers as in the recorded forward (dropout masks); the generators go on as if nothing was drawn."""
-    now = random_state(trace.tracked)
-    set_random_state(trace.random_state)
+    with random_numbers_from(trace.random_state):
+        yield
+
+
+@contextmanager
+def random_numbers_from(state: dict[str, Tensor]) -> Iterator[None]:
+    """Random numbers as from this state of the generators, which go on as if nothing was drawn."""
+    now = random_state_now(state)
+    set_random_state(state)
     try:
         yield
     finally:
@@ -120,7 +175,7 @@ def rerun(
     assert root is not None
     args, kwargs = trace.args, trace.kwargs
     if examples != slice(None):
-        args, kwargs = rows_of((args, kwargs), trace.num_examples, examples)
+        args, kwargs = rows_of((args, kwargs), trace.input_axes, examples)
     with same_random_numbers(trace), hooked(modules, enter, leave):
         for device in {p.device for p in trace.tracked} if other_random_numbers else ():
             torch.rand(1, device=device)
@@ -136,9 +191,11 @@ def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[
     assert root is not None
     with as_recorded(trace), placed(weights), same_random_numbers(trace):
         buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-        outputs = tensor_leaves(functional_call(root, buffers, trace.args, trace.kwargs))
+        outputs = tensor_leaves(_called(root, buffers, trace.args, trace.kwargs))
         reached = zip(trace.positions, trace.cotangents, strict=True)
         pairs = [(outputs[at], c) for at, c in reached if c is not None and outputs[at].requires_grad]
+        if trace.cotangents_are_total:
+            pairs = direct_cotangents(pairs)
         parameters = [p for p in weights if p.requires_grad]
         gradients = torch.autograd.grad(
             [output for output, _ in pairs],
@@ -147,6 +204,44 @@ def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[
             allow_unused=True,
         )
     return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def direct_cotangents(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The outputs of a call with a loss's gradients with respect to them as separate values.
+
+    To a value inside the graph comes what came through the outputs that are made of it, too:
+    direct_i = total_i - Σ_j (dO_j/dO_i)ᵀ direct_j over those O_j.
+
+    Args:
+        pairs: outputs with their graph, and the gradient that came to each.
+    """
+    inside = outputs_inside([output for output, _ in pairs], set())
+    direct: dict[int, Tensor] = {}
+
+    def find(number: int) -> Tensor:
+        if number not in direct:
+            output, total = pairs[number]
+            total = total.to(output.dtype)
+            outer = [j for j in range(len(pairs)) if number in _all_inside(inside, j)]
+            if outer:
+                cotangents = [find(j) for j in outer]
+                (through,) = torch.autograd.grad([pairs[j][0] for j in outer], output, cotangents, retain_graph=True)
+                total = total - through
+            direct[number] = total
+        return direct[number]
+
+    return [(output, find(number)) for number, (output, _) in enumerate(pairs)]
+
+
+def _all_inside(inside: list[tuple[set[int], set[Tensor]]], number: int) -> set[int]:
+    found: set[int] = set()
+    waiting = list(inside[number][0])
+    while waiting:
+        inner = waiting.pop()
+        if inner not in found:
+            found.add(inner)
+            waiting += inside[inner][0]
+    return found
 
 
 @contextmanager
@@ -211,7 +306,7 @@ def _pulled_twice(outputs: list[Tensor], inputs: list[Tensor], directions: list[
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[0], -1)
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
 
 
 def _by_entry(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
@@ -223,12 +318,26 @@ def _by_entry(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) ->
     return torch.stack(columns, 1).reshape(output.shape).detach()
 
 
+def _whatever_the_layout(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function gives; some forward derivatives of torch (group_norm's) want their tensors contiguous."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        return func(*tree_map(_contiguous, args), **tree_map(_contiguous, kwargs))
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
 class _BackwardsStops(TorchFunctionMode):
     """Tangents end where gradients do: under `torch.no_grad()`, and in the padding row of an embedding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.is_grad_enabled():
-            result = func(*args, **(kwargs or {}))
+            result = _whatever_the_layout(func, args, kwargs or {})
             padding = (kwargs or {}).get("padding_idx") if func is F.embedding else None
             if padding is None:
                 return result

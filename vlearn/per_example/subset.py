@@ -11,36 +11,48 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vlearn.capture.layer_call import LayerCall
-from vlearn.capture.pytrees import is_per_example, rows_of, tensor_leaves, versions
+from vlearn.capture.pytrees import rows_along, rows_of, tensor_leaves, versions
 from vlearn.capture.trace import Trace
+from vlearn.layers.example_axes import axis_of
 
 
 def subset(trace: Trace, examples: Tensor) -> Trace:
     """The trace of the examples ``[K]`` (numbers within the batch)."""
-    total = trace.num_examples
     part = copy.copy(trace)
     part.examples, part.num_examples = examples, len(examples)
-    part.args, part.kwargs, part.output = rows_of((trace.args, trace.kwargs, trace.output), total, examples)
+    part.args, part.kwargs = rows_of((trace.args, trace.kwargs), trace.input_axes, examples)
     part.versions = versions((part.args, part.kwargs))
+
+    def rows(tree: Any) -> Any:
+        return rows_of(tree, [axis_of(leaf, trace.num_examples) for leaf in tree_leaves(tree)], examples)
+
+    part.output, part.cotangents = rows(trace.output), rows(trace.cotangents)
     outputs = zip(tensor_leaves(trace.output), trace.output_versions, tensor_leaves(part.output), strict=True)
     part.output_versions = [_version(*each) for each in outputs]
-    part.cotangents = rows_of(trace.cotangents, total, examples)
-    part.layer_calls = [_subset_of_call(call, total, examples) for call in trace.layer_calls]
+    part.layer_calls = [_subset_of_call(call, examples) for call in trace.layer_calls]
     return part
 
 
-def _subset_of_call(call: LayerCall, total: int, examples: Tensor) -> LayerCall:
-    args, kwargs = rows_of((call.args, call.kwargs), total, examples)
-    outputs = [(rows := rows_of(out, total, examples), _version(out, before, rows)) for out, before in call.outputs]
+def _subset_of_call(call: LayerCall, examples: Tensor) -> LayerCall:
+    args, kwargs = rows_of((call.args, call.kwargs), call.input_axes, examples)
+    outputs = zip(call.outputs, call.output_axes, strict=False)  # not all calls keep theirs
     return dataclasses.replace(
         call,
         args=args,
         kwargs=kwargs,
         versions=versions((args, kwargs)),
-        shapes=[(len(examples), *shape[1:]) if shape[:1] == (total,) else shape for shape in call.shapes],
-        cotangents=rows_of(call.cotangents, total, examples),
-        outputs=outputs,
-        has_example_axis=[is_per_example(leaf, total) for leaf in tree_leaves((call.args, call.kwargs))],
+        shapes=[
+            shape if axis is None else (*shape[:axis], len(examples), *shape[axis + 1 :])
+            for shape, axis in zip(call.shapes, call.output_axes, strict=True)
+        ],
+        cotangents=[
+            None if each is None else rows_along(each, axis, examples)
+            for each, axis in zip(call.cotangents, call.output_axes, strict=True)
+        ],
+        outputs=[
+            (rows := rows_along(out, axis, examples), _version(out, before, rows)) for (out, before), axis in outputs
+        ],
+        whole=(call, examples),
     )
 
 

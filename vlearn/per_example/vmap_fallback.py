@@ -2,7 +2,8 @@
 
 The module is run again on one example at a time, vectorised by `torch.func.vmap`, or one by one where
 that cannot be done. The recomputed outputs must equal the recorded ones; a module that mixes examples
-(batch statistics, another axis first) or draws random numbers does not pass, and is refused.
+(batch statistics, another axis first) does not pass, and is refused. One that draws random numbers is run on the whole
+batch instead (`vlearn.per_example.whole_batch_fallback`).
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from torch.func import jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.layer_call import LayerCall
-from vlearn.capture.pytrees import is_per_example, tensor_leaves
-from vlearn.capture.trace import is_close
-from vlearn.per_example.replay import call_with, forward_mode, tangents_in_reverse
+from vlearn.per_example import whole_batch_fallback
+from vlearn.per_example.module_call import (
+    RefusedError,
+    check_axes,
+    check_outputs,
+    leaves_of,
+    names_of,
+    restore_outputs,
+    run_again,
+)
+from vlearn.per_example.replay import forward_mode, tangents_in_reverse
 
 Weights = dict[Tensor, Tensor]
-
-
-class _RefusedError(RuntimeError):
-    def __init__(self, call: LayerCall, reason: str):
-        super().__init__(
-            f"{call}: {reason}, so its per-example gradients are not defined. "
-            "Use a module that treats dimension 0 as examples, each alone, and is deterministic."
-        )
 
 
 @torch.enable_grad()
@@ -47,23 +48,34 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
     Returns:
         By parameter ``[n, *shape]``, on the scale of the recorded backward pass.
     Raises:
-        RuntimeError: if the module does not treat examples one by one, or is not deterministic.
+        RuntimeError: if the module does not treat examples one by one, or draws random numbers that are not torch's
+            default ones.
     """
+    check_axes(call)
+    if call.random_state is not None:
+        return whole_batch_fallback.per_example_gradients(call, examples, weights, tolerance)
     names, run_example, batched = _example_call(call, examples, weights, call.parameters)
     values = {name: weights[p] for name, p in names.items()}
+    of_outputs = zip(call.cotangents, call.shapes, call.output_axes, call.outputs, strict=True)
     cotangents = [
-        torch.zeros(shape, device=out.device, dtype=out.dtype)[examples] if c is None else c[examples]
-        for c, shape, (out, _) in zip(call.cotangents, call.shapes, call.outputs, strict=True)
+        (torch.zeros(shape, device=out.device, dtype=out.dtype) if c is None else c).movedim(axis, 0)[examples]
+        for c, shape, axis, (out, _) in of_outputs
+        if axis is not None
     ]
+    axes = [axis for axis in call.output_axes if axis is not None]
+
+    def back(cotangent: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+        """The cotangents of one example in the outputs' shapes."""
+        return [c.unsqueeze(axis).to(o.dtype) for c, axis, o in zip(cotangent, axes, outputs, strict=True)]
 
     def gradient(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         outputs, pullback = vjp(lambda v: run_example(v, leaves), values)[:2]
-        return pullback([c.unsqueeze(0).to(o.dtype) for c, o in zip(cotangent, outputs, strict=True)])[0], outputs
+        return pullback(back(cotangent, outputs))[0], outputs
 
     def gradient_of_one(leaves: list[Tensor], cotangent: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         live = {name: value.detach().requires_grad_() for name, value in values.items()}
         outputs = run_example(live, leaves)
-        pulled = [(o, c.unsqueeze(0).to(o.dtype)) for c, o in zip(cotangent, outputs, strict=True) if o.requires_grad]
+        pulled = [(o, c) for o, c in zip(outputs, back(cotangent, outputs), strict=True) if o.requires_grad]
         grads: Any = [None] * len(live)
         if pulled:
             grads = torch.autograd.grad(
@@ -73,20 +85,22 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
         return {n: torch.zeros_like(v) if g is None else g for (n, v), g in pairs}, [o.detach() for o in outputs]
 
     gradients, outputs = _each_example(call, gradient, gradient_of_one, batched, cotangents)
-    _restore_outputs(call, weights)
-    _check_outputs(call, outputs, examples, tolerance)
+    restore_outputs(call, weights)
+    check_outputs(call, _stacked(call, outputs), examples, tolerance)
     return {p: gradients[name].detach() for name, p in names.items()}
 
 
-def output_tangents(call: LayerCall, examples: slice, weights: Weights, directions: Weights) -> list[Tensor]:
+def output_tangents(call: LayerCall, examples: slice, weights: Weights, directions: Weights) -> list[Tensor | None]:
     """Change of the module's outputs when example n's parameters move along its own direction.
 
     Args:
         call, examples, weights: as for `per_example_gradients`.
         directions: by parameter ``[n, *shape]``; a parameter without one stays.
     Returns:
-        For each output ``[n, ...]``, first order.
+        For each output ``[n, ...]``, the examples first, to first order; None for an output that has none.
     """
+    if call.random_state is not None:
+        return whole_batch_fallback.output_tangents(call, examples, weights, directions)
     names, run_example, batched = _example_call(call, examples, weights, directions)
     values = {name: weights[p] for name, p in names.items()}
     moves = {name: directions[p] for name, p in names.items()}
@@ -106,34 +120,47 @@ def output_tangents(call: LayerCall, examples: slice, weights: Weights, directio
 
     with forward_mode(call.module.modules()):
         tangents = _each_example(call, tangent, tangent_of_one, batched, moves)
-    return [tangent.squeeze(1).detach() for tangent in tangents]
+    return [None if rows is None else rows.detach() for rows in _stacked(call, tangents)]
 
 
 def _example_call(
     call: LayerCall, examples: slice, weights: Weights, moving: Iterable[Tensor]
 ) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]], list[Tensor]]:
-    """(parameters by name, call(parameters, one example's leaves) -> outputs [1, ...], batched leaves)."""
+    """(parameters by name, call(parameters, one example's leaves) -> its outputs, leaves with the examples first)."""
     call.check_unchanged()
-    moving = set(moving)
-    names: dict[str, Tensor] = {name: p for name, p in call.module.named_parameters() if p in moving}
-    leaves, structure = tree_flatten((call.args, call.kwargs))
-    dtype = weights[call.parameters[0]].dtype  # autocast may have handed the module narrower inputs
-    leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
-    is_batched = call.has_example_axis or [is_per_example(x, call.shapes[0][0]) for x in leaves]
-    batched = [x[examples] for x, flag in zip(leaves, is_batched, strict=True) if flag]
+    names = names_of(call, moving)
+    leaves, structure = leaves_of(call, weights)
+    # Contiguous: torch crashes in some derivatives of other layouts (group_norm's).
+    batched = [
+        x.movedim(axis, 0)[examples].contiguous()
+        for x, axis in zip(leaves, call.input_axes, strict=True)
+        if axis is not None
+    ]
 
     def run_example(values: dict[str, Tensor], example: list[Tensor]) -> list[Tensor]:
         rows = iter(example)
-        filled = [next(rows).unsqueeze(0) if flag else x for x, flag in zip(leaves, is_batched, strict=True)]
-        args, kwargs = tree_unflatten(filled, structure)
+        filled = [
+            x if axis is None else next(rows).unsqueeze(axis) for x, axis in zip(leaves, call.input_axes, strict=True)
+        ]
         now = {**weights, **{p: values[name] for name, p in names.items()}}
-        output = call_with(call.module, now, args, kwargs)
-        outputs = [tensor_leaves(output)[position] for position in call.positions]
-        if any(o.shape != (1, *shape[1:]) for o, shape in zip(outputs, call.shapes, strict=True)):
-            raise _RefusedError(call, "run on one example at a time it gives outputs of another shape")
+        outputs = []
+        for output, shape, axis in zip(
+            run_again(call, now, *tree_unflatten(filled, structure)), call.shapes, call.output_axes, strict=True
+        ):
+            if axis is None:
+                continue
+            if output.shape != (*shape[:axis], 1, *shape[axis + 1 :]):
+                raise RefusedError(call, "run on one example at a time it gives outputs of another shape")
+            outputs.append(output)
         return outputs
 
     return names, run_example, batched
+
+
+def _stacked(call: LayerCall, outputs: list[Tensor]) -> list[Tensor | None]:
+    """``[n, ...]`` for each output of the call, from its stacked outputs of one example; None where it has no axis."""
+    given = iter(outputs)
+    return [None if axis is None else next(given).squeeze(axis + 1) for axis in call.output_axes]
 
 
 def _each_example(call: LayerCall, vectorised: Callable, single: Callable, batched: list[Tensor], others: Any) -> Any:
@@ -143,7 +170,7 @@ def _each_example(call: LayerCall, vectorised: Callable, single: Callable, batch
             return vmap(vectorised, randomness="error")(batched, others)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             if "randomness" in str(error):
-                raise _RefusedError(call, "it draws random numbers itself") from error
+                raise _draws(call) from error
         before = torch.get_rng_state()
         leaves, structure = tree_flatten(others)
         try:
@@ -151,28 +178,16 @@ def _each_example(call: LayerCall, vectorised: Callable, single: Callable, batch
                 single([b[n] for b in batched], tree_unflatten([leaf[n] for leaf in leaves], structure))
                 for n in range(batched[0].shape[0])
             ]
-        except _RefusedError:
+        except RefusedError:
             raise
         except Exception as error:
-            raise _RefusedError(call, f"it does not run on one example at a time ({error})") from error
+            raise RefusedError(call, f"it does not run on one example at a time ({error})") from error
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
-            raise _RefusedError(call, "it draws random numbers itself")
+            raise _draws(call)
         flat = [tree_flatten(row) for row in rows]
         return tree_unflatten([torch.stack(column) for column in zip(*(f[0] for f in flat), strict=True)], flat[0][1])
 
 
-def _restore_outputs(call: LayerCall, weights: Weights) -> None:
-    """Compute the batch's outputs again where a later in-place operation has overwritten them."""
-    if all(output._version == version for output, version in call.outputs):
-        return
-    with torch.no_grad():
-        leaves = tensor_leaves(call_with(call.module, weights, call.args, call.kwargs))
-    call.outputs = [(leaves[position], leaves[position]._version) for position in call.positions]
-
-
-def _check_outputs(call: LayerCall, outputs: list[Tensor], examples: slice, tolerance: float) -> None:
-    for output, (recorded, _) in zip(outputs, call.outputs, strict=True):
-        if not is_close(output.squeeze(1), recorded[examples], tolerance):
-            reason = "run on one example at a time it gives other outputs than on the batch"
-            raise _RefusedError(call, reason)
+def _draws(call: LayerCall) -> RefusedError:
+    return RefusedError(call, "it draws random numbers that are not those of torch's default generators")

@@ -137,7 +137,7 @@ class KroneckerBlock(Block):
 
     def _by_parameter(self, matrix: Tensor) -> list[Tensor]:
         parts = matrix.split([shape.numel() // self.variances.shape[0] for shape in self.shapes], 2)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.reshape(len(part), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 class DenseBlock(Block):
@@ -177,8 +177,12 @@ class DenseBlock(Block):
         return torch.cholesky_inverse(self.factor).diagonal()
 
     def _as_columns(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensor.reshape(tensor.shape[0], -1) for tensor in tensors], 1).to(self.factor.dtype).mT
+        return (
+            torch.cat([tensor.reshape(len(tensor), tensor[0].numel()) for tensor in tensors], 1)
+            .to(self.factor.dtype)
+            .mT
+        )
 
     def _by_parameter(self, columns: Tensor) -> list[Tensor]:
         parts = columns.mT.split([shape.numel() for shape in self.shapes], 1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.reshape(len(part), *shape) for part, shape in zip(parts, self.shapes, strict=True)]

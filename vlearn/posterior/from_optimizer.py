@@ -36,7 +36,7 @@ def from_optimizer(
     smaller the batch.
 
     Args:
-        optimizer: has taken a step.
+        optimizer: has taken a step; also as Accelerate, Lightning or Fabric wrap it.
         model: the network it trains; gives the names.
         num_data: number of training examples N.
         prior_precision: δ of the prior N(0, 1/δ), on the scale of the summed loss. An L2 penalty on the mean loss
@@ -49,6 +49,7 @@ def from_optimizer(
         ValueError: if an argument breaks its rule, or the optimizer has none of the model's parameters.
         RuntimeError: if it has taken no step.
     """
+    optimizer = _unwrapped(optimizer)
     moments = _second_moments(optimizer)
     if not num_data > 0:
         raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")
@@ -90,6 +91,13 @@ def from_optimizer(
     )
     posterior.uncalibrated_reason = NO_SCALE if is_sgd else None
     return posterior
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside a wrapper, as that of Accelerate, Lightning and Fabric has it in its `optimizer`."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _second_moments(optimizer: Optimizer) -> tuple[str, ...]:

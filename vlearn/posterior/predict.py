@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.per_example.replay import call_with, eval_mode, placed
+from vlearn.per_example.replay import call_with, eval_mode, model_arguments, placed
 from vlearn.posterior.protocol import Posterior, match
 
 
@@ -39,7 +39,7 @@ def predict(
     Args:
         model: the network.
         posterior: a posterior over its parameters; draws are on its ess scale.
-        x: one batch: a tensor, or a tuple (positional) or dict (keyword arguments) of them.
+        x: one batch: a tensor, or a tuple or list (positional) or dict (keyword arguments) of them, as in `sweep`.
         draws: number of draws, > 0.
         link: model output -> what is averaged; default the softmax of scores ``[N, C]``.
         generator: of the draws.
@@ -52,7 +52,7 @@ def predict(
     if draws < 1:
         raise ValueError(f"draws={draws}, but it must be positive: use 64.")
     names = match(model, posterior)
-    args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+    args, kwargs = model_arguments(model, x)
     total: Tensor | None = None
     with eval_mode(model), posterior.at_mean():  # an active draw steps aside once, not in every pass
         for _ in range(draws):

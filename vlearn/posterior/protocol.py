@@ -46,6 +46,13 @@ class Posterior(Protocol):
         ...
 
 
+def _unwrapped(own: dict[str, nn.Parameter], names: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The parameters by name, without the name that a wrapper (AveragedModel, DataParallel) puts before all of them."""
+    if not own.keys().isdisjoint(names) or not all(name.startswith("module.") for name in own):
+        return own
+    return {name.removeprefix("module."): p for name, p in own.items()}
+
+
 def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     """The model's parameters by the posterior's names: the same objects, or else the same names.
 
@@ -56,7 +63,7 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     same = {id(p): name for name, p in posterior.parameters.items()}
     matched = {same[id(p)]: p for p in own.values() if id(p) in same}
     if not matched:
-        clean = {uncompiled_name(name): p for name, p in own.items()}
+        clean = _unwrapped({uncompiled_name(name): p for name, p in own.items()}, posterior.names)
         matched = {name: clean[name] for name in posterior.names if name in clean}
         for name, p in matched.items():
             if posterior.mean[name].shape != p.shape:

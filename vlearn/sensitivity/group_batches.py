@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ class Membership:
     """Groups of examples, in the order of their names or as the mapping has them.
 
     Args:
-        groups: ``[N]`` the group of each example, or a mapping from names to the numbers of their examples, which
-            may overlap.
+        groups: ``[N]`` the group of each example, a whole number or any name, or a mapping from names to the numbers
+            of their examples, which may overlap.
 
     Raises:
         ValueError: if there is no group, one is empty, or one names an example twice.
@@ -29,9 +29,11 @@ class Membership:
             examples_of = {name: _numbers(examples, f"groups[{name!r}]") for name, examples in groups.items()}
             self.labelled: int | None = None
         else:
-            labels = _numbers(groups, "groups")
-            examples_of = {int(label): (labels == label).nonzero().squeeze(1) for label in labels.unique()}
-            self.labelled = len(labels)
+            names = _names(groups)
+            examples_of = {
+                name: torch.tensor([i for i, each in enumerate(names) if each == name]) for name in _sorted(set(names))
+            }
+            self.labelled = len(names)
         if not examples_of:
             raise ValueError("groups is empty: give each example's group, or a mapping from names to examples.")
         self.names = list(examples_of)
@@ -117,6 +119,21 @@ def batches_by_group(
             yield most, joined(held.pop(most))
     for k, parts in held.items():
         yield k, joined(parts)
+
+
+def _names(groups: Any) -> list[Hashable]:
+    """The name of each example's group, from a tensor, an array, a series or a sequence."""
+    if isinstance(groups, Tensor) or all(isinstance(each, int | float) for each in groups):
+        values = torch.as_tensor(groups)
+        return _numbers(values.long() if values.dtype == torch.bool else values, "groups").tolist()
+    return groups.tolist() if hasattr(groups, "tolist") else list(groups)
+
+
+def _sorted(names: set[Hashable]) -> list[Hashable]:
+    try:
+        return sorted(names)  # pyright: ignore
+    except TypeError:  # names of several kinds
+        return sorted(names, key=repr)
 
 
 def _numbers(values: Any, name: str) -> Tensor:

@@ -26,7 +26,7 @@ class Influence:
     Attributes:
         values: ``[N_train, N_test]`` g_jᵀΣg_i in the loss's units, positive where training example i helps; with
             top_k the k of largest size for each test example, ``[k, N_test]``, largest first.
-        train_index: numbers of the training examples, ``[N_train]``; with top_k ``[k, N_test]``.
+        train_index: numbers of the training examples, ``[N_train]``, rising; with top_k ``[k, N_test]``.
         test_index: ``[N_test]`` numbers of the test examples.
     """
 
@@ -92,7 +92,7 @@ def influence(
         def directions() -> Iterator[tuple[Tensor, Vectors]]:
             """Σg_j of one chunk of test examples after the other."""
             held: list[tuple[Tensor, Vectors]] = []
-            for batch in batches(test_loader, device):
+            for batch in batches(test_loader, device, model=model):
                 for index, _, of_examples in gradients(batch, chunk):
                     size = chunk or max(1, DIRECTION_ENTRIES // sum(v[0].numel() for v in of_examples.values()))
                     if held and sum(len(i) for i, _ in held) + len(index) > size:
@@ -106,7 +106,7 @@ def influence(
         for index, moved in directions():
             now, column = _Pass(), _All() if top_k is None else _Best(top_k)
             for batch in with_progress_bar(
-                batches(train_loader, device, by_number=True), train_loader, progress, "influence"
+                batches(train_loader, device, by_number=True, model=model), train_loader, progress, "influence"
             ):
                 for numbers, loss, of_examples in gradients(batch):
                     now.add(numbers, loss)
@@ -116,7 +116,7 @@ def influence(
             test_index.append(index)
     if first is None or not first.losses:
         raise ValueError("a loader gave no batch: pass one that can be iterated again.")
-    parts = [column.result(list(first.losses)) for column in columns]
+    parts = [column.result(sorted(first.losses)) for column in columns]
     values = torch.cat([values for values, _ in parts], 1)
     rows = parts[0][1] if top_k is None else torch.cat([rows for _, rows in parts], 1)
     return Influence(values, rows, torch.cat(test_index))

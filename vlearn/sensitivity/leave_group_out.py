@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.outputs import Selector
+from vlearn.capture.pytrees import Selector
 from vlearn.linearized.batches import batches, device_of, with_progress_bar
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
@@ -20,6 +20,7 @@ from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
 from vlearn.sensitivity.refined import check_threshold
+from vlearn.sensitivity.sweep import not_kept
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
 
@@ -34,7 +35,8 @@ class GroupTable:
         loss: ``[K]`` their mean loss, in the loss's units.
         left_out_loss: ``[K]`` the same at the outputs predicted without the group, mean ℓ(y_i, f_i + Δf_i).
         index: numbers of each group's examples.
-        deviation: Δf ``[|M|, ...]`` of each group, in the order of `index`.
+        deviation: Δf ``[|M|, ...]`` of each group, in the order of `index`; ``[|M|, 1]`` of NaN where its batches are
+            padded to different lengths.
         converged: ``[K]`` whether conjugate gradients did; None unless refined.
         iterations: ``[K]`` their number; None unless refined.
         largest_eigenvalue: ``[K]`` of VΛ over the group, an estimate from below: the refined form is at most
@@ -89,8 +91,8 @@ def leave_group_out(
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
         loader: yields (x, y) or (x, y, index) with all examples of every group, as often as it is iterated.
-        groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label; or a mapping from names
-            to the numbers of their examples.
+        groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label, a whole number or any
+            name; or a mapping from names to the numbers of their examples.
         loss_fn: the training loss, as for `vlearn.sweep`.
         refined: Δf_M = (I - V_MΛ_M)⁻¹ V_M e_M, exact for linear regression, instead of its first order, which is short
             by several times for a whole class; by conjugate gradients on S - J_MᵀΛ_MJ_M. For a Σ that is the inverse
@@ -116,7 +118,7 @@ def leave_group_out(
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples, in batches."""
             seen = members.count()
-            given = batches(loader, device_of(model), by_number=True)
+            given = batches(loader, device_of(model), by_number=True, model=model)
             given = with_progress_bar(given, loader, progress, "leave_group_out")
             for k, batch in batches_by_group(given, seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)
@@ -201,9 +203,15 @@ def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: 
         loss=loss / members.sizes,
         left_out_loss=left_out / members.sizes,
         index=[torch.cat(rows) for rows in index],
-        deviation=[torch.cat(rows) for rows in deviation],
+        deviation=[_joined(rows) for rows in deviation],
         **facts,
     )
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    if len({row.shape[1:] for row in rows}) > 1:  # batches that are padded to different lengths
+        rows = [not_kept(row) for row in rows]
+    return torch.cat(rows)
 
 
 def _check(threshold: float, tolerance: float, max_iterations: int) -> None:

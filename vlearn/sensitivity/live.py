@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.capture.model_checks import ModelChecks, remember
-from vlearn.capture.outputs import Selector, select
+from vlearn.capture.pytrees import Selector, select
 from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
 from vlearn.linearized.output_change import output_deviation
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import as_recorded, rerun
 from vlearn.per_example.subset import validate_indices
 from vlearn.posterior.covariance import Covariance
 from vlearn.sensitivity.summary import row_norms, summarize
@@ -96,12 +94,22 @@ def live_sensitivities(
         ValueError: if `output` or `examples` name what is not there.
         RuntimeError: if the output has no row for each example.
     """
-    _check_rows(recorded, output)
     part = recorded
     if examples is not None:
         device = next(iter(recorded.weights.values())).device
         part = recorded.subset(validate_indices(examples, recorded.num_examples, device))
-    residual = select(part.trace.as_output(part.trace.cotangents), output) * part.scale
+    gradient = select(part.trace.as_output(part.trace.cotangents), output)
+    residual = gradient * part.scale
+    axes = recorded.trace.output_axes
+    first = axes is None or any(
+        axis == 0 and each is gradient for axis, each in zip(axes, part.trace.cotangents, strict=True)
+    )
+    if residual.shape[:1] != (part.num_examples,) or not (first or callable(output)):
+        raise RuntimeError(
+            f"dimension 0 of the output of shape {tuple(residual.shape)} is not that of the {part.num_examples} "
+            "examples: let the model return it with the examples first, as by output.transpose(0, 1), or select a "
+            "tensor that has a row for each by output=."
+        )
     products = covariance_products(part, covariance, tangents=deviation)
     change = None
     if deviation:
@@ -114,41 +122,6 @@ def live_sensitivities(
         deviation=change,
         step=step,
     )
-
-
-def _check_rows(recorded: RecordedPass, output: Selector) -> None:
-    """Raise RuntimeError unless the selected output has a row for each example.
-
-    The size of dimension 0 tells, unless another axis has it too, as [T, N, C] with as many positions as examples. Then
-    the model is run once more with one example less, and dimension 0 must be the one that shrinks.
-    """
-    trace, total = recorded.trace, recorded.num_examples
-    shape = tuple(select(trace.as_output(trace.cotangents), output).shape)
-    if shape[:1] != (total,):
-        raise RuntimeError(_NOT_ROWS.format(shape=shape, total=total))
-    assert trace.root is not None
-    right = ModelChecks.of(trace.root).example_axis
-    kind = ("output", shape, output, trace.paths_in_train_mode, trace.graph_structure)
-    if total < 2 or total not in shape[1:] or kind in right:
-        return
-    with as_recorded(trace):
-        try:
-            leaves = rerun(trace, recorded.weights, slice(total - 1))
-            fewer = select(trace.as_output([leaves[position].detach() for position in trace.positions]), output)
-        except Exception as error:
-            raise RuntimeError(
-                f"the output of shape {shape} has several axes as long as the batch of {total}, and the model does not "
-                "run on one example less to tell which is that of the examples: use another batch size."
-            ) from error
-    if fewer.shape[:1] != (total - 1,):
-        raise RuntimeError(_NOT_ROWS.format(shape=shape, total=total))
-    remember(right, kind)
-
-
-_NOT_ROWS = (
-    "dimension 0 of the output of shape {shape} is not that of the {total} examples: let the model return it with the "
-    "examples first, as by output.transpose(0, 1), or select a tensor that has a row for each by output=."
-)
 
 
 def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProducts) -> list[Tensor]:

@@ -154,7 +154,7 @@ def _each(
     losses = ExampleLoss(loss_fn)
     values, index = [], []
     with at_mean(model, posterior) as covariance:
-        for batch in batches(loader, device_of(model)):
+        for batch in batches(loader, device_of(model), model=model):
             values.append(of(linearize(model, covariance, batch, losses, second_order=second_order)).detach().cpu())
             index.append(batch.index)
     if not values:

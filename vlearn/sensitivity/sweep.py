@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlearn.capture.outputs import Selector
+from vlearn.capture.pytrees import Selector
 from vlearn.linearized.batches import batches, device_of, with_progress_bar
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
@@ -20,8 +21,7 @@ from vlearn.sensitivity.refined import check_threshold, function_variance, refin
 from vlearn.sensitivity.summary import row_norms, summarize
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
-# Small tensors that stay, between large ones that go, keep the heap from being used again: 20 times the table's size.
-JOINED_BATCHES = 64
+KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class SensitivityTable:
         loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Δf), Eq. 15; its mean
             predicts the test loss. NaN if not asked for.
         deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, or its refined form
-            if that was asked for.
+            if that was asked for; ``[N, 1]`` of NaN if it was not kept.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
         leverage: ``[N]`` tr(ΛV); None if not asked for.
         prediction_error: ``[N]`` ‖residual‖/√2.
         function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
         used_first_order: ``[N]`` where `refined` kept V e; None if not asked for.
         position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
+        deviation_norm: ``[N]`` ‖Δf‖, in the output's units.
     """
 
     index: Tensor
@@ -53,6 +54,7 @@ class SensitivityTable:
     function_variance: Tensor | None = None
     used_first_order: Tensor | None = None
     position: Tensor | None = None
+    deviation_norm: Tensor | None = None
 
     @property
     def num_first_order(self) -> int | None:
@@ -105,7 +107,7 @@ class SensitivityTable:
         distributions = {
             "self_influence": self.self_influence,
             "prediction_error": self.prediction_error,
-            "deviation_norm": row_norms(self.deviation),
+            "deviation_norm": row_norms(self.deviation) if self.deviation_norm is None else self.deviation_norm,
             "leverage": self.leverage,
         }
         summary = summarize(means, distributions, prefix)
@@ -123,6 +125,7 @@ class SweepOptions:
     threshold: float
     variance: bool
     loo_loss: bool
+    deviation: bool | None
     generator: torch.Generator | None
     per: str
 
@@ -164,6 +167,7 @@ def sweep(
     variance: bool = False,
     per: str = "example",
     loo_loss: bool = True,
+    deviation: bool | None = None,
 ) -> SensitivityTable:
     """Leave-one-out loss, deviation, self-influence and leverage of every example, without retraining.
 
@@ -176,7 +180,8 @@ def sweep(
     Args:
         model: the network that was trained; run in eval mode, left as it was.
         posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
-        loader: yields (x, y) or (x, y, index); see `IndexedDataset`.
+        loader: yields (x, y) or (x, y, index), see `IndexedDataset`, or dicts with "labels" (and "index"). Without an
+            index an example's number is its place in the dataset, whatever order a DataLoader goes through it in.
         loss_fn: the training loss, with a `reduction` argument, or a callable (output, target) -> ``[N]``.
         leverage: "probe" (one unbiased random probe per example), "exact" (one backward per output; `refined`
             has it anyway) or None.
@@ -193,52 +198,93 @@ def sweep(
             that token's loss alone were removed; num_data of the posterior must then count tokens. As many times
             slower as there are positions.
         loo_loss: False leaves it out: for a posterior whose Σ has an arbitrary scale, as SGD's, which only ranks.
+        deviation: keep Δf of every example; by default where it has at most 2¹² entries for each, and as many in every
+            batch. A language model's outgrow any memory; the norms are always kept.
     Returns:
         One row per example, or token.
     Raises:
         ValueError: if an argument breaks its rule, or the posterior belongs to another model.
         RuntimeError: if the examples of a batch have no gradient of their own, or the posterior has no scale.
     """
-    options = SweepOptions(leverage, refined, threshold, variance, loo_loss, generator, per)
+    options = SweepOptions(leverage, refined, threshold, variance, loo_loss, deviation, generator, per)
     options.check(posterior)
     losses = ExampleLoss(loss_fn, per)
-    rows: list[SensitivityTable] = []
-    parts: list[SensitivityTable] = []
+    table = _GrowingTable()
     with at_mean(model, posterior) as covariance:
-        for batch in with_progress_bar(batches(loader, device_of(model)), loader, progress, "sweep"):
+        for batch in with_progress_bar(batches(loader, device_of(model), model=model), loader, progress, "sweep"):
             lin = linearize(model, covariance, batch, losses, output, options.second_order)
-            rows.append(_rows_of(lin, options) if per == "example" else _token_rows_of(lin, options))
+            for rows in (_rows_of(lin, options),) if per == "example" else _token_rows_of(lin, options):
+                table.add(rows)
             del lin  # its graph goes before the next batch comes
-            if len(rows) == JOINED_BATCHES:
-                parts.append(_joined(rows))
-                rows = []
-    if not (parts or rows):
+    if not table.count:
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
-    return _joined(parts + rows)
+    return table.rows()
 
 
-def _joined(rows: list[SensitivityTable]) -> SensitivityTable:
-    return _by_column(rows, torch.cat)
+def not_kept(deviation: Tensor) -> Tensor:
+    """What stands in the place of an output change that is not kept: ``[N, 1]`` of NaN."""
+    return deviation.new_full((len(deviation), 1), torch.nan)
 
 
-def _by_column(rows: list[SensitivityTable], function: Callable[[list[Tensor]], Tensor]) -> SensitivityTable:
-    columns: dict[str, Any] = {}
-    for field in fields(SensitivityTable):
-        parts = [getattr(row, field.name) for row in rows]
-        columns[field.name] = None if parts[0] is None else function(parts)
-    return SensitivityTable(**columns)
+class _GrowingTable:
+    """Rows of batch after batch in columns that double when they are full.
+
+    Small tensors that stay, between large ones that go, would keep the heap from being used again.
+
+    Attributes:
+        count: the number of rows.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._columns: dict[str, Tensor | None] = {}
+
+    def add(self, rows: SensitivityTable) -> None:
+        """Add the rows of one batch, or of one position of it."""
+        deviation = self._columns.get("deviation")
+        if deviation is not None and deviation.shape[1:] != rows.deviation.shape[1:]:
+            # Batches that are padded to different lengths.
+            rows, self._columns["deviation"] = replace(rows, deviation=not_kept(rows.deviation)), not_kept(deviation)
+        for field in fields(SensitivityTable):
+            part: Tensor | None = getattr(rows, field.name)
+            self._columns[field.name] = None if part is None else self._with(self._columns.get(field.name), part)
+        self.count += len(rows)
+
+    def _with(self, column: Tensor | None, part: Tensor) -> Tensor:
+        needed = self.count + len(part)
+        if column is None or len(column) < needed:
+            grown = part.new_empty(2 * needed, *part.shape[1:])
+            if column is not None:
+                grown[: self.count] = column[: self.count]
+            column = grown
+        column[self.count : needed] = part
+        return column
+
+    def rows(self) -> SensitivityTable:
+        """The table of all rows."""
+        columns: dict[str, Any] = {
+            name: None if column is None else column[: self.count].clone() for name, column in self._columns.items()
+        }
+        return SensitivityTable(**columns)
 
 
-def _token_rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
+def _token_rows_of(lin: Linearization, options: SweepOptions) -> Iterator[SensitivityTable]:
     """Rows of the tokens that count, position by position."""
-    axis, kept = token_axis(lin), kept_tokens(lin).cpu()
-    tables = []
+    axis, counts = token_axis(lin), kept_tokens(lin).cpu()
     for of_position, position in by_position(lin):
         rows = _rows_of(of_position, options)
-        own = rows.deviation.select(axis, position)
-        rows = replace(rows, deviation=own, position=torch.full_like(rows.index, position))
-        tables.append(_by_column([rows], lambda parts, mask=kept[:, position]: parts[0][mask]))
-    return _joined(tables)
+        columns: dict[str, Any] = {field.name: getattr(rows, field.name) for field in fields(SensitivityTable)}
+        columns["position"] = torch.full_like(rows.index, position)
+        columns["deviation"] = _kept(rows.deviation.select(axis, position), options)
+        mask = counts[:, position]
+        counted: dict[str, Any] = {name: None if column is None else column[mask] for name, column in columns.items()}
+        yield SensitivityTable(**counted)
+
+
+def _kept(deviation: Tensor, options: SweepOptions) -> Tensor:
+    """An output change, if it is to be kept."""
+    keeps = math.prod(deviation.shape[1:]) <= KEPT_ENTRIES if options.deviation is None else options.deviation
+    return deviation if keeps else not_kept(deviation)
 
 
 def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
@@ -266,12 +312,13 @@ def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
         index=lin.batch.index,
         loss=kept(lin.loss),
         loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),
-        deviation=kept(change),
+        deviation=kept(change if lin.position is not None else _kept(change, options)),
         self_influence=kept(self_influence),
         leverage=kept(leverage),
         prediction_error=kept(prediction_error(lin.residual)),
         function_variance=kept(variance),
         used_first_order=kept(used_first_order),
+        deviation_norm=kept(row_norms(change)),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.capture.outputs import Selector
+from vlearn.capture.pytrees import Selector
 from vlearn.losses.likelihood import LIKELIHOODS, Likelihood, probe
 from vlearn.losses.residual_checks import LossMakeup
 from vlearn.optim.parameters.parameters import Group
@@ -50,7 +50,7 @@ def check_likelihood(likelihood: Likelihood) -> None:
     """Raise ValueError unless the curvature of a likelihood is known."""
     if not callable(likelihood) and likelihood not in LIKELIHOODS:
         raise ValueError(
-            f"likelihood={likelihood!r}, but it must be 'categorical', 'bernoulli', 'gaussian' or a callable: use a "
+            f"likelihood={likelihood!r}, but it must be 'categorical', 'gaussian', 'bernoulli' or a callable: use a "
             "callable that gives the targets' torch.distributions.Distribution for an output."
         )
 

@@ -21,8 +21,7 @@ from vlearn.capture.autograd_graph import leaves_read_before, nodes_of
 from vlearn.capture.hooks import hooks_are_silent, is_recomputed
 from vlearn.capture.names import module_paths, named_parameters
 from vlearn.capture.output_probe import OutputProbe
-from vlearn.capture.outputs import Selector, select
-from vlearn.capture.pytrees import tensor_leaves
+from vlearn.capture.pytrees import Selector, select, tensor_leaves
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
 from vlearn.losses.residual_checks import LossMakeup
@@ -117,7 +116,8 @@ class Watch:
         self.trace_step = 0
         self._collected = True  # the trace, by the consumer
         self._recorder: Recorder | None = None  # while a forward pass that is recorded runs
-        self._overlap = False
+        # Two modules whose training forward passes came before one backward pass.
+        self._overlap: tuple[nn.Module | None, nn.Module] | None = None
         self._scale = LossScale(self.options)
         self._calls: list[tuple[nn.Module, int]] = []  # that are open, with the id of the frame that runs each
         self._thread, self._several_threads = 0, False  # of the outermost call; whether others run calls inside it
@@ -246,7 +246,8 @@ class Watch:
         if sampler.context is Context.ENSEMBLE:
             return
         if module.training and torch.is_grad_enabled():
-            self._overlap = self.trace is not None and self.trace.waits_for_backward
+            earlier = self.trace is not None and self.trace.waits_for_backward
+            self._overlap = (self.trace.root, module) if earlier and self.trace is not None else None
             self.collect()
             self.trace = None
             sampler.begin_automatic()
@@ -392,10 +393,15 @@ class Watch:
                 f"sensitivities() has no captured training step{last} (every={self.options.every}): run forward and "
                 f"backward in train mode first.{COMPILED if not last and has_compiled() else ''}"
             )
-        if self._overlap:
+        if self._overlap is not None:
+            first, second = self._overlap
+            remedy = "concatenate the inputs, or call backward() after each forward pass"
+            if first is not None and first is not second:
+                parts = f"{self.paths.get(first, type(first).__name__)!r} and {self.paths[second]!r}"
+                remedy = f"call {parts} in the forward pass of one module, as nn.Sequential does"
             raise RuntimeError(
                 "two training forward passes came before one backward pass, so the captures are not those of the whole "
-                "minibatch: concatenate the inputs, or call backward() after each forward pass."
+                f"minibatch: {remedy}."
             )
         if trace.problems:
             raise RuntimeError(prefix + trace.problems[0])

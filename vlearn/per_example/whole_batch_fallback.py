@@ -1,0 +1,174 @@
+"""Exact per-example gradients of a module that no rule covers and that draws random numbers, such as dropout's masks.
+
+Run on one example it would draw others. So it is run again on the whole batch with the random numbers of the recorded
+pass, and sent back through it is the cotangent of one example at a time, zero for all others: one backward pass of the
+module for each example, and one forward pass more for each where the deviation is wanted. That the examples do not meet
+inside shows twice: the gradient of the inputs is that of the example's own, and where the other examples are exchanged
+its output stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_unflatten
+
+from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.pytrees import rows_along
+from vlearn.capture.trace import is_close
+from vlearn.per_example.module_call import (
+    RefusedError,
+    check_outputs,
+    examples_first,
+    leaves_of,
+    names_of,
+    restore_outputs,
+    run_again,
+)
+from vlearn.per_example.replay import forward_mode, random_numbers_from, tangents_in_reverse
+
+Weights = dict[Tensor, Tensor]
+ALL = slice(None)
+REPEATS = 1e-2  # relative: whether a pass with other kernels drew the same random numbers
+
+
+def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, tolerance: float) -> Weights:
+    """As `vlearn.per_example.vmap_fallback.per_example_gradients`, which see."""
+    whole, numbers = _whole(call)
+    whole.check_unchanged()
+    names = names_of(whole, call.parameters)
+    live = {name: weights[p].detach().requires_grad_() for name, p in names.items()}
+    leaves, structure = leaves_of(whole, weights)
+    inputs: dict[int, Tensor] = {}
+    for place, (leaf, axis) in enumerate(zip(leaves, whole.input_axes, strict=True)):
+        if axis is not None and (leaf.is_floating_point() or leaf.is_complex()):
+            inputs[place] = leaf.detach().contiguous().requires_grad_()
+            leaves[place] = inputs[place].clone()  # the module may write it in place
+    outputs = _run(whole, {**weights, **{p: live[name] for name, p in names.items()}}, leaves, structure)
+    restore_outputs(whole, weights)
+    check_outputs(whole, examples_first(whole, outputs), ALL, tolerance)
+    if examples.start == 0:
+        _check_apart(whole, weights, tolerance)
+    pulled = [
+        (output, axis, cotangent)
+        for output, axis, cotangent in zip(outputs, whole.output_axes, whole.cotangents, strict=True)
+        if axis is not None and cotangent is not None and output.requires_grad
+    ]
+    rows: list[list[Tensor]] = []
+    for n in numbers[examples].tolist():
+        gradients: Any = [None] * (len(live) + len(inputs))
+        if pulled:
+            gradients = torch.autograd.grad(
+                [output for output, _, _ in pulled],
+                [*live.values(), *inputs.values()],
+                [_of_one(cotangent.to(output.dtype), axis, n) for output, axis, cotangent in pulled],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        for place, gradient in zip(inputs, gradients[len(live) :], strict=True):
+            axis = whole.input_axes[place]
+            if gradient is not None and axis is not None and _reaches_others(gradient, axis, n):
+                raise RefusedError(whole, "the output of an example depends on other examples")
+        own = zip(live.values(), gradients[: len(live)], strict=True)
+        rows.append([torch.zeros_like(value) if gradient is None else gradient for value, gradient in own])
+    return {p: torch.stack(column) for p, column in zip(names.values(), zip(*rows, strict=True), strict=True)}
+
+
+def output_tangents(call: LayerCall, examples: slice, weights: Weights, directions: Weights) -> list[Tensor | None]:
+    """As `vlearn.per_example.vmap_fallback.output_tangents`, which see."""
+    whole, numbers = _whole(call)
+    names = names_of(whole, directions)
+    values = {name: weights[p] for name, p in names.items()}
+    leaves, structure = leaves_of(whole, weights)
+    chosen = numbers[examples].tolist()
+
+    def run(values: dict[str, Tensor]) -> list[Tensor]:
+        return _run(whole, {**weights, **{p: values[name] for name, p in names.items()}}, leaves, structure)
+
+    def forward(k: int, n: int) -> list[Tensor | None]:
+        with forward_ad.dual_level():
+            moved = {name: forward_ad.make_dual(values[name], directions[p][k]) for name, p in names.items()}
+            pairs = [
+                None if rows is None else forward_ad.unpack_dual(rows) for rows in examples_first(whole, run(moved))
+            ]
+            if k == 0:
+                check_outputs(whole, [None if pair is None else pair.primal for pair in pairs], ALL, REPEATS)
+            return [
+                None if pair is None else (torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent)[n]
+                for pair in pairs
+            ]
+
+    def in_reverse() -> list[list[Tensor | None]]:
+        live = {name: value.detach().requires_grad_() for name, value in values.items()}
+        outputs = examples_first(whole, run(live))
+        check_outputs(whole, outputs, ALL, REPEATS)
+        rows = []
+        for k, n in enumerate(chosen):
+            ends = [rows[n : n + 1] for rows in outputs if rows is not None]
+            moves = [directions[p][k] for p in names.values()]
+            tangents = iter(tangents_in_reverse(ends, list(live.values()), moves))
+            rows.append([None if rows is None else next(tangents).squeeze(0) for rows in outputs])
+        return rows
+
+    with forward_mode(whole.module.modules()):
+        try:
+            rows = [forward(k, n) for k, n in enumerate(chosen)]
+        except NotImplementedError:
+            rows = in_reverse()
+    return [None if column[0] is None else torch.stack(column).detach() for column in zip(*rows, strict=True)]
+
+
+def _whole(call: LayerCall) -> tuple[LayerCall, Tensor]:
+    """(The call of all examples, which of them the given one has)."""
+    if call.whole is not None:
+        return call.whole
+    axis, shape = next((a, s) for a, s in zip(call.output_axes, call.shapes, strict=True) if a is not None)
+    return call, torch.arange(shape[axis])
+
+
+def _run(call: LayerCall, weights: Weights, leaves: list[Any], structure: Any) -> list[Tensor]:
+    assert call.random_state is not None
+    with random_numbers_from(call.random_state):
+        return run_again(call, weights, *tree_unflatten(leaves, structure))
+
+
+def _of_one(tensor: Tensor, axis: int, n: int) -> Tensor:
+    """Zero but for one example."""
+    alone = torch.zeros_like(tensor)
+    alone.select(axis, n).copy_(tensor.select(axis, n))
+    return alone
+
+
+def _reaches_others(gradient: Tensor, axis: int, n: int) -> bool:
+    others = gradient.clone()
+    others.select(axis, n).zero_()
+    return bool((others != 0).any())
+
+
+@torch.no_grad()
+def _check_apart(call: LayerCall, weights: Weights, tolerance: float) -> None:
+    """Raise RefusedError if the outputs of either half of the examples change where the other half is exchanged."""
+    numbers = _whole(call)[1]
+    if len(numbers) < 2:
+        return
+    leaves, structure = leaves_of(call, weights)
+    with_examples = [place for place, axis in enumerate(call.input_axes) if axis is not None]
+    # Not the lengths of sequences, by which a packed one says which random number is whose.
+    values = [place for place in with_examples if leaves[place].is_floating_point() or leaves[place].dim() > 1]
+    half = len(numbers) // 2
+    for kept in (slice(None, half), slice(half, None)):
+        others = numbers.roll(1)
+        others[kept] = numbers[kept]
+        exchanged = list(leaves)
+        for place in values or with_examples:
+            leaf = leaves[place]
+            exchanged[place] = rows_along(leaf, call.input_axes[place], others.to(leaf.device))
+        outputs = examples_first(call, _run(call, weights, exchanged, structure))
+        for rows, (recorded, _), axis in zip(outputs, call.outputs, call.output_axes, strict=True):
+            if rows is None or axis is None:
+                continue
+            if not is_close(rows[kept], recorded.movedim(axis, 0)[kept], tolerance):
+                raise RefusedError(call, "the output of an example depends on other examples")
