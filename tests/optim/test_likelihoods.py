@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[Any, Tensor, Loss, str]] = {
     "one logit": ("categorical", randn(9, 1), bce(yes_no(9, 1)), "use likelihood='bernoulli'"),
     "several labels": ("categorical", randn(N, C), bce(yes_no(N, C)), "use likelihood='bernoulli'"),
     "soft yes": ("categorical", randn(N, C), bce(SOFT), "choose likelihood="),
-    "a margin": ("categorical", 2 * randn(N, C), lambda f: F.multi_margin_loss(f, classes(N)), "choose likelihood="),
+    "a margin": ("categorical", 5 * randn(N, C), lambda f: F.multi_margin_loss(f, classes(N)), "choose likelihood="),
     "a temperature": ("categorical", 3 * randn(N, C), lambda f: ce(f / 3, classes(N)), "choose likelihood="),
     "probabilities": (
         "categorical",
@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[Any, Tensor, Loss, str]] = {
         "choose likelihood=",
     ),
     "classes as yes and no": ("bernoulli", randn(9, C), lambda f: ce(f, classes(9)), "use likelihood='categorical'"),
-    "numbers as yes and no": ("bernoulli", randn(N, 1), lambda f: F.mse_loss(f, 9 * REAL[:, :1]), "choose likelihood="),
+    "numbers as yes and no": ("bernoulli", randn(N, C), lambda f: F.mse_loss(f, 9 * REAL), "choose likelihood="),
     "probabilities as logits": (
         "bernoulli",
         randn(9, C).sigmoid(),
@@ -297,6 +297,33 @@ def test_the_first_step_of_a_regression_by_default_is_refused_and_nothing_has_mo
     with pytest.raises(RuntimeError, match="likelihood='categorical', but .* choose likelihood=.*'gaussian'"):
         optimizer.step()
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [10.0, 20.0, 100.0, 1000.0])
+def test_what_rounding_leaves_of_the_gradient_of_fitted_data_is_not_looked_at(dtype: torch.dtype, size: float) -> None:
+    """p_y - 1 is 0 or about 1e-7, and the other classes' p far below."""
+    labels = torch.arange(64) % 4
+    output = (size * F.one_hot(labels, 4) + randn(64, 4)).to(dtype)
+    residual = residual_of(lambda f: ce(f, labels), output)
+    u = probe("categorical", "ggn", output, residual, makeup(output), None)
+    assert bool(u.isfinite().all()) and float(u.abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_small_minibatches_are_enough(rows: int) -> None:
+    for seed in range(40):
+        output, labels = 3 * randn(rows, 4, seed=seed), torch.arange(seed, seed + rows) % 4
+        weight = torch.tensor([0.2, 1.0, 5.0, 1.0]).double()
+        target = F.one_hot(labels, 4).double()
+        for likelihood, loss in (
+            ("categorical", lambda f, y=labels, w=weight: ce(f, y, w, label_smoothing=0.1)),
+            ("categorical", lambda f, y=labels, w=weight: ce(f, y, w)),
+            ("bernoulli", lambda f, y=target, w=weight: bce(y, pos_weight=w)(f)),
+            ("bernoulli", lambda f, y=target: bce(0.9 * y + 0.05)(f)),
+        ):
+            u = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output), None)
+            assert bool(u.isfinite().all())
 
 
 class Pixels(nn.Module):

@@ -104,8 +104,8 @@ def test_sampled_labels_have_the_same_mean(likelihood: str) -> None:
     given = (lambda f: torch.distributions.Categorical(logits=f)) if likelihood == "callable" else likelihood
     p = output.softmax(1)
     residual = p - F.one_hot(torch.tensor([0, 2]), 3)
-    if likelihood == "gaussian":
-        residual = 2 * (output - 1)
+    if likelihood != "categorical":
+        residual = 2 * (output - 1) if likelihood == "gaussian" else output.sigmoid() - 1
     arguments = (given, "sampled", output, residual, LossMakeup(lambda rows: 1.0), None)
     u = torch.stack([probe(*arguments) for _ in range(4000)])
     truth = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from vlearn.losses.hard_labels import DOUBT, SAMPLE, RowFactors, row_factors
 
-ENTRIES = 4096  # of binary losses that are looked at
-SLACK = 1.5  # with class weights and smoothed labels the weights of a minibatch do not quite add up to 1
+ENTRIES, FEW_ENTRIES = 4096, 8  # of binary losses: looked at at most, and too few to refuse
+SLACK = 3.0  # with class weights and smoothed labels the weights of a minibatch do not quite add up to 1
+CERTAIN = 1e-3  # 1 - p of rows whose gradient is lost in rounding, if they are right
 UNTOLD = 16.0  # no weight, but a gradient scaler's factor
 LOSSES = {
     "categorical": "softmax cross-entropy along any axis",
@@ -110,6 +111,7 @@ def categorical_weights(output: Tensor, residual: Tensor, makeup: LossMakeup) ->
 
 def _evidence(output: Tensor, residual: Tensor, makeup: LossMakeup) -> _Evidence:
     soft: _Evidence | None = None
+    silent: _Evidence | None = None  # where all rows are fitted
     sums_to_zero, agree = (2e-2, 5e-2) if _is_narrow(output, residual) else (1e-3, 1e-3)
     for axis in dict.fromkeys([output.dim() - 1, *range(1, output.dim())]):
         if axis < 1 or output.shape[axis] < 2:
@@ -121,16 +123,30 @@ def _evidence(output: Tensor, residual: Tensor, makeup: LossMakeup) -> _Evidence
             return _Evidence(axis, None)
         if bool(rows.le(0).all()) and bool((scores.logsumexp(-1).abs() <= agree).all()):
             return _Evidence(axis, RowFactors(-rows.sum(-1), rows.argmin(-1), agree, axis), True)
+        p = scores.softmax(-1)
+        beside = rows.scatter(-1, p.argmax(-1, keepdim=True), 0.0)
+        telling = (p.amax(-1) < 1 - CERTAIN) | beside.lt(0).any(-1)
+        if not bool(telling.any()):
+            silent = silent or _Evidence(axis, None)
+            continue
+        p, rows = p[telling], rows[telling]
         if float(rows.sum(-1).abs().sum()) > sums_to_zero * float(rows.abs().sum()):
             continue
         factors = row_factors(output, residual, axis=axis)
-        if factors is not None:
+        if factors is not None and not _may_be_smoothed(factors, output, residual):
             return _Evidence(axis, factors)
-        if soft is None and _may_have_soft_labels(scores.softmax(-1), rows, int(counted.sum()), makeup):
+        if soft is None and (factors is not None or _may_have_soft_labels(p, rows, int(counted.sum()), makeup)):
             soft = _Evidence(axis, None)
-    if soft is not None:
-        return soft
+    if soft is not None or silent is not None:
+        return soft or silent  # pyright: ignore[reportReturnType]
     raise refusal("categorical", output, residual)
+
+
+def _may_be_smoothed(factors: RowFactors, output: Tensor, residual: Tensor) -> bool:
+    """Whether factors that differ little may be those of smoothed labels, which low precision takes for hard ones."""
+    smallest, largest = float(factors.factor.min()), float(factors.factor.max())
+    differ_little = largest <= 2 * smallest and not (factors.is_one or factors.goes_by_label)
+    return differ_little and _is_narrow(output, residual)
 
 
 def _may_have_soft_labels(p: Tensor, rows: Tensor, number: int, makeup: LossMakeup) -> bool:
@@ -172,10 +188,13 @@ def binary_weights(output: Tensor, residual: Tensor, makeup: LossMakeup) -> Tens
     if not len(factor) or _is_one(factor, agree):
         return counted.to(output.dtype) * makeup.shared_weight(float(factor.median()) if len(factor) else None, counted)
     columns = [torch.zeros_like(places[0]), *places[1:]]
-    if any(_is_one_in_groups(factor, 2 * column + is_up, agree) for column in columns):
+    told = makeup.weight_of(int(counted.sum())) / makeup.scale
+    may_be_soft = bool((factor <= (1 + agree) * told).all())
+    too_few_to_tell = len(factor) < FEW_ENTRIES and not may_be_soft
+    if too_few_to_tell or any(_is_one_in_groups(factor, 2 * column + is_up, agree) for column in columns):
         every = residual.abs() / torch.where(residual > 0, output.sigmoid(), (-output).sigmoid())
         return makeup.own_weights(every.nan_to_num(0.0, 0.0, 0.0))
-    if float(factor.mean()) <= SLACK * makeup.weight_of(int(counted.sum())) / makeup.scale:
+    if float(factor.mean()) <= SLACK * told and not _is_categorical(output, residual):
         return counted.to(output.dtype) * makeup.shared_weight(None, counted)
     raise refusal("bernoulli", output, residual)
 
@@ -200,7 +219,7 @@ def refusal(likelihood: str, output: Tensor, residual: Tensor) -> ValueError:
 def _is_binary(output: Tensor, residual: Tensor) -> bool:
     """Whether a gradient can be nothing else than that of a binary cross-entropy with hard labels."""
     factor, places, _ = _binary_factors(output, residual)
-    if len(factor) < 8 or not bool(factor.isfinite().all()):
+    if len(factor) < FEW_ENTRIES or not bool(factor.isfinite().all()):
         return False
     spread = output[places].sigmoid().std()
     return bool(spread > 1e-2) and _is_one(factor, 2e-2 if _is_narrow(output, residual) else 1e-4)
