@@ -22,6 +22,7 @@ class UnattributedParameters(NamedTuple):
         not_in_model: used, but of a module that is not in the model.
         used_outside_call: of the model, and used outside its module's own call.
         not_in_graph: of the model, and not seen in the graph.
+        complex_parameters: of the model, and used.
         unused: those of modules that were called, but that the graph does not use; the calls do not explain them.
     """
 
@@ -29,6 +30,7 @@ class UnattributedParameters(NamedTuple):
     used_outside_call: list[Tensor]
     not_in_graph: list[Tensor]
     unused: set[Tensor]
+    complex_parameters: list[Tensor]
 
 
 @dataclass

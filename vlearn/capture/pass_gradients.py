@@ -45,8 +45,10 @@ class PassGradients:
         self._of_task: dict[int, dict[Tensor, Tensor]] = {}
 
     def listen(self, parameters: Iterable[Tensor]) -> list[Any]:
-        """Hook the parameters; the handles remove the hooks."""
-        return [p.register_hook(partial(self._receive, p)) for p in parameters if p.requires_grad]
+        """Hook the parameters, of which complex ones have no rows; the handles remove the hooks."""
+        return [
+            p.register_hook(partial(self._receive, p)) for p in parameters if p.requires_grad and not p.is_complex()
+        ]
 
     @torch.no_grad()
     def _receive(self, p: Tensor, gradient: Tensor) -> None:

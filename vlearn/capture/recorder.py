@@ -150,6 +150,12 @@ class Recorder:
         unattributed = self._unattributed(args, kwargs, output)
         for call in trace.layer_calls if unattributed.unused else ():
             call.parameters = [p for p in call.parameters if p not in unattributed.unused]
+        for p in unattributed.complex_parameters:
+            trace.problems.append(
+                f"{trace.paths[trace.root]} ({type(trace.root).__name__}) has a complex parameter of shape "
+                f"{tuple(p.shape)}, of which no example has a gradient here: hold it as a pair of reals "
+                "(torch.view_as_complex of a parameter [..., 2])."
+            )
         for p in unattributed.not_in_model:
             trace.problems.append(
                 f"{trace.paths[trace.root]} ({type(trace.root).__name__}) uses a parameter of shape {tuple(p.shape)} "
@@ -195,6 +201,7 @@ class Recorder:
                 used_outside_call=[p for p in own if p in used_outside_call],
                 not_in_graph=[p for p in own if p not in used and p not in attributed],
                 unused=unused,
+                complex_parameters=[p for p in own if p.is_complex() and (p in used or p in attributed)],
             )
             remember(known, kind, finding)
         return known[kind]
@@ -466,15 +473,10 @@ def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Mo
 
 
 def _batch_size(leaves: list[Tensor]) -> int:
-    """How many rows the inputs have; where they differ, a number that is not the size of another axis, if there is one.
-
-    A matrix that all examples share, as the adjacency of a graph, may come first.
-    """
-    sizes = [leaf.shape[0] for leaf in leaves if leaf.dim() > 0]
-    if len(set(sizes)) > 1:
-        others = {size for leaf in leaves for size in leaf.shape[1:]}
-        sizes = [size for size in sizes if size not in others] or sizes
-    return sizes[0] if sizes else 0
+    """How many rows the first input has that is no square matrix; one that all examples share, of a graph, may lead."""
+    sized = [leaf for leaf in leaves if leaf.dim() > 0]
+    others = [leaf for leaf in sized if leaf.dim() != 2 or leaf.shape[0] != leaf.shape[1]]
+    return next((leaf.shape[0] for leaf in (*others, *sized)), 0)
 
 
 def _source(leaf: Tensor) -> Tensor:

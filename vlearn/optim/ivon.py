@@ -84,6 +84,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         torch.Size([3])
     """
 
+    _takes_complex = True
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],

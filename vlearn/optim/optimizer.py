@@ -87,6 +87,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     """
 
     _copied: tuple[str, ...] = ()  # attributes of a subclass that copies have too
+    _takes_complex = False  # parameters, as pairs of reals
 
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None):
         self._check_group(defaults)
@@ -215,8 +216,11 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         self._runtime.search.start(group["params"])
 
     def _check_parameter(self, p: Tensor) -> None:
-        if p.is_complex():
-            raise TypeError(f"{type(self).__name__} has no posterior over complex parameters: use torch.view_as_real.")
+        if p.is_complex() and not self._takes_complex:
+            raise TypeError(
+                f"{type(self).__name__} learns from gradients of single examples, which complex parameters do not have "
+                'here: use IVON or VON(curvature="price"), or hold them as pairs of reals (torch.view_as_real).'
+            )
         if is_sharded(p):
             raise TypeError(
                 f"{type(self).__name__} draws whole parameters, but one of shape {tuple(p.shape)} is sharded over "

@@ -96,6 +96,7 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         check_curvature("VON", curvature, CURVATURES)
         check_likelihood(likelihood)
         self.curvature, self.likelihood, self.output = curvature, likelihood, output
+        self._takes_complex = curvature == "price"
         defaults = settings_of("VON", lr, ess, shared, damping=damping, foreach=foreach)
         super().__init__(params, defaults, shared.get("generator"))
 

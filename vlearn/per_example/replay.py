@@ -92,11 +92,16 @@ def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
 
 @contextmanager
 def placed(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Parameters hold other values inside, wherever the model has a reference to them; on any exit their own."""
+    """Parameters hold other values inside, wherever the model has a reference to them; on any exit their own.
+
+    Args:
+        weights: by parameter, in its shape; of complex ones also as pairs of reals.
+    """
     before = {p: p.data for p in weights}
     try:
         for p, value in weights.items():
-            p.data = value.to(p.dtype)
+            is_pair = p.is_complex() and not value.is_complex()
+            p.data = (torch.view_as_complex(value) if is_pair else value).to(p.dtype)
         torch.clear_autocast_cache()
         yield
     finally:

@@ -57,7 +57,7 @@ def predict(
     with eval_mode(model), posterior.at_mean():  # an active draw steps aside once, not in every pass
         for _ in range(draws):
             sample = posterior.sample(generator)
-            weights: dict[Tensor, Tensor] = {p: sample[name].to(p.dtype) for name, p in names.items()}
+            weights: dict[Tensor, Tensor] = {p: sample[name] for name, p in names.items()}
             with placed(weights):  # the parameters themselves: a model may have second references to them
                 prediction = link(call_with(model, {}, args, kwargs))
             if not (prediction.is_floating_point() or prediction.is_complex()):

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from vlearn.optim.kernels.complex_pairs import as_real
+
 
 def is_low_precision(tensor: Tensor) -> bool:
     """Whether a floating tensor has fewer than 32 bits, so that sums and states of it are kept in float32."""
@@ -16,7 +18,7 @@ def is_low_precision(tensor: Tensor) -> bool:
 
 def first_nonfinite(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The first parameter whose gradient has an infinite or NaN entry, from pairs of both."""
-    given = [(p, g) for p, g in gradients if g is not None]
+    given = [(p, as_real(g)) for p, g in gradients if g is not None]
     # A sum is finite only if every term is, and costs a twentieth of isfinite().all().
     sums = [g.sum(dtype=torch.float32 if is_low_precision(g) else None) for _, g in given]
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

@@ -124,8 +124,8 @@ class Parameters:
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """The dtype in which the state of a parameter is kept: its own, but at least float32."""
-    return torch.float32 if is_low_precision(p) else p.dtype
+    """The dtype of the state of a parameter: its own, of complex ones that of a part, but at least float32."""
+    return torch.float32 if is_low_precision(p) else p.dtype.to_real()
 
 
 def reconciled(master: Tensor, mean: Tensor) -> Tensor:

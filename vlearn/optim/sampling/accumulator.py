@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.distributed.collectives import gathered
+from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.sampling.blocks import ParameterSlice
 
 
@@ -164,7 +165,7 @@ class DrawAverage:
 
     def _of_parameter(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if p not in self._sums:
-            total = torch.zeros_like(p, dtype=dtype)
-            further = total.new_zeros(*p.shape, *self._trailing) if self._trailing else torch.zeros_like(total)
+            total = torch.zeros_like(as_real(p), dtype=dtype)
+            further = total.new_zeros(*total.shape, *self._trailing) if self._trailing else torch.zeros_like(total)
             self._sums[p] = (total, further)
         return self._sums[p]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.kernels.compiled import SMALLEST
+from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.parameters.parameters import Group, Parameters
 
 # Entries. On one thread 2**18 is a tenth faster, but on several every operation waits for all of them: where other
@@ -48,8 +49,13 @@ class ParameterSlice:
         A tensor of another shape is left alone, as nothing of this draw fits it.
         """
         storage = self.parameter.data_ptr()
-        if storage != self._storage and self.parameter.shape == self.whole_buffer.shape:
-            self.weights, self._storage = self.of(self.parameter.data), storage
+        if storage != self._storage and self.has_shape:
+            self.weights, self._storage = self.of(as_real(self.parameter.data)), storage
+
+    @property
+    def has_shape(self) -> bool:
+        """Whether the parameter has the shape that it had."""
+        return as_real(self.parameter.data).shape == self.whole_buffer.shape
 
     @property
     def mean(self) -> Tensor:
@@ -67,7 +73,8 @@ class ParameterSlice:
         return self.rows is None or self.rows[0] == 0
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same rows of a tensor of the parameter's shape, as a view."""
+        """The same rows of a tensor of the parameter's shape, as a view; a complex one comes as a pair of reals."""
+        tensor = as_real(tensor)
         return tensor if self.rows is None else tensor.narrow(0, *self.rows)
 
     def exact_mean(self, parameters: Parameters) -> Tensor:
@@ -146,7 +153,7 @@ def partition(
 
 
 def _slices(parameter: Tensor, buffer: Tensor | None, limit: int) -> Iterator[ParameterSlice]:
-    data = parameter.data
+    data = as_real(parameter.data)
     if buffer is None or buffer.shape != data.shape or buffer.stride() != data.stride() or not _alike(buffer, data):
         buffer = torch.empty_like(data)
     if parameter.numel() <= limit or parameter.dim() == 0:

@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 
 from vlearn._torch_internals import set_versions
 from vlearn.optim.distributed.local_gradients import LocalGradients
+from vlearn.optim.kernels.complex_pairs import like
 from vlearn.optim.sampling.accumulator import PassSums
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.noise import Noise
@@ -186,7 +187,7 @@ class Draw:
             RuntimeError: if a parameter has another shape.
         """
         for piece in self.slices:
-            if piece.parameter.shape != piece.whole_buffer.shape:
+            if not piece.has_shape:
                 raise RuntimeError(
                     f"p.data of a parameter of shape {tuple(piece.whole_buffer.shape)} was replaced by a tensor of "
                     f"shape {tuple(piece.parameter.shape)} while a draw waits for step(): replace it after step()."
@@ -195,11 +196,11 @@ class Draw:
 
     def samples(self) -> dict[Tensor, Tensor]:
         """θ of every parameter, as one tensor each."""
-        return {p: s[0].whole_buffer if s[0].mean_in_weights else p.data for p, s in self.slices_of.items()}
+        return {p: like(p, s[0].whole_buffer) if s[0].mean_in_weights else p.data for p, s in self.slices_of.items()}
 
     def means(self) -> dict[Tensor, Tensor]:
         """The mean of every parameter, as one tensor each."""
-        return {p: p.data if s[0].mean_in_weights else s[0].whole_buffer for p, s in self.slices_of.items()}
+        return {p: p.data if s[0].mean_in_weights else like(p, s[0].whole_buffer) for p, s in self.slices_of.items()}
 
     def gradient_of(self, p: Tensor) -> Tensor | None:
         """The gradient of a parameter under this draw: what `p.grad` holds, or held as the context was left."""

@@ -14,6 +14,7 @@ from vlearn._torch_internals import next_sequence_number
 from vlearn.optim.distributed.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.parameters import Parameters, reconciled
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
@@ -437,7 +438,7 @@ class Sampler:
 
 
 class MeanView(Mapping[str, Tensor]):
-    """The posterior mean by parameter name, wherever it waits while a draw is in the weights."""
+    """The posterior mean by parameter name, wherever it waits while a draw is in the weights; pairs of complex ones."""
 
     def __init__(self, sampler: Sampler, named: dict[str, Tensor]):
         self._sampler, self._named = sampler, named
@@ -445,7 +446,7 @@ class MeanView(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         p, draw = self._named[name], self._sampler.draw
         master = self._sampler.parameters.master_copy(p)
-        mean = p.data if draw is None else draw.means().get(p, p.data)
+        mean = as_real(p.data if draw is None else draw.means().get(p, p.data))
         return mean if master is None else reconciled(master, mean)
 
     def __iter__(self) -> Iterator[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.kernels.compiled import flat, kernel
+from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.kernels.threefry import new_key, normals
 from vlearn.optim.parameters.options import tempered_ess_and_decay
@@ -122,11 +123,11 @@ class DiagonalStructure:
 
 def initial_state(p: Tensor, hess_init: float) -> dict[str, Tensor]:
     """The state of a parameter with a diagonal Hessian."""
-    dtype = state_dtype(p)
+    dtype, real = state_dtype(p), as_real(p.detach())
     return {
         "step": torch.tensor(0.0, dtype=torch.float32),
-        "momentum": torch.zeros_like(p, dtype=dtype),
-        "hessian": torch.full_like(p, hess_init, dtype=dtype),
+        "momentum": torch.zeros_like(real, dtype=dtype),
+        "hessian": torch.full_like(real, hess_init, dtype=dtype),
     }
 
 
