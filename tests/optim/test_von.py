@@ -17,6 +17,7 @@ from tests.optim.table import data, equal, network, plain, states, weights
 from tests.oracles.per_example import PerExample, relative_error
 from vlearn.losses import likelihood as likelihood_module
 from vlearn.losses.likelihood import probe
+from vlearn.losses.residual_checks import LossMakeup
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 SIGNS = [torch.tensor(signs, dtype=torch.float64) for signs in itertools.product((-1.0, 1.0), repeat=3)]
@@ -101,10 +102,12 @@ def test_sampled_labels_have_the_same_mean(likelihood: str) -> None:
     torch.manual_seed(0)
     output = torch.randn(2, 3, dtype=torch.float64)
     given = (lambda f: torch.distributions.Categorical(logits=f)) if likelihood == "callable" else likelihood
-    residual = output - output.mean(1, keepdim=True) if likelihood == "categorical" else torch.ones_like(output)
-    arguments = (given, "sampled", output, residual, lambda rows: 1.0, None)
-    u = torch.stack([probe(*arguments) for _ in range(4000)])
     p = output.softmax(1)
+    residual = p - F.one_hot(torch.tensor([0, 2]), 3)
+    if likelihood != "categorical":
+        residual = 2 * (output - 1) if likelihood == "gaussian" else output.sigmoid() - 1
+    arguments = (given, "sampled", output, residual, LossMakeup(lambda rows: 1.0), None)
+    u = torch.stack([probe(*arguments) for _ in range(4000)])
     truth = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     if likelihood == "gaussian":
         truth = 2 * torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
@@ -118,23 +121,23 @@ MISMATCHES = {
     "regression": (
         {},
         lambda f, y: F.mse_loss(f, y.double()),
-        "is no softmax cross-entropy: pass likelihood='gaussian'",
+        "is not that of softmax cross-entropy along any axis, .* 'gaussian'",
     ),
     "many labels": (
         {},
         lambda f, y: F.binary_cross_entropy_with_logits(f, y.double()),
-        r"'bernoulli' \(binary cross-entropy of logits\)",
+        "use likelihood='bernoulli'",
     ),
     "one logit": ({}, lambda f, y: F.binary_cross_entropy_with_logits(f[:, :1], y[:, :1].double()), "likelihood="),
     "classes told as numbers": (
         {"likelihood": "gaussian"},
         lambda f, y: F.cross_entropy(f, y[:, 0]),
-        "sums to zero over axis 1, .* pass likelihood='categorical'",
+        "is not that of squared error, .* use likelihood='categorical'",
     ),
     "classes told as labels": (
         {"likelihood": "bernoulli"},
         lambda f, y: F.cross_entropy(f, y[:, 0]),
-        "sums to zero over axis 1",
+        "is not that of binary cross-entropy with logits, .* use likelihood='categorical'",
     ),
 }
 
@@ -162,10 +165,11 @@ def test_the_axis_of_the_classes_is_found(sizes: tuple[int, ...], soft: bool, mo
     y = torch.randn(4, 3, *sizes, dtype=torch.float64).softmax(1) if soft else torch.randint(0, 3, (4, *sizes))
     (residual,) = torch.autograd.grad(F.cross_entropy(output, y, label_smoothing=0.1), output)
     last = output.detach().movedim(1, -1)
+    makeup = LossMakeup(lambda rows: 4 / rows, 4.0)
 
     def squares(output: Tensor, residual: Tensor) -> Tensor:
         return mean_over_signs(
-            monkeypatch, lambda: probe("categorical", "ggn", output, residual, lambda rows: 1.0, None).square()
+            monkeypatch, lambda: probe("categorical", "ggn", output, residual, makeup, None).square()
         )
 
     expected = squares(last, residual.movedim(1, -1))
@@ -182,11 +186,10 @@ def test_positions_share_the_own_loss_and_ignored_ones_have_no_curvature(monkeyp
     (residual,) = torch.autograd.grad(F.cross_entropy(model(output).flatten(0, 1), y.flatten()), output)
 
     def weight_of(rows: int) -> float:
-        assert rows == 16
         return 4 / rows
 
     def estimate() -> Tensor:
-        u = probe("categorical", "probe", output, residual, weight_of, None)
+        u = probe("categorical", "ggn", output, residual, LossMakeup(weight_of, 4.0), None)
         return u.unsqueeze(3) * u.unsqueeze(2)
 
     p = output.detach().softmax(2)

@@ -81,6 +81,109 @@ COMPARING = {
 }
 
 
+# Each meets others only at some distance, or by their targets alone.
+COMPARING |= {
+    "four apart": lambda f, y: F.cross_entropy(f, y, reduction="none") + f.roll(4, 0).square().sum(1),
+    "one apart": lambda f, y: F.cross_entropy(f, y, reduction="none") + f.roll(1, 0).square().sum(1),
+    "over the number of examples": lambda f, y: F.cross_entropy(f, y, reduction="none") / len(f),
+    "all targets": lambda f, y: F.cross_entropy(f, y, reduction="none") * y.double().mean(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_are_as_many_as_the_outputs_are_refused_as_broadcast():
+    torch.manual_seed(0)
+    model, target = nn.Linear(5, N).double(), torch.randn(N, dtype=torch.float64)
+    with pytest.raises(ValueError, match="were broadcast against one another"):
+        sweep(model, nn.HuberLoss(), target)
+    with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+        sweep(model, lambda f, y: (f - y).square().mean(1), target)
+    with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+        sweep(nn.Linear(5, 1).double(), lambda f, y: (f - y).square().mean(1), target)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_are_broadcast_within_an_example_are_not():
+    torch.manual_seed(0)
+    model, target = nn.Linear(5, 3).double(), torch.randn(N, 1, dtype=torch.float64)
+    table = sweep(model, F.mse_loss, target)
+    assert relative_error(table.loss, (model(inputs()) - target).square().mean(1).detach()) < 1e-12
+
+
+def test_a_loss_that_draws_random_numbers_compares_nothing():
+    torch.manual_seed(0)
+    table = sweep(network(), lambda f, y: F.cross_entropy(F.dropout(f, 0.3), y, reduction="none"), loo_loss=False)
+    assert bool(table.self_influence.isfinite().all())
+
+
+class SumThenMean(nn.Module):
+    """Its "mean" is that over the examples, of the sums of their entries."""
+
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, output, target):
+        losses = (output - target).square()
+        if self.reduction == "none":
+            return losses
+        return losses.sum() / (len(losses) if self.reduction == "mean" else 1)
+
+
+class Mean(nn.MSELoss):
+    """A loss of the user's own."""
+
+
+def by_another_word(output, target, reduction="elementwise_mean"):
+    losses = F.mse_loss(output, target, reduction="none")
+    return losses if reduction == "none" else losses.mean()
+
+
+OWN = {
+    "a mean of sums": (SumThenMean(), torch.sum),
+    "a sum": (SumThenMean("sum"), torch.sum),
+    "a mean": (Mean(), torch.mean),
+    "by another word": (by_another_word, torch.mean),
+    "a default of none": (partial(partial(F.mse_loss, reduction="none"), reduction="mean"), torch.mean),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_value_of_a_loss_of_ones_own_tells_its_reduction(name):
+    loss_fn, reduce = OWN[name]
+    model = network()
+    table = sweep(model, loss_fn, SOFT)
+    truth = per_example(model.eval(), lambda m: m(inputs()), lambda f: reduce((f - SOFT).square(), 1))
+    assert relative_error(table.loss, truth.loss) < 1e-12
+    covariance = covariance_of(optimizer_of(model), model)
+    assert relative_error(table.self_influence, truth.self_influence(covariance)) < 1e-12
+
+
+def test_a_reduction_that_nothing_tells_is_refused():
+    def loss_fn(output, target, *, reduction):
+        return F.mse_loss(output, target, reduction=reduction)
+
+    with pytest.raises(ValueError, match=r"a reduction of its own.* use reduction='mean' or 'sum', as by functools.pa"):
+        sweep(network(), loss_fn, SOFT)
+    assert len(sweep(network(), partial(loss_fn, reduction="sum"), SOFT)) == N
+
+
+def test_one_entry_needs_no_reduction():
+    model = nn.Linear(5, 1).double()
+    target = torch.randn(N, 1, dtype=torch.float64)
+    for loss_fn in (nn.MSELoss(reduction="none"), nn.MSELoss(reduction="sum"), nn.MSELoss()):
+        table = sweep(model, loss_fn, target)
+        assert relative_error(table.loss, (model(inputs()) - target).square().squeeze(1).detach()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [nn.CosineEmbeddingLoss(), nn.TripletMarginLoss(), F.margin_ranking_loss, F.ctc_loss, nn.CTCLoss()]
+)
+def test_a_loss_of_other_arguments_is_refused(loss_fn):
+    with pytest.raises(ValueError, match=r"pass a callable \(output, target\) -> \[N\]"):
+        sweep(network(), loss_fn)
+
+
 @pytest.mark.parametrize("loss_fn", COMPARING.values(), ids=COMPARING)
 def test_a_loss_that_compares_examples_is_refused(loss_fn):
     with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
@@ -108,6 +211,26 @@ class PositionsFirst(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x).tanh()).transpose(0, 1)
+
+
+def test_as_many_positions_as_examples_are_told_apart_after_batches_of_others():
+    """The first batch, whose output shows it by its size, must not vouch for the second."""
+    model = PositionsFirst().double()
+    optimizer = optimizer_of(model)
+    for length in (4, N):
+        optimizer.zero_grad()
+        output = model(torch.randn(N, length, 3, dtype=torch.float64))
+        F.cross_entropy(output.permute(1, 2, 0), torch.zeros(N, length, dtype=torch.long)).backward()
+        with pytest.raises(RuntimeError, match=r"examples first, as by output.transpose\(0, 1\)"):
+            optimizer.sensitivities()
+
+
+def test_as_many_classes_as_examples_are_no_other_axis():
+    torch.manual_seed(0)
+    model = nn.Linear(5, N).double()
+    optimizer = optimizer_of(model)
+    F.cross_entropy(model(inputs()), LABELS).backward()
+    assert optimizer.sensitivities(examples=[0, 2]).residual.shape == (2, N)
 
 
 @pytest.mark.parametrize("length", [4, N])
@@ -158,10 +281,64 @@ def test_a_loss_without_a_second_derivative_in_torch_has_its_curvature_by_differ
     assert relative_error(found.leverage, known.leverage) < 1e-6
 
 
-def test_where_that_would_take_too_many_the_remedy_is_named(monkeypatch):
+@pytest.mark.parametrize("settings", [{"leverage": "exact"}, {"refined": True}])
+def test_where_that_would_take_too_many_the_remedy_is_named(settings, monkeypatch):
     monkeypatch.setattr("vlearn.linearized.linearization.DIFFERENCES", 2)
-    with pytest.raises(RuntimeError, match="pass leverage=None"):
-        sweep(network(), multi_margin, leverage="probe")
+    with pytest.raises(RuntimeError, match="pass leverage='probe' or leverage=None"):
+        sweep(network(), multi_margin, **settings)
+
+
+def test_the_leverage_of_many_outputs_without_a_second_derivative_is_unbiased(monkeypatch):
+    """Of a loss whose curvature is negative in places: what is estimated is tr(ΛV) itself."""
+    monkeypatch.setattr("vlearn.linearized.linearization.DIFFERENCES", 2)
+    lengths, labels = torch.tensor([4, 3, 4]), torch.tensor([[1, 2], [2, 2], [1, 1]])
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.net(x).log_softmax(2)
+
+    def rows(output, target):
+        return F.ctc_loss(output.transpose(0, 1), target[0], target[1], torch.full((len(output),), 2), reduction="none")
+
+    model = Scores().double()
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    posterior = optimizer_of(model).posterior()
+    wide = vlearn.sweep(
+        model,
+        posterior,
+        [(x.repeat(400, 1, 1), (labels.repeat(400, 1), lengths.repeat(400)))],
+        rows,
+        generator=torch.Generator().manual_seed(0),
+        progress=False,
+    )
+    probes = wide.leverage.reshape(400, 3)
+    variance = torch.cat([posterior.variance[name].reshape(-1) for name in posterior.names])
+    for n in range(3):
+        parameters = list(model.parameters())
+        output = model.eval()(x[n : n + 1])
+        jacobian = torch.stack(
+            [
+                torch.cat([g.reshape(-1) for g in torch.autograd.grad(entry, parameters, retain_graph=True)])
+                for entry in output.reshape(-1)
+            ]
+        )
+
+        def residual(flat, n=n):
+            leaf = flat.reshape(1, 4, 3).detach().requires_grad_()
+            loss = rows(leaf, (labels[n : n + 1], lengths[n : n + 1])).sum()
+            return torch.autograd.grad(loss, leaf)[0].reshape(-1)
+
+        at, step = output.detach().reshape(-1), 1e-5
+        moves = step * torch.eye(len(at)).double()
+        hessian = torch.stack([(residual(at + move) - residual(at - move)) / (2 * step) for move in moves])
+        exact = ((hessian + hessian.mT) / 2 * ((jacobian * variance) @ jacobian.mT)).sum()
+        error = probes[:, n].std() / 400**0.5
+        assert float((probes[:, n].mean() - exact).abs()) < 5 * float(error) + 1e-8
 
 
 @pytest.mark.parametrize(

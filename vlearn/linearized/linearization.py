@@ -21,7 +21,14 @@ from vlearn.linearized.covariance_products import covariance_products
 from vlearn.linearized.loss_checks import check_own_losses
 from vlearn.linearized.output_change import output_deviation
 from vlearn.losses.example_loss import ExampleLoss
-from vlearn.losses.output_hessian import hessian_by_differences, hessian_probe, output_hessian, root_probe
+from vlearn.losses.output_hessian import (
+    hessian_by_differences,
+    hessian_probe,
+    output_hessian,
+    product_by_differences,
+    random_signs,
+    root_probe,
+)
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded, eval_mode
@@ -29,7 +36,8 @@ from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior, match
 
 _NO_CURVATURE = (
-    "the loss has no second derivative in torch, so neither the leverage nor refined is to be had: pass leverage=None "
+    "the loss has no second derivative in torch, and an output of {size} entries is too large for differences of its "
+    "first: leave out leverage='exact', refined and whatever else needs Λ, or pass leverage='probe' or leverage=None "
     "({error})."
 )
 DIFFERENCES = 256  # entries of an example's output up to which differences stand in for second derivatives
@@ -106,10 +114,16 @@ class Linearization:
             if self._hides_curvature():
                 raise NotImplementedError("it is a function that is differentiated once")
             return output_hessian(self.selected_residual, self.leaves[self.chosen])
-        except (RuntimeError, NotImplementedError) as error:
-            if self.output[0].numel() > DIFFERENCES:
-                raise RuntimeError(_NO_CURVATURE.format(error=error)) from error
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self._differences_are_few:
+                raise RuntimeError(_NO_CURVATURE.format(size=self.output[0].numel(), error=error)) from error
             return hessian_by_differences(self._residual_at, self.output)
+
+    @property
+    def _differences_are_few(self) -> bool:
+        return self.output[0].numel() <= DIFFERENCES
 
     def _hides_curvature(self) -> bool:
         """Whether residuals without a graph, as those of a loss that is linear in the output, change with the output.
@@ -128,24 +142,40 @@ class Linearization:
         loss = self._loss_of([leaf if i == chosen else other.detach() for i, other in enumerate(self.leaves)])
         return torch.autograd.grad(loss.sum(), leaf)[0]
 
-    @torch.enable_grad()
-    def probe(self, generator: torch.Generator | None) -> Tensor:
-        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; needs the residuals' graph too.
+    def leverage_estimate(self, generator: torch.Generator | None) -> Tensor:
+        """tr(ΛV) ``[N]`` from one random direction, without bias: uᵀVu with E[uuᵀ] = Λ.
 
-        Raises:
-            RuntimeError: as for `hessian`.
+        Negative curvature is dropped. Where the loss has no second derivative in torch and the output is large, it is
+        zᵀΛVz of random signs z, Λz by a difference of the first derivatives, and negative curvature counts.
+
+        Args:
+            generator: of the direction.
         """
+        u = self._probe(generator)
+        if u is not None:
+            return self.quadratic_and_product(u, product=False)[0]
+        z = random_signs(self.output, generator)
+        product = self.quadratic_and_product(z)[1]
+        assert product is not None
+        curved = product_by_differences(self._residual_at, self.output, z)
+        return (curved * product).reshape(len(z), -1).sum(1)
+
+    @torch.enable_grad()
+    def _probe(self, generator: torch.Generator | None) -> Tensor | None:
+        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; None where that is not to be had."""
         chosen = self.chosen
         zero = torch.zeros_like(self.leaves[chosen], requires_grad=True)
         leaves = [zero if i == chosen else leaf for i, leaf in enumerate(self.leaves)]
-        loss = self._loss_of(leaves).sum()
-        (residual,) = torch.autograd.grad(loss, zero, create_graph=True)
         try:
-            if self._hides_curvature():
-                return root_probe(self.hessian(), self.output, generator)
-            return hessian_probe(self.selected_residual, self.leaves[chosen], (residual, zero), generator)
-        except (RuntimeError, NotImplementedError):
-            return root_probe(self.hessian(), self.output, generator)
+            if not self._hides_curvature():
+                loss = self._loss_of(leaves).sum()
+                (residual,) = torch.autograd.grad(loss, zero, create_graph=True)
+                return hessian_probe(self.selected_residual, self.leaves[chosen], (residual, zero), generator)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no second derivative
+            pass
+        return root_probe(self.hessian(), self.output, generator) if self._differences_are_few else None
 
     def self_influence_and_deviation(self, deviation: bool, last: bool = False) -> tuple[Tensor, list[Tensor] | None]:
         """Along each example's own gradient: (gᵀΣg ``[N]``, J Σ g of every output).

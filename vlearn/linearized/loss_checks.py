@@ -5,7 +5,8 @@ depend on who else is in it. Looked at once for each shape of output:
 
     gradients   with c_n on example n's loss, the gradient of its output must be c_n times that with 1; powers of two,
                 so that rounding makes no difference. It also shows an output that has its examples along another axis.
-    values      of some of the examples alone, they must be what they are within the batch
+    values      of some of the examples alone, they must be what they are within the batch, and also where copies of the
+                first take the places of the others; not asked of a loss that draws random numbers
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def check_own_losses(
                 f"{tuple(leaf.shape)} is not that of the examples: let the model return it with the examples first, as "
                 "by output.transpose(0, 1), and what belongs to all examples expanded to a row for each."
             )
-    factors = 2.0 ** (torch.arange(count, device=loss.device) % FEW).to(loss.dtype)
+    factors = _powers_of_two(count, loss)
     ends = [*leaves, *parameters]
     weights = _by_row(factors, loss).expand_as(loss)
     weighted = torch.autograd.grad(loss, ends, weights, retain_graph=True, allow_unused=True)
@@ -64,17 +65,32 @@ def check_own_losses(
             expected = residual.detach() * _by_row(factors.to(residual.dtype), residual)
             if not is_close(with_factors, expected, AGREE):
                 raise RuntimeError(_COMPARES)
-    few = slice(0, min(FEW, count - 1))
-    with torch.no_grad():
-        try:
-            axes = [
-                0 if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else None for leaf in tree_leaves(given)
-            ]
-            part = losses(*rows_of(given, axes, few))
-        except Exception:  # a target that is cut to pieces may be none
-            return
-        if part.shape == loss[few].shape and not is_close(part, loss[few].detach(), AGREE):
-            raise RuntimeError(_COMPARES)
+    few = min(FEW, count - 1)
+    alone, among_copies = torch.arange(few), torch.cat([torch.arange(few), torch.zeros(count - few, dtype=torch.long)])
+    if any(_differs(loss, given, losses, rows, few) for rows in (alone, among_copies) if few):
+        raise RuntimeError(_COMPARES)
+
+
+@torch.no_grad()
+def _differs(
+    loss: Tensor, given: tuple[Any, Any], losses: Callable[[Any, Any], Tensor], rows: Tensor, few: int
+) -> bool:
+    """Whether the first losses are others when computed from these rows, and that not by chance."""
+    count = len(loss)
+    try:
+        axes = [0 if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else None for leaf in tree_leaves(given)]
+        part = losses(*rows_of(given, axes, rows.to(loss.device)))
+        if part.shape != (len(rows), *loss.shape[1:]) or is_close(part[:few], loss[:few].detach(), AGREE):
+            return False
+        return is_close(losses(*given), loss.detach(), AGREE)  # else it draws random numbers
+    except Exception:  # a target that is cut to pieces may be none
+        return False
+
+
+def _powers_of_two(count: int, like: Tensor) -> Tensor:
+    """``[count]`` without a period, so that no two examples at a fixed distance have the same throughout."""
+    golden = torch.arange(count, device=like.device, dtype=torch.float64) * 0.6180339887498949
+    return 2.0 ** (golden.frac() * 2 * FEW).floor().to(like.dtype)
 
 
 _COMPARES = (

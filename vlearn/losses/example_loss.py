@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,13 +26,17 @@ class ExampleLoss:
 
     Args:
         loss_fn: a torch-style loss with a `reduction` argument or attribute, which says what becomes of the entries
-            beyond the first axis; or a callable (output, target) -> ``[N]``, whose further axes are averaged.
-            `nn.GaussianNLLLoss` takes a model that gives (mean, variance).
+            beyond the first axis; where it is not torch's own, its value has the last word. Or a callable (output,
+            target) -> ``[N]``, whose further axes are averaged. `nn.GaussianNLLLoss` takes a model that gives
+            (mean, variance).
         per: "example", or "token" for ``[N, T]``, the loss of every position; entries beyond are averaged.
 
     Attributes:
-        reduction: what becomes of an example's entries: "mean", "sum" or "none".
+        reduction: what becomes of an example's entries: "mean", "sum", "none", or None where it is not known.
         checked: shapes of outputs and targets for which each loss was seen to be of its own example.
+
+    Raises:
+        ValueError: if loss_fn cannot be called with an output and a target.
     """
 
     def __init__(self, loss_fn: LossFunction, per: str = "example"):
@@ -46,6 +51,9 @@ class ExampleLoss:
                 "nn.CTCLoss takes outputs [T, N, C] and lengths: pass a callable (output, target) -> [N] that calls "
                 "F.ctc_loss(..., reduction='none') and divides by the target lengths, and a model of outputs [N, T, C]."
             )
+        is_gaussian = isinstance(loss_fn, nn.GaussianNLLLoss) or loss_fn is F.gaussian_nll_loss
+        if not is_gaussian:
+            _check_takes_output_and_target(loss_fn)
         if isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "reduction"):
             self.unreduced: LossFunction = copy.copy(loss_fn)
             self.unreduced.reduction = "none"  # type: ignore[attr-defined]
@@ -53,7 +61,8 @@ class ExampleLoss:
             self.unreduced = partial(loss_fn, reduction="none")
         else:
             self.unreduced, self.torch_style = loss_fn, False
-        if isinstance(loss_fn, nn.GaussianNLLLoss) or loss_fn is F.gaussian_nll_loss:
+        self._whole = loss_fn if self.torch_style and not _is_torchs(loss_fn) else None
+        if is_gaussian:
             self.unreduced, self.torch_style = partial(_of_mean_and_variance, self.unreduced), False
 
     def __call__(self, output: Any, target: Any) -> Tensor:
@@ -65,6 +74,8 @@ class ExampleLoss:
                 "loss with a `reduction` argument, or a callable (output, target) -> [N]."
             )
         self._check_shapes(rows, output, target)
+        if self._whole is not None and rows.numel() > len(rows):
+            self.reduction, self._whole = _shown_reduction(self._whole, rows, output, target, self.reduction), None
         if self.per == "token":
             if rows.dim() == 1:
                 raise ValueError(
@@ -76,18 +87,24 @@ class ExampleLoss:
 
     def _reduced(self, rows: Tensor) -> Tensor:
         """The entries along the last axis as the loss reduces them."""
-        if self.reduction == "none":
+        if self.reduction not in ("mean", "sum") and rows.shape[-1] > 1:
+            has = "has reduction='none'" if self.reduction == "none" else "has a reduction of its own"
             raise ValueError(
-                f"loss_fn has reduction='none' and gave {rows.shape[-1]} entries for each example, so that their "
-                "weight is unclear: use reduction='mean' or 'sum'."
+                f"loss_fn {has} and gave {rows.shape[-1]} entries for each example, so that their weight is unclear: "
+                "use reduction='mean' or 'sum', as by functools.partial(loss_fn, reduction='mean'), or a callable "
+                "(output, target) -> [N]."
             )
         return rows.mean(-1) if self.reduction == "mean" else rows.sum(-1)
 
     def _check_shapes(self, rows: Tensor, output: Any, target: Any) -> None:
         """Raise ValueError where the target was broadcast, so that each example's output met those of others."""
-        if not isinstance(output, Tensor) or rows.dim() < 2 or rows.numel() <= output.numel():
+        if not isinstance(output, Tensor) or rows.dim() < 2:
             return
-        if self.torch_style or rows.shape[0] == rows.shape[1]:
+        is_aligned = isinstance(target, Tensor) and target.dim() == output.dim() and len(target) == len(output)
+        is_larger = rows.numel() > output.numel() and (self.torch_style or rows.shape[0] == rows.shape[1])
+        # With as many outputs as examples the entries have the output's shape all the same; labels are no such target.
+        hides = self.torch_style and rows.shape == output.shape and len(rows) > 1 and _is_of_numbers(target)
+        if not is_aligned and (is_larger or hides):
             given = f"a target of shape {tuple(target.shape)}" if isinstance(target, Tensor) else "its target"
             raise ValueError(
                 f"loss_fn gave {tuple(rows.shape)} entries for an output of shape {tuple(output.shape)} and {given}, "
@@ -96,8 +113,12 @@ class ExampleLoss:
             )
 
 
-def _reduction_of(loss_fn: LossFunction) -> str:
-    """What the loss itself does to the entries of an example: "mean", "sum" (also "batchmean") or "none"."""
+def _is_of_numbers(target: Any) -> bool:
+    return isinstance(target, Tensor) and target.is_floating_point()
+
+
+def _reduction_of(loss_fn: LossFunction) -> str | None:
+    """What the loss says that it does to the entries of an example: "mean", "sum" (also "batchmean") or "none"."""
     if isinstance(loss_fn, partial):
         given = loss_fn.keywords.get("reduction")
         return _reduction_of(loss_fn.func) if given is None else _known(given)
@@ -107,13 +128,55 @@ def _reduction_of(loss_fn: LossFunction) -> str:
         argument = inspect.signature(loss_fn).parameters.get("reduction")
     except (TypeError, ValueError):
         argument = None
-    return "mean" if argument is None or argument.default is argument.empty else _known(argument.default)
+    return "mean" if argument is None else _known(argument.default)
 
 
-def _known(reduction: Any) -> str:
+def _known(reduction: Any) -> str | None:
     if reduction in ("sum", "batchmean"):
         return "sum"
-    return "none" if reduction == "none" else "mean"
+    return reduction if reduction in ("mean", "none") else None
+
+
+@torch.no_grad()
+def _shown_reduction(
+    loss_fn: LossFunction, entries: Tensor, output: Any, target: Any, declared: str | None
+) -> str | None:
+    """What a loss does to the entries of an example by its value; what it says where its value shows nothing."""
+    try:
+        value = loss_fn(output, target)
+    except Exception:  # its reduction must be given
+        return declared
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return declared
+    total = entries.sum()
+    means = {"mean": [total / entries.numel()], "sum": [total, total / len(entries)]}
+    fits = [
+        name for name, values in means.items() if any(torch.isclose(value.reshape(()), v, rtol=1e-3) for v in values)
+    ]
+    return declared if declared in fits or len(fits) != 1 else fits[0]
+
+
+def _is_torchs(loss_fn: LossFunction) -> bool:
+    """Whether a loss is torch's own, whose reductions mean what they say."""
+    while isinstance(loss_fn, partial):
+        loss_fn = loss_fn.func
+    of = type(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+    return str(getattr(of, "__module__", "")).split(".")[0] == "torch"
+
+
+def _check_takes_output_and_target(loss_fn: LossFunction) -> None:
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, **({"reduction": "none"} if "reduction" in signature.parameters else {}))
+    except TypeError as error:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise ValueError(
+            f"loss_fn is called with the model's output and the target, but {name} takes {signature} ({error}): pass a "
+            "callable (output, target) -> [N], for instance lambda output, target: loss(*output, target)."
+        ) from error
 
 
 def _of_mean_and_variance(loss: LossFunction, output: Any, target: Any) -> Tensor:

@@ -48,17 +48,20 @@ class RowFactors(NamedTuple):
         return repeated
 
 
-def row_factors(output: Tensor, residual: Tensor, is_narrow: bool = False) -> RowFactors | None:
+def row_factors(
+    output: Tensor, residual: Tensor, is_narrow: bool = False, axis: int | None = None
+) -> RowFactors | None:
     """The factors of a sample of rows; None where the gradient is not that of softmax cross-entropy with hard labels.
 
     Args:
         output: the model's, ``[N, ..., C]`` or ``[N, C, ...]``.
         residual: the loss's gradient with respect to it.
         is_narrow: they may have passed through a type of low precision.
+        axis: of the classes; None for the last or the one after the examples, whichever fits.
     """
-    for axis in dict.fromkeys((output.dim() - 1, 1)):
-        if 0 < axis < output.dim() and output.shape[axis] > 1:
-            factors = _along(output, residual, axis, is_narrow)
+    for each in dict.fromkeys((output.dim() - 1, 1)) if axis is None else (axis,):
+        if 0 < each < output.dim() and output.shape[each] > 1:
+            factors = _along(output, residual, each, is_narrow)
             if factors is not None:
                 return factors
     return None

@@ -16,10 +16,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from vlearn.losses.output_hessian import hessian_root, output_hessian, softmax_root
+from vlearn.losses.residual_checks import (
+    LossMakeup,
+    binary_weights,
+    categorical_weights,
+    refusal,
+    shown_likelihood,
+)
 
 Likelihood = str | Callable[[Tensor], Distribution]
 LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
-SUMS_TO_ZERO = 1e-3  # relative to the entries; of C independent entries the sum is 1/√C
 
 
 def probe(
@@ -27,91 +33,41 @@ def probe(
     how: str,
     output: Tensor,
     residual: Tensor,
-    weight_of: Callable[[int], float],
+    makeup: LossMakeup,
     generator: torch.Generator | None,
 ) -> Tensor:
     """u ``[N, ...]`` in the output's shape, for each example's own loss.
 
     Args:
-        likelihood: "categorical" (softmax cross-entropy over the axis of the classes, see `class_axis`), "gaussian"
-            (squared error, as `F.mse_loss` has it), "bernoulli" (binary cross-entropy of logits) or output ->
-            distribution of the targets, whose negative log-likelihood is the loss.
+        likelihood: "categorical" (softmax cross-entropy, over whichever axis the residual shows), "bernoulli" (binary
+            cross-entropy of logits), "gaussian" (squared error, as `F.mse_loss` has it) or output -> distribution of
+            the targets, whose negative log-likelihood is the loss.
         how: "ggn", u = R z with R Rᵀ = Λ and independent signs z; or "sampled", the residual of labels that are
             sampled from the model.
         output: the model's, ``[N, ...]``.
         residual: the loss's gradient with respect to it; rows where it is zero are not in the loss.
-        weight_of: number of rows in the loss -> what an example's own loss multiplies each of its rows with.
+        makeup: how the loss is made up of the examples' own.
         generator: of the random numbers (a distribution samples with torch's global one).
     Raises:
-        ValueError: if the residual is not that of the likelihood, as far as it shows.
+        ValueError: if the residual is not that of the likelihood. That of "gaussian" is one as long as it is not that
+            of hard labels, and that of a callable always.
     """
     wide = output.detach() if torch.finfo(output.dtype).bits >= 32 else output.detach().float()
-    if isinstance(likelihood, str):
-        axis = class_axis(output, residual)
-        _check_residual(likelihood, output, axis)
     if likelihood == "categorical":
-        assert axis is not None
-        counted = residual.ne(0).any(axis, keepdim=True)
-        u = _categorical(wide.movedim(axis, -1), how, generator).movedim(-1, axis) * counted
-        rows = int(counted.sum())
-    elif likelihood == "gaussian":
+        axis, weights = categorical_weights(output.detach(), residual, makeup)
+        u = _categorical(wide.movedim(axis, -1), how, generator).movedim(-1, axis)
+        return u * weights.to(wide.dtype).sqrt()
+    if likelihood == "bernoulli":
+        return _bernoulli(wide, how, generator) * binary_weights(output.detach(), residual, makeup).to(wide).sqrt()
+    if likelihood == "gaussian":
+        if shown_likelihood(output.detach(), residual) is not None:
+            raise refusal("gaussian", output.detach(), residual)
         z = _signs(wide, generator) if how == "ggn" else _normal(wide, generator)
         u, rows = math.sqrt(2) * z, wide.numel()  # (f - y)² has the curvature 2; y ~ N(f, 1/2)
-    elif likelihood == "bernoulli":
-        u, rows = _bernoulli(wide, how, generator), wide.numel()
     else:
         assert callable(likelihood)
         u, rows = _distribution(likelihood, wide, how, generator)
-    return u * math.sqrt(weight_of(max(rows, 1)))
-
-
-def class_axis(output: Tensor, residual: Tensor) -> int | None:
-    """The axis of the classes of a softmax cross-entropy, whose gradient sums to zero over them; None if none does.
-
-    The last one, or axis 1 of ``[N, C, ...]``.
-
-    Args:
-        output: ``[N, ...]``.
-        residual: the loss's gradient with respect to it.
-    """
-    last = output.dim() - 1
-    eps = max(torch.finfo(each.dtype).eps for each in (output, residual))
-    wide = residual.detach().to(torch.promote_types(residual.dtype, torch.float32))
-    if not bool(wide.isfinite().all()):
-        return last  # it is for the step to say so
-    for axis in dict.fromkeys((last, 1)):
-        if 0 < axis <= last and output.shape[axis] > 1:
-            sums, sizes = wide.sum(axis).abs(), wide.abs().sum(axis)
-            tolerance = max(SUMS_TO_ZERO, min(8 * eps, 0.3 / math.sqrt(output.shape[axis])))
-            if bool(sums.sum() <= tolerance * sizes.sum()):
-                return axis
-            # Where the model is certain, little but rounding is left of p - y, and nothing of the curvature.
-            tells = output.detach().to(wide.dtype).softmax(axis).amax(axis) < 1 - max(1e-3, 4 * eps)
-            if bool((sums * tells).sum() <= tolerance * (sizes * tells).sum()):
-                return axis
-    return None
-
-
-def _check_residual(likelihood: str, output: Tensor, axis: int | None) -> None:
-    given = f"the loss's gradient with respect to the output of shape {tuple(output.shape)}"
-    if likelihood == "categorical" and axis is None:
-        raise ValueError(
-            f"{given} does not sum to zero over any classes, so the loss is no softmax cross-entropy: pass "
-            "likelihood='gaussian' (squared error), 'bernoulli' (binary cross-entropy of logits) or a callable output "
-            "-> torch.distributions.Distribution."
-        )
-    if likelihood != "categorical" and axis is not None:
-        raise ValueError(
-            f"{given} sums to zero over axis {axis}, as that of softmax cross-entropy does, but likelihood="
-            f"{likelihood!r} was given: pass likelihood='categorical'."
-        )
-
-
-def _bernoulli(logits: Tensor, how: str, generator: torch.Generator | None) -> Tensor:
-    p = logits.sigmoid()
-    if how == "sampled":
-        return p - torch.bernoulli(p, generator=generator)
-    return (p * (1 - p)).sqrt() * _signs(logits, generator)  # the curvature p(1 - p)
+    return u * math.sqrt(makeup.weight_of(max(rows, 1)))
 
 
 def _categorical(scores: Tensor, how: str, generator: torch.Generator | None) -> Tensor:
@@ -120,6 +76,13 @@ def _categorical(scores: Tensor, how: str, generator: torch.Generator | None) ->
         labels = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
         return p - F.one_hot(labels, p.shape[-1]).to(p.dtype)
     return softmax_root(p, _signs(scores, generator), -1)
+
+
+def _bernoulli(logits: Tensor, how: str, generator: torch.Generator | None) -> Tensor:
+    p = logits.sigmoid()
+    if how == "sampled":
+        return p - torch.bernoulli(p, generator=generator)
+    return (p * (-logits).sigmoid()).sqrt() * _signs(logits, generator)
 
 
 @torch.enable_grad()

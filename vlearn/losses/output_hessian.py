@@ -103,8 +103,7 @@ def hessian_probe(
         at_zero: the same two for an output of zeros.
         generator: of the signs.
     """
-    signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device)
-    z = (2 * signs - 1).to(output.dtype)
+    z = random_signs(output, generator)
     softmax = _softmax_hessian(residual, output, at_zero)
     if softmax is not None:
         axis, p, scale = softmax
@@ -117,8 +116,12 @@ def hessian_probe(
 
 def root_probe(hessian: Tensor, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """As `hessian_probe`, from Λ ``[N, C, C]``."""
-    signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device)
-    return _times_root(hessian, output, (2 * signs - 1).to(output.dtype))
+    return _times_root(hessian, output, random_signs(output, generator))
+
+
+def random_signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Independent ±1."""
+    return (2 * torch.randint(0, 2, like.shape, generator=generator, device=like.device) - 1).to(like.dtype)
 
 
 def _times_root(hessian: Tensor, output: Tensor, z: Tensor) -> Tensor:
@@ -132,16 +135,28 @@ def hessian_by_differences(residual: Callable[[Tensor], Tensor], output: Tensor)
         residual: output -> gradient of the summed losses with respect to it.
         output: ``[N, ...]`` where.
     """
-    step = torch.finfo(output.dtype).eps ** (1 / 3) * (1 + float(output.abs().amax()))
     columns = []
     for c in range(output[0].numel()):
-        move = torch.zeros_like(output[0]).reshape(-1)
-        move[c] = step
-        move = move.reshape(output.shape[1:])
-        difference = residual(output + move) - residual(output - move)
-        columns.append(difference.reshape(len(output), -1) / (2 * step))
+        unit = torch.zeros_like(output[0]).reshape(-1)
+        unit[c] = 1
+        column = product_by_differences(residual, output, unit.reshape(output.shape[1:]).expand_as(output))
+        columns.append(column.reshape(len(output), -1))
     hessian = torch.stack(columns, 2)
     return (hessian + hessian.mT) / 2
+
+
+def product_by_differences(residual: Callable[[Tensor], Tensor], output: Tensor, direction: Tensor) -> Tensor:
+    """Λ times a direction ``[N, ...]`` of about unit entries, likewise; in float64 where the loss takes it."""
+    try:
+        return _difference(residual, output.double(), direction).to(output.dtype)
+    except (RuntimeError, TypeError):  # it has constants of the output's own type
+        return _difference(residual, output, direction)
+
+
+def _difference(residual: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor) -> Tensor:
+    size = float(at.masked_fill(~at.isfinite(), 0).abs().amax())
+    step = torch.finfo(at.dtype).eps ** (1 / 3) * (1 + size)
+    return (residual(at + step * direction) - residual(at - step * direction)) / (2 * step)
 
 
 @torch.enable_grad()

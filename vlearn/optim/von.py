@@ -54,9 +54,11 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         curvature: "ggn" (above, u = R z, RRᵀ = Λ, z random signs), "sampled" (u the residual of labels sampled from the
             model), "empirical" (the examples' own gradients, as in `VOGN`) or "price", ĥ = ess·(h + wd)·mean
             (θ - m)∘∇ℓ̄(θ), which needs no captures and no likelihood, and with which h + wd at most halves in a step.
-        likelihood: what the loss is the negative logarithm of: "categorical" (cross-entropy over the last axis or
-            axis 1 of the output, without class weights), "gaussian" (`F.mse_loss`), "bernoulli" (binary cross-entropy
-            of logits), or a callable output -> torch Distribution. A step whose gradient shows another is refused.
+        likelihood: what the loss is the negative logarithm of: "categorical" (softmax cross-entropy of scores or
+            log-probabilities, over whichever axis; with class weights, ignored targets, soft labels),
+            "bernoulli" (binary cross-entropy of logits), "gaussian" (`F.mse_loss`: (f - y)², averaged over all
+            entries), or a callable output -> torch Distribution, averaged too. step() refuses a loss whose gradient is
+            not that of the first two, and with "gaussian" one that is theirs.
         output: which of several outputs of the model the likelihood is of: a key, an index or a callable.
         damping: added to the preconditioner alone, never to the posterior.
         foreach: multi-tensor operations; default wherever a block has several tensors.

@@ -335,6 +335,6 @@ def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
 def _leverage(lin: Linearization, how: str, generator: torch.Generator | None) -> Tensor:
     """tr(Λ_n V_n) ``[N]`` = Σ_c r_cᵀV_n r_c over the columns of R, RRᵀ = Λ_n; a probe u = Rz has it as its mean."""
     if how == "probe":
-        return lin.quadratic_and_product(lin.probe(generator), product=False)[0]
+        return lin.leverage_estimate(generator)
     columns = hessian_root(lin.hessian(), lin.output).unbind(2)
     return torch.stack([lin.quadratic_and_product(column, product=False)[0] for column in columns]).sum(0)

@@ -11,7 +11,7 @@ One word chooses it, `curvature=`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlearn.capture.pytrees import Selector
 from vlearn.losses.likelihood import LIKELIHOODS, Likelihood, probe
+from vlearn.losses.residual_checks import LossMakeup
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
@@ -117,10 +118,10 @@ class PassCurvature:
         self.kind, self.likelihood, self.output = kind, likelihood, output
         self.probes = kind != "empirical"
 
-    def cotangent(self, output: Tensor, residual: Tensor, weight_of: Callable[[int], float], noise: Noise) -> Tensor:
+    def cotangent(self, output: Tensor, residual: Tensor, makeup: LossMakeup, noise: Noise) -> Tensor:
         """See `vlearn.optim.watch.watch.PassConsumer`."""
         generator = noise.of_examples.on(output.device)
-        return probe(self.likelihood, self.kind, output, residual, weight_of, generator)
+        return probe(self.likelihood, self.kind, output, residual, makeup, generator)
 
     def sums(self, recorded: RecordedPass, wanted: Container[Tensor]) -> dict[Any, Tensor]:
         """See `vlearn.optim.watch.watch.PassConsumer`."""

@@ -67,10 +67,13 @@ class LossScale:
         """
         reduction, scale = self._options.loss_reduction, self._options.loss_scale
         shown = None if callable(reduction) or scale is not None else self._shown(trace)
-        if shown is None:
-            told = trace.kwargs.get("num_items_in_batch") if reduction == "mean" and scale is None else None
-            return self._told if told is None else float(told)
-        return shown
+        return self.told(trace) if shown is None else shown
+
+    def told(self, trace: Trace) -> float:
+        """The scale as it was told, by the user or by Hugging Face's Trainer."""
+        reduction, scale = self._options.loss_reduction, self._options.loss_scale
+        items = trace.kwargs.get("num_items_in_batch") if reduction == "mean" and scale is None else None
+        return self._told if items is None else float(items)
 
     def _shown(self, trace: Trace) -> float | None:
         """The scale that the gradient of the output shows, None where it shows none; a warning where it is unclear."""

@@ -24,6 +24,7 @@ from vlearn.capture.output_probe import OutputProbe
 from vlearn.capture.pytrees import Selector, select, tensor_leaves
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
+from vlearn.losses.residual_checks import LossMakeup
 from vlearn.optim.sampling.draw import Draw, DrawState
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.sampler import Context, Sampler
@@ -54,13 +55,13 @@ class PassConsumer(Protocol):
     probes: bool
     output: Selector
 
-    def cotangent(self, output: Tensor, residual: Tensor, weight_of: Callable[[int], float], noise: Noise) -> Tensor:
+    def cotangent(self, output: Tensor, residual: Tensor, makeup: LossMakeup, noise: Noise) -> Tensor:
         """The gradient to send back instead of the loss's, in the output's shape, of each example's own loss.
 
         Args:
             output: the model's.
             residual: the loss's gradient with respect to it.
-            weight_of: number of rows in the loss -> what an example's own loss multiplies each of its rows with.
+            makeup: how the loss is made up of the examples' own.
             noise: of the draw.
         """
         ...
@@ -373,7 +374,8 @@ class Watch:
         def weight_of(count: int) -> float:
             return trace.num_examples / count if averaged else 1.0
 
-        return self._consumer.cotangent(output, residual, weight_of, sampler.draw.noise)
+        makeup = LossMakeup(weight_of, self._scale.told(trace))
+        return self._consumer.cotangent(output, residual, makeup, sampler.draw.noise)
 
     def last_pass(self, prefix: str = "", as_probed: bool = False) -> RecordedPass:
         """The last recorded pass, at the weights that it saw.

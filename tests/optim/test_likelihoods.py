@@ -1,0 +1,373 @@
+"""The curvature that a likelihood stands for is that of the loss which is minimised, or the step is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import vlearn
+from tests.oracles.per_example import relative_error
+from vlearn.losses import likelihood as likelihood_module
+from vlearn.losses.likelihood import probe
+from vlearn.losses.residual_checks import LossMakeup
+
+N, C, T = 5, 3, 4
+WEIGHTS = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
+Loss = Callable[[Tensor], Tensor]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def classes(*shape: int, ignored: bool = False) -> Tensor:
+    labels = torch.randint(0, C, shape, generator=torch.Generator().manual_seed(1))
+    if ignored:
+        labels.view(-1)[::3] = -100
+    return labels
+
+
+def yes_no(*shape: int) -> Tensor:
+    return (randn(*shape, seed=1) > 0).double()
+
+
+def residual_of(loss: Loss, output: Tensor) -> Tensor:
+    leaf = output.detach().requires_grad_()
+    return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
+def makeup(output: Tensor, reduction: str = "mean", loss_scale: float = 1.0) -> LossMakeup:
+    """As a watch tells it."""
+    count = len(output)
+    if reduction == "sum":
+        return LossMakeup(lambda rows: 1.0, 1 / loss_scale)
+    return LossMakeup(lambda rows: count / rows, count / loss_scale)
+
+
+def second_moment(
+    monkeypatch: pytest.MonkeyPatch, likelihood: Any, loss: Loss, output: Tensor, axis: int, told: LossMakeup
+) -> Tensor:
+    """E[u uᵀ] within each row along an axis ``[..., C, C]``, the average over all signs."""
+    residual, found = residual_of(loss, output), []
+    for signs in itertools.product((-1.0, 1.0), repeat=output.shape[axis]):
+        row = torch.tensor(signs, dtype=output.dtype)
+        monkeypatch.setattr(likelihood_module, "_signs", lambda like, generator, row=row: row.expand(like.shape))
+        u = probe(likelihood, "ggn", output, residual, told, None).movedim(axis, -1)
+        found.append(u.unsqueeze(-1) * u.unsqueeze(-2))
+    return torch.stack(found).mean(0)
+
+
+def curvature(loss: Loss, output: Tensor, axis: int) -> Tensor:
+    """∂²L/∂f² within each row along an axis ``[..., C, C]``, by autograd through the whole loss."""
+    whole = torch.autograd.functional.hessian(loss, output)  # type: ignore[arg-type]
+    size = output.shape[axis]
+    order = torch.arange(output.numel()).reshape(output.shape).movedim(axis, -1)
+    flat = whole.reshape(output.numel(), output.numel())  # type: ignore[union-attr]
+    rows = order.reshape(-1, size)
+    blocks = torch.stack([flat[row][:, row] for row in rows])
+    return blocks.reshape(*order.shape, size)
+
+
+def masked(output: Tensor) -> Tensor:
+    """As a model that knows which classes an example cannot have."""
+    output[::2, 0] = -torch.inf
+    return output
+
+
+SOFT = randn(N, C, seed=3).softmax(1)
+PART = classes(N, ignored=True)
+ce = F.cross_entropy
+
+# name: (output, axis of the classes, loss)
+CATEGORICAL: dict[str, tuple[Tensor, int, Loss]] = {
+    "hard labels": (randn(N, C), 1, lambda f: ce(f, classes(N))),
+    "[N, C, T]": (randn(N, C, T), 1, lambda f: ce(f, classes(N, T))),
+    "[N, T, C]": (randn(N, T, C), 2, lambda f: ce(f.mT, classes(N, T))),
+    "[N, C, T] with as many classes as positions": (randn(N, C, C), 1, lambda f: ce(f, classes(N, C))),
+    "[N, T, C] with as many classes as positions": (randn(N, C, C), 2, lambda f: ce(f.mT, classes(N, C))),
+    "[N, C, H, W]": (randn(N, C, 2, 3), 1, lambda f: ce(f, classes(N, 2, 3))),
+    "[N, A, C, T]": (randn(N, 2, C, T), 2, lambda f: ce(f.transpose(1, 2), classes(N, 2, T))),
+    "ignored targets": (randn(N, C), 1, lambda f: ce(f, PART)),
+    "ignored positions": (randn(N, T, C), 2, lambda f: ce(f.mT, classes(N, T, ignored=True))),
+    "class weights": (randn(N, C), 1, lambda f: ce(f, classes(N), WEIGHTS)),
+    "class weights and positions": (randn(N, C, T), 1, lambda f: ce(f, classes(N, T), WEIGHTS)),
+    "class weights, some ignored": (randn(8, C), 1, lambda f: ce(f, classes(8, ignored=True), WEIGHTS)),
+    "examples with weights": (
+        randn(N, C),
+        1,
+        lambda f: (ce(f, classes(N), reduction="none") * torch.linspace(0.2, 3, N)).mean(),
+    ),
+    "label smoothing": (randn(N, C), 1, lambda f: ce(f, classes(N), label_smoothing=0.2)),
+    "soft labels": (randn(N, C), 1, lambda f: ce(f, SOFT)),
+    "distillation": (randn(N, C), 1, lambda f: F.kl_div(f.log_softmax(1), SOFT, reduction="batchmean")),
+    "masked labels": (masked(randn(N, C)), 1, lambda f: ce(f, classes(N).clamp_min(1))),
+    "confident and right": (9 * F.one_hot(classes(N), C).double(), 1, lambda f: ce(f, classes(N))),
+    "confident and wrong": (9 * F.one_hot((classes(N) + 1) % C, C) + randn(N, C), 1, lambda f: ce(f, classes(N))),
+}
+
+
+@pytest.mark.parametrize("name", CATEGORICAL)
+@pytest.mark.parametrize("scale", [1.0, 0.25, 65536.0])
+def test_the_curvature_of_classes_is_that_of_the_loss(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor of the whole loss that nobody told makes no difference, but for the weights of single examples."""
+    output, axis, loss = CATEGORICAL[name]
+    told = makeup(output, loss_scale=scale if name == "examples with weights" else 1.0)
+    found = second_moment(monkeypatch, "categorical", lambda f: scale * loss(f), output, axis, told)
+    assert relative_error(found, len(output) * curvature(loss, output, axis)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["hard labels", "ignored targets", "[N, C, T]"])
+def test_a_sum_is_the_curvature_of_the_own_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, axis, _ = CATEGORICAL[name]
+    labels = {"hard labels": classes(N), "ignored targets": PART, "[N, C, T]": classes(N, T)}[name]
+
+    def loss(f: Tensor) -> Tensor:
+        return ce(f, labels, reduction="sum")
+
+    found = second_moment(monkeypatch, "categorical", loss, output, axis, makeup(output, "sum"))
+    assert relative_error(found, curvature(loss, output, axis)) < 1e-10
+
+
+LOG_LOSSES: dict[str, Loss] = {
+    "hard labels": lambda f: F.nll_loss(f, classes(N)),
+    "class weights": lambda f: F.nll_loss(f, classes(N), WEIGHTS),
+    "soft labels": lambda f: F.kl_div(f, SOFT, reduction="batchmean"),
+    "ignored targets": lambda f: F.nll_loss(f, PART),
+}
+
+
+@pytest.mark.parametrize("name", LOG_LOSSES)
+def test_log_probabilities_have_the_curvature_of_the_scores_before_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Λ has no part along 1, so that going back through log_softmax leaves it as it is."""
+    scores, loss = randn(N, C), LOG_LOSSES[name]
+    output = scores.log_softmax(1)
+    found = second_moment(monkeypatch, "categorical", loss, output, 1, makeup(output))
+    assert relative_error(found, N * curvature(lambda f: loss(f.log_softmax(1)), scores, 1)) < 1e-10
+
+
+def test_a_focal_loss_has_the_weights_of_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    output, labels = randn(N, C), classes(N)
+
+    def loss(f: Tensor) -> Tensor:
+        losses = ce(f, labels, reduction="none")
+        return ((1 - (-losses).exp()).square() * losses).mean()
+
+    p = output.softmax(1)
+    factor = -N * residual_of(loss, output).gather(1, labels[:, None]) / (1 - p.gather(1, labels[:, None]))
+    expected = factor.unsqueeze(2) * (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1))
+    found = second_moment(monkeypatch, "categorical", loss, output, 1, makeup(output))
+    assert relative_error(found, expected) < 1e-10
+    with pytest.raises(ValueError, match=r"multiplied by a factor that was not told.*use watch\(model, loss_scale"):
+        second_moment(monkeypatch, "categorical", lambda f: 65536 * loss(f), output, 1, makeup(output))
+
+
+def bce(target: Tensor, **arguments: Any) -> Loss:
+    return lambda f: F.binary_cross_entropy_with_logits(f, target, **arguments)
+
+
+BINARY: dict[str, tuple[Tensor, Loss]] = {
+    "one logit": (randn(N, 1), bce(yes_no(N, 1))),
+    "no axis": (randn(N), bce(yes_no(N))),
+    "several labels": (randn(N, C), bce(yes_no(N, C))),
+    "masks": (randn(N, 1, 3, 2), bce(yes_no(N, 1, 3, 2))),
+    "pos_weight": (randn(9, 1), bce(yes_no(9, 1), pos_weight=torch.tensor(3.0).double())),
+    "pos_weight of each label": (randn(9, C), bce(yes_no(9, C), pos_weight=WEIGHTS)),
+    "weight of each label": (randn(9, C), bce(yes_no(9, C), weight=WEIGHTS)),
+    "pos_weight of each channel": (randn(N, C, 3, 2), bce(yes_no(N, C, 3, 2), pos_weight=WEIGHTS.reshape(C, 1, 1))),
+    "soft labels": (randn(N, C), bce(randn(N, C, seed=4).sigmoid())),
+    "smoothed labels": (randn(N, C), bce(yes_no(N, C) * 0.9 + 0.05)),
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_curvature_of_yes_and_no_is_that_of_the_loss(name: str, scale: float) -> None:
+    output, loss = BINARY[name]
+    told = makeup(output, loss_scale=scale)
+    u = probe("bernoulli", "ggn", output, residual_of(lambda f: scale * loss(f), output), told, None)
+    truth = torch.autograd.functional.hessian(loss, output).reshape(output.numel(), -1).diagonal()  # type: ignore
+    assert relative_error(u.square().reshape(-1), len(output) * truth) < 1e-10
+
+
+def test_sampled_answers_have_the_same_mean() -> None:
+    output, loss = BINARY["several labels"]
+    residual, generator = residual_of(loss, output), torch.Generator().manual_seed(0)
+    u = torch.stack([probe("bernoulli", "sampled", output, residual, makeup(output), generator) for _ in range(4000)])
+    p, squares = output.sigmoid(), u.square()
+    truth = N * p * (1 - p) / output.numel()
+    assert bool(((squares.mean(0) - truth).abs() <= 5 * squares.std(0) / 4000**0.5).all())
+
+
+def test_sampled_classes_lie_along_the_axis_of_the_loss() -> None:
+    output, axis, loss = CATEGORICAL["[N, C, H, W]"]
+    u = probe("categorical", "sampled", output, residual_of(loss, output), makeup(output), None)
+    assert bool((u.sum(axis).abs() < 1e-12).all()) and bool((u.lt(0).sum(axis) == 1).all())
+
+
+REAL = randn(N, C, seed=6)
+
+# name: (likelihood, output, loss, what the message says)
+REFUSED: dict[str, tuple[Any, Tensor, Loss, str]] = {
+    "regression": ("categorical", randn(N, 1), lambda f: F.mse_loss(f, REAL[:, :1]), "shape (5, 1) is not that of"),
+    "several regressions": ("categorical", randn(N, C), lambda f: F.mse_loss(f, REAL), "'gaussian' (squared error)"),
+    "regression without axis": ("categorical", randn(N), lambda f: F.l1_loss(f, REAL[:, 0]), "choose likelihood="),
+    "huber": ("categorical", randn(N, C), lambda f: F.huber_loss(f, REAL), "choose likelihood="),
+    "poisson": ("categorical", randn(N, C), lambda f: F.poisson_nll_loss(f, REAL.abs()), "choose likelihood="),
+    "one logit": ("categorical", randn(9, 1), bce(yes_no(9, 1)), "use likelihood='bernoulli'"),
+    "several labels": ("categorical", randn(N, C), bce(yes_no(N, C)), "use likelihood='bernoulli'"),
+    "soft yes": ("categorical", randn(N, C), bce(SOFT), "choose likelihood="),
+    "a margin": ("categorical", 5 * randn(N, C), lambda f: F.multi_margin_loss(f, classes(N)), "choose likelihood="),
+    "a temperature": ("categorical", 3 * randn(N, C), lambda f: ce(f / 3, classes(N)), "choose likelihood="),
+    "probabilities": (
+        "categorical",
+        randn(N, C).softmax(1),
+        lambda f: F.nll_loss(f.log(), classes(N)),
+        "choose likelihood=",
+    ),
+    "classes as yes and no": ("bernoulli", randn(9, C), lambda f: ce(f, classes(9)), "use likelihood='categorical'"),
+    "numbers as yes and no": ("bernoulli", randn(N, C), lambda f: F.mse_loss(f, 9 * REAL), "choose likelihood="),
+    "probabilities as logits": (
+        "bernoulli",
+        randn(9, C).sigmoid(),
+        lambda f: F.binary_cross_entropy(f, yes_no(9, C)),
+        "binary cross-entropy with logits",
+    ),
+    "classes as numbers": ("gaussian", randn(9, C), lambda f: ce(f, classes(9)), "use likelihood='categorical'"),
+    "yes and no as numbers": ("gaussian", randn(9, 1), bce(yes_no(9, 1)), "use likelihood='bernoulli'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_likelihood_than_that_of_the_loss_is_refused(name: str) -> None:
+    likelihood, output, loss, message = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output), None)
+    assert f"likelihood={likelihood!r}, but" in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "output, target",
+    [(randn(N, C), F.one_hot(classes(N), C).double()), (torch.zeros(9, 1).double(), 2 * yes_no(9, 1) - 1)],
+    ids=["one-hot targets", "targets of ±1 at zeros"],
+)
+def test_squared_errors_of_labels_are_no_classes(output: Tensor, target: Tensor) -> None:
+    residual = residual_of(lambda f: F.mse_loss(f, target), output)
+    u = probe("gaussian", "ggn", output, residual, makeup(output), None)
+    assert relative_error(u.square(), torch.full_like(output, 2 * len(output) / output.numel())) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", [name for name in CATEGORICAL if "weights" not in name and name not in ("confident and wrong",)]
+)
+def test_lower_precision_is_enough(name: str, dtype: torch.dtype) -> None:
+    output, axis, loss = CATEGORICAL[name]
+    low = output.to(dtype)
+    residual = residual_of(lambda f: loss(f.double()), low)
+    assert residual.dtype == dtype
+    u = probe("categorical", "ggn", low, residual, makeup(output), torch.Generator().manual_seed(0))
+    assert u.shape == output.shape and bool(u.isfinite().all())
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
+def test_a_gradient_that_is_zero_or_has_overflowed_says_nothing(likelihood: str, value: float) -> None:
+    output = randn(N, C)
+    u = probe(likelihood, "ggn", output, torch.full_like(output, value), makeup(output), None)
+    assert bool(u.isfinite().all())
+    assert likelihood == "gaussian" or value or not bool(u.any())
+
+
+@pytest.mark.parametrize("kind", [vlearn.VON, vlearn.KFACVON, vlearn.FullVON])
+def test_the_first_step_of_a_regression_by_default_is_refused_and_nothing_has_moved(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = kind(model, lr=0.01, ess=20)
+    before = [p.detach().clone() for p in model.parameters()]
+    F.mse_loss(model(torch.randn(20, 3)), torch.randn(20, 1)).backward()
+    with pytest.raises(RuntimeError, match="likelihood='categorical', but .* choose likelihood=.*'gaussian'"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [10.0, 20.0, 100.0, 1000.0])
+def test_what_rounding_leaves_of_the_gradient_of_fitted_data_is_not_looked_at(dtype: torch.dtype, size: float) -> None:
+    """p_y - 1 is 0 or about 1e-7, and the other classes' p far below."""
+    labels = torch.arange(64) % 4
+    output = (size * F.one_hot(labels, 4) + randn(64, 4)).to(dtype)
+    residual = residual_of(lambda f: ce(f, labels), output)
+    u = probe("categorical", "ggn", output, residual, makeup(output), None)
+    assert bool(u.isfinite().all()) and float(u.abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_small_minibatches_are_enough(rows: int) -> None:
+    for seed in range(40):
+        output, labels = 3 * randn(rows, 4, seed=seed), torch.arange(seed, seed + rows) % 4
+        weight = torch.tensor([0.2, 1.0, 5.0, 1.0]).double()
+        target = F.one_hot(labels, 4).double()
+        for likelihood, loss in (
+            ("categorical", lambda f, y=labels, w=weight: ce(f, y, w, label_smoothing=0.1)),
+            ("categorical", lambda f, y=labels, w=weight: ce(f, y, w)),
+            ("bernoulli", lambda f, y=target, w=weight: bce(y, pos_weight=w)(f)),
+            ("bernoulli", lambda f, y=target: bce(0.9 * y + 0.05)(f)),
+        ):
+            u = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output), None)
+            assert bool(u.isfinite().all())
+
+
+class Pixels(nn.Module):
+    """Each position's own scores ``[N, C, H, W]``."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(2, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+STEPS: dict[str, tuple[Any, Callable[[], nn.Module], Tensor, Loss]] = {
+    "segmentation": ("categorical", lambda: Pixels(C), randn(N, 2, 2, 3), lambda f: ce(f, classes(N, 2, 3))),
+    "masks": ("bernoulli", lambda: Pixels(1), randn(N, 2, 2, 3), bce(yes_no(N, 1, 2, 3))),
+    "labels": ("bernoulli", lambda: nn.Linear(4, C), randn(N, 4), bce(yes_no(N, C), pos_weight=WEIGHTS)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_hessian_of_a_linear_model_is_that_of_the_loss(name: str) -> None:
+    """Averaged over probes, against the second derivative of the whole loss with respect to the weights."""
+    likelihood, make, x, loss = STEPS[name]
+    torch.manual_seed(0)
+    model = make().double()
+    optimizer = vlearn.VON(
+        model, lr=0.0, ess=1e30, beta2=0.0, likelihood=likelihood, generator=torch.Generator().manual_seed(0)
+    )
+    weight = next(model.parameters())
+    found = []
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        optimizer.step()
+        found.append(optimizer.state[weight]["hessian"].clone().reshape(-1))
+    names = [name for name, _ in model.named_parameters()]
+    plain = make().double()
+    at_mean = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def of_weight(value: Tensor) -> Tensor:
+        return loss(functional_call(plain, at_mean | {names[0]: value}, (x,)))
+
+    truth = torch.autograd.functional.hessian(of_weight, at_mean[names[0]])
+    truth = truth.reshape(weight.numel(), -1).diagonal()  # type: ignore[union-attr]
+    samples = torch.stack(found)
+    assert bool(((samples.mean(0) - truth).abs() <= 5 * samples.std(0) / 400**0.5 + 1e-12).all())
