@@ -135,7 +135,7 @@ def test_the_trainer_may_make_the_optimizer_itself(tmp_path: Any) -> None:
     assert not any(torch.equal(p, q) for p, q in zip(weights(model), weights(language_model()), strict=True))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "callable", "bf16"])
+@pytest.mark.parametrize("reduction", ["mean", "scale", "callable", "bf16"])
 @pytest.mark.parametrize("make", [language_model, adapted])
 def test_sensitivities_are_of_each_text_s_summed_loss(make: Any, reduction: str, tmp_path: Any) -> None:
     """The Trainer divides by the tokens of all micro-batches of a step, not by the number of texts."""
@@ -145,6 +145,8 @@ def test_sensitivities_are_of_each_text_s_summed_loss(make: Any, reduction: str,
     run = trainer(model, optimizer, tmp_path, bf16=reduction == "bf16", **settings)
     if reduction == "callable":
         optimizer.watch(model, loss_reduction=lambda: sum(int((Texts()[i]["labels"] != -100).sum()) for i in step()))
+    if reduction == "scale":
+        optimizer.watch(model, loss_scale=1.0)
     step = lambda: range(4 * run.state.global_step, 4 * run.state.global_step + 4)  # noqa: E731
     run.train()
     own = make()

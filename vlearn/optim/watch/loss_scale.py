@@ -42,11 +42,14 @@ class LossScale:
 
     Args:
         options: what the user has told. Where that is nothing, a softmax cross-entropy with hard labels shows it.
+
+    Attributes:
+        told: the scale as it was told, by the user or by Hugging Face's Trainer, for the last backward pass.
     """
 
     def __init__(self, options: WatchOptions):
         self._options = options
-        self._told = 1.0
+        self.told = 1.0
         self._has_warned = False
 
     def read(self, trace: Trace) -> None:
@@ -54,9 +57,12 @@ class LossScale:
         reduction, scale = self._options.loss_reduction, self._options.loss_scale
         if callable(reduction):
             denominator = float(reduction())
-        else:
-            denominator = 1.0 if reduction == "sum" else float(trace.num_examples)
-        self._told = denominator / (1.0 if scale is None else float(scale() if callable(scale) else scale))
+        elif reduction == "sum":
+            denominator = 1.0
+        else:  # Hugging Face's Trainer tells its models what to divide the summed loss by: all tokens of the step
+            items = trace.kwargs.get("num_items_in_batch")
+            denominator = float(trace.num_examples if items is None else items)
+        self.told = denominator / (1.0 if scale is None else float(scale() if callable(scale) else scale))
 
     def of_own_loss(self, trace: Trace) -> float:
         """The scale for the examples of a pass whose backward pass has come.
@@ -67,13 +73,7 @@ class LossScale:
         """
         reduction, scale = self._options.loss_reduction, self._options.loss_scale
         shown = None if callable(reduction) or scale is not None else self._shown(trace)
-        return self.told(trace) if shown is None else shown
-
-    def told(self, trace: Trace) -> float:
-        """The scale as it was told, by the user or by Hugging Face's Trainer."""
-        reduction, scale = self._options.loss_reduction, self._options.loss_scale
-        items = trace.kwargs.get("num_items_in_batch") if reduction == "mean" and scale is None else None
-        return self._told if items is None else float(items)
+        return self.told if shown is None else shown
 
     def _shown(self, trace: Trace) -> float | None:
         """The scale that the gradient of the output shows, None where it shows none; a warning where it is unclear."""

@@ -374,7 +374,7 @@ class Watch:
         def weight_of(count: int) -> float:
             return trace.num_examples / count if averaged else 1.0
 
-        makeup = LossMakeup(weight_of, self._scale.told(trace))
+        makeup = LossMakeup(weight_of, self._scale.told)
         return self._consumer.cotangent(output, residual, makeup, sampler.draw.noise)
 
     def last_pass(self, prefix: str = "", as_probed: bool = False) -> RecordedPass:
