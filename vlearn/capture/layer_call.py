@@ -33,7 +33,7 @@ class LayerCall:
         outputs: their values with their versions: for the fallback, to check the recomputation against; elsewhere
             where they are cheap to keep, so that the deviation need not compute them again.
         input_axes: along which axis of each leaf of (args, kwargs) the examples lie, None where along none; what sizes
-            tell until `vlearn.per_example.independence.find_example_axes` knows.
+            tell until `vlearn.per_example.measured_axes.find_example_axes` knows.
         output_axes: the same of each of those outputs.
         input_may_not_depend_on_examples: whether an input may have come from no example, though it has as many rows
             as there are examples.
@@ -43,7 +43,7 @@ class LayerCall:
             it that explains its parameters if so; inside: of that call, the places of those that it was made of.
         is_nested: whether some outputs are made of others, and the cotangents of these contain what came through those.
         random_state: of the generators as the call began, if it drew from them and no rule covers it.
-        whole: of a subset of the batch (`vlearn.per_example.subset`), the call of all examples, and which of them it
+        whole: of a subset of the batch (`RecordedPass.subset`), the call of all examples, and which of them it
             has; None elsewhere.
     """
 

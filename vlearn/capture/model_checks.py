@@ -40,7 +40,7 @@ class ModelChecks:
     Attributes:
         unattributed: the parameters that the recorded calls of a kind of pass do not explain.
         independent: kinds of passes in which no example's output depends on the other examples.
-        example_axes: along which axes the examples lie in a kind of pass, see `vlearn.per_example.independence`.
+        example_axes: along which axes the examples lie in a kind of pass, see `vlearn.per_example.measured_axes`.
         with_examples: calls of layers, by path and number, whose input was seen to have examples.
         row_sums: kinds of passes in which the examples' gradients add up to that of the pass.
         takes_gradients: whether the next pass of a kind is to take its gradients for that; a first one does.

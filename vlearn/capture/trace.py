@@ -45,7 +45,7 @@ class Trace:
         root: the module whose call the pass began with; args, kwargs, output: what it was called with and gave.
         num_examples: the size of the batch.
         input_axes: along which axis of each leaf of (args, kwargs) the examples lie; see `LayerCall`.
-        examples: of a subset (`vlearn.per_example.subset`), which of the whole batch's examples it has; else None.
+        examples: of a subset (`RecordedPass.subset`), which of the whole batch's examples it has; else None.
         in_train_mode: the modules that were in train mode.
         graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
         kind: what tells kinds of passes apart, see `vlearn.capture.model_checks`.

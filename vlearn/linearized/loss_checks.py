@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlearn.capture.pytrees import rows_of
 from vlearn.capture.trace import is_close
+from vlearn.per_example.independence import powers_of_two
 
 AGREE = 1e-4
 FEW = 4
@@ -51,7 +52,7 @@ def check_own_losses(
                 f"{tuple(leaf.shape)} is not that of the examples: let the model return it with the examples first, as "
                 "by output.transpose(0, 1), and what belongs to all examples expanded to a row for each."
             )
-    factors = _powers_of_two(count, loss)
+    factors = powers_of_two(count, loss.device).to(loss.dtype)
     ends = [*leaves, *parameters]
     weights = _by_row(factors, loss).expand_as(loss)
     weighted = torch.autograd.grad(loss, ends, weights, retain_graph=True, allow_unused=True)
@@ -85,12 +86,6 @@ def _differs(
         return is_close(losses(*given), loss.detach(), AGREE)  # else it draws random numbers
     except Exception:  # a target that is cut to pieces may be none
         return False
-
-
-def _powers_of_two(count: int, like: Tensor) -> Tensor:
-    """``[count]`` without a period, so that no two examples at a fixed distance have the same throughout."""
-    golden = torch.arange(count, device=like.device, dtype=torch.float64) * 0.6180339887498949
-    return 2.0 ** (golden.frac() * 2 * FEW).floor().to(like.dtype)
 
 
 _COMPARES = (

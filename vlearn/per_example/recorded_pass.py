@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.pytrees import rows_along, rows_of, tensor_leaves, versions
 from vlearn.capture.trace import Trace
-from vlearn.per_example.independence import check_independent, find_example_axes
+from vlearn.layers.example_axes import axis_of
+from vlearn.per_example.independence import check_independent
+from vlearn.per_example.measured_axes import find_example_axes
 from vlearn.per_example.module_call import separate_outputs
 from vlearn.per_example.row_sums import check_row_sums
-from vlearn.per_example.subset import subset
 from vlearn.per_example.vmap_fallback import Weights
 
 
@@ -71,7 +76,7 @@ class RecordedPass:
 
     def subset(self, examples: Tensor) -> RecordedPass:
         """The pass of some of the examples, by their numbers ``[K]`` within the batch."""
-        return replace(self, trace=subset(self.trace, examples))
+        return replace(self, trace=_subset(self.trace, examples))
 
     def probed(self) -> RecordedPass:
         """The pass with the gradients of the optimizer's probe, which are those of the examples' own losses.
@@ -85,3 +90,48 @@ class RecordedPass:
         if trace.probed is None:
             raise RuntimeError("the loss does not depend on the output that the curvature is taken of.")
         return replace(self, trace=trace.probed, scale=1.0)
+
+
+def _subset(trace: Trace, examples: Tensor) -> Trace:
+    """The trace of the examples ``[K]`` (numbers within the batch)."""
+    part = copy.copy(trace)
+    part.examples, part.num_examples = examples, len(examples)
+    part.args, part.kwargs = rows_of((trace.args, trace.kwargs), trace.input_axes, examples)
+    part.versions = versions((part.args, part.kwargs))
+
+    def rows(tree: Any) -> Any:
+        return rows_of(tree, [axis_of(leaf, trace.num_examples) for leaf in tree_leaves(tree)], examples)
+
+    part.output, part.cotangents = rows(trace.output), rows(trace.cotangents)
+    outputs = zip(tensor_leaves(trace.output), trace.output_versions, tensor_leaves(part.output), strict=True)
+    part.output_versions = [_version(*each) for each in outputs]
+    part.layer_calls = [_subset_of_call(call, examples) for call in trace.layer_calls]
+    return part
+
+
+def _subset_of_call(call: LayerCall, examples: Tensor) -> LayerCall:
+    args, kwargs = rows_of((call.args, call.kwargs), call.input_axes, examples)
+    outputs = zip(call.outputs, call.output_axes, strict=False)  # not all calls keep theirs
+    return replace(
+        call,
+        args=args,
+        kwargs=kwargs,
+        versions=versions((args, kwargs)),
+        shapes=[
+            shape if axis is None else (*shape[:axis], len(examples), *shape[axis + 1 :])
+            for shape, axis in zip(call.shapes, call.output_axes, strict=True)
+        ],
+        cotangents=[
+            None if each is None else rows_along(each, axis, examples)
+            for each, axis in zip(call.cotangents, call.output_axes, strict=True)
+        ],
+        outputs=[
+            (rows := rows_along(out, axis, examples), _version(out, before, rows)) for (out, before), axis in outputs
+        ],
+        whole=(call, examples),
+    )
+
+
+def _version(tensor: Tensor, recorded: int, rows: Tensor) -> int:
+    """The version of the chosen rows; none that they have if the tensor was written since it was recorded."""
+    return rows._version if tensor._version == recorded else -1

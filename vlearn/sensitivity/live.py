@@ -13,7 +13,6 @@ from vlearn.capture.pytrees import Selector, select
 from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
 from vlearn.linearized.output_change import output_deviation
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.subset import validate_indices
 from vlearn.posterior.covariance import Covariance
 from vlearn.sensitivity.summary import row_norms, summarize
 
@@ -97,7 +96,7 @@ def live_sensitivities(
     part = recorded
     if examples is not None:
         device = next(iter(recorded.weights.values())).device
-        part = recorded.subset(validate_indices(examples, recorded.num_examples, device))
+        part = recorded.subset(_validate_indices(examples, recorded.num_examples, device))
     gradient = select(part.trace.as_output(part.trace.cotangents), output)
     residual = gradient * part.scale
     axes = recorded.trace.output_axes
@@ -139,3 +138,28 @@ def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProd
 def prediction_error(residual: Tensor) -> Tensor:
     """‖residual‖/√2 ``[N]`` from ``[N, ...]``: in [0, 1] for hard-label cross-entropy."""
     return residual.reshape(len(residual), math.prod(residual.shape[1:])).norm(dim=1) / math.sqrt(2)
+
+
+def _validate_indices(examples: Any, total: int, device: torch.device) -> Tensor:
+    """The numbers ``[K]`` of the examples of a batch that were asked for.
+
+    Raises:
+        ValueError: if they are not different whole numbers from 0 to the size of the batch.
+    """
+    if isinstance(examples, slice):
+        examples = range(*examples.indices(total))
+    try:
+        numbers = torch.as_tensor(examples, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"examples={examples!r}, but they must be numbers of examples: use a tensor [K].") from error
+    if numbers.dtype == torch.bool and numbers.shape == (total,):
+        numbers = numbers.nonzero()[:, 0]
+    whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    if numbers.dim() != 1 or not len(numbers) or not whole:
+        raise ValueError(
+            f"examples of shape {tuple(numbers.shape)} and {numbers.dtype}, but they must be at least one whole number "
+            f"in one dimension, or a mask of the batch's {total} examples."
+        )
+    if bool((numbers < 0).any()) or bool((numbers >= total).any()) or len(numbers.unique()) < len(numbers):
+        raise ValueError(f"examples must be different numbers from 0 to {total - 1}, the minibatch has {total}.")
+    return numbers.long()
