@@ -310,6 +310,20 @@ def test_what_rounding_leaves_of_the_gradient_of_fitted_data_is_not_looked_at(dt
     assert bool(u.isfinite().all()) and float(u.abs().max()) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.3, 1.0, 4.0, 16.0])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_a_loss_that_is_computed_in_low_precision_is_known(rows: int, size: float, dtype: torch.dtype) -> None:
+    """Nine labels of ten are the likeliest class; log_softmax rounds its sum to the type of the scores."""
+    for seed, width in itertools.product(range(20), (2, 3, 10)):
+        output = (size * randn(rows, width, seed=seed)).to(dtype)
+        labels = output.argmax(-1).where(randn(rows, seed=seed) < 1.3, torch.arange(rows) % width)
+        target = F.one_hot(labels, width).to(dtype)
+        for likelihood, loss in (("categorical", lambda f, y=labels: ce(f, y)), ("bernoulli", bce(target))):
+            u = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output), None)
+            assert bool(u.isfinite().all())
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_small_minibatches_are_enough(rows: int) -> None:
     for seed in range(40):

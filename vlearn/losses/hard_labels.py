@@ -67,6 +67,15 @@ def row_factors(
     return None
 
 
+def rounding(scores: Tensor) -> Tensor:
+    """The error of log-probabilities ``[...]`` that a loss computes from scores ``[..., C]`` in their own type.
+
+    `log_softmax` may round Σ exp and its logarithm to that type: by .016 in bfloat16 where the logarithm is 3, so that
+    the gradient of a label with p = .99 is off by its own size.
+    """
+    return torch.finfo(scores.dtype).eps * (1 + scores.detach().float().logsumexp(-1).abs()) / 2
+
+
 def counted_rows(output: Tensor, residual: Tensor, axis: int) -> tuple[int, int]:
     """(rows with a gradient, these and those whose label the model is certain of): between them is what a mean counts.
 
@@ -86,17 +95,19 @@ def _along(output: Tensor, residual: Tensor, axis: int, is_narrow: bool) -> RowF
     chosen = torch.linspace(0, count - 1, min(count, SAMPLE), device=output.device).long()
     places = torch.unravel_index(chosen, lead)
     wide = torch.promote_types(output.dtype, torch.float32)
-    scores, rows = (tensor.detach().movedim(axis, -1)[places].to(wide) for tensor in (output, residual))
-    p, label = scores.softmax(-1), rows.argmin(-1)
+    scores, rows = (tensor.detach().movedim(axis, -1)[places] for tensor in (output, residual))
+    is_narrow = is_narrow or min(torch.finfo(each.dtype).bits for each in (output, residual)) < 32
+    tolerance, rows = 5e-2 if is_narrow else 1e-3, rows.to(wide)
+    p = scores.to(wide).softmax(-1)
+    label = rows.argmin(-1).where(rows.lt(0).any(-1), p.argmax(-1))  # rounding takes a sure label's gradient to 0
     doubt = 1 - p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-    telling = rows.ne(0).any(-1) & (doubt > DOUBT)
+    telling = rows.ne(0).any(-1) & (doubt > (rounding(scores) / tolerance).clamp_min(DOUBT))
     if not bool(telling.any()):
         return None
     p, label, rows, doubt = p[telling], label[telling], rows[telling], doubt[telling]
     factor = -rows.amin(-1) / doubt
     expected = factor.unsqueeze(-1) * (p - F.one_hot(label, p.shape[-1]).to(wide))
-    is_narrow = is_narrow or min(torch.finfo(each.dtype).bits for each in (output, residual)) < 32
     fits = (rows - expected).abs().amax(-1) <= (2e-2 if is_narrow else 1e-5) * factor
     if not (bool(fits.all()) and bool((factor > 0).all())):
         return None
-    return RowFactors(factor, label, 5e-2 if is_narrow else 1e-3, axis)
+    return RowFactors(factor, label, tolerance, axis)

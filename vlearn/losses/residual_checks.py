@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlearn.losses.hard_labels import DOUBT, SAMPLE, RowFactors, row_factors
+from vlearn.losses.hard_labels import DOUBT, SAMPLE, RowFactors, rounding, row_factors
 
 ENTRIES, FEW_ENTRIES = 4096, 8  # of binary losses: looked at at most, and too few to refuse
 SLACK = 3.0  # with class weights and smoothed labels the weights of a minibatch do not quite add up to 1
@@ -119,6 +119,8 @@ def _evidence(output: Tensor, residual: Tensor, makeup: LossMakeup) -> _Evidence
         counted = residual.ne(0).any(axis)
         places = torch.unravel_index(_spread(counted, SAMPLE), counted.shape)
         scores, rows = (each.movedim(axis, -1)[places] for each in (output, residual))
+        error, wide = rounding(scores), torch.promote_types(output.dtype, torch.float32)
+        scores, rows = scores.to(wide), rows.to(wide)
         if not len(rows) or not bool(rows.isfinite().all()):  # of nothing, or an overflow under a gradient scaler
             return _Evidence(axis, None)
         if bool(rows.le(0).all()) and bool((scores.logsumexp(-1).abs() <= agree).all()):
@@ -130,7 +132,10 @@ def _evidence(output: Tensor, residual: Tensor, makeup: LossMakeup) -> _Evidence
             silent = silent or _Evidence(axis, None)
             continue
         p, rows = p[telling], rows[telling]
-        if float(rows.sum(-1).abs().sum()) > sums_to_zero * float(rows.abs().sum()):
+        upward = rows > 0
+        s = (rows.where(upward, 0.0).sum(-1) / p.where(upward, 0.0).sum(-1)).nan_to_num(0.0)
+        excess = (rows.sum(-1).abs() - s * error[telling]).clamp_min(0)
+        if float(excess.sum()) > sums_to_zero * float(rows.abs().sum()):
             continue
         factors = row_factors(output, residual, axis=axis)
         if factors is not None and not _may_be_smoothed(factors, output, residual):
