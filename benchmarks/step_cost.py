@@ -2,11 +2,11 @@
 
     python -m benchmarks.step_cost [--device cuda] [--millions 8] [--smoke]
 
-Time: sample + update on float32 parameters in tensors of a million each, without forward and backward pass; medians
-over interleaved rounds in one process. Every optimizer runs in the loop it is fastest in (vlearn: train(), backward,
-step); "in a context" is vlearn in ivon-opt's loop, sampled_params(train=True), which restores the mean before the
-step. Peak memory over the model and its gradients, in bytes per parameter, each optimizer in a process of its own;
-on the CPU that counts what the compiler itself takes.
+Time: sample + update on float32 parameters in tensors of a million each, on an accelerator also of 16 million, without
+forward and backward pass; medians over interleaved rounds in one process. Every optimizer runs in the loop it is
+fastest in (vlearn: train(), backward, step); "in a context" is vlearn in ivon-opt's loop, sampled_params(train=True),
+which restores the mean before the step. Peak memory over the model and its gradients, in bytes per parameter, each
+optimizer in a process of its own; on the CPU that counts what the compiler itself takes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ OPTIMIZERS = (
 )
 
 
-def parameters(millions: int, device: str) -> list[nn.Parameter]:
-    """Tensors of a million entries that have gradients."""
+def parameters(millions: int, device: str, each: int = 1) -> list[nn.Parameter]:
+    """Tensors of `each` million entries that have gradients."""
     torch.manual_seed(0)
-    weights = [nn.Parameter(torch.randn(1000, 1000, device=device) * 0.01) for _ in range(millions)]
+    shape = (1000 * each, 1000)
+    weights = [nn.Parameter(torch.randn(shape, device=device) * 0.01) for _ in range(millions // each)]
     for p in weights:
         p.grad = torch.randn_like(p)
     return weights
@@ -85,11 +86,11 @@ def optimizer_step(name: str, weights: list[nn.Parameter]) -> Callable[[], None]
     return step_in_context if name == PEER or "context" in name else step_in_train_mode
 
 
-def peak_memory(name: str, millions: int, device: str) -> float:
+def peak_memory(name: str, millions: int, device: str, each: int) -> float:
     """Peak bytes per parameter over the model and its gradients; it is to be called in a fresh process."""
     if "compiled" in name:  # what the compiler takes once is not the optimizer's
-        optimizer_step(name, parameters(1, device))()
-    weights = parameters(millions, device)
+        optimizer_step(name, parameters(each, device, each))()
+    weights = parameters(millions, device, each)
     before = start_of_peak(device)
     step = optimizer_step(name, weights)
     for _ in range(3):
@@ -97,18 +98,22 @@ def peak_memory(name: str, millions: int, device: str) -> float:
     return (peak(device) - before) / (millions * 1e6)
 
 
-def step_cost(millions: int, rounds: int, device: str) -> dict[str, dict[str, float]]:
-    """Milliseconds of sample + update, as multiples of others, and peak bytes per parameter over the model."""
+def step_cost(millions: int, rounds: int, device: str, each: int = 1) -> dict[str, dict[str, float]]:
+    """Milliseconds of sample + update, as multiples of others, and peak bytes per parameter over the model.
+
+    Args:
+        each: millions of entries of a tensor.
+    """
     names = [name for name in OPTIMIZERS if name != PEER or importlib.util.find_spec("ivon")]
     seconds = medians(
-        {name: synchronised(optimizer_step(name, parameters(millions, device)), device) for name in names}, rounds
+        {name: synchronised(optimizer_step(name, parameters(millions, device, each)), device) for name in names}, rounds
     )
     return {
         name: {
             "step, ms": 1e3 * seconds[name],
             "of ivon-opt": seconds[name] / seconds.get(PEER, float("nan")),
             "of AdamW fused": seconds[name] / seconds["AdamW fused"],
-            "peak, bytes per parameter": in_fresh_process(peak_memory, name, millions, device),
+            "peak, bytes per parameter": in_fresh_process(peak_memory, name, millions, device, each),
         }
         for name in names
     }
@@ -141,18 +146,20 @@ def draw(steps: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--millions", type=int, help="of parameters; 8 on the CPU, 100 on an accelerator")
+    parser.add_argument("--millions", type=int, help="of parameters; 8 on the CPU, 96 on an accelerator")
     parser.add_argument("--smoke", action="store_true", help="a few rounds on a million; nothing is written")
     arguments = parser.parse_args(argv)
     on_cpu = arguments.device == "cpu"
-    millions = 1 if arguments.smoke else arguments.millions or (8 if on_cpu else 100)
+    millions = 1 if arguments.smoke else arguments.millions or (8 if on_cpu else 96)
     steps: dict[str, dict[str, dict[str, float]]] = {}
-    counts = (1,) if arguments.smoke else (1, 2) if on_cpu else (torch.get_num_threads(),)
-    for threads in counts:
+    for threads, each in ((1, 1), (2, 1)) if on_cpu else ((torch.get_num_threads(), each) for each in (1, 16)):
+        if arguments.smoke and steps:
+            break
         torch.set_num_threads(threads)
-        label = f"{millions} million parameters, " + (f"threads={threads}" if on_cpu else torch.cuda.get_device_name())
+        where = f"threads={threads}" if on_cpu else f"in tensors of {each} million, {torch.cuda.get_device_name()}"
+        label = f"{millions} million parameters, {where}"
         print(f"{label} ...", file=sys.stderr)
-        steps[label] = step_cost(millions, 2 if arguments.smoke else 21, arguments.device)
+        steps[label] = step_cost(millions, 2 if arguments.smoke else 21, arguments.device, each)
     for label, rows in steps.items():
         quantities = list(next(iter(rows.values())))
         cells = [[name, *(f"{row[quantity]:.2f}" for quantity in quantities)] for name, row in rows.items()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlearn.optim.sampling.blocks import SliceBlock, partition
+from vlearn.optim.sampling.blocks import SliceBlock, keep_means, partition
 from vlearn.optim.sampling.draw import TRANSITIONS, Draw, DrawState, Origin
 from vlearn.optim.sampling.noise import Noise
 
@@ -40,9 +40,10 @@ def drawn(calls: tuple[str, ...] = ()) -> tuple[Draw, Tensor]:
     """A draw of one parameter after some calls, and the parameter."""
     p = nn.Parameter(torch.full((3,), MEAN))
     draw = Draw(Origin.TRAIN, Noise(None), [SliceBlock({}, slices) for slices in partition([p], {}, False)])
-    for piece in draw.slices:
-        piece.keep_mean()
-        piece.weights.fill_(DRAW)
+    for block in draw.blocks:
+        keep_means(block.slices)
+        for piece in block.slices:
+            piece.weights.fill_(DRAW)
     for call in calls:
         CALLS[call](draw)
     return draw, p

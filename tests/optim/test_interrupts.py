@@ -394,19 +394,22 @@ def test_a_part_that_a_forward_runs_in_another_thread_is_no_pass_of_its_own(entr
 def test_an_interrupt_while_a_draw_is_swapped_or_dropped_keeps_the_mean(
     entry: Entry, where: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupt after every so many tensor copies: the finest places an interrupt can come."""
+    """Interrupt after every so many copies of tensors: the finest places an interrupt can come."""
     model, (x, y) = network(), data()
     optimizer = entry.make(model)
     mean = weights(model)
-    copy, calls = torch.Tensor.copy_, 0
+    calls = 0
 
-    def counted(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        copied = copy(self, *args, **kwargs)
-        if calls == where + 1:
-            raise KeyboardInterrupt
-        return copied
+    def interrupting(copy: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            copied = copy(*args)
+            if calls == where + 1:
+                raise KeyboardInterrupt
+            return copied
+
+        return counted
 
     def everything() -> None:
         loss_of(model, x, y).backward()
@@ -418,7 +421,8 @@ def test_an_interrupt_while_a_draw_is_swapped_or_dropped_keeps_the_mean(
         with pytest.raises(ZeroDivisionError), optimizer.sampled_params(train=True):
             raise ZeroDivisionError
 
-    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupting(torch.Tensor.copy_))
+    monkeypatch.setattr(torch, "_foreach_copy_", interrupting(torch._foreach_copy_))
     with pytest.raises(KeyboardInterrupt):
         for _ in range(10):
             everything()

@@ -18,7 +18,7 @@ from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import check, common_rules
 from vlearn.optim.parameters.parameters import Group, Parameters
-from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, swap_in_means
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_correction
@@ -165,7 +165,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
         kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **self._settings(group), correction=correction)
         if keep:
-            piece.swap_in_mean()
+            swap_in_means(slices)
         else:
             piece.mean_in_weights = True
         return True

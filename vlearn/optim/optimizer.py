@@ -36,7 +36,7 @@ from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.options import follow_betas, with_betas
 from vlearn.optim.parameters.parameters import Parameters, state_dtype
 from vlearn.optim.parameters.state_dict import loaded_as_saved
-from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, swap_in_means
 from vlearn.optim.sampling.draw import Draw, Origin
 from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
 from vlearn.optim.sampling.sampler import Context, MeanView, Sampler
@@ -481,8 +481,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 present = self._over_processes(draw, slices, present)
             rest = self._update_block(BlockUpdate(block.group, slices, gradients, present or None))
             self._write_means(slices)
-        for piece in block.slices:
-            piece.swap_in_mean() if keep else piece.discard_draw()
+        (swap_in_means if keep else discard_draws)(block.slices)
         return rest
 
     def _over_processes(self, draw: Draw, slices: list[ParameterSlice], curvatures: list[Tensor]) -> list[Tensor]:

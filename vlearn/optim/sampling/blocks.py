@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlearn.optim.kernels.compiled import SMALLEST
+from vlearn.optim.kernels.compiled import SMALLEST, SMALLEST_ON_ACCELERATOR
 from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.parameters.parameters import Group, Parameters
 
@@ -29,8 +29,8 @@ class ParameterSlice:
 
     Attributes:
         weights: the rows of `parameter.data`, whatever storage that has; see `follow_storage`.
-        mean_in_weights: where the mean is. It is set so that an interrupt after any copy of `swap_in_mean` and
-            `swap_in_draw` leaves the mean in the place it names and the draw in the other.
+        mean_in_weights: where the mean is. It is set so that an interrupt after any copy of `swap_in_means` and
+            `swap_in_draws` leaves the mean in the place it names and the draw in the other.
     """
 
     parameter: Tensor
@@ -82,46 +82,60 @@ class ParameterSlice:
         master = parameters.master_copy(self.parameter)
         return self.mean if master is None else self.of(master)
 
-    def keep_mean(self) -> None:
-        """Copy the mean into the buffer, so that the weights may be overwritten by a draw."""
-        self.buffer.copy_(self.weights)
-        self.mean_in_weights = False
-
-    def swap_in_mean(self) -> None:
-        """Put the mean into the weights and the draw into the buffer."""
-        self.follow_storage()
-        if not self.mean_in_weights:
-            draw = self.weights.clone()
-            try:
-                self.weights.copy_(self.buffer)
-                self.mean_in_weights = True
-            finally:
-                self.draw.copy_(draw)
-
-    def swap_in_draw(self) -> None:
-        """Put the draw into the weights and the mean into the buffer."""
-        self.follow_storage()
-        if self.mean_in_weights:
-            draw = self.buffer.clone()
-            try:
-                self.buffer.copy_(self.weights)
-                self.mean_in_weights = False
-            finally:
-                self.draw.copy_(draw)
-
-    def discard_draw(self) -> None:
-        """Put the mean into the weights; the draw is lost."""
-        self.follow_storage()
-        if not self.mean_in_weights:
-            self.weights.copy_(self.buffer)
-            self.mean_in_weights = True
-
 
 class SliceBlock(NamedTuple):
     """Slices of one parameter group, device and dtype, with the settings of the group."""
 
     group: Group
     slices: list[ParameterSlice]
+
+
+def keep_means(slices: list[ParameterSlice]) -> None:
+    """Copy the means into the buffers, so that the weights may be overwritten by a draw."""
+    torch._foreach_copy_([piece.buffer for piece in slices], [piece.weights for piece in slices])
+    _mark(slices, mean_in_weights=False)
+
+
+def swap_in_means(slices: list[ParameterSlice]) -> None:
+    """Put the means into the weights and the draws into the buffers."""
+    _swap([piece for piece in _where_they_are(slices) if not piece.mean_in_weights])
+
+
+def swap_in_draws(slices: list[ParameterSlice]) -> None:
+    """Put the draws into the weights and the means into the buffers."""
+    _swap([piece for piece in _where_they_are(slices) if piece.mean_in_weights])
+
+
+def discard_draws(slices: list[ParameterSlice]) -> None:
+    """Put the means into the weights; the draws are lost."""
+    drawn = [piece for piece in _where_they_are(slices) if not piece.mean_in_weights]
+    if drawn:
+        torch._foreach_copy_([piece.weights for piece in drawn], [piece.buffer for piece in drawn])
+        _mark(drawn, mean_in_weights=True)
+
+
+def _where_they_are(slices: list[ParameterSlice]) -> list[ParameterSlice]:
+    for piece in slices:
+        piece.follow_storage()
+    return slices
+
+
+def _swap(slices: list[ParameterSlice]) -> None:
+    """Exchange weights and buffers, all of which have the mean on the same side."""
+    if not slices:
+        return
+    mean_in_weights = slices[0].mean_in_weights
+    draws = [piece.draw.clone() for piece in slices]
+    try:
+        torch._foreach_copy_([piece.draw for piece in slices], [piece.mean for piece in slices])
+        _mark(slices, mean_in_weights=not mean_in_weights)
+    finally:
+        torch._foreach_copy_([piece.draw for piece in slices], draws)
+
+
+def _mark(slices: list[ParameterSlice], mean_in_weights: bool) -> None:
+    for piece in slices:
+        piece.mean_in_weights = mean_in_weights
 
 
 def partition(
@@ -137,10 +151,11 @@ def partition(
     open_block: list[ParameterSlice] = []
     filled = 0
     for parameter in parameters:
-        limit = CPU_BLOCK if parameter.device.type == "cpu" else ACCELERATOR_BLOCK
+        on_cpu = parameter.device.type == "cpu"
+        limit = CPU_BLOCK if on_cpu else ACCELERATOR_BLOCK
         for piece in _slices(parameter, buffers.pop(parameter, None), limit):
             size = piece.weights.numel()
-            if compiled and size >= SMALLEST:
+            if compiled and size >= (SMALLEST if on_cpu else SMALLEST_ON_ACCELERATOR):
                 yield [piece]
                 continue
             if open_block and (filled + size > limit or not _alike(open_block[0].weights, piece.weights)):

@@ -21,7 +21,13 @@ from vlearn._torch_internals import set_versions
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.kernels.complex_pairs import like
 from vlearn.optim.sampling.accumulator import PassSums
-from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
+from vlearn.optim.sampling.blocks import (
+    ParameterSlice,
+    SliceBlock,
+    discard_draws,
+    swap_in_draws,
+    swap_in_means,
+)
 from vlearn.optim.sampling.noise import Noise
 
 
@@ -133,8 +139,8 @@ class Draw:
                 self.local_gradients.remove()
 
     def _discard_slices(self) -> None:
-        for piece in self.slices:
-            piece.discard_draw()
+        for block in self.blocks:
+            discard_draws(block.slices)
 
     @contextmanager
     def at_mean(self) -> Iterator[None]:
@@ -156,15 +162,15 @@ class Draw:
             self._versions = {p: p._version for p in self.parameters}
             self._enter(DrawState.SUSPENDED)
             increment_version(self.parameters)
-        for piece in self.slices:
-            piece.swap_in_mean()
+        for block in self.blocks:
+            swap_in_means(block.slices)
         torch.clear_autocast_cache()
 
     def restore(self) -> None:
         """Put a suspended draw back, with the version counters that the training graph knows."""
         if self.state is DrawState.SUSPENDED:
-            for piece in self.slices:
-                piece.swap_in_draw()
+            for block in self.blocks:
+                swap_in_draws(block.slices)
             torch.clear_autocast_cache()
             _take_back(self._versions)
             self._enter(DrawState.ACTIVE)

@@ -18,7 +18,7 @@ from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.parameters import Parameters, reconciled
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
-from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, partition
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, keep_means, partition
 from vlearn.optim.sampling.draw import Draw, DrawState, Origin, mark_changed
 from vlearn.optim.sampling.gradient_origin import GradientOrigin
 from vlearn.optim.sampling.noise import Noise
@@ -136,16 +136,16 @@ class Sampler:
             with torch.inference_mode(False):
                 for block in self._partition():
                     draw.blocks.append(block)
+                    keep_means(block.slices)
                     for piece in block.slices:
-                        piece.keep_mean()
                         self._reconcile_master_copy(piece)
                     self._structure.draw_block(block, draw.noise)
                 self._structure.draw_jointly(draw.blocks, draw.noise)
             if origin is not Origin.ENSEMBLE:
                 self._keep_local_gradients(draw)
         except BaseException:
-            for piece in draw.slices:
-                piece.discard_draw()
+            for block in draw.blocks:
+                discard_draws(block.slices)
             if draw.local_gradients is not None:
                 draw.local_gradients.remove()
             raise
@@ -322,7 +322,7 @@ class Sampler:
         if draw.local_gradients is not None:
             local = [draw.local_gradients.of(piece.parameter, g) for piece, g in given]
             own = [piece.of(g).to(m.dtype) for piece, g, m in zip(slices, local, means, strict=True)]
-        noise = [piece.draw - mean for piece, mean in zip(slices, means, strict=True)]
+        noise = list(torch._foreach_sub([piece.draw for piece in slices], means))
         curvatures = self._curvature.of_draw(draw, block.group, slices, noise, own)
         return list(map(Contribution, slices, gradients, curvatures or [None] * len(slices)))
 
