@@ -32,7 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def with_uneven_state(model, **arguments):
     """An IVON whose Hessian differs between entries, and whose noise leaves torch's own generator alone."""
     arguments = {"lr": 0.1, "ess": NUM_DATA, "weight_decay": WEIGHT_DECAY, **arguments}
-    optimizer = vlearn.IVON(model, generator=torch.Generator().manual_seed(1), **arguments)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    optimizer = vlearn.IVON(model, generator=generator, **arguments)
     optimizer.posterior()
     for state in optimizer.state.values():
         state["hessian"].uniform_(0.5, 3.0)

@@ -69,9 +69,9 @@ class LayerCall:
     random_state: dict[str, Tensor] | None = None
     whole: tuple[LayerCall, Tensor] | None = None
 
-    def receive(self, position: int, gradient: Tensor) -> None:
-        """Add the gradient of one output that a backward pass has brought."""
-        if _ignores_gradients.get():
+    def receive(self, position: int, gradient: Tensor | None) -> None:
+        """Add the gradient of one output that a backward pass has brought; None is that of an output it did not use."""
+        if gradient is None or _ignores_gradients.get():
             return
         shape = self.shapes[position]
         accumulate(self.cotangents, position, gradient if gradient.shape == shape else gradient.reshape(shape))

@@ -157,7 +157,7 @@ def _plain(entry: Any) -> Any:
 
 def _numbers(given: Any, what: str) -> Tensor:
     try:
-        numbers = torch.as_tensor(given)
+        numbers = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         numbers = None
     if numbers is None or numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:

@@ -66,7 +66,7 @@ def _one_example(lin: Linearization, direction: Vector, n: int) -> list[Tensor]:
     root = lin.trace.root
     assert root is not None
     live = {p: lin.weights[p].detach().requires_grad_() for p in direction}
-    one = lin.batch.rows(torch.tensor([n]))
+    one = lin.batch.rows(torch.tensor([n], device="cpu"))
     leaves = tensor_leaves(call_with(root, lin.weights | live, one.args, one.kwargs))
     outputs = [leaves[position] for position in lin.trace.positions]
     return tangents_in_reverse(outputs, list(live.values()), list(direction.values()))

@@ -31,7 +31,7 @@ from vlearn.losses.output_hessian import (
 )
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import as_recorded, eval_mode
+from vlearn.per_example.replay import as_recorded, eval_mode, native_recurrence
 from vlearn.posterior.covariance import Covariance
 from vlearn.posterior.protocol import Posterior, match
 
@@ -326,7 +326,7 @@ def at_mean(model: nn.Module, posterior: Posterior) -> Iterator[Covariance]:
         ValueError: if the posterior belongs to another model.
     """
     parameters = match(model, posterior)
-    with posterior.at_mean(), eval_mode(model):
+    with posterior.at_mean(), eval_mode(model), native_recurrence(model.modules()):
         yield posterior.covariance(parameters)
 
 

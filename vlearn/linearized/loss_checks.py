@@ -67,7 +67,8 @@ def check_own_losses(
             if not is_close(with_factors, expected, AGREE):
                 raise RuntimeError(_COMPARES)
     few = min(FEW, count - 1)
-    alone, among_copies = torch.arange(few), torch.cat([torch.arange(few), torch.zeros(count - few, dtype=torch.long)])
+    alone = torch.arange(few, device=loss.device)
+    among_copies = torch.cat([alone, alone.new_zeros(count - few)])
     if any(_differs(loss, given, losses, rows, few) for rows in (alone, among_copies) if few):
         raise RuntimeError(_COMPARES)
 
@@ -80,7 +81,7 @@ def _differs(
     count = len(loss)
     try:
         axes = [0 if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else None for leaf in tree_leaves(given)]
-        part = losses(*rows_of(given, axes, rows.to(loss.device)))
+        part = losses(*rows_of(given, axes, rows))
         if part.shape != (len(rows), *loss.shape[1:]) or is_close(part[:few], loss[:few].detach(), AGREE):
             return False
         return is_close(losses(*given), loss.detach(), AGREE)  # else it draws random numbers

@@ -103,7 +103,7 @@ class Numbering:
             )
         if self._in_order:  # also where an item of the dataset is several examples
             self._seen += count
-            return torch.arange(self._seen - count, self._seen)
+            return torch.arange(self._seen - count, self._seen, device="cpu")
         if drawn is None:
             raise ValueError(
                 "the loader does not go through its dataset in order and does not number its examples, so they cannot "
@@ -170,8 +170,8 @@ class _Drawn:
         given = self._waiting.popleft()
         try:
             if isinstance(given, Sequence) or getattr(given, "ndim", 0):
-                return torch.tensor([operator.index(number) for number in given], dtype=torch.long)
-            return torch.tensor([operator.index(given)])
+                return torch.tensor([operator.index(number) for number in given], dtype=torch.long, device="cpu")
+            return torch.tensor([operator.index(given)], device="cpu")
         except TypeError:  # a dataset by names has no numbers
             return None
 

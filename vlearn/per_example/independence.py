@@ -202,7 +202,7 @@ def _gradients(trace: Trace, weights: dict[Tensor, Tensor], count: int) -> list[
 def powers_of_two(count: int, device: torch.device) -> Tensor:
     """Factors ``[count]`` from 1 to 128 without a period: no two examples at a fixed distance share them throughout."""
     golden_ratio = 0.6180339887498949
-    steps = torch.arange(count, dtype=torch.float64) * golden_ratio
+    steps = torch.arange(count, dtype=torch.float64, device="cpu") * golden_ratio
     return (2.0 ** (steps.frac() * 8).floor()).to(device)
 
 

@@ -92,6 +92,29 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def native_recurrence(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Recurrent layers run without cuDNN inside, where they have a backward pass in train mode alone, and no vmap."""
+    before: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        before.append(torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
+
+    def leave(*_: Any) -> None:
+        torch.backends.cudnn.enabled = before.pop()
+
+    layers = [module for module in modules if isinstance(module, nn.RNNBase)]
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    # Before the hooks of a context around this one, which entered first.
+    handles += [layer.register_forward_hook(leave, prepend=True, always_call=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def as_recorded(trace: Trace) -> Iterator[None]:
     """Modules are in the modes of the recorded pass inside; afterwards all their attributes are as before."""
     before = [(module, dict(module.__dict__)) for module in trace.paths]
@@ -101,7 +124,13 @@ def as_recorded(trace: Trace) -> Iterator[None]:
         for module in trace.paths:
             if module.training != (module in training):
                 module.training = module in training
-        with hooks_paused(), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with (
+            hooks_paused(),
+            native_recurrence(trace.paths),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+        ):
             yield
     finally:
         for module, attributes in before:

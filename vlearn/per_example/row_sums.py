@@ -136,9 +136,9 @@ def _sums_of_model(trace: Trace, weights: Weights) -> dict[Tensor, float]:
 
 def _is_penalty(differing: set[Tensor], rows: dict[Tensor, _Sum], came: dict[Tensor, float], weights: Weights) -> bool:
     """Whether the rest is one multiple of the weights, or of their signs: an L2 or L1 penalty, of no example."""
-    rest = torch.tensor([came.get(p, 0.0) - rows.get(p, _Sum()).total for p in differing])
+    rest = torch.tensor([came.get(p, 0.0) - rows.get(p, _Sum()).total for p in differing], device="cpu")
     for of_weight in (lambda w: w, torch.sign):
-        ratio = rest / torch.tensor([float(product(of_weight(weights[p]))) for p in differing])
+        ratio = rest / torch.tensor([float(product(of_weight(weights[p]))) for p in differing], device="cpu")
         if len(ratio) > 1 and bool(((ratio - ratio[0]).abs() <= 1e-2 * ratio.abs()).all()):
             return True
     return False

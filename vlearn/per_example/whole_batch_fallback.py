@@ -126,7 +126,7 @@ def _whole(call: LayerCall) -> tuple[LayerCall, Tensor]:
     if call.whole is not None:
         return call.whole
     axis, shape = next((a, s) for a, s in zip(call.output_axes, call.shapes, strict=True) if a is not None)
-    return call, torch.arange(shape[axis])
+    return call, torch.arange(shape[axis], device="cpu")
 
 
 def _run(call: LayerCall, weights: Weights, leaves: list[Any], structure: Any) -> list[Tensor]:

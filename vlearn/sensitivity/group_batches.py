@@ -38,7 +38,7 @@ class Membership:
                 raise ValueError(f"group {name!r} has an example twice: name each once.")
             for i in examples:
                 self.groups_of.setdefault(i, []).append(k)
-        self.sizes = torch.tensor([len(examples) for examples in examples_of.values()])
+        self.sizes = torch.tensor([len(examples) for examples in examples_of.values()], device="cpu")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -105,7 +105,7 @@ class PassCounter:
                 rows_of_group.setdefault(k, []).append(row)
         for k, rows in rows_of_group.items():
             self._counts[k] += len(rows)
-            yield k, torch.tensor(rows)
+            yield k, torch.tensor(rows, device="cpu")
 
     def check(self) -> None:
         """Raises ValueError unless every group was complete and no example came twice."""

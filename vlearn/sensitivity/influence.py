@@ -136,7 +136,9 @@ class _Pass:
 
     def check_same(self, first: _Pass) -> _Pass:
         same = self.losses.keys() == first.losses.keys()
-        values = torch.tensor([[first.losses[i], self.losses[i]] for i in first.losses] if same else [[0.0, 1.0]])
+        values = torch.tensor(
+            [[first.losses[i], self.losses[i]] for i in first.losses] if same else [[0.0, 1.0]], device="cpu"
+        )
         if not torch.allclose(*values.unbind(1), rtol=1e-3, atol=1e-3 * float(values.abs().mean())):
             raise ValueError(
                 "the training loader gave other examples when it was iterated again: turn shuffling and random "
@@ -154,8 +156,8 @@ class _All:
 
     def result(self, order: list[int]) -> tuple[Tensor, Tensor]:
         row_of = {i: row for row, i in enumerate(torch.cat([numbers for numbers, _ in self.parts]).tolist())}
-        rows = torch.tensor([row_of[i] for i in order])
-        return torch.cat([values for _, values in self.parts])[rows], torch.tensor(order)
+        rows = torch.tensor([row_of[i] for i in order], device="cpu")
+        return torch.cat([values for _, values in self.parts])[rows], torch.tensor(order, device="cpu")
 
 
 @dataclass

@@ -69,9 +69,9 @@ def averages(
 
 def _gather_layer_table(rows: Mapping[int, list[int]], parameters: list[Tensor], group: Any) -> list[list[list[int]]]:
     """By parameter, the row of each process: number of draws, place of the bias or -1, axes of each statistic."""
-    mine = torch.zeros(len(parameters), 2 + len(NAMES), dtype=torch.int64)
+    mine = torch.zeros(len(parameters), 2 + len(NAMES), dtype=torch.int64, device="cpu")
     for place, row in rows.items():
-        mine[place] = torch.tensor(row)
+        mine[place] = torch.tensor(row, device="cpu")
     return gathered(mine.to(parameters[0].device), group).transpose(0, 1).tolist()
 
 

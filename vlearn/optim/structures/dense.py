@@ -54,7 +54,7 @@ class DenseStructure:
             for p in joint:
                 if not self.parameters.state[p]:
                     self.parameters.state[p] = {
-                        "step": torch.tensor(0.0, dtype=torch.float32),
+                        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
                         "momentum": torch.zeros_like(p, dtype=state_dtype(p)),
                     }
             self.write_hessian(joint, hessian)
@@ -81,8 +81,8 @@ class DenseStructure:
             ess, weight_decay = tempered_ess_and_decay(group)
             settings = {**group, "ess": ess, "weight_decay": weight_decay}
             values |= dict.fromkeys(group["params"], float(settings[setting]))
-        filled = [torch.full((p.numel(),), values[p], dtype=torch.float64) for p in joint]
-        return torch.cat(filled).to(joint[0].device)
+        filled = [torch.full((p.numel(),), values[p], dtype=torch.float64, device=joint[0].device) for p in joint]
+        return torch.cat(filled)
 
     def precision_of(self, moving: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(S of some parameters ``[M, M]``, the positions of its rows in H)."""
@@ -190,7 +190,7 @@ def positions(parameters: list[Tensor], joint: list[Tensor]) -> Tensor:
     for p in joint:
         starts[p] = count
         count += p.numel()
-    return torch.cat([torch.arange(starts[p], starts[p] + p.numel()) for p in parameters])
+    return torch.cat([torch.arange(starts[p], starts[p] + p.numel(), device=joint[0].device) for p in parameters])
 
 
 def cholesky(precision: Tensor) -> Tensor:

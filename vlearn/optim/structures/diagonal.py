@@ -125,7 +125,7 @@ def initial_state(p: Tensor, hess_init: float) -> dict[str, Tensor]:
     """The state of a parameter with a diagonal Hessian."""
     dtype, real = state_dtype(p), as_real(p.detach())
     return {
-        "step": torch.tensor(0.0, dtype=torch.float32),
+        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
         "momentum": torch.zeros_like(real, dtype=dtype),
         "hessian": torch.full_like(real, hess_init, dtype=dtype),
     }
