@@ -129,7 +129,14 @@ def draw(steps: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(steps) + 1, figsize=(4 * len(steps) + 4, 3.4), sharey=True, layout="constrained")
     label, last = next(reversed(steps.items()))
     panels = [(name.replace(", ", ",\n"), rows, "step, ms", "ms") for name, rows in steps.items()]
-    panels.append((f"peak memory over the model,\n{label}", last, "peak, bytes per parameter", "bytes per parameter"))
+    panels.append(
+        (
+            "peak memory over the model,\n" + label.replace(", ", ",\n"),
+            last,
+            "peak, bytes per parameter",
+            "bytes per parameter",
+        )
+    )
     for panel, (title, rows, quantity, unit) in zip(axes, panels, strict=True):
         names = list(rows)[::-1]
         colors = ["#0072B2" if "vlearn" in name else "#56B4E9" if name == PEER else "0.7" for name in names]

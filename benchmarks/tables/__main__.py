@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "family-digits": optimizers.digits,
     "family-cost": optimizers.cost,
     "step-cost": costs.step,
+    "step-cost-gpu": costs.step_on_a_gpu,
     "sensitivity-cost": costs.sensitivities,
     "generalization-fashion-mnist": losses.fashion_mnist,
     "generalization-fashion-mnist-correlations": losses.fashion_mnist_correlations,

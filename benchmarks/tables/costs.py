@@ -8,6 +8,15 @@ from benchmarks.report.records import read
 
 def step() -> str:
     """Milliseconds of IVON's step, as multiples of ivon-opt's, and peak memory."""
+    return _steps("step_cost", ("one thread", "two threads"))
+
+
+def step_on_a_gpu() -> str:
+    """The same on a GPU."""
+    return _steps("step_cost_cuda", ("tensors of 1 million", "tensors of 16 million"), digits=1)
+
+
+def _steps(name: str, titles: tuple[str, str], digits: int = 0) -> str:
     labels = {
         "ivon-opt": "ivon-opt",
         "vlearn": "`vlearn.IVON`",
@@ -15,17 +24,17 @@ def step() -> str:
         "AdamW foreach": "AdamW, `foreach`",
         "AdamW fused": "AdamW, `fused`",
     }
-    one, two = read("step_cost")["steps"].values()
+    one, two = read(name)["steps"].values()
 
     def time(row: dict[str, float], name: str) -> str:
         multiple = f", {row['of ivon-opt']:.2f}x" if name.startswith("vlearn") else ""
-        return f"{row['step, ms']:.0f} ms{multiple}"
+        return f"{row['step, ms']:.{digits}f} ms{multiple}"
 
     rows = [
-        (label, time(one[name], name), time(two[name], name), f"{one[name]['peak, bytes per parameter']:.0f}")
-        for name, label in labels.items()
+        (label, time(one[key], key), time(two[key], key), f"{one[key]['peak, bytes per parameter']:.0f}")
+        for key, label in labels.items()
     ]
-    return table(("", "one thread", "two threads", "peak, bytes per parameter"), rows)
+    return table(("", *titles, "peak, bytes per parameter"), rows)
 
 
 def sensitivities() -> str:

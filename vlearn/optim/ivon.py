@@ -61,10 +61,10 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
             their generators are alike.
         foreach: multi-tensor operations; default wherever a block has several tensors.
-        compiled: one kernel of torch.compile for each large tensor; the first step compiles it, for up to a minute,
-            and later processes find it in torch's cache. Float32 noise is made in the kernel, from a key that
-            `generator` gives: samples follow the same distribution but differ from those of compiled=False for the
-            same seed.
+        compiled: one kernel of torch.compile for each large tensor (on accelerators, of four million entries and
+            more); the first step compiles it, for up to a minute, and later processes find it in torch's cache.
+            Float32 noise is made in the kernel, from a key that `generator` gives: samples follow the same
+            distribution but differ from those of compiled=False for the same seed.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
