@@ -63,7 +63,9 @@ def hooked(
 
 
 @contextmanager
-def record(model: nn.Module, tracked: Iterable[Tensor], num_examples: int = 0) -> Iterator[Trace]:
+def record(
+    model: nn.Module, tracked: Iterable[Tensor], num_examples: int = 0, is_replay: bool = False
+) -> Iterator[Trace]:
     """Record the one forward pass made inside; the hooks are gone afterwards, by any exit.
 
     Its gradients come from `Trace.pulled_back`.
@@ -72,17 +74,18 @@ def record(model: nn.Module, tracked: Iterable[Tensor], num_examples: int = 0) -
         model: called once inside, with gradients enabled.
         tracked: the parameters whose per-example gradients are wanted.
         num_examples: the size of the batch; 0: to be seen from the inputs.
+        is_replay: all other hooks of vlearn are silent.
     """
     trace = Trace(module_paths(model), tracked, by_edge=True)
     trace.num_examples = num_examples
     recorder = Recorder(trace)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not hooks_are_silent():
+        if is_replay or not hooks_are_silent():
             recorder.enter(module, args, kwargs)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not hooks_are_silent():
+        if is_replay or not hooks_are_silent():
             recorder.leave(module, args, kwargs, output)
 
     # Compiled code does not call hooks that came later.

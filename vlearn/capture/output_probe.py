@@ -54,6 +54,22 @@ class OutputProbe:
         node = chosen.grad_fn
         return index, [(call, at, None if edge is not None and edge.node is node else edge) for call, at, edge in edges]
 
+    def cotangent_of(self, value: Tensor, gradient: Tensor) -> Tensor | None:
+        """The gradient to send back instead of the loss's; None if there is none, see `problem`.
+
+        Args:
+            value: the chosen output.
+            gradient: the loss's gradient with respect to it.
+        """
+        self.running = True
+        try:
+            return self._cotangent(value, gradient)
+        except (RuntimeError, ValueError) as error:  # the user's backward pass can go on
+            self.problem = error
+            return None
+        finally:
+            self.running = False
+
     def backpropagate(
         self,
         calls: list[LayerCall],
@@ -78,11 +94,12 @@ class OutputProbe:
         start = GradientEdge(current_node(), number)
         cotangents: dict[LayerCall, list[Tensor | None]] = {call: [None] * len(call.shapes) for call in calls}
         claimed, edges = edges, [edge for edge in edges if edge[0] in cotangents]  # the recorder has given up others
+        wanted = self.cotangent_of(value, gradient)
+        if wanted is None:
+            claimed.clear()
+            return None
         self.running = True
         try:
-            wanted = self._cotangent(value, gradient)
-            if wanted is None:
-                return None
             cotangent = wanted.to(arrived.dtype)
             inner = [(call, at, edge) for call, at, edge in edges if edge is not None]
             ends: Any = [edge for _, _, edge in inner]
@@ -98,7 +115,7 @@ class OutputProbe:
                 if edge is None:
                     cotangents[call][at] = cotangent.reshape(call.shapes[at])
             return cotangents
-        except (RuntimeError, ValueError) as error:  # the user's backward pass can go on
+        except (RuntimeError, ValueError) as error:
             self.problem = error
             return None
         finally:

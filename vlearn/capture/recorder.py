@@ -120,17 +120,27 @@ class Recorder:
         if self._frames:
             self._frames[-1].called |= {module, *frame.called}
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and _uses_batch_statistics(module):
-            self.trace.problems.append(
-                f"{self.trace.paths[module]} ({type(module).__name__}) is in train mode, where each example's output "
-                "depends on the whole batch, so no example has a gradient of its own: put it in eval mode "
-                "(module.eval()) or use GroupNorm, LayerNorm or filter response normalisation."
-            )
+            self._note_batch_norm(module)
         self._attribute(frame, args, kwargs, output)
         if frame.doubtful:
             self._stand_by(frame, args, kwargs, output)
         if not self._frames:
             self._leave_root(frame, args, kwargs, output)
         self.trace.num_calls[module] = self.trace.num_calls.get(module, 0) + 1
+
+    def _note_batch_norm(self, module: nn.Module) -> None:
+        trace, alone = self.trace, not isinstance(module, nn.SyncBatchNorm)
+        if trace.batch_norm == "constant" and alone:
+            if module not in trace.batch_norms:
+                trace.batch_norms.append(module)
+            return
+        option = ", or take its statistics as constants, an approximation, by batch_norm='constant' of the optimizer"
+        trace.problems.append(
+            f"{trace.paths[module]} ({type(module).__name__}) is in train mode, where each example's output depends on "
+            "the whole batch, so no example has a gradient of its own: put it in eval mode (module.eval()) or use "
+            "GroupNorm, LayerNorm or filter response normalisation"
+            f"{option if trace.edges is None and alone else ''}."
+        )
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._settle()

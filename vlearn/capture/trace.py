@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import finalize, ref
 
 import torch
@@ -24,6 +24,28 @@ from vlearn.capture.output_probe import CallEdge, OutputProbe
 from vlearn.capture.pass_gradients import PassGradients, product
 from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
 from vlearn.layers.example_axes import Axes
+
+
+class Statistics(NamedTuple):
+    """What a batch normalisation subtracts and divides by, by channel ``[C]``.
+
+    Attributes:
+        mean: μ.
+        variance: σ², the mean square.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Statistics:
+        """Those of a batch ``[N, C, ...]``."""
+        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+        return cls(mean, variance)
+
+    def put_into(self, module: nn.Module) -> None:
+        """Let a module in eval mode normalise by them."""
+        module._buffers["running_mean"], module._buffers["running_var"] = self
 
 
 class _Graph:
@@ -56,6 +78,11 @@ class Trace:
         cotangents_are_total: whether that of an output which others are made of has what came through those.
         on_backward: called as the user's backward pass begins.
         probe: what else is to be sent back; probed: the same pass with the probe's gradients, once there are.
+        probed_output: which of the outputs that required grad the probe starts from.
+        batch_norm: "refuse" examples that meet in a batch normalisation in train mode, or note it: "constant".
+        batch_norms: the modules that were noted.
+        statistics: of batch normalisations whose statistics were constants.
+        with_constants: the same pass with constant statistics, once it was made.
     """
 
     def __init__(self, paths: dict[nn.Module, str], tracked: Iterable[Tensor], by_edge: bool = False):
@@ -85,6 +112,11 @@ class Trace:
         self.on_backward: Callable[[], None] = lambda: None
         self.probe: OutputProbe | None = None
         self.probed: Trace | None = None
+        self.probed_output: int | None = None
+        self.batch_norm = "refuse"
+        self.batch_norms: list[nn.Module] = []
+        self.statistics: dict[nn.Module, Statistics] = {}
+        self.with_constants: Trace | None = None
         self._graph: Callable[[], _Graph | None] = lambda: None
         self._tasks: dict[int, None] = {}  # the backward passes that have come
         self._pass_gradients: PassGradients | None = None
@@ -107,7 +139,11 @@ class Trace:
             self._graph = ref(graph)
             chosen, edges = (None, []) if self.probe is None else self.probe.claim_edges(output, leaves)
             for position, i in enumerate(self.positions):
-                receive = partial(self._receive, graph, position, edges if i == chosen else None)
+                if i == chosen:
+                    self.probed_output = position
+                # Through batch statistics a probe would bring what is not the examples' own.
+                claimed = edges if i == chosen and not self.batch_norms else None
+                receive = partial(self._receive, graph, position, claimed)
                 number = leaves[i].output_nr
                 leaves[i].register_hook(lambda g, receive=receive, number=number: receive(g, g, number))
                 self._follow_cast(receive, position, leaves[i])

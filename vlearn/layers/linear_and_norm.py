@@ -134,22 +134,28 @@ for _name in ("llama.modeling_llama.Llama", "mistral.modeling_mistral.Mistral", 
         ),
     )
 
-# With statistics of its own a batch normalisation is a fixed affine map; in train mode the recorder refuses it.
-_BATCH_NORM = _normalised_channels(
-    lambda m, x: F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps),
-    accepts=lambda module, x: not module.training and module.running_mean is not None and x.dim() >= 2,
-    linear=lambda module, x: x * _batch_norm_slope(module).reshape(-1, *[1] * (x.dim() - 2)),
-)
 
+def batch_norm_rule(statistics: Callable[[Any], tuple[Tensor | None, Tensor | None]]) -> Rule:
+    """Rule of a batch normalisation whose statistics do not depend on the batch: a fixed affine map.
 
-def _batch_norm_slope(module: nn.modules.batchnorm._BatchNorm) -> Tensor:
-    assert module.running_var is not None
-    slope = (module.running_var + module.eps).rsqrt()
-    return slope if module.weight is None else slope * module.weight
+    Args:
+        statistics: module -> (mean, variance) by channel ``[C]``.
+    """
+
+    def linear(module: Any, x: Tensor) -> Tensor:
+        slope = (statistics(module)[1] + module.eps).rsqrt()  # pyright: ignore[reportOptionalOperand]
+        slope = slope if module.weight is None else slope * module.weight
+        return x * slope.reshape(-1, *[1] * (x.dim() - 2))
+
+    return _normalised_channels(
+        lambda module, x: F.batch_norm(x, *statistics(module), None, None, False, 0.0, module.eps),
+        accepts=lambda module, x: not module.training and module.running_mean is not None and x.dim() >= 2,
+        linear=linear,
+    )
 
 
 for _type in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
-    register(_type, _BATCH_NORM)
+    register(_type, batch_norm_rule(lambda module: (module.running_mean, module.running_var)))
 
 for _dimensions, _type in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1):
     register(

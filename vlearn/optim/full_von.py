@@ -20,6 +20,7 @@ from vlearn.optim.parameters.options import (
     SharedOptions,
     check,
     common_rules,
+    own_options,
     positive_precision_rule,
     settings_of,
     with_shared_options,
@@ -107,7 +108,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
                 "use rule='iblr'."
             )
         self.rule, self.curvature, self.likelihood, self.output = rule, curvature, likelihood, output
-        super().__init__(params, settings_of("FullVON", lr, ess, shared), shared.get("generator"))
+        super().__init__(params, settings_of("FullVON", lr, ess, shared), *own_options(shared))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every optimizer's.

@@ -69,6 +69,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
             supports clipping and GradScaler, which their own draws do not; one draw instead of one per process.
+        batch_norm: "refuse" rows of examples that meet in a BatchNorm in train mode, or take the batch's statistics as
+            "constant", an approximation: see `watch`.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -109,6 +111,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         compiled: bool = False,
         nonfinite: str = "raise",
         shared_noise: bool = False,
+        batch_norm: str = "refuse",
     ):
         defaults = {
             "lr": lr,
@@ -130,7 +133,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "nonfinite": nonfinite,
             "shared_noise": shared_noise,
         }
-        super().__init__(params, defaults, generator)
+        super().__init__(params, defaults, generator, batch_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every optimizer's; a group may have ivon-opt's `hess_approx` in the place of `curvature`."""

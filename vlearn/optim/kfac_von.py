@@ -17,7 +17,7 @@ from vlearn.capture.pytrees import Selector
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
-from vlearn.optim.parameters.options import SharedOptions, check, settings_of, with_shared_options
+from vlearn.optim.parameters.options import SharedOptions, check, own_options, settings_of, with_shared_options
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagnostics import Diagnostics
@@ -122,7 +122,7 @@ class KFACVON(VariationalOptimizer[KroneckerStructure, ProductPosterior]):
         self.kfac_approx, self.eigenvalue_correction = kfac_approx, eigenvalue_correction
         self.factored_damping = factored_damping
         own = {"update_every": update_every, "damping": damping, "tempering": tempering, "foreach": foreach}
-        super().__init__(params, settings_of("KFACVON", lr, ess, shared, **own), shared.get("generator"))
+        super().__init__(params, settings_of("KFACVON", lr, ess, shared, **own), *own_options(shared))
 
     def _check_group(self, group: Group) -> None:
         whole = isinstance(group["update_every"], int) and group["update_every"] >= 1

@@ -44,7 +44,7 @@ from vlearn.optim.step_checks import check_first_gradients, check_passes, is_pri
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
-from vlearn.optim.watch.loss_scale import WatchOptions
+from vlearn.optim.watch.loss_scale import WatchOptions, check_batch_norm
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
 from vlearn.posterior.gaussian import Gaussian
@@ -89,8 +89,16 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     _copied: tuple[str, ...] = ()  # attributes of a subclass that copies have too
     _takes_complex = False  # parameters, as pairs of reals
 
-    def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], generator: torch.Generator | None):
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        defaults: dict[str, Any],
+        generator: torch.Generator | None,
+        batch_norm: str = "refuse",
+    ):
         self._check_group(defaults)
+        check_batch_norm(batch_norm)
+        self._batch_norm = batch_norm
         self._runtime = self._new_runtime(generator)
         model = params if isinstance(params, nn.Module) else None
         super().__init__(named_parameters(model) if model is not None else params, defaults)  # pyright: ignore
@@ -238,7 +246,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
 
     def __getstate__(self) -> dict[str, Any]:
         copied = {name: getattr(self, name) for name in self._copied}
-        counters = {"generator": self.generator, "num_skipped": self.nonfinite_count}
+        counters = {"generator": self.generator, "num_skipped": self.nonfinite_count, "_batch_norm": self._batch_norm}
         return {**super().__getstate__(), **copied, **counters, "watch": self._watch}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -532,6 +540,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         loss_reduction: str | Callable[[], float] = "mean",
         loss_scale: float | Callable[[], float] | None = None,
         every: int = 1,
+        batch_norm: str | None = None,
     ) -> None:
         """Draw in every training forward of the model, and keep what sensitivities need of it.
 
@@ -545,10 +554,13 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 softmax cross-entropy with hard labels shows another factor, or class weights; ignored targets are then
                 seen and not counted.
             every: keep captures only on every so many steps.
+            batch_norm: what to do where examples meet in a BatchNorm in train mode: "refuse" their rows, or take mean
+                and variance of the batch as "constant", an approximation that leaves out how an example moves the
+                others' outputs through them. Default what the optimizer was made with.
         Raises:
             TypeError, ValueError: if an argument breaks its rule.
         """
-        self._start_watch(model, WatchOptions(loss_reduction, loss_scale, every))
+        self._start_watch(model, WatchOptions(loss_reduction, loss_scale, every, batch_norm or self._batch_norm))
         self._runtime.search.stop()
 
     def _start_watch(self, model: nn.Module, options: WatchOptions) -> None:
@@ -576,7 +588,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             self._runtime.search.stop()
             return
         if self._watch is None:
-            self._start_watch(module, WatchOptions())
+            self._start_watch(module, WatchOptions(batch_norm=self._batch_norm))
             self._runtime.found_watch = True
         else:
             self._watch.add(module)

@@ -13,7 +13,7 @@ from torch import nn
 
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
-from vlearn.optim.parameters.options import SharedOptions, check, settings_of, with_shared_options
+from vlearn.optim.parameters.options import SharedOptions, check, own_options, settings_of, with_shared_options
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate
@@ -82,7 +82,7 @@ class VOGN(VariationalOptimizer[DiagonalStructure, Diagonal]):
         **shared: Unpack[SharedOptions],
     ):
         own = {"damping": damping, "tempering": tempering, "augmentation": augmentation, "foreach": foreach}
-        super().__init__(params, settings_of("VOGN", lr, ess, shared, **own), shared.get("generator"))
+        super().__init__(params, settings_of("VOGN", lr, ess, shared, **own), *own_options(shared))
 
     def _check_group(self, group: Group) -> None:
         check(

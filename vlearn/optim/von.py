@@ -14,7 +14,7 @@ from vlearn.capture.pytrees import Selector
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
-from vlearn.optim.parameters.options import SharedOptions, check, settings_of, with_shared_options
+from vlearn.optim.parameters.options import SharedOptions, check, own_options, settings_of, with_shared_options
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate
@@ -98,7 +98,7 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         self.curvature, self.likelihood, self.output = curvature, likelihood, output
         self._takes_complex = curvature == "price"
         defaults = settings_of("VON", lr, ess, shared, damping=damping, foreach=foreach)
-        super().__init__(params, defaults, shared.get("generator"))
+        super().__init__(params, defaults, *own_options(shared))
 
     def _check_group(self, group: Group) -> None:
         check(group, newton_rules(group))

@@ -44,6 +44,12 @@ def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kw
     return _called(module, state, args, kwargs, tie_weights=False)
 
 
+def call_in_place(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call a module with its own parameters and with copies of its buffers."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return _called(module, buffers, args, kwargs)
+
+
 def _called(module: nn.Module, state: dict[str, Tensor], args: Any, kwargs: Any, tie_weights: bool = True) -> Any:
     if isinstance(module, nn.DataParallel):  # which torch.func refuses, but not inside another module
         module, state = _Holder(module), {f"held.{name}": value for name, value in state.items()}
@@ -124,6 +130,9 @@ def as_recorded(trace: Trace) -> Iterator[None]:
         for module in trace.paths:
             if module.training != (module in training):
                 module.training = module in training
+        for module, held in trace.statistics.items():
+            module._buffers = dict(module._buffers)
+            held.put_into(module)
         with (
             hooks_paused(),
             native_recurrence(trace.paths),
@@ -193,8 +202,7 @@ def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[
     root = trace.root
     assert root is not None
     with as_recorded(trace), placed(weights), same_random_numbers(trace):
-        buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-        outputs = tensor_leaves(_called(root, buffers, trace.args, trace.kwargs))
+        outputs = tensor_leaves(call_in_place(root, trace.args, trace.kwargs))
         reached = zip(trace.positions, trace.cotangents, strict=True)
         pairs = [(outputs[at], c) for at, c in reached if c is not None and outputs[at].requires_grad]
         if trace.cotangents_are_total:

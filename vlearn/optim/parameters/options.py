@@ -32,6 +32,8 @@ class SharedOptions(TypedDict, total=False):
             supports clipping and GradScaler, which draws of their own do not; one draw instead of one per process.
         nonfinite: "raise" (default) FloatingPointError at a gradient that is not finite, "skip" the step and count it
             in `nonfinite_count`, or "ignore": do not look.
+        batch_norm: "refuse" (default) rows of examples that meet in a BatchNorm in train mode, or take the batch's
+            statistics as "constant", an approximation: see `watch`.
     """
 
     hess_init: float
@@ -45,6 +47,7 @@ class SharedOptions(TypedDict, total=False):
     generator: torch.Generator | None
     shared_noise: bool
     nonfinite: str
+    batch_norm: str
 
 
 DEFAULTS = SharedOptions(
@@ -59,6 +62,7 @@ DEFAULTS = SharedOptions(
     generator=None,
     shared_noise=False,
     nonfinite="raise",
+    batch_norm="refuse",
 )
 
 
@@ -76,8 +80,13 @@ def settings_of(owner: str, lr: float, ess: float, shared: SharedOptions, **own:
         if name not in DEFAULTS:
             raise TypeError(f"{owner}.__init__() got an unexpected keyword argument {name!r}")
     settings: dict[str, Any] = {"lr": lr, "ess": ess, **DEFAULTS, **shared, **own}
-    del settings["generator"]
+    del settings["generator"], settings["batch_norm"]
     return with_betas(settings, settings)
+
+
+def own_options(shared: SharedOptions) -> tuple[torch.Generator | None, str]:
+    """(generator, batch_norm), which are the optimizer's own and not its groups'."""
+    return shared.get("generator"), shared.get("batch_norm", "refuse")
 
 
 Optimizer = TypeVar("Optimizer", bound=type)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import Trace
@@ -14,15 +15,16 @@ from vlearn.losses.hard_labels import counted_rows, row_factors
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """How the loss of a watched model reduces the examples' own losses, and how often passes are recorded.
+    """How the loss of a watched model reduces the examples' own losses, and how passes are recorded.
 
     Attributes:
-        loss_reduction, loss_scale, every: see `VariationalOptimizer.watch`.
+        loss_reduction, loss_scale, every, batch_norm: see `VariationalOptimizer.watch`.
     """
 
     loss_reduction: str | Callable[[], float] = "mean"
     loss_scale: float | Callable[[], float] | None = None
     every: int = 1
+    batch_norm: str = "refuse"
 
     def __post_init__(self) -> None:
         reduction, scale, every = self.loss_reduction, self.loss_scale, self.every
@@ -35,6 +37,13 @@ class WatchOptions:
             raise ValueError(f"loss_scale={scale!r}, but it must be finite and not zero: use 1.0.")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}, but it must be a positive whole number: use 1 for every step.")
+        check_batch_norm(self.batch_norm)
+
+
+def check_batch_norm(batch_norm: Any) -> None:
+    """Raise ValueError unless it is a way to treat batch statistics."""
+    if batch_norm not in ("refuse", "constant"):
+        raise ValueError(f"batch_norm={batch_norm!r}, but it must be 'refuse' or 'constant': use 'refuse'.")
 
 
 class LossScale:

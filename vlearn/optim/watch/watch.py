@@ -29,6 +29,7 @@ from vlearn.optim.sampling.draw import Draw, DrawState
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.sampler import Context, Sampler
 from vlearn.optim.watch import other_optimizers
+from vlearn.optim.watch.constant_statistics import with_constant_statistics
 from vlearn.optim.watch.hooks import Link, MeanCopies, hook
 from vlearn.optim.watch.loss_scale import LossScale, WatchOptions
 from vlearn.per_example.recorded_pass import RecordedPass
@@ -293,7 +294,7 @@ class Watch:
 
     def _new_trace(self, sampler: Sampler) -> Trace:
         trace = Trace(self.paths, sampler.parameters.trainable())
-        trace.on_backward = self._begin_backward
+        trace.on_backward, trace.batch_norm = self._begin_backward, self.options.batch_norm
         consumer = self._consumer
         if consumer is not None and consumer.probes:
             trace.probe = OutputProbe(lambda output: select(output, consumer.output), self._cotangent)
@@ -411,6 +412,9 @@ class Watch:
         samples = draw.samples() if draw is not None else {}
         weights = {p: samples.get(p, p.data) for p in trace.tracked}
         scale = 1.0 if as_probed else self._scale.of_own_loss(trace)
+        if trace.batch_norms:
+            trace.with_constants = trace.with_constants or with_constant_statistics(trace, weights)
+            trace = trace.with_constants
         return RecordedPass.validated(trace, weights, scale)
 
     @torch.inference_mode(False)

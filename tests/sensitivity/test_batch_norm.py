@@ -1,0 +1,296 @@
+"""BatchNorm in train mode with the batch's statistics as constants, against gradients of a twin that holds them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.swa_utils import update_bn
+
+import vlearn
+from tests.optim.table import FAMILY, Entry, family
+from tests.oracles.per_example import relative_error
+
+N, C = 8, 3
+
+
+class Normalised(nn.Module):
+    """Convolutions and a layer, each with a BatchNorm: tracked, untracked, without scale and shift; dropout between."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, momentum=0.3), nn.ReLU(inplace=True))
+        self.second = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh(), nn.Dropout(dropout)
+        )
+        self.third = nn.Sequential(nn.Linear(16, 5), nn.BatchNorm1d(5, affine=False), nn.Tanh())
+        self.head = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(x)).flatten(1)))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(N, 1, 6, 6, dtype=torch.float64), torch.arange(N) % C
+
+
+def network(dropout: float = 0.0) -> Normalised:
+    torch.manual_seed(0)
+    return Normalised(dropout).double()
+
+
+class Mask(nn.Module):
+    """What dropout did to a batch, or to some of its rows."""
+
+    def __init__(self, mask: Tensor):
+        super().__init__()
+        self.mask, self.rows = mask, slice(None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask[self.rows]
+
+
+def twin_of(model: nn.Module) -> Normalised:
+    """A network that nobody watches, with the weights that this one has now: the draw."""
+    twin = network()
+    with torch.no_grad():
+        for theirs, p in zip(twin.parameters(), model.parameters(), strict=True):
+            theirs.copy_(p)
+    return twin
+
+
+def holding(twin: nn.Module, x: Tensor) -> nn.Module:
+    """The network in eval mode, with this batch's statistics for its running ones."""
+    held: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def hold(module: Any, args: Any) -> None:
+        axes = [axis for axis in range(args[0].dim()) if axis != 1]
+        held[module] = args[0].mean(axes).detach(), args[0].var(axes, correction=0).detach()
+
+    norms = [module for module in twin.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    handles = [module.register_forward_pre_hook(hold) for module in norms]
+    twin.train()(x)
+    for module, handle in zip(norms, handles, strict=True):
+        handle.remove()
+        module.running_mean, module.running_var = held[module]
+    return twin.eval()
+
+
+Rows = list[dict[str, Tensor]]
+
+
+def self_influence(losses: Rows, variance: Any) -> Tensor:
+    return torch.stack(
+        [torch.stack([(variance[k] * g.square()).sum() for k, g in row.items()]).sum() for row in losses]
+    )
+
+
+def rows_of(twin: nn.Module, x: Tensor, y: Tensor, before: Callable[[int], None] = lambda n: None) -> tuple[Rows, Rows]:
+    """(gradient of each example's loss, of each of its outputs), by name."""
+    weights = {name: p.detach().requires_grad_() for name, p in twin.named_parameters()}
+
+    def gradient(value: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(value, list(weights.values()), retain_graph=True)
+        return dict(zip(weights, found, strict=True))
+
+    losses, outputs = [], []
+    for n in range(len(x)):
+        before(n)
+        output = functional_call(twin, weights, x[n : n + 1])
+        losses.append(gradient(F.cross_entropy(output, y[n : n + 1])))
+        outputs += [gradient(value) for value in output[0]]
+    return losses, outputs
+
+
+@pytest.mark.parametrize("told", ["optimizer", "watch"])
+def test_rows_are_those_of_the_network_that_holds_the_batchs_statistics(told: str) -> None:
+    model, (x, y) = network(), batch()
+    if told == "optimizer":
+        optimizer = vlearn.IVON(model, lr=0.1, ess=50, hess_init=0.5, batch_norm="constant")
+    else:
+        optimizer = vlearn.IVON(model, lr=0.1, ess=50, hess_init=0.5)
+        optimizer.watch(model, batch_norm="constant")
+    F.cross_entropy(model(x), y).backward()
+    twin = holding(twin_of(model), x)
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    losses, outputs = rows_of(twin, x, y)
+    before = optimizer.sensitivities(deviation=True)
+    variance = {name: value.clone() for name, value in optimizer.posterior().variance.items()}
+    for name, p in model.named_parameters():  # nothing of the user's has changed
+        assert p.grad is not None and torch.equal(p.grad, gradients[name])
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert all(module.training for module in model.modules())
+    optimizer.step()
+    after = optimizer.sensitivities(deviation=True)
+    for found, sigma in ((before, variance), (after, optimizer.posterior().variance)):
+        products = [
+            torch.stack([(sigma[k] * g * outputs[C * n + c][k]).sum() for k, g in losses[n].items()]).sum()
+            for n in range(N)
+            for c in range(C)
+        ]
+        change = torch.stack(products).reshape(N, C)
+        assert relative_error(found.self_influence, self_influence(losses, sigma)) < 1e-10
+        assert found.deviation is not None and relative_error(found.deviation, change) < 1e-10
+        some = optimizer.sensitivities(examples=[5, 2])
+        assert some.self_influence.shape == (2,)
+
+
+def test_dropout_between_the_normalisations_has_the_masks_of_the_step() -> None:
+    model, (x, y) = network(dropout=0.4), batch()
+    generator = torch.Generator().manual_seed(1)  # so that the masks alone take torch's own numbers
+    optimizer = vlearn.IVON(model, lr=0.1, ess=50, hess_init=0.5, batch_norm="constant", generator=generator)
+    torch.manual_seed(7)
+    F.cross_entropy(model(x), y).backward()
+    found = optimizer.sensitivities()
+    twin, masks = twin_of(model), []
+    twin.second[3] = nn.Dropout(0.4)
+    twin.second[3].register_forward_hook(lambda module, args, out: masks.append((out / args[0]).detach()))
+    torch.manual_seed(7)
+    twin(x)
+    twin.second[3] = mask = Mask(masks[0])
+    losses, _ = rows_of(holding(twin, x), x, y, lambda n: setattr(mask, "rows", slice(n, n + 1)))
+    assert relative_error(found.self_influence, self_influence(losses, optimizer.posterior().variance)) < 1e-10
+
+
+@pytest.mark.parametrize("entry", [e for e in FAMILY if e.captures], ids=str)
+def test_rules_that_need_rows_train(entry: Entry) -> None:
+    model, (x, y) = network(), batch()
+    x = x + 2 * (y - 1).reshape(-1, 1, 1, 1)
+    if entry.dense:
+        model.first.requires_grad_(False)
+    optimizer = entry.make(model, lr=entry.rate, ess=1000, batch_norm="constant")
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_vogns_curvature_is_that_of_the_rows() -> None:
+    model, (x, y) = network(), batch()
+    optimizer = vlearn.VOGN(model, lr=0.0, ess=50, hess_init=0.5, beta2=0.9, batch_norm="constant")
+    F.cross_entropy(model(x), y).backward()
+    losses, _ = rows_of(holding(twin_of(model), x), x, y)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        squares = torch.stack([row[name].square() for row in losses]).mean(0)
+        assert relative_error(optimizer.state[p]["hessian"], 0.9 * 0.5 + 0.1 * squares) < 1e-10
+
+
+def test_vons_curvature_is_that_of_the_probe() -> None:
+    """Over many probes the mean of their squares is the Gauss-Newton diagonal."""
+    model, (x, y) = network(), batch()
+    optimizer = vlearn.VON(model, lr=0.0, ess=1e12, hess_init=0.5, beta2=0.0, batch_norm="constant")
+    total: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    count = 400
+    for _ in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        for name, p in model.named_parameters():
+            total[name] += optimizer.state[p]["hessian"] / count
+    twin = holding(twin_of(model), x)
+    _, outputs = rows_of(twin, x, y)
+    p = twin(x).softmax(-1).detach()
+    for name in ("first.0.weight", "second.1.weight", "head.weight"):
+        rows = torch.stack([g[name] for g in outputs]).reshape(N, C, -1)
+        hessian = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
+        expected = torch.einsum("ncp,ncd,ndp->p", rows, hessian, rows) / N
+        assert relative_error(total[name].flatten(), expected) < 0.1
+
+
+@family
+def test_without_it_rows_are_refused_and_the_message_names_it(entry: Entry) -> None:
+    model, (x, y) = network(), batch()
+    if entry.dense:
+        model.first.requires_grad_(False)
+    optimizer = entry.make(model)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"BatchNorm.*batch_norm='constant'"):
+        optimizer.sensitivities()
+
+
+def test_a_module_that_normalises_two_batches_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.norm(x) + 1))
+
+    model = Twice()
+    optimizer = vlearn.IVON(model, lr=0.1, ess=50, batch_norm="constant")
+    F.cross_entropy(model(torch.randn(N, 4)), torch.arange(N) % C).backward()
+    with pytest.raises(RuntimeError, match="norm .BatchNorm1d. normalises two batches"):
+        optimizer.sensitivities()
+    optimizer.step()
+
+
+def test_other_ways_to_meet_stay_refused() -> None:
+    class Centred(Normalised):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0))
+
+    torch.manual_seed(0)
+    model, (x, y) = Centred().double(), batch()
+    optimizer = vlearn.IVON(model, lr=0.1, ess=50, batch_norm="constant")
+    x = nn.Parameter(x)
+    F.cross_entropy(model(x * 1.0), y).backward()
+    with pytest.raises(RuntimeError, match="depends on the other examples"):
+        optimizer.sensitivities()
+
+
+def test_another_word_is_refused_before_anything_changes() -> None:
+    model = network()
+    for make in (
+        lambda: vlearn.IVON(model, lr=0.1, ess=50, batch_norm="constants"),
+        lambda: vlearn.VOGN(model, lr=0.1, ess=50, batch_norm="constants"),
+        lambda: vlearn.IVON(model.parameters(), lr=0.1, ess=50).watch(model, batch_norm="eval"),
+    ):
+        with pytest.raises(ValueError, match="batch_norm='(constants|eval)', but it must be 'refuse' or 'constant'"):
+            make()
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_copy_and_an_optimizer_that_finds_its_model_have_the_option() -> None:
+    model, (x, y) = network(), batch()
+    optimizer = vlearn.IVON(model.parameters(), lr=0.1, ess=50, batch_norm="constant")
+    F.cross_entropy(model(x), y).backward()
+    assert optimizer.sensitivities().self_influence.shape == (N,)
+    optimizer.step()
+    twin, copied = copy.deepcopy((model, optimizer))
+    F.cross_entropy(twin(x), y).backward()
+    assert copied.sensitivities().self_influence.shape == (N,)
+
+
+def test_running_statistics_are_estimated_again_at_the_mean() -> None:
+    """torch.optim.swa_utils.update_bn on the watched model: training updates them at the draws."""
+    model, (x, y) = network(), batch()
+    optimizer = vlearn.IVON(model, lr=0.1, ess=5, hess_init=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    mean = [p.detach().clone() for p in model.parameters()]
+    update_bn([(x[:4], y[:4]), (x[4:], y[4:])], model)
+    assert all(map(torch.equal, mean, model.parameters()))
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    norm, convolution = model.first[1], plain.first[0]
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    parts = [convolution(part).detach().mean((0, 2, 3)) for part in (x[:4], x[4:])]
+    assert relative_error(norm.running_mean, (parts[0] + parts[1]) / 2) < 1e-12
+    F.cross_entropy(model(x), y).backward()  # and training goes on
+    optimizer.step()
