@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost": costs.step,
     "step-cost-gpu": costs.step_on_a_gpu,
     "sensitivity-cost": costs.sensitivities,
+    "batch-norm": costs.batch_norm,
     "generalization-fashion-mnist": losses.fashion_mnist,
     "generalization-fashion-mnist-correlations": losses.fashion_mnist_correlations,
     "digits": losses.digits,

@@ -37,6 +37,13 @@ def _steps(name: str, titles: tuple[str, str], digits: int = 0) -> str:
     return table(("", *titles, "peak, bytes per parameter"), rows)
 
 
+def batch_norm() -> str:
+    """Rows with constant batch statistics beside those in eval mode."""
+    agreement = read("batch_norm")["agreement"]
+    rows = [(batch, *(f"{value:.3f}" for value in row.values())) for batch, row in agreement.items()]
+    return table(("examples in a minibatch", *next(iter(agreement.values()))), rows)
+
+
 def sensitivities() -> str:
     """Sensitivities in multiples of a plain forward and backward pass, one thread."""
     labels = {
