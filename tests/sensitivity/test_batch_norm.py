@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 
 import vlearn
 from tests.optim.table import FAMILY, Entry, family
@@ -294,3 +295,79 @@ def test_running_statistics_are_estimated_again_at_the_mean() -> None:
     assert relative_error(norm.running_mean, (parts[0] + parts[1]) / 2) < 1e-12
     F.cross_entropy(model(x), y).backward()  # and training goes on
     optimizer.step()
+
+
+class Checkpointed(Normalised):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Any = checkpoint(lambda h: self.second(self.first(h)), x, use_reentrant=False)
+        return self.head(self.third(h.flatten(1)))
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """A subclass, which no rule covers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def with_a_subclass(model: Normalised) -> Normalised:
+    norm = ActivatedNorm(3, momentum=0.3).to(model.head.weight.dtype)
+    norm.load_state_dict(model.first[1].state_dict())
+    model.first[1], model.first[2] = norm, nn.Identity()
+    return model
+
+
+def rows_by(model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False, every: int = 1) -> Tensor:
+    """Self-influences of a second step, at draws that are the same for all models."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = vlearn.IVON(model, lr=0.1, ess=50, hess_init=0.5, batch_norm="constant", generator=generator)
+    optimizer.watch(model, every=every)
+    for _ in range(every + 1):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            F.cross_entropy(model(x).float(), y).backward()
+        optimizer.step()
+    return optimizer.sensitivities().self_influence.float()
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("checkpointed", 1e-5),
+        ("a subclass", 1e-5),
+        ("channels last", 1e-5),
+        ("compiled", 1e-5),
+        ("autocast", 0.1),
+        ("bfloat16", 0.1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by torch.compile itself
+def test_it_is_the_same_however_the_network_runs(name: str, tolerance: float) -> None:
+    x, y = batch()
+    expected = rows_by(network().float(), x.float(), y)
+    if name == "checkpointed":
+        torch.manual_seed(0)
+        found = rows_by(Checkpointed().double().float(), x.float(), y)
+    elif name == "a subclass":
+        found = rows_by(with_a_subclass(network()).float(), x.float(), y)
+    elif name == "channels last":
+        found = rows_by(network().float().to(memory_format=torch.channels_last), x.float(), y)  # type: ignore
+    elif name == "compiled":
+        found = rows_by(torch.compile(network().float(), backend="eager"), x.float(), y)  # type: ignore
+    elif name == "autocast":
+        found = rows_by(network().float(), x.float(), y, autocast=True)
+    else:
+        found = rows_by(network().bfloat16(), x.bfloat16(), y)
+    assert relative_error(found, expected) < tolerance
+
+
+def test_frozen_normalisations_of_bfloat16_have_rows() -> None:
+    x, y = batch()
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = network().to(dtype)
+        for part in (model.first, model.second, model.third):
+            part[1].eval()
+        model.second[1] = nn.Identity()  # which has no statistics to freeze
+        rows.append(rows_by(model, x.to(dtype), y))
+    assert relative_error(rows[1], rows[0]) < 0.1

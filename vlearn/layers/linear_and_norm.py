@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -147,8 +148,13 @@ def batch_norm_rule(statistics: Callable[[Any], tuple[Tensor | None, Tensor | No
         slope = slope if module.weight is None else slope * module.weight
         return x * slope.reshape(-1, *[1] * (x.dim() - 2))
 
+    def normalise(module: Any, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)  # torch takes no bfloat16 ones without scale and shift
+        mean, variance = (each.to(wide) for each in statistics(module) if each is not None)
+        return F.batch_norm(x, mean, variance, None, None, False, 0.0, module.eps)
+
     return _normalised_channels(
-        lambda module, x: F.batch_norm(x, *statistics(module), None, None, False, 0.0, module.eps),
+        normalise,
         accepts=lambda module, x: not module.training and module.running_mean is not None and x.dim() >= 2,
         linear=linear,
     )

@@ -46,11 +46,10 @@ def with_constant_statistics(trace: Trace, weights: Weights) -> Trace:
         statistics[module] = held = Statistics.of(x.detach())
         held.put_into(module)
 
-    with as_recorded(trace):
+    with as_recorded(trace), placed(weights):
         for module in trace.batch_norms:  # so that `hold` writes into a dict that is thrown away
             module.training, module._buffers = False, dict(module._buffers)
         with (
-            placed(weights),
             same_random_numbers(trace),
             hooked(trace.batch_norms, enter=hold),
             record(root, trace.tracked, trace.num_examples, is_replay=True) as replayed,
@@ -60,6 +59,8 @@ def with_constant_statistics(trace: Trace, weights: Weights) -> Trace:
             raise RuntimeError(f"sensitivities are not defined for this step: {replayed.problems[0]}")
         _check_repeats(trace, outputs)
         replayed.statistics = statistics
+        for module, held in statistics.items():  # again, for what checkpointing computes again in the backward pass
+            held.put_into(module)
         for call in replayed.layer_calls:
             held = statistics.get(call.module)
             if held is not None and call.rule is not None:  # its forms are taken when the module has its own again
