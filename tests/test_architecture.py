@@ -24,6 +24,7 @@ RIGHT_BELOW = {
     "per_example": ("capture",),
     "posterior": ("per_example", "_extras"),
     "linearized": ("posterior", "losses", "_extras"),
+    "fits": ("linearized",),
     "sensitivity": ("linearized",),
     "optim.kernels": (),
     "optim.parameters": ("optim.kernels", "capture"),
@@ -36,7 +37,7 @@ RIGHT_BELOW = {
     "conjugate": (),
     "record": (),
     "plot": ("record", "_extras"),
-    "integrations": ("optim", "plot", "conjugate"),
+    "integrations": ("optim", "plot", "conjugate", "fits"),
     "__init__": ("integrations",),
 }
 

@@ -160,6 +160,20 @@ class Linearization:
         curved = product_by_differences(self._residual_at, self.output, z)
         return (curved * product).reshape(len(z), -1).sum(1)
 
+    def probe(self, generator: torch.Generator | None) -> Tensor:
+        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ without its negative part.
+
+        Raises:
+            RuntimeError: if the loss has no second derivative in torch and its output is large.
+        """
+        u = self._probe(generator)
+        if u is None:
+            raise RuntimeError(
+                "the loss has no second derivative in torch, and its output is too large for differences of its first: "
+                "use curvature='empirical'."
+            )
+        return u
+
     @torch.enable_grad()
     def _probe(self, generator: torch.Generator | None) -> Tensor | None:
         """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; None where that is not to be had."""
@@ -222,10 +236,13 @@ class Linearization:
             product: also the second.
             last: no other product follows, so that the graph may go.
         """
-        chosen = self.chosen
-        recorded = self._pulled_back([self.outputs[chosen]], [direction.reshape(self.outputs[chosen].shape)], last)
-        quadratic, tangents = self._products(recorded, product)
-        return quadratic, None if tangents is None else tangents[chosen]
+        quadratic, tangents = self._products(self.backprop(direction, last), product)
+        return quadratic, None if tangents is None else tangents[self.chosen]
+
+    def backprop(self, direction: Tensor, last: bool = False) -> RecordedPass:
+        """The pass with the gradients of ⟨direction ``[N, ...]``, selected output⟩; see `backprop_residuals`."""
+        output = self.outputs[self.chosen]
+        return self._pulled_back([output], [direction.reshape(output.shape)], last)
 
     def loss_at(self, changes: list[Tensor]) -> Tensor:
         """Own losses ``[N]`` where each output has changed."""

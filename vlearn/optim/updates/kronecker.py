@@ -15,9 +15,9 @@ from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import momentum_correction
-from vlearn.optim.structures.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 from vlearn.optim.structures.kronecker import KroneckerStructure
 from vlearn.per_example.kronecker_factors import Layer
+from vlearn.posterior.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 
 Gradients = dict[Tensor, list[tuple[ParameterSlice, Tensor]]]  # by parameter: its slices with their gradients
 

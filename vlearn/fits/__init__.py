@@ -1,0 +1,1 @@
+"""Posteriors fitted to a trained network: Laplace approximations by this library's own captures."""
