@@ -77,7 +77,9 @@ class SquaredError(nn.Module):
         return F.mse_loss(self.similarity(*features), labels)
 
 
-def trainer(model: Any, loss: nn.Module, folder: Any, labels: bool = True, optimizer: Any = None, **settings: Any) -> Any:
+def trainer(
+    model: Any, loss: nn.Module, folder: Any, labels: bool = True, optimizer: Any = None, **settings: Any
+) -> Any:
     arguments = SentenceTransformerTrainingArguments(
         str(folder),
         use_cpu=True,
@@ -91,7 +93,11 @@ def trainer(model: Any, loss: nn.Module, folder: Any, labels: bool = True, optim
     columns: dict[str, Any] = {"left": [a for a, _ in PAIRS], "right": [b for _, b in PAIRS]}
     if labels:
         columns["score"] = ALIKE
-    made = {"optimizer_cls_and_kwargs": (vlearn.IVON, SETTINGS)} if optimizer is None else {"optimizers": (optimizer, None)}
+    made = (
+        {"optimizer_cls_and_kwargs": (vlearn.IVON, SETTINGS)}
+        if optimizer is None
+        else {"optimizers": (optimizer, None)}
+    )
     data = datasets.Dataset.from_dict(columns)
     return SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss, **made)
 

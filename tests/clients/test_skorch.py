@@ -73,7 +73,9 @@ def test_a_callback_that_watches_the_module_has_the_rows_of_every_step(kind: Any
 
 def test_without_it_the_message_names_the_remedy() -> None:
     net = classifier().fit(X, Y)
-    with pytest.raises(RuntimeError, match=r"needs a watched model: use IVON\(model, ...\) or optimizer.watch\(model\)"):
+    with pytest.raises(
+        RuntimeError, match=r"needs a watched model: use IVON\(model, ...\) or optimizer.watch\(model\)"
+    ):
         net.optimizer_.sensitivities()
     with pytest.raises(RuntimeError, match=r"which only a watched model gives: .* optimizer.watch\(model\)"):
         classifier(vlearn.VON).fit(X, Y)

@@ -99,7 +99,9 @@ def test_every_part_of_actor_and_critic_moves(algorithm: Any) -> None:
 def test_rows_of_parts_that_are_called_apart_are_refused(algorithm: Any) -> None:
     model = agent(algorithm)
     model.learn(64)
-    with pytest.raises(RuntimeError, match=r"call '\d' \(Linear\) and '\d' \(Linear\) in the forward pass of one module"):
+    with pytest.raises(
+        RuntimeError, match=r"call '\d' \(Linear\) and '\d' \(Linear\) in the forward pass of one module"
+    ):
         model.policy.optimizer.sensitivities()
     with pytest.raises(RuntimeError, match="VON updates its Hessian from .* in the forward pass of one module"):
         agent(algorithm, vlearn.VON).learn(64)
@@ -127,7 +129,11 @@ def test_the_rows_of_a_value_network_are_the_oracle_s(monkeypatch: pytest.Monkey
         return twin.q_net(data.observations.double()).gather(1, data.actions.long())
 
     truth = self_influence(
-        network, given["drawn"], optimizer.posterior().variance, taken, lambda q: loss(q, targets, reduction="none")[:, 0]
+        network,
+        given["drawn"],
+        optimizer.posterior().variance,
+        taken,
+        lambda q: loss(q, targets, reduction="none")[:, 0],
     )
     assert relative_error(optimizer.sensitivities().self_influence.double(), truth) < 1e-4
 

@@ -23,15 +23,15 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
 
 
 def plain(leaf: Any) -> Any:
-    """A tensor without its subclass, as MONAI's MetaTensor or fastai's TensorBase; all else as it is.
+    """A tensor without its subclass, as MONAI's MetaTensor; all else as it is.
 
-    Such a class has its own way with every operation, of which per-example algebra is not to depend. One that holds its
-    entries in another way (`__torch_dispatch__`) is no tensor without it and stays.
+    Such a class has its own way with every operation, and per-example algebra is not to depend on it. One that holds
+    its entries in another way (`__torch_dispatch__`) is nothing without it and stays.
     """
-    kind = type(leaf)
-    if kind is Tensor or not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
+    if type(leaf) is Tensor or not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
         return leaf
-    return Tensor.as_subclass(leaf, Tensor) if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ else leaf
+    holds_entries = leaf.__torch_dispatch__ is Tensor.__torch_dispatch__  # pyright: ignore
+    return Tensor.as_subclass(leaf, Tensor) if holds_entries else leaf
 
 
 def detached(tree: Any) -> Any:

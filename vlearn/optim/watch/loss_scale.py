@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import Trace
 from vlearn.losses.hard_labels import counted_rows, row_factors
@@ -81,12 +84,14 @@ class LossScale:
         reached = [
             (leaves[at], cotangent)
             for at, cotangent, version in zip(trace.positions, trace.cotangents, _versions(trace), strict=True)
-            if cotangent is not None and leaves[at].dim() > 1 and leaves[at]._version == version
+            if cotangent is not None and leaves[at].dim() > 0 and leaves[at]._version == version
         ]
-        factors = row_factors(*reached[0], trace.is_narrow) if len(reached) == 1 else None
-        if factors is None:
+        if len(reached) != 1:
             return None
         (output, residual), reduction = reached[0], self._options.loss_reduction
+        factors = row_factors(output, residual, trace.is_narrow) if output.dim() > 1 else None
+        if factors is None:
+            return self._shown_by_sum(output, residual, trace)
         if not factors.is_one:
             if factors.goes_by_label and reduction == "mean":
                 self._warn(
@@ -101,22 +106,49 @@ class LossScale:
         margin = 1 + 2 * factors.tolerance
         if reduction == "sum":
             if not 1 / margin < denominator < margin:
-                self._warn_of_scale(1 / denominator, "summed")
+                self._warn_of_scale(1 / denominator, "summed cross-entropy")
             return None
         fewest = most = rows
         if not rows / margin < denominator < rows * margin:
             fewest, most = counted_rows(output, residual, factors.axis)
         if not fewest / margin < denominator < most * margin:
-            self._warn_of_scale(fewest / denominator, "mean")
+            self._warn_of_scale(fewest / denominator, "mean cross-entropy")
             return None
         # Of a sequence, an example's own loss is the mean over its positions, in which ignored ones count as zeros.
         return min(max(denominator, fewest), most) * trace.num_examples / rows
 
+    def _shown_by_sum(self, output: Tensor, residual: Tensor, trace: Trace) -> float | None:
+        """As `_shown`, where the loss is a multiple of the sum of the output's entries, or of some of them.
+
+        As of a model that gives the losses of its examples or the log-probabilities of their labels. Entries that are
+        zero do not count, as those of padding.
+        """
+        factors = residual[residual.ne(0)]
+        tolerance = 5e-2 if trace.is_narrow or torch.finfo(residual.dtype).bits < 32 else 1e-3
+        factor = abs(float(factors[0])) if factors.numel() else 0.0
+        if not factor or bool(((factors / factors[0] - 1).abs() > tolerance).any()):
+            return None
+
+        def divides_by(count: int) -> bool:
+            return abs(factor * count - 1) < 2 * tolerance
+
+        counted = int((residual.ne(0) & output.ne(0)).sum())
+        if self._options.loss_reduction == "sum":
+            if not divides_by(1):
+                self._warn_of_scale(factor, "sum of the output")
+        elif divides_by(residual.numel()) or divides_by(trace.num_examples):
+            pass
+        elif divides_by(factors.numel()) or divides_by(counted):
+            return trace.num_examples / (factor * residual.numel())
+        else:
+            self._warn_of_scale(factor * counted, "mean of the output")
+        return None
+
     def _warn_of_scale(self, factor: float, kind: str) -> None:
         self._warn(
-            f"the loss is {factor:.4g} times the {kind} cross-entropy of the batch, and the sensitivities are those of "
-            f"the loss as it is: tell watch(model, loss_scale={factor:.4g}) if it was divided for accumulation or "
-            "multiplied by a gradient scaler (scaler.get_scale), and loss_scale=1.0 if it is meant."
+            f"the loss is {factor:.4g} times the {kind} of the batch, and the sensitivities are those of the loss as "
+            f"it is: tell watch(model, loss_scale={factor:.4g}) if it was divided for accumulation or multiplied by a "
+            "gradient scaler (scaler.get_scale), and loss_scale=1.0 if it is meant."
         )
 
     def _warn(self, message: str) -> None:
