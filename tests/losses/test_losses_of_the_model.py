@@ -25,7 +25,7 @@ class LogProbabilities(nn.Module):
         self.net = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C)).double()
         self.masks = counted is not None
 
-    def forward(self, x, labels, counted):
+    def forward(self, x, labels, counted, num_items_in_batch=None):
         found = self.net(x).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return found * counted if self.masks else found
 
@@ -89,9 +89,25 @@ def test_a_sum_is_one_only_if_that_was_told():
     assert len(messages) == 1 and "the loss is 0.5 times the sum of the output" in messages[0]
 
 
+@pytest.mark.parametrize("items", [16, 40])
+def test_what_hugging_face_s_trainer_tells_counts_if_the_loss_divides_by_it(items):
+    """A text's own loss is then the sum over its tokens."""
+    model = LogProbabilities(COUNTED)
+    optimizer = vlearn.IVON(model, lr=0.1, ess=100)
+    (-model(X, LABELS, COUNTED, num_items_in_batch=20).sum() / items).backward()
+    rows = optimizer.sensitivities()
+    truth = truth_of(model, optimizer, lambda lp: -lp.sum(1))
+    assert relative_error(rows.self_influence, truth) < 1e-10
+
+
 @pytest.mark.parametrize("loss", [lambda lp: (lp * X[..., 0]).mean() / 3, lambda lp: lp.exp().square().mean() / 3])
 def test_other_losses_of_the_output_give_nothing_away(loss):
     *_, messages = live(False, loss)
+    assert messages == []
+
+
+def test_a_gradient_that_is_not_finite_says_nothing():
+    *_, messages = live(False, lambda lp: lp.mean() * float("nan"))
     assert messages == []
 
 

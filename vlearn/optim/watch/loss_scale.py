@@ -44,7 +44,7 @@ class LossScale:
     """The gradient of an example's own loss over the one that a backward pass brings: denominator / loss scale.
 
     Args:
-        options: what the user has told. Where that is nothing, a softmax cross-entropy with hard labels shows it.
+        options: what the user has told. Where that is nothing, some losses show it.
 
     Attributes:
         told: the scale as it was told, by the user or by Hugging Face's Trainer, for the last backward pass.
@@ -70,9 +70,9 @@ class LossScale:
     def of_own_loss(self, trace: Trace) -> float:
         """The scale for the examples of a pass whose backward pass has come.
 
-        Where the loss is softmax cross-entropy with hard labels and no more than loss_reduction="mean" or "sum" was
-        told, the scale is what the gradient shows: ignored targets do not count, and a model of Hugging Face's that is
-        told `num_items_in_batch` may or may not divide by it.
+        Where the loss is softmax cross-entropy with hard labels, or a mean of the output itself, and no more than
+        loss_reduction="mean" or "sum" was told, the scale is what the gradient shows: ignored targets do not count, and
+        a model of Hugging Face's that is told `num_items_in_batch` may or may not divide by it.
         """
         reduction, scale = self._options.loss_reduction, self._options.loss_scale
         shown = None if callable(reduction) or scale is not None else self._shown(trace)
@@ -84,14 +84,16 @@ class LossScale:
         reached = [
             (leaves[at], cotangent)
             for at, cotangent, version in zip(trace.positions, trace.cotangents, _versions(trace), strict=True)
-            if cotangent is not None and leaves[at].dim() > 0 and leaves[at]._version == version
+            if cotangent is not None
+            and leaves[at].dim() > 0
+            and leaves[at].is_floating_point()
+            and leaves[at]._version == version
         ]
-        if len(reached) != 1:
-            return None
-        (output, residual), reduction = reached[0], self._options.loss_reduction
-        factors = row_factors(output, residual, trace.is_narrow) if output.dim() > 1 else None
+        with_classes = [pair for pair in reached if pair[0].dim() > 1]
+        factors = row_factors(*with_classes[0], trace.is_narrow) if len(with_classes) == 1 else None
         if factors is None:
-            return self._shown_by_sum(output, residual, trace)
+            return self._shown_by_sum(*reached[0], trace) if len(reached) == 1 else None
+        (output, residual), reduction = with_classes[0], self._options.loss_reduction
         if not factors.is_one:
             if factors.goes_by_label and reduction == "mean":
                 self._warn(
@@ -126,8 +128,10 @@ class LossScale:
         factors = residual[residual.ne(0)]
         tolerance = 5e-2 if trace.is_narrow or torch.finfo(residual.dtype).bits < 32 else 1e-3
         factor = abs(float(factors[0])) if factors.numel() else 0.0
-        if not factor or bool(((factors / factors[0] - 1).abs() > tolerance).any()):
+        if not 0 < factor < math.inf or not bool(((factors / factors[0] - 1).abs() <= tolerance).all()):
             return None
+        if trace.kwargs.get("num_items_in_batch") is not None:
+            return 1 / factor
 
         def divides_by(count: int) -> bool:
             return abs(factor * count - 1) < 2 * tolerance
