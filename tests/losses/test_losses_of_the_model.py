@@ -100,10 +100,27 @@ def test_what_hugging_face_s_trainer_tells_counts_if_the_loss_divides_by_it(item
     assert relative_error(rows.self_influence, truth) < 1e-10
 
 
-@pytest.mark.parametrize("loss", [lambda lp: (lp * X[..., 0]).mean() / 3, lambda lp: lp.exp().square().mean() / 3])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda lp: (lp * X[..., 0]).mean() / 3,
+        lambda lp: lp.exp().square().mean() / 3,
+        lambda lp: lp.mean() / 3,
+    ],
+    ids=["weighted", "curved", "of the other sign"],
+)
 def test_other_losses_of_the_output_give_nothing_away(loss):
     *_, messages = live(False, loss)
     assert messages == []
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_examples_that_are_alike_say_nothing(count):
+    """Whatever the loss, their gradients are the same."""
+    model = nn.Linear(D, 1).double()
+    optimizer = vlearn.IVON(model, lr=0.1, ess=100)
+    model(torch.ones(count, D, dtype=torch.float64)).square().mean().backward()
+    assert optimizer.sensitivities().self_influence.shape == (count,)
 
 
 def test_a_gradient_that_is_not_finite_says_nothing():

@@ -122,13 +122,17 @@ class LossScale:
     def _shown_by_sum(self, output: Tensor, residual: Tensor, trace: Trace) -> float | None:
         """As `_shown`, where the loss is a multiple of the sum of the output's entries, or of some of them.
 
-        As of a model that gives the losses of its examples or the log-probabilities of their labels. Entries that are
-        zero do not count, as those of padding.
+        As of a model that gives the losses of its examples or the log-probabilities of their labels: entries of one
+        sign, which differ, with one gradient. Those that are zero do not count, as those of padding.
         """
-        factors = residual[residual.ne(0)]
+        has_gradient = residual.ne(0)
+        factors, losses = residual[has_gradient], (output * residual.sign())[has_gradient]
         tolerance = 5e-2 if trace.is_narrow or torch.finfo(residual.dtype).bits < 32 else 1e-3
         factor = abs(float(factors[0])) if factors.numel() else 0.0
         if not 0 < factor < math.inf or not bool(((factors / factors[0] - 1).abs() <= tolerance).all()):
+            return None
+        counted = losses[losses.ne(0)]
+        if bool((losses < 0).any()) or not counted.numel() or bool(counted.max() <= counted.min() * (1 + tolerance)):
             return None
         if trace.kwargs.get("num_items_in_batch") is not None:
             return 1 / factor
@@ -136,16 +140,15 @@ class LossScale:
         def divides_by(count: int) -> bool:
             return abs(factor * count - 1) < 2 * tolerance
 
-        counted = int((residual.ne(0) & output.ne(0)).sum())
         if self._options.loss_reduction == "sum":
             if not divides_by(1):
                 self._warn_of_scale(factor, "sum of the output")
         elif divides_by(residual.numel()) or divides_by(trace.num_examples):
             pass
-        elif divides_by(factors.numel()) or divides_by(counted):
+        elif divides_by(factors.numel()) or divides_by(counted.numel()):
             return trace.num_examples / (factor * residual.numel())
         else:
-            self._warn_of_scale(factor * counted, "mean of the output")
+            self._warn_of_scale(factor * counted.numel(), "mean of the output")
         return None
 
     def _warn_of_scale(self, factor: float, kind: str) -> None:
