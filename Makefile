@@ -42,7 +42,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
-	$(call install,-c constraints.txt -e '.[bench$(comma)dev]')
+	$(call install,-c constraints.txt -e '.[bench$(comma)dev$(comma)clients]')
 	touch $(VENV)/.bench $@
 
 .venv-torch-%/.dev: pyproject.toml

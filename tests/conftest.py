@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for models, or tells it that it ran
+
 # Under xdist the workers already fill the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

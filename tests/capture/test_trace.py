@@ -123,6 +123,20 @@ def test_outputs_without_an_example_axis_are_a_problem():
     ]
 
 
+def test_a_call_without_tensors_is_a_problem():
+    class Graph:
+        def __init__(self, x):
+            self.x = x
+
+    model = Model(lambda m, graph: m.fc(graph.x), fc=nn.Linear(4, 4))
+    with record(model, model.parameters()) as trace:
+        model(Graph(torch.randn(2, 4)))
+    assert trace.problems == [
+        "Model (Model): it was called with no tensors, nor tuples or dicts of them, but with Graph, so per-example "
+        "gradients are not defined."
+    ]
+
+
 class Tying(nn.Module):
     def __init__(self):
         super().__init__()

@@ -116,6 +116,17 @@ def around(middle, *after):
     return Case(model, torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 0]))
 
 
+@pytest.mark.parametrize("kind", [IndexError, TypeError, AssertionError])
+def test_a_module_that_cannot_take_one_example_is_refused_by_name_whatever_it_raises(kind):
+    def index(gain, x):
+        if len(x) == 1:
+            raise kind("no row 2")
+        return gain * x
+
+    with pytest.raises(RuntimeError, match=r"^1 \(Batchwise\): it does not run on one example at a time \(no row 2\)"):
+        swept(around(Batchwise(index)))
+
+
 @pytest.mark.parametrize(
     "function",
     [

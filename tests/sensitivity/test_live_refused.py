@@ -268,6 +268,37 @@ def test_an_output_that_cannot_be_followed_is_refused(how):
         optimizer.sensitivities()
 
 
+def test_a_loss_alone_is_refused_and_the_module_inside_it_has_rows():
+    """As of a loss module that calls the model once for each of two inputs."""
+
+    class Similarity(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(D, C)
+
+        def forward(self, left, right):
+            return torch.cosine_similarity(self.net(left), self.net(right))
+
+    target = torch.linspace(-1, 1, N, dtype=torch.float64)
+    loss = Model(lambda m, *pair: F.mse_loss(m.similarity(*pair), target), similarity=Similarity()).double()
+    pair = inputs(), inputs(6)
+    optimizer = optimizer_of(loss)
+    loss(*pair).backward()
+    with pytest.raises(
+        ValueError, match="the loss alone, .*: where each has a loss of its own, watch the module inside"
+    ):
+        optimizer.sensitivities()
+    optimizer.watch(loss.similarity)
+    loss(*pair).backward()
+    s, weights = optimizer.sensitivities(deviation=True), weights_of(loss.similarity)
+    twin = Similarity().double()
+    twin.load_state_dict(weights)
+    truth = per_example(twin, lambda m: m(*pair), lambda output: (output - target).square())
+    covariance = covariance_of(optimizer, loss)
+    assert relative_error(s.self_influence, truth.self_influence(covariance)) < 1e-10
+    assert relative_error(s.deviation, truth.deviation(covariance)[:, 0]) < 1e-10
+
+
 def test_several_outputs_ask_for_a_choice():
     model = Model(lambda m, x: {"logits": m.fc(x), "aux": m.aux(x)}, fc=nn.Linear(D, C), aux=nn.Linear(D, 1)).double()
     optimizer = optimizer_of(model)
@@ -338,5 +369,5 @@ def test_parts_that_are_called_apart_are_to_be_called_in_one_forward():
     model = nn.ModuleDict({"encoder": nn.Linear(D, 4), "decoder": nn.Linear(4, C)}).double()
     optimizer = optimizer_of(model)
     loss_of(lambda x: model["decoder"](model["encoder"](x).tanh()), inputs()).backward()
-    with pytest.raises(RuntimeError, match="call 'encoder' and 'decoder' in the forward pass of one module"):
+    with pytest.raises(RuntimeError, match=r"call 'encoder' \(Linear\) and 'decoder' \(Linear\) in the forward pass"):
         optimizer.sensitivities()

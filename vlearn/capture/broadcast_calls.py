@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlearn._torch_internals import added_factor
 from vlearn.capture.autograd_graph import Node
+from vlearn.capture.pytrees import detached
 from vlearn.layers.registry import Rule
 
 _LONGEST_SUM = 16  # terms; the residual stream of a deep network is a sum too
@@ -40,9 +41,9 @@ class BroadcastCall(NamedTuple):
         """The call's input, repeated for each example of a sum that the output is a term of; None if it is not."""
         n, trailing = total.shape[0], total.shape[1:]
         if self.output.shape == trailing:
-            repeated = self.input.detach().expand(n, *self.input.shape)
+            repeated = detached(self.input).expand(n, *self.input.shape)
         elif self.output.shape == (1, *trailing) and n > 1 and self.input.shape[:1] == (1,):
-            repeated = self.input.detach().expand(n, *self.input.shape[1:])
+            repeated = detached(self.input).expand(n, *self.input.shape[1:])
         else:
             return None
         return repeated if self.rule.accepts(self.module, repeated) else None

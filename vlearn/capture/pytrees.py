@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Selector = str | int | Callable[[Any], Tensor] | None
@@ -22,15 +22,27 @@ def tensor_leaves(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def plain(leaf: Any) -> Any:
+    """A tensor without its subclass, as MONAI's MetaTensor; all else as it is.
+
+    Such a class has its own way with every operation, and per-example algebra is not to depend on it. One that holds
+    its entries in another way (`__torch_dispatch__`) is nothing without it and stays.
+    """
+    if type(leaf) is Tensor or not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
+        return leaf
+    holds_entries = leaf.__torch_dispatch__ is Tensor.__torch_dispatch__  # pyright: ignore
+    return Tensor.as_subclass(leaf, Tensor) if holds_entries else leaf
+
+
 def detached(tree: Any) -> Any:
-    """The same structure with its tensors detached."""
+    """The same structure with its tensors detached and plain."""
     if isinstance(tree, Tensor):
-        return tree.detach()
+        return plain(tree).detach()
     if type(tree) in (tuple, list):
         return type(tree)(map(detached, tree))
     if not tree:
         return tree
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+    return tree_map(lambda leaf: plain(leaf).detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def rows_of(tree: Any, axes: Sequence[int | None], examples: slice | Tensor) -> Any:
@@ -82,7 +94,13 @@ def select(tree: Any, output: Selector) -> Tensor:
         ValueError: if it names none, or several are there and it is None.
     """
     if output is None:
-        with_rows = [leaf for leaf in tensor_leaves(tree) if leaf.dim() > 0]
+        leaves = tensor_leaves(tree)
+        with_rows = [leaf for leaf in leaves if leaf.dim() > 0]
+        if leaves and not with_rows:
+            raise ValueError(
+                "the model gives the loss alone, and no output with a row for each example: where each has a loss of "
+                "its own, watch the module inside that gives the output, or return it beside the loss."
+            )
         if not with_rows:
             raise ValueError(
                 "the loss depends on no tensor in the model's output: return tensors, or tuples or dicts of them, and "

@@ -375,7 +375,7 @@ class Recorder:
         self._ends[call] = nodes_of(inputs), nodes_of(sources)
         # One row per example is little to keep; feature maps of the user's own pass would be much.
         if rule is None or trace.edges is not None or all(len(shape) == 2 for shape in call.shapes):
-            call.outputs = [(leaves[i].detach(), leaves[i]._version) for i in positions]
+            call.outputs = [(detached(leaves[i]), leaves[i]._version) for i in positions]
         for position, i in enumerate(positions):
             if i not in made_of_others:
                 self._wait_for_gradient(call, position, sources[i])
@@ -467,11 +467,16 @@ class Recorder:
     def _leave_to_parent(self, module: nn.Module, wanted: list[Tensor]) -> None:
         if self._frames:
             self._frames[-1].pending += wanted
-        else:
-            self.trace.problems.append(
-                f"{self.trace.paths[module]} ({type(module).__name__}): its inputs or outputs have no example axis of "
-                f"size {self.trace.num_examples} as dimension 0, so per-example gradients are not defined."
-            )
+            return
+        trace = self.trace
+        reason = f"its inputs or outputs have no example axis of size {trace.num_examples} as dimension 0"
+        given = (*trace.args, *trace.kwargs.values())
+        if not trace.num_examples and not tensor_leaves(given):
+            kinds = ", ".join(type(each).__name__ for each in given) or "nothing"
+            reason = f"it was called with no tensors, nor tuples or dicts of them, but with {kinds}"
+        trace.problems.append(
+            f"{trace.paths[module]} ({type(module).__name__}): {reason}, so per-example gradients are not defined."
+        )
 
 
 def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]:

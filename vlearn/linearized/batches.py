@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from vlearn.capture.pytrees import plain
 from vlearn.linearized.numbering import TARGETS, Numbering
 from vlearn.per_example.arguments import argument_names, model_arguments
 
@@ -87,7 +89,7 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
     for given in numbering.loader:
         drawn = numbering.drawn()
         x, target, index = split(given, names)
-        x, target = (tree_map(lambda leaf: _on(device, leaf), part) for part in (x, target))
+        x, target = tree_map(partial(_on, device), x), tree_map(lambda leaf: plain(_on(device, leaf)), target)
         known = index if index is not None else drawn
         count = _count(x, target, None if known is None else len(known))
         if index is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vlearn.capture.pytrees import tensor_leaves
+from vlearn.capture.pytrees import plain, tensor_leaves
 from vlearn.linearized.linearization import Linearization
 from vlearn.per_example.replay import as_recorded, call_with, forward_mode, tangents_in_reverse
 
@@ -42,7 +42,7 @@ def jacobian_vector_product(lin: Linearization, direction: Vector) -> list[Tenso
             with forward_mode(root.modules()), forward_ad.dual_level():
                 weights = lin.weights | {p: forward_ad.make_dual(lin.weights[p], v) for p, v in moves.items()}
                 leaves = tensor_leaves(call_with(root, weights, *lin.batch[:2]))
-                pairs = [forward_ad.unpack_dual(leaves[position]) for position in lin.trace.positions]
+                pairs = [forward_ad.unpack_dual(plain(leaves[position])) for position in lin.trace.positions]
                 return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
         except NotImplementedError:  # an operation without forward derivative
             rows = [_one_example(lin, moves, n) for n in range(len(lin.batch.index))]
@@ -68,5 +68,5 @@ def _one_example(lin: Linearization, direction: Vector, n: int) -> list[Tensor]:
     live = {p: lin.weights[p].detach().requires_grad_() for p in direction}
     one = lin.batch.rows(torch.tensor([n], device="cpu"))
     leaves = tensor_leaves(call_with(root, lin.weights | live, one.args, one.kwargs))
-    outputs = [leaves[position] for position in lin.trace.positions]
+    outputs = [plain(leaves[position]) for position in lin.trace.positions]
     return tangents_in_reverse(outputs, list(live.values()), list(direction.values()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.hooks import record
-from vlearn.capture.pytrees import Selector, select, shapes, tensor_leaves, with_leaves
+from vlearn.capture.pytrees import Selector, plain, select, shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.covariance_products import covariance_products
@@ -301,8 +301,8 @@ def linearize(
         raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")
     if not trace.positions:
         raise RuntimeError("the model's output depends on no parameter of the posterior that requires grad.")
-    outputs = [tensor_leaves(prediction)[i] for i in trace.positions]
     with torch.enable_grad():
+        outputs = [plain(tensor_leaves(prediction)[i]) for i in trace.positions]
         leaves = [tensor.detach().requires_grad_() for tensor in outputs]
         for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
         loss = losses(for_loss, batch.target)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import Trace
 from vlearn.losses.hard_labels import counted_rows, row_factors
@@ -50,7 +53,7 @@ class LossScale:
     """The gradient of an example's own loss over the one that a backward pass brings: denominator / loss scale.
 
     Args:
-        options: what the user has told. Where that is nothing, a softmax cross-entropy with hard labels shows it.
+        options: what the user has told. Where that is nothing, some losses show it.
 
     Attributes:
         told: the scale as it was told, by the user or by Hugging Face's Trainer, for the last backward pass.
@@ -76,9 +79,9 @@ class LossScale:
     def of_own_loss(self, trace: Trace) -> float:
         """The scale for the examples of a pass whose backward pass has come.
 
-        Where the loss is softmax cross-entropy with hard labels and no more than loss_reduction="mean" or "sum" was
-        told, the scale is what the gradient shows: ignored targets do not count, and a model of Hugging Face's that is
-        told `num_items_in_batch` may or may not divide by it.
+        Where the loss is softmax cross-entropy with hard labels, or a mean of the output itself, and no more than
+        loss_reduction="mean" or "sum" was told, the scale is what the gradient shows: ignored targets do not count, and
+        a model of Hugging Face's that is told `num_items_in_batch` may or may not divide by it.
         """
         reduction, scale = self._options.loss_reduction, self._options.loss_scale
         shown = None if callable(reduction) or scale is not None else self._shown(trace)
@@ -90,12 +93,16 @@ class LossScale:
         reached = [
             (leaves[at], cotangent)
             for at, cotangent, version in zip(trace.positions, trace.cotangents, _versions(trace), strict=True)
-            if cotangent is not None and leaves[at].dim() > 1 and leaves[at]._version == version
+            if cotangent is not None
+            and leaves[at].dim() > 0
+            and leaves[at].is_floating_point()
+            and leaves[at]._version == version
         ]
-        factors = row_factors(*reached[0], trace.is_narrow) if len(reached) == 1 else None
+        with_classes = [pair for pair in reached if pair[0].dim() > 1]
+        factors = row_factors(*with_classes[0], trace.is_narrow) if len(with_classes) == 1 else None
         if factors is None:
-            return None
-        (output, residual), reduction = reached[0], self._options.loss_reduction
+            return self._shown_by_sum(*reached[0], trace) if len(reached) == 1 else None
+        (output, residual), reduction = with_classes[0], self._options.loss_reduction
         if not factors.is_one:
             if factors.goes_by_label and reduction == "mean":
                 self._warn(
@@ -110,22 +117,54 @@ class LossScale:
         margin = 1 + 2 * factors.tolerance
         if reduction == "sum":
             if not 1 / margin < denominator < margin:
-                self._warn_of_scale(1 / denominator, "summed")
+                self._warn_of_scale(1 / denominator, "summed cross-entropy")
             return None
         fewest = most = rows
         if not rows / margin < denominator < rows * margin:
             fewest, most = counted_rows(output, residual, factors.axis)
         if not fewest / margin < denominator < most * margin:
-            self._warn_of_scale(fewest / denominator, "mean")
+            self._warn_of_scale(fewest / denominator, "mean cross-entropy")
             return None
         # Of a sequence, an example's own loss is the mean over its positions, in which ignored ones count as zeros.
         return min(max(denominator, fewest), most) * trace.num_examples / rows
 
+    def _shown_by_sum(self, output: Tensor, residual: Tensor, trace: Trace) -> float | None:
+        """As `_shown`, where the loss is a multiple of the sum of the output's entries, or of some of them.
+
+        As of a model that gives the losses of its examples or the log-probabilities of their labels: entries of one
+        sign, which differ, with one gradient. Those that are zero do not count, as those of padding.
+        """
+        has_gradient = residual.ne(0)
+        factors, losses = residual[has_gradient], (output * residual.sign())[has_gradient]
+        tolerance = 5e-2 if trace.is_narrow or torch.finfo(residual.dtype).bits < 32 else 1e-3
+        factor = abs(float(factors[0])) if factors.numel() else 0.0
+        if not 0 < factor < math.inf or not bool(((factors / factors[0] - 1).abs() <= tolerance).all()):
+            return None
+        counted = losses[losses.ne(0)]
+        if bool((losses < 0).any()) or not counted.numel() or bool(counted.max() <= counted.min() * (1 + tolerance)):
+            return None
+        if trace.kwargs.get("num_items_in_batch") is not None:
+            return 1 / factor
+
+        def divides_by(count: int) -> bool:
+            return abs(factor * count - 1) < 2 * tolerance
+
+        if self._options.loss_reduction == "sum":
+            if not divides_by(1):
+                self._warn_of_scale(factor, "sum of the output")
+        elif divides_by(residual.numel()) or divides_by(trace.num_examples):
+            pass
+        elif divides_by(factors.numel()) or divides_by(counted.numel()):
+            return trace.num_examples / (factor * residual.numel())
+        else:
+            self._warn_of_scale(factor * counted.numel(), "mean of the output")
+        return None
+
     def _warn_of_scale(self, factor: float, kind: str) -> None:
         self._warn(
-            f"the loss is {factor:.4g} times the {kind} cross-entropy of the batch, and the sensitivities are those of "
-            f"the loss as it is: tell watch(model, loss_scale={factor:.4g}) if it was divided for accumulation or "
-            "multiplied by a gradient scaler (scaler.get_scale), and loss_scale=1.0 if it is meant."
+            f"the loss is {factor:.4g} times the {kind} of the batch, and the sensitivities are those of the loss as "
+            f"it is: tell watch(model, loss_scale={factor:.4g}) if it was divided for accumulation or multiplied by a "
+            "gradient scaler (scaler.get_scale), and loss_scale=1.0 if it is meant."
         )
 
     def _warn(self, message: str) -> None:

@@ -398,7 +398,8 @@ class Watch:
             first, second = self._overlap
             remedy = "concatenate the inputs, or call backward() after each forward pass"
             if first is not None and first is not second:
-                parts = f"{self.paths.get(first, type(first).__name__)!r} and {self.paths[second]!r}"
+                kinds = type(first).__name__, type(second).__name__
+                parts = f"{self.paths.get(first, kinds[0])!r} ({kinds[0]}) and {self.paths[second]!r} ({kinds[1]})"
                 remedy = f"call {parts} in the forward pass of one module, as nn.Sequential does"
             raise RuntimeError(
                 "two training forward passes came before one backward pass, so the captures are not those of the whole "
