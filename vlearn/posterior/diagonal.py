@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vlearn.posterior.covariance_blocks import DiagonalBlock
 from vlearn.posterior.gaussian import Gaussian, LazyByName
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Diagonal(Gaussian):
@@ -103,6 +107,15 @@ class Diagonal(Gaussian):
     def block(self, group: tuple[str, ...]) -> DiagonalBlock:
         """See `Gaussian`."""
         return DiagonalBlock(self._precision(group[0]).reciprocal_())
+
+    def state(self) -> dict[str, Any]:
+        """See `Gaussian`."""
+        return {**super().state(), "hessian": {name: self._hessian[name] for name in self.names}}
+
+    @classmethod
+    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+        decay = {name: prior / state["num_data"] for name, prior in state["prior_precision"].items()}
+        return cls(state["mean"], state["hessian"], decay, state["ess"], state["num_data"])
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vlearn.posterior.covariance_blocks import DenseBlock
 from vlearn.posterior.gaussian import Gaussian
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Full(Gaussian):
@@ -69,6 +73,16 @@ class Full(Gaussian):
     def block(self, group: tuple[str, ...]) -> DenseBlock:
         """See `Gaussian`."""
         return self._dense
+
+    def state(self) -> dict[str, Any]:
+        """See `Gaussian`."""
+        factor = self._dense.factor
+        return {**super().state(), "precision": factor @ factor.mT}
+
+    @classmethod
+    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+        given = {name: state[name] for name in ("ess", "prior_precision")}
+        return cls(state["mean"], state["precision"], state["num_data"], **given)
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

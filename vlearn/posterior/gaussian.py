@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -138,6 +139,38 @@ class Gaussian:
         kept.copy_blocks()
         return kept
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file of tensors and numbers, which `vlearn.posterior.load` reads.
+
+        Raises:
+            RuntimeError: if the optimizer whose state it is has moved on.
+        """
+        self.check_fresh()
+        torch.save(_on_cpu(self.state()), path)
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` makes it of again: tensors, numbers and strings, in dicts and lists."""
+        return {
+            "kind": type(self).__name__,
+            "mean": {name: self.mean[name].detach() for name in self.names},
+            "num_data": float(self.num_data),
+            "ess": {name: float(value) for name, value in self.ess.items()},
+            "prior_precision": dict(self.prior_precision),
+            "prior_mean": dict(self.prior_mean),
+            "uncalibrated_reason": self.uncalibrated_reason,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """A posterior from what `state` gave; it belongs to no model."""
+        posterior = cls._from_state(state)
+        posterior.prior_mean, posterior.uncalibrated_reason = state["prior_mean"], state["uncalibrated_reason"]
+        return posterior
+
+    @classmethod
+    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+        raise NotImplementedError
+
     def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance:
         """Σ keyed by the given parameters, for those of the names that this posterior has.
 
@@ -189,6 +222,14 @@ def weights_at(
     """The parameters hold the mean inside; an optimizer whose draw is in them steps aside first."""
     with outer(), placed({p: mean[name] for name, p in parameters.items()}):
         yield
+
+
+def _on_cpu(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu().clone()  # a view would take its whole storage along
+    if isinstance(tree, Mapping):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    return [_on_cpu(value) for value in tree] if isinstance(tree, list) else tree
 
 
 class LazyByName(Mapping[str, Tensor]):

@@ -14,12 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vlearn.posterior.covariance_blocks import KroneckerBlock
 from vlearn.posterior.gaussian import Gaussian
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,23 @@ class Kronecker(Gaussian):
         factors = self._factors[group]
         variances = factors.hessian.add(self._weight_decay[group]).mul_(self.num_data).reciprocal_()
         return KroneckerBlock(factors.out_basis, factors.in_basis, variances, self._shapes[group])
+
+    def state(self) -> dict[str, Any]:
+        """See `Gaussian`."""
+        factors = [
+            {"names": list(layer), "out_basis": f.out_basis, "in_basis": f.in_basis, "hessian": f.hessian}
+            for layer, f in self._factors.items()
+        ]
+        return {**super().state(), "factors": factors}
+
+    @classmethod
+    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+        factors = {
+            tuple(each["names"]): KroneckerFactors(each["out_basis"], each["in_basis"], each["hessian"])
+            for each in state["factors"]
+        }
+        decay = {name: prior / state["num_data"] for name, prior in state["prior_precision"].items()}
+        return cls(state["mean"], factors, decay, state["ess"], state["num_data"])
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

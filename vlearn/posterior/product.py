@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vlearn.posterior.covariance_blocks import Block
 from vlearn.posterior.gaussian import Gaussian
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ProductPosterior(Gaussian):
@@ -62,6 +66,15 @@ class ProductPosterior(Gaussian):
         """See `Gaussian`."""
         part = next(part for part in self._parts if group[0] in part.groups)
         return part.block(group)
+
+    def state(self) -> dict[str, Any]:
+        """See `Gaussian`."""
+        return {**super().state(), "parts": [part.state() for part in self._parts]}
+
+    @classmethod
+    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+        kinds = {kind.__name__: kind for kind in Gaussian.__subclasses__()}
+        return cls([kinds[part["kind"]].from_state(part) for part in state["parts"]])
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

@@ -1,0 +1,72 @@
+"""Posteriors on disk, as tensors and numbers that `torch.load(weights_only=True)` reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.posterior.diagonal import Diagonal
+from vlearn.posterior.full import Full
+from vlearn.posterior.gaussian import Gaussian, weights_at
+from vlearn.posterior.kronecker import Kronecker
+from vlearn.posterior.product import ProductPosterior
+from vlearn.posterior.protocol import match
+
+KINDS: dict[str, type[Gaussian]] = {kind.__name__: kind for kind in (Diagonal, Kronecker, Full, ProductPosterior)}
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Gaussian:
+    """Read a posterior that `posterior.save(path)` wrote.
+
+    Args:
+        path: of the file.
+        model: the network that it is of, whose parameters it then belongs to; by default `sweep` and `predict` match
+            them by name.
+    Returns:
+        A posterior of the same kind, on the model's device or the CPU.
+    Raises:
+        ValueError: if the file holds no posterior, or the model has other parameters or other weights.
+    """
+    state = torch.load(Path(path), weights_only=True, map_location="cpu")
+    if not isinstance(state, dict) or state.get("kind") not in KINDS:
+        raise ValueError(f"{os.fspath(path)} holds no posterior: write it by posterior.save(path).")
+    if model is None:
+        return KINDS[state["kind"]].from_state(state)
+    parameters = _matched(model, state["mean"])
+    posterior = KINDS[state["kind"]].from_state(_on(next(iter(parameters.values())).device, state))
+    posterior.parameters = dict(parameters)
+    posterior.at_mean = partial(weights_at, parameters, {name: posterior.mean[name] for name in parameters})
+    return posterior
+
+
+def _matched(model: nn.Module, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's parameters by the posterior's names, which have its means for their values."""
+    saved = Gaussian(mean, [(name,) for name in mean], 1.0)
+    parameters: dict[str, Tensor] = dict(match(model, saved))
+    missing = [name for name in mean if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"the posterior has {missing[0]!r}, which this {type(model).__name__} has not: pass the model that it was "
+            "saved with."
+        )
+    for name, p in parameters.items():
+        if not torch.equal(p.detach().cpu(), mean[name].to(p.dtype)):
+            raise ValueError(
+                f"the weights {name!r} of this {type(model).__name__} are not those that the posterior is about: load "
+                "the checkpoint that it was saved with, or leave model= out."
+            )
+    return parameters
+
+
+def _on(device: torch.device, tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _on(device, value) for key, value in tree.items()}
+    return [_on(device, value) for value in tree] if isinstance(tree, list) else tree
