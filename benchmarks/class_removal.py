@@ -48,8 +48,8 @@ from benchmarks.report.terminal import Advance, print_table
 from benchmarks.training.checkpoint import Checkpoint
 from benchmarks.training.evaluation import example_losses, measure, posterior_after
 from benchmarks.training.supervised import TRAINERS, Recipe, Training
+from vlearn.gaussians.protocol import Posterior
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, tidy
-from vlearn.posterior.protocol import Posterior
 
 ESTIMATES = ("published", "joint", "refined")
 REFINED: dict[str, Any] = {"refined": True, "tolerance": 1e-2, "max_iterations": 30}

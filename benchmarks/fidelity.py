@@ -36,8 +36,8 @@ from benchmarks.report.terminal import Advance, print_table, progress
 from benchmarks.training.digits import sweep
 from benchmarks.training.digits_minimum import PRIOR_PRECISIONS, in_float64, minimum_of
 from benchmarks.training.estimates import change, evenly_ranked
+from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import Diagonal, Full, Kronecker, ProductPosterior, from_laplace
-from vlearn.posterior.protocol import Posterior
 
 SETTINGS = Settings(epochs=300, hess_init=0.1, beta2=0.9995, retrained=80)
 BY_LAPLACE = "K-FAC of laplace-torch"

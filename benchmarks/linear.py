@@ -37,8 +37,8 @@ from benchmarks.report.agreement import agreement
 from benchmarks.report.provenance import provenance
 from benchmarks.report.records import RESULTS, write_json
 from benchmarks.report.terminal import print_table, relative
+from vlearn.gaussians.protocol import Posterior
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
-from vlearn.posterior.protocol import Posterior
 
 matplotlib.use("Agg")
 

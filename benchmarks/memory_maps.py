@@ -39,8 +39,8 @@ from benchmarks.training import recorded_runs
 from benchmarks.training.checkpoint import kept
 from benchmarks.training.recorded_runs import Experiment, recorded_rows, train
 from benchmarks.training.supervised import Training
+from vlearn.gaussians.protocol import Posterior
 from vlearn.plot.style import GREEN, INK, ORANGE, PURPLE, VERMILLION
-from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity import measures
 from vlearn.sensitivity.sweep import SensitivityTable
 

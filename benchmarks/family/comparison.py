@@ -22,8 +22,8 @@ from benchmarks.report.terminal import Advance
 from benchmarks.training.checkpoint import kept
 from benchmarks.training.evaluation import loo_loss
 from benchmarks.training.supervised import steps
+from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import from_laplace
-from vlearn.posterior.protocol import Posterior
 
 LAPLACE = {"SGD + Laplace, diagonal": "diag", "SGD + Laplace, Kronecker": "kron"}
 Row = dict[str, float]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import vlearn
+from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import Diagonal, from_optimizer
-from vlearn.posterior.protocol import Posterior
 
 GRID = (1 / 3, 1.0, 3.0)  # times each method's own rate; where the best is at an end, the grid goes on
 MOST = 5  # rates that are tried

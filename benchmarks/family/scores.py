@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import vlearn
 from benchmarks.problems.batches import CHUNK, batches
-from vlearn.posterior.protocol import Posterior
+from vlearn.gaussians.protocol import Posterior
 
 BINS = 15
 

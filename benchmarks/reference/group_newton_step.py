@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from benchmarks.problems.batches import batches
+from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.linearization import at_mean
-from vlearn.posterior.protocol import Posterior
 
 Vector = dict[str, Tensor]  # by parameter name
 

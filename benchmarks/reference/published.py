@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import batches
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
-from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.sweep import SensitivityTable
 
 CLAMP = 1e-10

@@ -21,9 +21,9 @@ from benchmarks.reference import laplace
 from benchmarks.report.curves import Curves
 from benchmarks.report.pictures import DIAGONAL, IVON, KRONECKER
 from benchmarks.training.evaluation import STRUCTURES
+from vlearn.gaussians.protocol import Posterior
 from vlearn.integrations.wandb import GeneralizationLogger
 from vlearn.posterior import Diagonal, from_laplace
-from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.sweep import SensitivityTable
 
 TRAINED_BY = {IVON: "IVON", DIAGONAL: "SGD", KRONECKER: "SGD"}

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import vlearn
 from benchmarks.problems.batches import Batches
 from benchmarks.reference import laplace
+from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import from_laplace, from_optimizer
-from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity import measures
 from vlearn.sensitivity.sweep import SensitivityTable
 

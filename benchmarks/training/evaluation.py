@@ -14,7 +14,7 @@ from benchmarks.problems.images import Images
 from benchmarks.reference import laplace
 from benchmarks.report.pictures import DIAGONAL, KRONECKER
 from benchmarks.training.supervised import Training
-from vlearn.posterior.protocol import Posterior
+from vlearn.gaussians.protocol import Posterior
 
 STRUCTURES = {DIAGONAL: "diag", KRONECKER: "kron"}  # of laplace-torch's fits, by method
 

@@ -22,7 +22,7 @@ from benchmarks.training import supervised
 from benchmarks.training.checkpoint import Checkpoint
 from benchmarks.training.evaluation import STRUCTURES, laplace_posterior, loo_loss, measure
 from benchmarks.training.supervised import Training
-from vlearn.posterior.protocol import Posterior
+from vlearn.gaussians.protocol import Posterior
 
 
 @dataclasses.dataclass(frozen=True)

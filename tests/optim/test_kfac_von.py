@@ -16,9 +16,9 @@ from tests.optim.test_full_von import covariance_of
 from tests.optim.test_von import CERTAIN, plain_step
 from tests.oracles.per_example import relative_error
 from tests.per_example.test_kronecker_factors import problem as words
+from vlearn.gaussians.eigenbasis import rotate_diagonal
 from vlearn.losses import likelihood as likelihood_module
 from vlearn.posterior import Diagonal, Kronecker
-from vlearn.posterior.eigenbasis import rotate_diagonal
 
 entries = pytest.mark.parametrize("entry", [KFACVON, EKFACVON], ids=str)
 

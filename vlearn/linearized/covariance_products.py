@@ -19,13 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
+from vlearn.gaussians.covariance import Covariance
 from vlearn.linearized.kronecker_products import RotatedGradients, rotate
 from vlearn.per_example.forms import CHUNK_ENTRIES, FALLBACK_ENTRIES, chunks, entries_of, form_of
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded
 from vlearn.per_example.vmap_fallback import output_tangents
-from vlearn.posterior.covariance import Covariance
 
 
 @dataclass

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.layers.gradient_forms import Form, Outer
-from vlearn.posterior.covariance_blocks import KroneckerBlock
 
 
 @dataclass(frozen=True)

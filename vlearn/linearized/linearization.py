@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vlearn.capture.hooks import record
 from vlearn.capture.pytrees import Selector, plain, select, shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
+from vlearn.gaussians.covariance import Covariance
+from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.covariance_products import covariance_products
 from vlearn.linearized.loss_checks import check_own_losses
@@ -32,8 +34,6 @@ from vlearn.losses.output_hessian import (
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded, eval_mode, native_recurrence
-from vlearn.posterior.covariance import Covariance
-from vlearn.posterior.protocol import Posterior, match
 
 _NO_CURVATURE = (
     "the loss has no second derivative in torch, and an output of {size} entries is too large for differences of its "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector
+from vlearn.gaussians import Full
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
@@ -38,7 +39,6 @@ from vlearn.optim.updates.curvature import (
     check_likelihood,
 )
 from vlearn.optim.updates.dense import dense_hessian_step
-from vlearn.posterior import Full
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

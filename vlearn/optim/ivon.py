@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn.gaussians import Diagonal
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.optimizer import VariationalOptimizer
@@ -24,7 +25,6 @@ from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_correction
 from vlearn.optim.updates.curvature import NoiseTimesGradient, SquaredGradient, check_curvature
 from vlearn.optim.updates.riemannian import ivon_kernel, ivon_step
-from vlearn.posterior import Diagonal
 
 _HESS_APPROX = {"price": "price", "gradsq": "empirical"}  # ivon-opt's names for the curvature
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector
+from vlearn.gaussians import ProductPosterior
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
@@ -27,7 +28,6 @@ from vlearn.optim.updates.curvature import PassCurvature, check_curvature, check
 from vlearn.optim.updates.kronecker import Gradients, averaged_statistics, move_mean, refresh_bases, update_factors
 from vlearn.optim.updates.newton import apply_newton_step, newton_rules
 from vlearn.per_example.kronecker_factors import CONVENTIONS, Layer
-from vlearn.posterior import ProductPosterior
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from vlearn._torch_internals import is_sharded
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.collectives import averaged
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
@@ -47,7 +48,6 @@ from vlearn.optim.updates.curvature import PassCurvature
 from vlearn.optim.watch.loss_scale import WatchOptions, check_batch_norm
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
-from vlearn.posterior.gaussian import Gaussian
 from vlearn.sensitivity.live import Sensitivities, live_sensitivities
 
 # Outcomes of the checks before a step in rising severity; "fail" means that this process cannot step.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vlearn.gaussians import Diagonal
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import SharedOptions, check, own_options, settings_of, with_shared_options
@@ -19,7 +20,6 @@ from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
 from vlearn.optim.updates.newton import apply_newton_step, newton_rules
-from vlearn.posterior import Diagonal
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

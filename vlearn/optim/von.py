@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vlearn.capture.pytrees import Selector
+from vlearn.gaussians import Diagonal
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
@@ -26,7 +27,6 @@ from vlearn.optim.updates.curvature import (
     check_likelihood,
 )
 from vlearn.optim.updates.newton import apply_newton_step, newton_rules
-from vlearn.posterior import Diagonal
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

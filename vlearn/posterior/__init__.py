@@ -1,12 +1,14 @@
-"""Gaussian posteriors over a model's parameters: mean, covariance, draws, divergence."""
+"""Posteriors over a model's parameters: fitted, read from other libraries or from disk; and what they predict."""
 
-from vlearn.posterior.diagonal import Diagonal
+from vlearn.gaussians.diagonal import Diagonal
+from vlearn.gaussians.full import Full
+from vlearn.gaussians.kronecker import Kronecker, KroneckerFactors
+from vlearn.gaussians.product import ProductPosterior
+from vlearn.posterior.fit import fit
 from vlearn.posterior.from_laplace import from_laplace
 from vlearn.posterior.from_optimizer import from_optimizer
-from vlearn.posterior.full import Full
-from vlearn.posterior.kronecker import Kronecker, KroneckerFactors
 from vlearn.posterior.predict import predict
-from vlearn.posterior.product import ProductPosterior
+from vlearn.posterior.storage import load
 
 __all__ = [
     "Diagonal",
@@ -14,7 +16,9 @@ __all__ = [
     "Kronecker",
     "KroneckerFactors",
     "ProductPosterior",
+    "fit",
     "from_laplace",
     "from_optimizer",
+    "load",
     "predict",
 ]

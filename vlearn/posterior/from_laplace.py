@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vlearn.capture.names import uncompiled_name
-from vlearn.posterior.diagonal import Diagonal
-from vlearn.posterior.full import Full
-from vlearn.posterior.gaussian import weights_at
-from vlearn.posterior.kronecker import Kronecker, KroneckerFactors
+from vlearn.gaussians.diagonal import Diagonal
+from vlearn.gaussians.full import Full
+from vlearn.gaussians.gaussian import weights_at
+from vlearn.gaussians.kronecker import Kronecker, KroneckerFactors
 
 STRUCTURES = ("DiagLaplace", "KronLaplace", "FullLaplace")
 

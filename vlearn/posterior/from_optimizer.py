@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from vlearn.capture.names import named_parameters
-from vlearn.posterior.diagonal import Diagonal
-from vlearn.posterior.gaussian import weights_at
+from vlearn.gaussians.diagonal import Diagonal
+from vlearn.gaussians.gaussian import weights_at
 
 NO_SCALE = (
     "it comes from SGD, whose Σ is the identity times an arbitrary number, so self-influence and deviation rank the "

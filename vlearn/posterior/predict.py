@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn.gaussians.protocol import Posterior, match
 from vlearn.per_example.arguments import model_arguments
 from vlearn.per_example.replay import call_with, eval_mode, placed
-from vlearn.posterior.protocol import Posterior, match
 
 
 def _softmax(output: Any) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.linearization import at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
-from vlearn.posterior.protocol import Posterior
 
 DIRECTION_ENTRIES = 2**27  # entries of Σg_j of the test examples that are held at once, 512 MiB of float32
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector, shapes
+from vlearn.gaussians.covariance import Covariance
+from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.linearized.solver import Vectors, solve
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
-from vlearn.posterior.covariance import Covariance
-from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
 from vlearn.sensitivity.refined import check_threshold
 from vlearn.sensitivity.sweep import not_kept

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vlearn.capture.pytrees import Selector, select
+from vlearn.gaussians.covariance import Covariance
 from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
 from vlearn.linearized.output_change import output_deviation
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.posterior.covariance import Covariance
 from vlearn.sensitivity.summary import row_norms, summarize
 
 

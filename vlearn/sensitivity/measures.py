@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn.gaussians.diagonal import Diagonal
+from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import batches
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
-from vlearn.posterior.diagonal import Diagonal
-from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.influence import influence
 from vlearn.sensitivity.refined import check_threshold, refine
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector
+from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
-from vlearn.posterior.protocol import Posterior
 from vlearn.sensitivity.live import prediction_error
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
 from vlearn.sensitivity.summary import row_norms, summarize

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vlearn.gaussians.protocol import Posterior
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.posterior.protocol import Posterior
 
 MeanOf = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]  # parameters by name -> a view of their mean by name
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn.gaussians import Full
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
@@ -21,7 +22,6 @@ from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.per_example.gradients import sums_of_products
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.posterior import Full
 
 LARGEST = 2**14  # parameters; their Hessian takes a GiB
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn.gaussians import Diagonal
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.kernels.nonfinite import is_low_precision
@@ -24,7 +25,6 @@ from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.posterior import Diagonal
 
 
 class DiagonalStructure:

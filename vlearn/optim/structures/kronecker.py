@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn.gaussians import Kronecker, KroneckerFactors, ProductPosterior
+from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
@@ -31,8 +33,6 @@ from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, layers_of
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.posterior import Kronecker, KroneckerFactors, ProductPosterior
-from vlearn.posterior.covariance_blocks import KroneckerBlock
 
 LARGEST = 2**13  # rows of a factor: it takes 256 MiB, and its decomposition a minute of a CPU
 

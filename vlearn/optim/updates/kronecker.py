@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn.gaussians.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 from vlearn.optim.distributed.factors import Key, averages, compute_on_one_rank
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import state_dtype
@@ -17,7 +18,6 @@ from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.kronecker import KroneckerStructure
 from vlearn.per_example.kronecker_factors import Layer
-from vlearn.posterior.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 
 Gradients = dict[Tensor, list[tuple[ParameterSlice, Tensor]]]  # by parameter: its slices with their gradients
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlearn.posterior.covariance_blocks import DenseBlock
-from vlearn.posterior.gaussian import Gaussian
+from vlearn.gaussians.covariance_blocks import DenseBlock
+from vlearn.gaussians.gaussian import Gaussian
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlearn.posterior.covariance_blocks import DiagonalBlock
-from vlearn.posterior.gaussian import Gaussian, LazyByName
+from vlearn.gaussians.covariance_blocks import DiagonalBlock
+from vlearn.gaussians.gaussian import Gaussian, LazyByName
 
 if TYPE_CHECKING:
     from typing_extensions import Self

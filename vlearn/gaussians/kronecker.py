@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlearn.posterior.covariance_blocks import KroneckerBlock
-from vlearn.posterior.gaussian import Gaussian
+from vlearn.gaussians.covariance_blocks import KroneckerBlock
+from vlearn.gaussians.gaussian import Gaussian
 
 if TYPE_CHECKING:
     from typing_extensions import Self

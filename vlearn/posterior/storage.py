@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.posterior.diagonal import Diagonal
-from vlearn.posterior.full import Full
-from vlearn.posterior.gaussian import Gaussian, weights_at
-from vlearn.posterior.kronecker import Kronecker
-from vlearn.posterior.product import ProductPosterior
-from vlearn.posterior.protocol import match
+from vlearn.gaussians.diagonal import Diagonal
+from vlearn.gaussians.full import Full
+from vlearn.gaussians.gaussian import Gaussian, weights_at
+from vlearn.gaussians.kronecker import Kronecker
+from vlearn.gaussians.product import ProductPosterior
+from vlearn.gaussians.protocol import match
 
 KINDS: dict[str, type[Gaussian]] = {kind.__name__: kind for kind in (Diagonal, Kronecker, Full, ProductPosterior)}
 

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
-from vlearn.fits.curvature_passes import CURVATURES, CurvaturePasses
-from vlearn.fits.prior import MARGINAL_LIKELIHOOD, PriorPrecision, given_prior_precision, most_likely_precision
-from vlearn.fits.statistics import DenseStatistics, DiagonalStatistics, KroneckerStatistics, Scale, Statistics
+from vlearn.gaussians.covariance import Covariance
+from vlearn.gaussians.gaussian import Gaussian, weights_at
 from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.likelihood import LIKELIHOODS, Likelihood
 from vlearn.per_example.kronecker_factors import CONVENTIONS
 from vlearn.per_example.replay import eval_mode, native_recurrence
-from vlearn.posterior.covariance import Covariance
-from vlearn.posterior.gaussian import Gaussian, weights_at
+from vlearn.posterior.curvature_passes import CURVATURES, CurvaturePasses
+from vlearn.posterior.prior import MARGINAL_LIKELIHOOD, PriorPrecision, given_prior_precision, most_likely_precision
+from vlearn.posterior.statistics import DenseStatistics, DiagonalStatistics, KroneckerStatistics, Scale, Statistics
 
 STRUCTURES = ("diagonal", "kronecker", "eigenvalue-corrected", "full", "last-layer", "last-layer-kronecker")
 LARGEST_DENSE = 2**13  # parameters: their products take 512 MiB in float64

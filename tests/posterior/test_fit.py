@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import vlearn
 from tests.oracles.networks import CASES
 from tests.oracles.per_example import flat, moving, per_example, relative_error
-from vlearn.fits.fit import STRUCTURES, fit
 from vlearn.posterior import from_laplace
+from vlearn.posterior.fit import STRUCTURES, fit
 
 N, C, PRIOR = 24, 3, 2.0
 EXACT: dict[str, Any] = {"curvature": "ggn-exact", "prior_precision": PRIOR, "progress": False}

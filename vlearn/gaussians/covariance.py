@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from vlearn.posterior.covariance_blocks import Block
+from vlearn.gaussians.covariance_blocks import Block
 
 
 class Covariance:

@@ -12,15 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vlearn.gaussians.diagonal import Diagonal
+from vlearn.gaussians.eigenbasis import eigen, product
+from vlearn.gaussians.full import Full
+from vlearn.gaussians.gaussian import Gaussian
+from vlearn.gaussians.kronecker import Kronecker, KroneckerFactors
+from vlearn.gaussians.product import ProductPosterior
 from vlearn.per_example.gradients import sums_of_products, sums_of_squares
 from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, layers_of
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.posterior.diagonal import Diagonal
-from vlearn.posterior.eigenbasis import eigen, product
-from vlearn.posterior.full import Full
-from vlearn.posterior.gaussian import Gaussian
-from vlearn.posterior.kronecker import Kronecker, KroneckerFactors
-from vlearn.posterior.product import ProductPosterior
 
 LARGEST = 2**13  # rows of a Kronecker factor: it takes 256 MiB, and its decomposition a minute of a CPU
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlearn.gaussians.covariance import Covariance
+from vlearn.gaussians.covariance_blocks import Block
 from vlearn.per_example.replay import placed
-from vlearn.posterior.covariance import Covariance
-from vlearn.posterior.covariance_blocks import Block
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.names import named_parameters, uncompiled_name
-from vlearn.posterior.covariance import Covariance
+from vlearn.gaussians.covariance import Covariance
 
 
 class Posterior(Protocol):

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
-from tests.fits.test_fit import in_batches, mlp
 from tests.optim.table import FAMILY, Entry, family
 from tests.oracles.per_example import relative_error
-from vlearn.fits.fit import STRUCTURES, fit
-from vlearn.fits.storage import load
+from tests.posterior.test_fit import in_batches, mlp
 from vlearn.posterior import from_optimizer
+from vlearn.posterior.fit import STRUCTURES, fit
+from vlearn.posterior.storage import load
 
 
 def swept(model: nn.Module, posterior: Any, x: torch.Tensor) -> Any:
