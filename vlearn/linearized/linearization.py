@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vlearn.capture.hooks import record
 from vlearn.capture.pytrees import Selector, select, shapes, tensor_leaves, with_leaves
@@ -278,8 +279,11 @@ def linearize(
         RuntimeError: if the examples of a batch have no gradient or no loss of their own.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
-    with torch.enable_grad(), record(model, parameters, len(batch.index)) as trace:
-        prediction = model(*batch.args, **batch.kwargs)
+    with torch.enable_grad():
+        with record(model, parameters, len(batch.index), batch.example_rows) as trace:
+            prediction = model(*batch.args, **batch.kwargs)
+        if batch.members is not None:
+            prediction, batch = _of_members(prediction, batch, batch.members)
     if trace.problems:
         raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")
     if not trace.positions:
@@ -316,6 +320,16 @@ def linearize(
         own_loss=loss,
         residuals=list(residuals),
     )
+
+
+def _of_members(prediction: Any, batch: Batch, members: Tensor) -> tuple[Any, Batch]:
+    """The output and the targets of the only examples that count."""
+
+    def rows(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.shape[:1] == batch.index.shape
+        return leaf[members.to(leaf.device)] if has_rows else leaf
+
+    return tree_map(rows, prediction), batch._replace(target=tree_map(rows, batch.target), index=batch.index[members])
 
 
 @contextmanager

@@ -47,6 +47,7 @@ from vlearn.optim.updates.curvature import PassCurvature
 from vlearn.optim.watch.loss_scale import WatchOptions
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
+from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.posterior.gaussian import Gaussian
 from vlearn.sensitivity.live import Sensitivities, live_sensitivities
 
@@ -533,6 +534,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         loss_reduction: str | Callable[[], float] = "mean",
         loss_scale: float | Callable[[], float] | None = None,
         every: int = 1,
+        example_index: ExampleIndex | None = None,
     ) -> None:
         """Draw in every training forward of the model, and keep what sensitivities need of it.
 
@@ -546,10 +548,16 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 softmax cross-entropy with hard labels shows another factor, or class weights; ignored targets are then
                 seen and not counted.
             every: keep captures only on every so many steps.
+            example_index: for minibatches whose examples are concatenated, as graphs are by their nodes: which example,
+                from 0, each row is of, ``[rows]`` whole numbers in any order (torch_geometric's `data.batch`). Either
+                the name of the argument of the model's forward that has it, or a callable that gets the forward's
+                arguments and returns it. Or it returns several, one for each number of rows that layers have:
+                ``lambda x, edges, batch: (batch, batch[edges[0]])`` for layers on nodes and layers on edges. The
+                model returns a row for each example. Modules on other rows are as exact, and slower.
         Raises:
             TypeError, ValueError: if an argument breaks its rule.
         """
-        self._start_watch(model, WatchOptions(loss_reduction, loss_scale, every))
+        self._start_watch(model, WatchOptions(loss_reduction, loss_scale, every, example_index))
         self._runtime.search.stop()
 
     def _start_watch(self, model: nn.Module, options: WatchOptions) -> None:

@@ -17,13 +17,19 @@ FALLBACK_ENTRIES = 2**24  # entries of G of all fallback modules together, which
 def form_of(call: LayerCall, p: Tensor, examples: slice) -> Form:
     """The gradient of one parameter from one use."""
     assert call.rule is not None and call.cotangents[0] is not None
-    return call.rule.form(call.module, p, upcast(call.input[examples]), upcast(call.cotangents[0][examples]))
+    chosen = None if call.rows is None else call.rows.of(examples)
+    rows = examples if chosen is None else chosen.rows
+    form = call.rule.form(call.module, p, upcast(call.input[rows]), upcast(call.cotangents[0][rows]))
+    return form if chosen is None else chosen.by_example(form)
 
 
 def gradient_rows(call: LayerCall, examples: slice) -> Tensor:
     """The gradient of the output rows ``[n, G, T, O]``, without what a form needs of the input."""
     assert call.rule is not None and call.cotangents[0] is not None
-    return call.rule.rows(call.module, upcast(call.cotangents[0][examples]))
+    if call.rows is None:
+        return call.rule.rows(call.module, upcast(call.cotangents[0][examples]))
+    chosen = call.rows.of(examples)
+    return chosen.together(call.rule.rows(call.module, upcast(call.cotangents[0][chosen.rows])))
 
 
 def chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[slice]:
@@ -35,7 +41,7 @@ def chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[sli
 
 def entries_of(calls: tuple[LayerCall, ...], parameters: list[Tensor]) -> int:
     """Entries per example that a chunk holds; 0 where no gradient is formed and all examples go at once."""
-    if len(calls) == 1 and len(calls[0].shapes[0]) == 2:  # one row per example
+    if len(calls) == 1 and len(calls[0].shapes[0]) == 2 and calls[0].rows is None:  # one row per example
         return 0
     forms = [form_of(call, p, slice(0, 1)) for call in calls for p in parameters]
     formed = sum(p.numel() for p in parameters) if len(calls) > 1 else 0

@@ -25,7 +25,7 @@ from vlearn.capture.pytrees import tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace, is_close
 from vlearn.layers.example_axes import axis_of
 from vlearn.per_example.measured_axes import VALUES_AGREE
-from vlearn.per_example.replay import as_recorded, rerun
+from vlearn.per_example.replay import as_recorded, rerun, rerun_with
 from vlearn.per_example.vmap_fallback import per_example_gradients
 
 FEW = 4
@@ -156,26 +156,19 @@ def _gradients(trace: Trace, weights: dict[Tensor, Tensor], count: int) -> list[
     if count < 2:
         return []
     probes: list[tuple[LayerCall, Tensor, int]] = []
-    calls_of: dict[tuple[nn.Module, int], list[LayerCall]] = {}
-    for call in trace.layer_calls:
-        if call.reached and call.parameters and call.consumer is None:
-            calls_of.setdefault((call.module, call.number), []).append(call)
-    num_calls: dict[nn.Module, int] = {}
+    calls = [call for call in trace.layer_calls if call.reached and call.parameters and call.consumer is None]
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        number = num_calls[module] = num_calls.get(module, -1) + 1
+    def add_probes(call: LayerCall, output: Any) -> Any:
         leaves, moved = tensor_leaves(output), {}
-        for call in calls_of.get((module, number), ()):
-            for position, axis in zip(call.positions, call.output_axes, strict=True):
-                leaf = moved.get(position, leaves[position])
-                if axis is not None and leaf.dim() > axis and leaf.shape[axis] == count:
-                    probe = torch.zeros_like(leaf, requires_grad=True)
-                    probes.append((call, probe, axis))
-                    moved[position] = leaf + probe
+        for position, axis in zip(call.positions, call.output_axes, strict=True):
+            leaf = leaves[position]
+            if axis is not None and leaf.dim() > axis and leaf.shape[axis] == count:
+                probe = torch.zeros_like(leaf, requires_grad=True)
+                probes.append((call, probe, axis))
+                moved[position] = leaf + probe
         return with_leaves(output, moved)
 
-    modules = dict.fromkeys(module for module, _ in calls_of)
-    outputs = rerun(trace, weights, slice(count), modules, leave=leave)
+    outputs = rerun_with(trace, weights, calls, add_probes, slice(count))
     reached = zip(trace.positions, trace.cotangents, strict=True)
     with_axes = [(outputs[position], axis_of(c, trace.num_examples)) for position, c in reached if c is not None]
     ends = [

@@ -83,7 +83,7 @@ def find_example_axes(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             continue
         for part in (trace,) if trace.probed is None else (trace, trace.probed):
             if call.input_axes == [None]:
-                _hand_over(part.layer_calls, number)
+                hand_over(part.layer_calls, number)
             else:
                 _without_rule(part.layer_calls[number], trace, weights)
 
@@ -203,8 +203,8 @@ def _axes_of(call: LayerCall, after: _Shapes, total: int, place: int | None) -> 
     return [axes[0] if axes else None for axes in inputs], [axes[0] if axes else None for axes in of_outputs]
 
 
-def _hand_over(calls: list[LayerCall], number: int) -> None:
-    """The parameters of a call that has no examples go to the call around it, and from all calls inside that."""
+def hand_over(calls: list[LayerCall], number: int) -> None:
+    """Give the parameters of a call that has no examples to the call around it, from all calls inside that."""
     place, moved = calls[number].stand_in, calls[number].parameters
     assert place is not None
     unit = calls[place]

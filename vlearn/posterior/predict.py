@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlearn.per_example.arguments import model_arguments
+from vlearn.capture.names import model_arguments
 from vlearn.per_example.replay import call_with, eval_mode, placed
 from vlearn.posterior.protocol import Posterior, match
 

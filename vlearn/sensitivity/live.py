@@ -103,6 +103,11 @@ def live_sensitivities(
     first = axes is None or any(
         axis == 0 and each is gradient for axis, each in zip(axes, part.trace.cotangents, strict=True)
     )
+    if any(len(rows) == len(gradient) != part.num_examples for rows in recorded.trace.example_rows):
+        raise RuntimeError(
+            f"the loss reads an output of shape {tuple(residual.shape)}, whose rows are those that example_index tells of, "
+            f"but residuals are of one row for each of the {part.num_examples} examples: let the model return that."
+        )
     if residual.shape[:1] != (part.num_examples,) or not (first or callable(output)):
         raise RuntimeError(
             f"dimension 0 of the output of shape {tuple(residual.shape)} is not that of the {part.num_examples} "
@@ -126,13 +131,16 @@ def live_sensitivities(
 def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
     """Changes of the outputs of some examples; by a pass over all of them where the model needs those.
 
-    A model that draws random numbers draws others for fewer examples.
+    A model that draws random numbers draws others for fewer examples, and a batch whose examples an index gives cannot be
+    cut.
     """
     whole.trace.check_unchanged()
     try:
-        return output_deviation(part, products)
+        if not whole.trace.example_rows:
+            return output_deviation(part, products)
     except RuntimeError:
-        return [rows[part.trace.examples] for rows in output_deviation(whole, products.within(whole, part))]
+        pass
+    return [rows[part.trace.examples] for rows in output_deviation(whole, products.within(whole, part))]
 
 
 def prediction_error(residual: Tensor) -> Tensor:

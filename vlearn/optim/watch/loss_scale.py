@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import Trace
 from vlearn.losses.hard_labels import counted_rows, row_factors
+from vlearn.per_example.measured_rows import ExampleIndex, check_example_index
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,13 @@ class WatchOptions:
     """How the loss of a watched model reduces the examples' own losses, and how often passes are recorded.
 
     Attributes:
-        loss_reduction, loss_scale, every: see `VariationalOptimizer.watch`.
+        loss_reduction, loss_scale, every, example_index: see `VariationalOptimizer.watch`.
     """
 
     loss_reduction: str | Callable[[], float] = "mean"
     loss_scale: float | Callable[[], float] | None = None
     every: int = 1
+    example_index: ExampleIndex | None = None
 
     def __post_init__(self) -> None:
         reduction, scale, every = self.loss_reduction, self.loss_scale, self.every
@@ -35,6 +37,7 @@ class WatchOptions:
             raise ValueError(f"loss_scale={scale!r}, but it must be finite and not zero: use 1.0.")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}, but it must be a positive whole number: use 1 for every step.")
+        check_example_index(self.example_index)
 
 
 class LossScale:

@@ -31,6 +31,7 @@ from vlearn.optim.sampling.sampler import Context, Sampler
 from vlearn.optim.watch import other_optimizers
 from vlearn.optim.watch.hooks import Link, MeanCopies, hook
 from vlearn.optim.watch.loss_scale import LossScale, WatchOptions
+from vlearn.per_example.measured_rows import told_rows
 from vlearn.per_example.recorded_pass import RecordedPass
 
 COMPILED = (
@@ -294,6 +295,8 @@ class Watch:
     def _new_trace(self, sampler: Sampler) -> Trace:
         trace = Trace(self.paths, sampler.parameters.trainable())
         trace.on_backward = self._begin_backward
+        if self.options.example_index is not None:
+            trace.find_rows = partial(told_rows, self.options.example_index)
         consumer = self._consumer
         if consumer is not None and consumer.probes:
             trace.probe = OutputProbe(lambda output: select(output, consumer.output), self._cotangent)
