@@ -74,8 +74,8 @@ def argument_of(model: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         return given[name] if name in given else kwargs[name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"{type(model).__name__} is called without an argument {name!r}: name another one of its forward, or pass a "
-            "callable of its arguments."
+            f"{type(model).__name__} is called without an argument {name!r}: name another one of its forward, or pass "
+            "a callable of its arguments."
         ) from None
 
 

@@ -476,23 +476,9 @@ class Recorder:
         else:
             self.trace.problems.append(
                 f"{self.trace.paths[module]} ({type(module).__name__}): its inputs or outputs have no example axis of "
-                f"size {self.trace.num_examples} as dimension 0, so per-example gradients are not defined"
-                f"{self._hint_at_index()}."
+                f"size {self.trace.num_examples} as dimension 0, so per-example gradients are not defined."
+                f"{self.trace.hint_at_index()}"
             )
-
-    def _hint_at_index(self) -> str:
-        """What to do where rows of several examples are concatenated, as the whole numbers among the inputs suggest."""
-        trace = self.trace
-        if trace.example_rows:
-            return ", nor the rows that example_index tells of: let the model return one row for each example"
-        leaves = tensor_leaves((trace.args, trace.kwargs))
-        numbers = [leaf for leaf in leaves if leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex())]
-        if leaves and not any(len(leaf) == trace.num_examples for leaf in numbers):
-            return ""
-        return (
-            ": if the rows of several examples are concatenated, as the nodes of graphs are, pass example_index= to "
-            "optimizer.watch(), sweep() and the like, which says which example each row is of"
-        )
 
 
 def _uncalled(module: nn.Module, called: Container[nn.Module]) -> Iterator[nn.Module]:

@@ -265,6 +265,17 @@ class Trace:
         types = {cotangent.dtype for call in self.layer_calls for cotangent in call.cotangents if cotangent is not None}
         return max((1e-4, *(30 * torch.finfo(dtype).eps for dtype in types)))
 
+    def hint_at_index(self) -> str:
+        """What to do where the rows of examples seem to be concatenated, as whole numbers for each row suggest."""
+        leaves = tensor_leaves((self.args, self.kwargs))
+        numbers = [leaf for leaf in leaves if leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex())]
+        if self.example_rows or (leaves and all(len(leaf) != self.num_examples for leaf in numbers)):
+            return ""
+        return (
+            " If the rows of several examples are concatenated, as the nodes of graphs are, say which example each is of: "
+            "pass example_index= to optimizer.watch(), sweep(), influence() or leave_group_out()."
+        )
+
     def calls_by_parameter(self) -> dict[Tensor, list[LayerCall]]:
         """The calls that the backward pass reached, by parameter."""
         calls_of: dict[Tensor, list[LayerCall]] = {}

@@ -41,6 +41,7 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     """
     total, root = trace.num_examples, trace.root
     assert root is not None
+    _check_outputs_have_examples(trace)
     few = min(total - 1, FEW)
     calls = tuple((call.path, call.number) for call in trace.layer_calls)
     kind = (calls, few, trace.paths_in_train_mode, trace.graph_structure)
@@ -59,6 +60,19 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             "LayerNorm or filter response normalisation instead of the batch's)."
         )
     remember(right, kind)
+
+
+def _check_outputs_have_examples(trace: Trace) -> None:
+    """Raise RuntimeError if the loss depends on an output whose rows can be no examples' and no positions of theirs."""
+    for cotangent in trace.cotangents:
+        if cotangent is None or not cotangent.dim() or trace.num_examples in cotangent.shape:
+            continue
+        if not trace.num_examples or len(cotangent) % trace.num_examples:
+            raise RuntimeError(
+                f"the loss depends on an output of shape {tuple(cotangent.shape)}, of which no axis is that of the "
+                f"batch's {trace.num_examples} examples, so no example has a gradient of its own: let the model take "
+                f"inputs and return outputs with the examples along dimension 0.{trace.hint_at_index()}"
+            )
 
 
 def _interact_in_values(trace: Trace, weights: dict[Tensor, Tensor], few: int) -> str | None:

@@ -122,7 +122,7 @@ def _axes_with_one_less(
             return None
         raise RuntimeError(
             f"an axis that may not be the one of the examples is as long as the batch of {total}, and the model does "
-            "not run on one example less to tell: use another batch size."
+            f"not run on one example less to tell: use another batch size.{trace.hint_at_index()}"
         ) from error
     found = []
     for call, (module, number, place) in zip(calls, of_call, strict=True):

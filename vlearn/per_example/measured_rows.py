@@ -43,8 +43,8 @@ def check_example_index(example_index: Any) -> None:
     """Raise ValueError unless it is None, the name of an argument, or a callable."""
     if not (example_index is None or isinstance(example_index, str) or callable(example_index)):
         raise ValueError(
-            f"example_index is a {type(example_index).__name__}, but each batch has its own: pass the name of the argument "
-            "of the model's forward that has it, or a callable of the forward's arguments."
+            f"example_index is a {type(example_index).__name__}, but each batch has its own: pass the name of the "
+            "argument of the model's forward that has it, or a callable of the forward's arguments."
         )
 
 
@@ -68,8 +68,8 @@ def told_rows(
     largest = max(int(index.max()) for index in told)
     if num_examples is not None and largest >= num_examples:
         raise ValueError(
-            f"example_index names example {largest}, but the batch has {num_examples} targets: let it give the example of "
-            "each row, from 0, and the loader one target for each example."
+            f"example_index names example {largest}, but the batch has {num_examples} targets: let it give the example "
+            "of each row, from 0, and the loader one target for each example."
         )
     return [ExampleRows(index, largest + 1 if num_examples is None else num_examples) for index in told]
 
@@ -156,8 +156,8 @@ def _examples_of_outputs(trace: Trace) -> dict[int, Tensor]:
         ends[position] = candidates[0][1].to(cotangent.device)
     if not ends:
         raise RuntimeError(
-            "the loss depends on no output with a row for each example, which would show whether example_index is right: "
-            "let the model return its scores, and compute the loss of them."
+            "the loss depends on no output with a row for each example, which would show whether example_index is "
+            "right: let the model return its scores, and compute the loss of them."
         )
     return ends
 

@@ -105,8 +105,8 @@ def live_sensitivities(
     )
     if any(len(rows) == len(gradient) != part.num_examples for rows in recorded.trace.example_rows):
         raise RuntimeError(
-            f"the loss reads an output of shape {tuple(residual.shape)}, whose rows are those that example_index tells of, "
-            f"but residuals are of one row for each of the {part.num_examples} examples: let the model return that."
+            f"the loss reads an output of shape {tuple(residual.shape)} with the rows that example_index tells of, but "
+            f"residuals need one row for each of the {recorded.num_examples} examples: let the model return that."
         )
     if residual.shape[:1] != (part.num_examples,) or not (first or callable(output)):
         raise RuntimeError(
@@ -131,8 +131,8 @@ def live_sensitivities(
 def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
     """Changes of the outputs of some examples; by a pass over all of them where the model needs those.
 
-    A model that draws random numbers draws others for fewer examples, and a batch whose examples an index gives cannot be
-    cut.
+    A model that draws random numbers draws others for fewer examples, and a batch whose examples an index gives cannot
+    be cut.
     """
     whole.trace.check_unchanged()
     try:
