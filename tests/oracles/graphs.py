@@ -69,7 +69,9 @@ def graphs(sizes: Sequence[int] = SIZES, in_order: bool = False, seed: int = 0) 
     edges = pairs[within]
     if not in_order:
         edges = edges[torch.randperm(len(edges), generator=generator)]
-    x, features = (torch.randn(n, d, generator=generator, dtype=torch.float64) for n, d in ((len(batch), 3), (len(edges), 2)))
+    x, features = (
+        torch.randn(n, d, generator=generator, dtype=torch.float64) for n, d in ((len(batch), 3), (len(edges), 2))
+    )
     kinds = torch.randint(0, 4, (len(batch),), generator=generator)
     return Graphs(x, kinds, edges.T.contiguous(), features, batch, torch.arange(len(sizes)) % CLASSES)
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import vlearn
+from tests.optim.networks import hessian_of
 from tests.oracles.graphs import NETWORKS, Graphs, graphs
 from tests.oracles.per_example import flat, moving, per_example, relative_error
 from tests.sensitivity.test_exactness import covariance_of, with_uneven_state
+from tests.sensitivity.test_leave_group_out import dense_change
 
 TOLERANCE = 1e-10
 networks = pytest.mark.parametrize("name", NETWORKS)
@@ -93,3 +95,116 @@ def test_a_sweep_is_that_of_each_graph_alone(name, index):
         assert relative_error(table.loo_loss[rows], rows_of(g)(truth.output + change)) < TOLERANCE
         assert relative_error(table.leverage[rows], truth.leverage(covariance)) < TOLERANCE
         assert relative_error(table.function_variance[rows], truth.output_covariance(covariance)) < TOLERANCE
+
+
+def test_a_refined_sweep_of_graphs_is_that_of_each_alone():
+    model, g = NETWORKS["two_layers_of_message_passing"](), graphs()
+    truth, covariance, posterior = dense_posterior(model, g)
+    table = vlearn.sweep(
+        model,
+        posterior,
+        [(g.inputs, g.y)],
+        F.cross_entropy,
+        refined=True,
+        threshold=1 - 1e-9,
+        progress=False,
+        example_index="batch",
+    )
+    expected = torch.cat([dense_change(truth, covariance, [n], refined=True) for n in range(len(g))])
+    assert relative_error(table.deviation, expected) < 1e-9
+
+
+def dense_posterior(model, g, prior_precision=0.5):
+    truth = per_example(model, g.each(), rows_of(g))
+    precision = truth.ggn() + prior_precision * torch.eye(truth.gradients.shape[1], dtype=torch.float64)
+    mean = {name: p.detach() for name, p in moving(model).items()}
+    return truth, torch.linalg.inv(precision), vlearn.posterior.Full(mean, precision, num_data=len(g))
+
+
+@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("name", ["two_layers_of_message_passing", "convolutions_with_parameters_of_their_own"])
+def test_groups_of_graphs_are_left_out_together(name, refined):
+    model, g = NETWORKS[name](), graphs((3, 1, 0, 4, 2, 5))
+    truth, covariance, posterior = dense_posterior(model, g)
+    members = {"a": [4, 1, 0], "b": [5], "c": [2, 3, 4]}
+    table = vlearn.leave_group_out(
+        model,
+        posterior,
+        [(g.inputs, g.y)],
+        members,
+        F.cross_entropy,
+        refined=refined,
+        tolerance=1e-12,
+        threshold=1 - 1e-9,
+        progress=False,
+        example_index="batch",
+    )
+    for k, rows in enumerate(map(sorted, members.values())):
+        change = dense_change(truth, covariance, rows, refined)
+        left_out = F.cross_entropy(truth.output[rows] + change, g.y[rows])
+        assert table.index[k].tolist() == rows
+        assert relative_error(table.deviation[k], change) < 1e-7
+        assert relative_error(table.loss[k], truth.loss[rows].mean()) < TOLERANCE
+        assert relative_error(table.left_out_loss[k], left_out) < 1e-7
+    assert not table.num_first_order
+
+
+@networks
+def test_influence_between_graphs_is_that_of_each_alone(name):
+    model, train, test = NETWORKS[name](), [graphs(), graphs((2, 3), seed=1)], graphs((3, 1), seed=2)
+    optimizer = with_uneven_state(model)
+    found = vlearn.influence(
+        model,
+        optimizer.posterior(),
+        [(g.inputs, g.y) for g in train],
+        [(test.inputs, test.y)],
+        F.cross_entropy,
+        progress=False,
+        example_index="batch",
+    )
+    of_train, of_test = (torch.cat([truth_at(model.eval(), g).gradients for g in part]) for part in (train, [test]))
+    assert relative_error(found.values, of_train @ covariance_of(optimizer, model) @ of_test.T) < TOLERANCE
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def vogn(model):
+    """Its Hessian is the last estimate."""
+    return vlearn.VOGN(model, lr=1e-3, ess=50, beta2=0.0, generator=torch.Generator().manual_seed(1))
+
+
+@networks
+def test_vogn_learns_from_the_gradient_of_each_graph(name):
+    model = NETWORKS[name]()
+    optimizer = vogn(model)
+    optimizer.watch(model, example_index=nodes_and_edges)
+    for step in range(2):
+        g = graphs((3, 1, 0, 5 + step), seed=step)
+        loss_of(model, g).backward()
+        truth = truth_at(model, g).gradients.square().mean(0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert relative_error(hessian_of(optimizer, model), truth) < 1e-12
+
+
+def test_a_loss_of_nodes_gives_each_graph_the_sum_of_its_nodes():
+    """1/R Σ_r ℓ_r is the mean of N/R Σ_{r of n} ℓ_r."""
+    model, g = NETWORKS["two_layers_of_message_passing"](), graphs((3, 1, 5))
+    model.function = lambda m, g: m.out(torch.tanh(m.middle(m.norm(torch.tanh(m.second(torch.tanh(m.first(g.x))))))))
+    optimizer = vogn(model)
+    optimizer.watch(model, example_index="batch")
+    labels = torch.arange(9) % 3
+    F.cross_entropy(model(**g.inputs), labels).backward()
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, weight in zip(plain.parameters(), model.parameters(), strict=True):
+            p.copy_(weight)
+    optimizer.step()
+    losses = F.cross_entropy(plain(**g.inputs), labels, reduction="none")
+    own = [losses[g.batch == n].sum() * 3 / 9 for n in range(3)]
+    rows = [torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True) for loss in own]
+    truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).square().mean(0)
+    assert relative_error(hessian_of(optimizer, model), truth) < 1e-12
+    with pytest.raises(RuntimeError, match="residuals need one row for each of the 3 examples"):
+        optimizer.sensitivities()
