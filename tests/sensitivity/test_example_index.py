@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import vlearn
-from tests.optim.networks import hessian_of
-from tests.oracles.graphs import NETWORKS, Graphs, graphs
-from tests.oracles.per_example import flat, moving, per_example, relative_error
+from tests.oracles.graphs import NETWORKS, graphs
+from tests.oracles.per_example import moving, per_example, relative_error
 from tests.sensitivity.test_exactness import covariance_of, with_uneven_state
 from tests.sensitivity.test_leave_group_out import dense_change
 
@@ -164,47 +163,3 @@ def test_influence_between_graphs_is_that_of_each_alone(name):
     )
     of_train, of_test = (torch.cat([truth_at(model.eval(), g).gradients for g in part]) for part in (train, [test]))
     assert relative_error(found.values, of_train @ covariance_of(optimizer, model) @ of_test.T) < TOLERANCE
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
-
-
-def vogn(model):
-    """Its Hessian is the last estimate."""
-    return vlearn.VOGN(model, lr=1e-3, ess=50, beta2=0.0, generator=torch.Generator().manual_seed(1))
-
-
-@networks
-def test_vogn_learns_from_the_gradient_of_each_graph(name):
-    model = NETWORKS[name]()
-    optimizer = vogn(model)
-    optimizer.watch(model, example_index=nodes_and_edges)
-    for step in range(2):
-        g = graphs((3, 1, 0, 5 + step), seed=step)
-        loss_of(model, g).backward()
-        truth = truth_at(model, g).gradients.square().mean(0)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert relative_error(hessian_of(optimizer, model), truth) < 1e-12
-
-
-def test_a_loss_of_nodes_gives_each_graph_the_sum_of_its_nodes():
-    """1/R Σ_r ℓ_r is the mean of N/R Σ_{r of n} ℓ_r."""
-    model, g = NETWORKS["two_layers_of_message_passing"](), graphs((3, 1, 5))
-    model.function = lambda m, g: m.out(torch.tanh(m.middle(m.norm(torch.tanh(m.second(torch.tanh(m.first(g.x))))))))
-    optimizer = vogn(model)
-    optimizer.watch(model, example_index="batch")
-    labels = torch.arange(9) % 3
-    F.cross_entropy(model(**g.inputs), labels).backward()
-    plain = copy.deepcopy(model)
-    with torch.no_grad():
-        for p, weight in zip(plain.parameters(), model.parameters(), strict=True):
-            p.copy_(weight)
-    optimizer.step()
-    losses = F.cross_entropy(plain(**g.inputs), labels, reduction="none")
-    own = [losses[g.batch == n].sum() * 3 / 9 for n in range(3)]
-    rows = [torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True) for loss in own]
-    truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).square().mean(0)
-    assert relative_error(hessian_of(optimizer, model), truth) < 1e-12
-    with pytest.raises(RuntimeError, match="residuals need one row for each of the 3 examples"):
-        optimizer.sensitivities()
