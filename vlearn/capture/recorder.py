@@ -261,7 +261,7 @@ class Recorder:
         if rule is not None and self._frames:
             call = self.trace.layer_calls[-1]
             doubtful = call.input_may_not_depend_on_examples or (args[0].requires_grad and args[0].is_leaf)
-            if (doubtful or self.trace.example_rows) and (call.path, call.number) not in self._checks.with_examples:
+            if doubtful and not self.trace.example_rows and not self._is_known(call):
                 self._frames[-1].doubtful.append(call)
 
     def _can_be_unit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
@@ -273,9 +273,12 @@ class Recorder:
         return None not in out or not self._frames  # the loss need not read all that the model returns, as a state
 
     def _stand_by(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> None:
-        """Record a call that takes over from calls inside, should their inputs turn out to have no examples."""
+        """Record a call that takes over from calls inside, should their inputs turn out to have no examples.
+
+        Where an index gives the examples it is the model's: the rows of any other may be as many by chance.
+        """
         trace, module = self.trace, frame.module
-        if not self._can_be_unit(module, args, kwargs, output):
+        if trace.example_rows and self._frames or not self._can_be_unit(module, args, kwargs, output):
             if self._frames:
                 self._frames[-1].doubtful += frame.doubtful
             return
@@ -377,6 +380,8 @@ class Recorder:
             if i not in made_of_others:
                 self._wait_for_gradient(call, position, sources[i])
         trace.layer_calls.append(call)
+        if trace.example_rows and self._frames and not self._is_known(call):
+            self._frames[-1].doubtful.append(call)
 
     def _separate_outputs(self, leaves: list[Tensor], positions: list[int], ends: list[Node]) -> tuple[set[int], bool]:
         """(The outputs whose gradients are not needed, whether others are made of one another).
@@ -459,10 +464,10 @@ class Recorder:
             return [None] * len(inputs), [0 if self._has_row_per_example(leaf) else None for leaf in outputs]
         return axes_of_call(module, args, kwargs, inputs, outputs, self.trace.num_examples)
 
-    @property
-    def _checks(self) -> ModelChecks:
+    def _is_known(self, call: LayerCall) -> bool:
+        """Whether its rows were seen to be those of examples."""
         assert self.trace.root is not None
-        return ModelChecks.of(self.trace.root)
+        return (call.path, call.number) in ModelChecks.of(self.trace.root).with_examples
 
     def _may_not_depend_on_examples(self, args: Any, kwargs: Any) -> bool:
         """Whether some input neither requires grad nor is one of the model's own."""

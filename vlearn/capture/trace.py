@@ -272,8 +272,8 @@ class Trace:
         if self.example_rows or (leaves and all(len(leaf) != self.num_examples for leaf in numbers)):
             return ""
         return (
-            " If the rows of several examples are concatenated, as the nodes of graphs are, say which example each is of: "
-            "pass example_index= to optimizer.watch(), sweep(), influence() or leave_group_out()."
+            " If the rows of several examples are concatenated, as the nodes of graphs are, pass example_index= to "
+            "optimizer.watch(), sweep(), influence() or leave_group_out(): it says which example each row is of."
         )
 
     def calls_by_parameter(self) -> dict[Tensor, list[LayerCall]]:

@@ -87,10 +87,10 @@ class ChosenRows:
         return mask
 
     def together(self, tensor: Tensor) -> Tensor:
-        """``[r, G, t, F]`` as ``[n, G, T·t, F]``, zero where there is no row."""
+        """``[r, G, t, F]`` as ``[n, G, T·t, F]``, zero where there is no row; of r = 0 rows there may be one more."""
         groups, t, features = tensor.shape[1:]
         padded = tensor.new_zeros(self.num_examples, self.most, groups, t, features)
-        padded[self.example, self.place] = tensor
+        padded[self.example, self.place] = tensor[: len(self.rows)]
         return padded.transpose(1, 2).reshape(self.num_examples, groups, self.most * t, features)
 
     def apart(self, tensor: Tensor) -> Tensor:
@@ -100,17 +100,19 @@ class ChosenRows:
         return tensor.unflatten(2, (self.most, -1))[self.example, :, self.place]
 
     def by_example(self, form: Form) -> Form:
-        """The form of the r rows as one of the n examples.
+        """The form of the r rows as one of the n examples; of r = 0 rows there may be one more.
 
         Raises:
             RuntimeError: if a layer's output rows overlap, so that they cannot become positions.
         """
         if isinstance(form, Bias):
-            b = form.b.new_zeros(self.num_examples, *form.b.shape[1:]).index_add_(0, self.example, form.b)
+            b = form.b.new_zeros(self.num_examples, *form.b.shape[1:]).index_add_(
+                0, self.example, form.b[: len(self.rows)]
+            )
             return replace(form, b=b)
         if isinstance(form, Indexed):
             tokens = form.tokens.new_zeros(self.num_examples, self.most, form.tokens.shape[1])
-            tokens[self.example, self.place] = form.tokens
+            tokens[self.example, self.place] = form.tokens[: len(self.rows)]
             return replace(form, tokens=tokens.flatten(1), b=self.together(form.b))
         rows = form if isinstance(form, Elementwise) else form.as_outer()
         if rows is None:

@@ -297,6 +297,7 @@ def linearize(
             raise RuntimeError(
                 f"the loss gives {len(loss)} values for a batch of {len(batch.index)} examples: use a loss of one "
                 "value for each example, and inputs and targets with the examples along dimension 0."
+                f"{trace.hint_at_index()}"
             )
         kind = shapes((leaves, batch.target))
         is_known = kind in losses.checked

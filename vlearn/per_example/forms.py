@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
+from vlearn.layers.example_rows import ChosenRows
 from vlearn.layers.gradient_forms import Form
 
 CHUNK_ENTRIES = 2**20  # entries of G and of the rows worked on together, 4 MiB of float32: they stay in cache
@@ -17,8 +18,7 @@ FALLBACK_ENTRIES = 2**24  # entries of G of all fallback modules together, which
 def form_of(call: LayerCall, p: Tensor, examples: slice) -> Form:
     """The gradient of one parameter from one use."""
     assert call.rule is not None and call.cotangents[0] is not None
-    chosen = None if call.rows is None else call.rows.of(examples)
-    rows = examples if chosen is None else chosen.rows
+    chosen, rows = _rows_of(call, examples)
     form = call.rule.form(call.module, p, upcast(call.input[rows]), upcast(call.cotangents[0][rows]))
     return form if chosen is None else chosen.by_example(form)
 
@@ -26,10 +26,17 @@ def form_of(call: LayerCall, p: Tensor, examples: slice) -> Form:
 def gradient_rows(call: LayerCall, examples: slice) -> Tensor:
     """The gradient of the output rows ``[n, G, T, O]``, without what a form needs of the input."""
     assert call.rule is not None and call.cotangents[0] is not None
+    chosen, rows = _rows_of(call, examples)
+    gradient = call.rule.rows(call.module, upcast(call.cotangents[0][rows]))
+    return gradient if chosen is None else chosen.together(gradient)
+
+
+def _rows_of(call: LayerCall, examples: slice) -> tuple[ChosenRows | None, slice | Tensor]:
+    """(The rows of the examples, if they have several each; which rows to give to the rule)."""
     if call.rows is None:
-        return call.rule.rows(call.module, upcast(call.cotangents[0][examples]))
+        return None, examples
     chosen = call.rows.of(examples)
-    return chosen.together(call.rule.rows(call.module, upcast(call.cotangents[0][chosen.rows])))
+    return chosen, chosen.rows if len(chosen.rows) else chosen.rows.new_zeros(1)  # not every rule takes none at all
 
 
 def chunks(total: int, entries: int, limit: int = CHUNK_ENTRIES) -> Iterator[slice]:

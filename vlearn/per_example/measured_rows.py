@@ -110,10 +110,10 @@ def find_example_rows(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     if known is None or not all(_has_sizes(trace, *each) for each in zip(calls, known, strict=True)):
         with as_recorded(trace):
             seen = _see(trace, weights, calls, ends)
-            known, certain = map(list, zip(*(_agreeing(trace, call, seen) for call in calls), strict=True))
-            _check_handed_over(trace, calls, known, seen)
+            known = [_agreeing(trace, call, seen) for call in calls]
+            _check_others(trace, calls, known, seen)
             _check_values(trace, weights, calls, ends, seen)
-        if all(certain):
+        if all(_is_told(trace, call, seen) for call in calls):
             remember(checks.example_rows, kind, known)
     for call, rows in zip(calls, known, strict=True):
         if rows is None:
@@ -130,14 +130,14 @@ _Rows = list[int | None] | None
 
 
 class _Seen(NamedTuple):
-    """The example of each row, -1 where no gradient comes; in the place of the tensor None where those of several do.
+    """The example of each row, -1 where no gradient comes.
 
     Attributes:
         of_calls: by call and output; of_inputs: by place among the leaves of the model's arguments.
     """
 
-    of_calls: dict[tuple[LayerCall, int], Tensor | None]
-    of_inputs: dict[int, Tensor | None]
+    of_calls: dict[tuple[LayerCall, int], Tensor]
+    of_inputs: dict[int, Tensor]
 
 
 def _examples_of_outputs(trace: Trace) -> dict[int, Tensor]:
@@ -216,7 +216,9 @@ def _see(trace: Trace, weights: dict[Tensor, Tensor], calls: list[LayerCall], en
             "the model does not run again as it did, so that it cannot be seen whether example_index is right "
             f"({type(error).__name__}: {error})."
         ) from error
-    seen = [_named(tensor, of_one, of_digits) for tensor, of_one, *of_digits in zip(places, *gradients, strict=True)]
+    names = [f"what the model makes of the output of {call}" for call, _ in probes]
+    names += [f"what the model makes of its input of shape {tuple(leaf.shape)}" for leaf in inputs.values()]
+    seen = [_named(*of_tensor) for of_tensor in zip(names, places, *gradients, strict=True)]
     return _Seen(dict(zip(probes, seen, strict=False)), dict(zip(inputs, seen[len(probes) :], strict=True)))
 
 
@@ -231,8 +233,12 @@ def _times_power(tensor: Tensor, digit: Tensor) -> Tensor:
     return tensor * (2.0**digit).to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1))
 
 
-def _named(like: Tensor, gradient: Tensor | None, of_digits: Sequence[Tensor | None]) -> Tensor | None:
-    """The example of each row by its gradients, see `_Seen`."""
+def _named(name: str, like: Tensor, gradient: Tensor | None, *of_digits: Tensor | None) -> Tensor:
+    """The example of each row by its gradients, -1 where none comes.
+
+    Raises:
+        RuntimeError: if those of several examples come to a row.
+    """
     examples = torch.full((len(like),), -1, device=like.device)
     if gradient is None or not gradient.numel():
         return examples
@@ -247,55 +253,67 @@ def _named(like: Tensor, gradient: Tensor | None, of_digits: Sequence[Tensor | N
         difference = (weighted - rows * (2.0**power).unsqueeze(1)).abs().amax(1)
         is_one = (power >= 0) & (power < 8) & (difference <= AGREE * size * 2.0**power)
         if not bool(is_one[reached].all()):
-            return None
+            raise RuntimeError(_SEE_ONE_ANOTHER.format(name))
         examples[reached] += power[reached].long() * 8**digit
     return examples
 
 
-def _agreeing(trace: Trace, call: LayerCall, seen: _Seen) -> tuple[_Rows, bool]:
-    """(By what the rows of a call go, None if by nothing that was told; whether gradients have told it)."""
-    rows: list[int | None] = []
-    is_certain = True
-    for place, shape in enumerate(call.shapes):
-        if call.output_axes[place] is None:
-            rows.append(None)
-            continue
-        examples = seen.of_calls[call, place]
-        agreeing = [each for each in _candidates(trace, shape[0]) if _agree(examples, each[1])]
-        if examples is None or not agreeing:
-            return None, True
-        (at, index), *others = agreeing
-        rows.append(at)
-        is_certain &= bool((examples >= 0).any()) and all(torch.equal(index, other) for _, other in others)
-    return rows, is_certain
-
-
-def _agree(seen: Tensor | None, examples: Tensor) -> bool:
-    return seen is not None and bool(((seen == examples.to(seen.device)) | (seen < 0)).all())
-
-
-def _check_handed_over(trace: Trace, calls: list[LayerCall], found: list[_Rows], seen: _Seen) -> None:
-    """Raise RuntimeError if a call whose rows go by nothing that was told has not as many of them by chance alone."""
-    used = {None}.union(*(rows for rows in found if rows is not None))
-    for call, rows in zip(calls, found, strict=True):
-        told = {at for shape in call.shapes for at, _ in _candidates(trace, shape[0])}
-        if rows is None and (call.stand_in is None or not told <= used):
-            raise _refusal(call, [seen.of_calls.get((call, place)) for place in range(len(call.shapes))])
-
-
-def _refusal(call: LayerCall, seen: list[Tensor | None]) -> RuntimeError:
-    if any(examples is None for examples in seen):
-        return RuntimeError(_SEE_ONE_ANOTHER.format(what=f"what the model makes of the output of {call}"))
-    return RuntimeError(
-        f"{call}: its {call.shapes[0][0]} rows go into other rows of the model's output than example_index says, so no "
-        "example has a gradient of its own: let it give, for each row, the row of the output that is its example's."
-    )
-
-
 _SEE_ONE_ANOTHER = (
-    "{what} depends on the other examples of the batch, so no example has a gradient of its own: let the model compute "
-    "nothing over all rows (LayerNorm, or statistics by example, instead of the batch's)."
+    "{} depends on the other examples of the batch, so no example has a gradient of its own: let the model compute "
+    "nothing over all rows (LayerNorm, or statistics by example, instead of the batch's), or use another batch size if "
+    "it is a table that is as long by chance."
 )
+
+
+def _agreeing(trace: Trace, call: LayerCall, seen: _Seen) -> _Rows:
+    """By what the rows of a call go."""
+    rows: list[int | None] = []
+    for place, (shape, axis) in enumerate(zip(call.shapes, call.output_axes, strict=True)):
+        told = [None] if axis is None else _agreeing_with(trace, shape[0], seen.of_calls[call, place])
+        if not told:
+            return None
+        rows.append(told[0])
+    return rows
+
+
+def _agreeing_with(trace: Trace, count: int, seen: Tensor) -> list[int | None]:
+    """Which of the candidates rows may go by, as far as was seen."""
+    candidates = _candidates(trace, count)
+    return [at for at, index in candidates if bool(((seen == index.to(seen.device)) | (seen < 0)).all())]
+
+
+def _is_told(trace: Trace, call: LayerCall, seen: _Seen) -> bool:
+    """Whether gradients came to a call, and tell the one that its rows go by from others."""
+    for place, (shape, axis) in enumerate(zip(call.shapes, call.output_axes, strict=True)):
+        if axis is not None:
+            examples = seen.of_calls[call, place]
+            agreeing = _agreeing_with(trace, shape[0], examples)
+            indices = [index for at, index in _candidates(trace, shape[0]) if at in agreeing]
+            if bool((examples < 0).all()) or not all(torch.equal(indices[0], other) for other in indices[1:]):
+                return False
+    return True
+
+
+def _check_others(trace: Trace, calls: list[LayerCall], found: list[_Rows], seen: _Seen) -> None:
+    """Raise RuntimeError unless the calls whose rows go by nothing that was told have as many of them by chance.
+
+    An index that they disagree with must have been seen to be right there by other calls.
+    """
+    right = [torch.zeros(len(rows), dtype=torch.bool) for rows in trace.example_rows]
+    for call, rows in zip(calls, found, strict=True):
+        for place, at in enumerate(rows or ()):
+            if at is not None:
+                right[at] |= (seen.of_calls[call, place] >= 0).cpu()
+    for call in [call for call, rows in zip(calls, found, strict=True) if rows is None]:
+        for (other, _), examples in seen.of_calls.items():
+            for at, index in _candidates(trace, len(examples)) if other is call else ():
+                differs = ((examples >= 0) & (examples != index.to(examples.device))).cpu()
+                if call.stand_in is None or (at is not None and bool((differs & ~right[at]).any())):
+                    raise RuntimeError(
+                        f"{call}: its {len(examples)} rows go into other rows of the model's output than example_index "
+                        "says, so no example has a gradient of its own: let it give, for each row, the row of the "
+                        "output that is its example's."
+                    )
 
 
 def _check_values(
@@ -308,10 +326,8 @@ def _check_values(
         outputs = rerun(trace, weights)
         for others in (first, ~first):
 
-            def change(leaf: Tensor, examples: Tensor | None, others: Tensor = others) -> Tensor:
+            def change(leaf: Tensor, examples: Tensor, others: Tensor = others) -> Tensor:
                 """Only the rows that are of others."""
-                if examples is None:
-                    return leaf
                 changed = (others.to(leaf.device)[examples] & (examples >= 0)).reshape(-1, *[1] * (leaf.dim() - 1))
                 return torch.where(changed, CHANGED * leaf, leaf)
 
@@ -330,7 +346,7 @@ def _check_values(
                 stays = ~others.to(examples.device)[examples]
                 if before.shape != after.shape or not is_close(after[stays], before[stays], AGREE):
                     if all(map(torch.equal, outputs, rerun(trace, weights))):  # else it draws numbers of its own
-                        raise RuntimeError(_SEE_ONE_ANOTHER.format(what="an example's output"))
+                        raise RuntimeError(_SEE_ONE_ANOTHER.format("an output"))
 
 
 def _with_inputs(trace: Trace, inputs: dict[int, Tensor]) -> Trace:
