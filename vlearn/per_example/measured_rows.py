@@ -105,7 +105,7 @@ def find_example_rows(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     if trace.num_examples < 2:
         return
     checks = ModelChecks.of(root)
-    kind = tuple((call.path, call.number) for call in calls), trace.kind, len(trace.example_rows)
+    kind = tuple((call.path, call.number, *call.output_axes) for call in calls), trace.kind, len(trace.example_rows)
     known: list[_Rows] | None = checks.example_rows.get(kind)
     if known is None or not all(_has_sizes(trace, *each) for each in zip(calls, known, strict=True)):
         with as_recorded(trace):
@@ -244,14 +244,15 @@ def _named(name: str, like: Tensor, gradient: Tensor | None, *of_digits: Tensor 
         return examples
     rows = gradient.reshape(len(like), -1)
     size, place = rows.abs().max(1)
-    reached = size > ROUNDING * torch.finfo(rows.dtype).eps * size.max()
+    noise = ROUNDING * min(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps) * size.max()
+    reached = size > noise
     examples[reached] = 0
     for digit, with_digit in enumerate(of_digits):
         weighted = torch.zeros_like(rows) if with_digit is None else with_digit.reshape(rows.shape)
         ratio = weighted.gather(1, place.unsqueeze(1)) / rows.gather(1, place.unsqueeze(1))
         power = ratio.real.log2().round().squeeze(1)
         difference = (weighted - rows * (2.0**power).unsqueeze(1)).abs().amax(1)
-        is_one = (power >= 0) & (power < 8) & (difference <= AGREE * size * 2.0**power)
+        is_one = (power >= 0) & (power < 8) & (difference <= (AGREE * size + noise) * 2.0**power)
         if not bool(is_one[reached].all()):
             raise RuntimeError(_SEE_ONE_ANOTHER.format(name))
         examples[reached] += power[reached].long() * 8**digit
