@@ -47,8 +47,10 @@ def jacobian_vector_product(lin: Linearization, direction: Vector) -> list[Tenso
                 return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
         except NotImplementedError:  # an operation without forward derivative
             whole = lin.batch
-            parts = [whole] if whole.example_rows else [whole.rows(torch.tensor([n])) for n in range(len(whole.index))]
-            rows = [_in_reverse(lin, part, moves) for part in parts]
+            numbers = torch.arange(len(whole.index), device="cpu").split(1)
+            rows = [
+                _in_reverse(lin, part, moves) for part in ([whole] if whole.example_rows else map(whole.rows, numbers))
+            ]
             return [torch.cat(column, 1).squeeze(0) for column in zip(*rows, strict=True)]
 
 

@@ -110,10 +110,11 @@ def find_example_rows(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     if known is None or not all(_has_sizes(trace, *each) for each in zip(calls, known, strict=True)):
         with as_recorded(trace):
             seen = _see(trace, weights, calls, ends)
-            known = [_agreeing(trace, call, seen) for call in calls]
-            _check_others(trace, calls, known, seen)
+            agreeing = {output: _agreeing(trace, examples) for output, examples in seen.of_calls.items()}
+            _check_others(trace, seen, agreeing)
             _check_values(trace, weights, calls, ends, seen)
-        if all(_is_told(trace, call, seen) for call in calls):
+        known = [_rows_of(call, agreeing) for call in calls]
+        if all(_is_certain(examples, agreeing[output]) for output, examples in seen.of_calls.items()):
             remember(checks.example_rows, kind, known)
     for call, rows in zip(calls, known, strict=True):
         if rows is None:
@@ -124,8 +125,9 @@ def find_example_rows(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             checks.with_examples[call.path, call.number] = None
 
 
-# By which of the told indices the rows of each output of a call go, None: one for each example. None in the place of
-# the list: they go by none, and the call around it explains the parameters.
+_Candidate = tuple[int | None, Tensor]  # which of the told indices, None: one row for each example; the example of each
+# The first of these for each output of a call, None for one without rows. None in the place of the list: the rows go by
+# no candidate, and the model's call explains the parameters.
 _Rows = list[int | None] | None
 
 
@@ -162,8 +164,8 @@ def _examples_of_outputs(trace: Trace) -> dict[int, Tensor]:
     return ends
 
 
-def _candidates(trace: Trace, count: int) -> list[tuple[int | None, Tensor]]:
-    """By what so many rows may go: (which of the told indices, None: one for each example; the example of each)."""
+def _candidates(trace: Trace, count: int) -> list[_Candidate]:
+    """By what so many rows may go."""
     told = [(at, rows.index) for at, rows in enumerate(trace.example_rows) if len(rows) == count]
     one_each = (None, torch.arange(count, device=trace.example_rows[0].index.device))
     return [one_each, *told] if count == trace.num_examples else [*told]
@@ -266,55 +268,41 @@ _SEE_ONE_ANOTHER = (
 )
 
 
-def _agreeing(trace: Trace, call: LayerCall, seen: _Seen) -> _Rows:
-    """By what the rows of a call go."""
-    rows: list[int | None] = []
-    for place, (shape, axis) in enumerate(zip(call.shapes, call.output_axes, strict=True)):
-        told = [None] if axis is None else _agreeing_with(trace, shape[0], seen.of_calls[call, place])
-        if not told:
-            return None
-        rows.append(told[0])
-    return rows
+def _agreeing(trace: Trace, seen: Tensor) -> list[_Candidate]:
+    """The candidates that rows may go by, as far as was seen."""
+    candidates = _candidates(trace, len(seen))
+    return [each for each in candidates if bool(((seen == each[1].to(seen.device)) | (seen < 0)).all())]
 
 
-def _agreeing_with(trace: Trace, count: int, seen: Tensor) -> list[int | None]:
-    """Which of the candidates rows may go by, as far as was seen."""
-    candidates = _candidates(trace, count)
-    return [at for at, index in candidates if bool(((seen == index.to(seen.device)) | (seen < 0)).all())]
+def _rows_of(call: LayerCall, agreeing: dict[tuple[LayerCall, int], list[_Candidate]]) -> _Rows:
+    found = [agreeing.get((call, place)) for place in range(len(call.shapes))]
+    return None if [] in found else [each[0][0] if each else None for each in found]
 
 
-def _is_told(trace: Trace, call: LayerCall, seen: _Seen) -> bool:
-    """Whether gradients came to a call, and tell the one that its rows go by from others."""
-    for place, (shape, axis) in enumerate(zip(call.shapes, call.output_axes, strict=True)):
-        if axis is not None:
-            examples = seen.of_calls[call, place]
-            agreeing = _agreeing_with(trace, shape[0], examples)
-            indices = [index for at, index in _candidates(trace, shape[0]) if at in agreeing]
-            if bool((examples < 0).all()) or not all(torch.equal(indices[0], other) for other in indices[1:]):
-                return False
-    return True
+def _is_certain(seen: Tensor, agreeing: list[_Candidate]) -> bool:
+    """Whether the same will be found again: some gradient came, and tells the candidates apart."""
+    return bool((seen >= 0).any()) and all(torch.equal(agreeing[0][1], index) for _, index in agreeing[1:])
 
 
-def _check_others(trace: Trace, calls: list[LayerCall], found: list[_Rows], seen: _Seen) -> None:
-    """Raise RuntimeError unless the calls whose rows go by nothing that was told have as many of them by chance.
+def _check_others(trace: Trace, seen: _Seen, agreeing: dict[tuple[LayerCall, int], list[_Candidate]]) -> None:
+    """Raise RuntimeError unless rows that go by nothing that was told are as many by chance.
 
     An index that they disagree with must have been seen to be right there by other calls.
     """
-    right = [torch.zeros(len(rows), dtype=torch.bool) for rows in trace.example_rows]
-    for call, rows in zip(calls, found, strict=True):
-        for place, at in enumerate(rows or ()):
-            if at is not None:
-                right[at] |= (seen.of_calls[call, place] >= 0).cpu()
-    for call in [call for call, rows in zip(calls, found, strict=True) if rows is None]:
-        for (other, _), examples in seen.of_calls.items():
-            for at, index in _candidates(trace, len(examples)) if other is call else ():
-                differs = ((examples >= 0) & (examples != index.to(examples.device))).cpu()
-                if call.stand_in is None or (at is not None and bool((differs & ~right[at]).any())):
-                    raise RuntimeError(
-                        f"{call}: its {len(examples)} rows go into other rows of the model's output than example_index "
-                        "says, so no example has a gradient of its own: let it give, for each row, the row of the "
-                        "output that is its example's."
-                    )
+    right = [torch.zeros(len(rows), dtype=torch.bool, device="cpu") for rows in trace.example_rows]
+    for output, examples in seen.of_calls.items():
+        at = agreeing[output][0][0] if agreeing[output] else None
+        if at is not None:
+            right[at] |= (examples >= 0).cpu()
+    for (call, place), examples in seen.of_calls.items():
+        for at, index in _candidates(trace, len(examples)) if not agreeing[call, place] else ():
+            differs = ((examples >= 0) & (examples != index.to(examples.device))).cpu()
+            if call.stand_in is None or (at is not None and bool((differs & ~right[at]).any())):
+                raise RuntimeError(
+                    f"{call}: its {len(examples)} rows go into other rows of the model's output than example_index "
+                    "says, so no example has a gradient of its own: let it give, for each row, the row of the output "
+                    "that is its example's."
+                )
 
 
 def _check_values(
@@ -322,7 +310,7 @@ def _check_values(
 ) -> None:
     """Raise RuntimeError if the outputs of some examples change where others' rows do, in inputs and calls."""
     leaves = tree_flatten((trace.args, trace.kwargs))[0]
-    first = torch.arange(trace.num_examples) < trace.num_examples // 2
+    first = torch.arange(trace.num_examples, device="cpu") < trace.num_examples // 2
     with torch.no_grad():
         outputs = rerun(trace, weights)
         for others in (first, ~first):

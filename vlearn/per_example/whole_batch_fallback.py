@@ -127,7 +127,7 @@ def _whole(call: LayerCall) -> tuple[LayerCall, Tensor]:
         return call.whole
     place, axis = next((place, axis) for place, axis in enumerate(call.output_axes) if axis is not None)
     rows = call.output_rows[place] if call.output_rows else None
-    return call, torch.arange(call.shapes[place][axis] if rows is None else rows.num_examples)
+    return call, torch.arange(call.shapes[place][axis] if rows is None else rows.num_examples, device="cpu")
 
 
 def _run(call: LayerCall, weights: Weights, leaves: list[Any], structure: Any) -> list[Tensor]:
