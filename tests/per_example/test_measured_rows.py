@@ -8,7 +8,8 @@ from torch import nn
 import vlearn
 from tests.oracles.graphs import CLASSES, NETWORKS, Network, graphs, passed, pooled, summed
 from tests.oracles.per_example import relative_error
-from tests.sensitivity.test_example_index import check_live, loss_of, watched
+from tests.sensitivity.test_exactness import covariance_of
+from tests.sensitivity.test_example_index import check_live, loss_of, truth_at, watched
 
 
 def rows(model, g, index="batch", **asked):
@@ -308,15 +309,37 @@ def test_an_operation_without_forward_derivative_is_served_in_reverse(name):
     check_live(watched(model), model, graphs())
 
 
+class OfObjects(nn.Module):
+    """A model that takes a batch whole, as torch_geometric's models take their Data."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = NETWORKS["convolutions_with_parameters_of_their_own"]()
+
+    def forward(self, g):
+        return self.inner(**g.inputs)
+
+
 def test_a_model_may_take_all_of_a_batch_in_one_object():
-    """As torch_geometric's models take its Data."""
-    model = NETWORKS["convolutions_with_parameters_of_their_own"]()
-    whole = nn.ModuleDict({"inner": model})
-    whole.forward = lambda data: model(**data.inputs)
-    g = graphs()
-    index = lambda data: data.batch  # noqa: E731
-    optimizer = vlearn.IVON(whole, lr=0.1, ess=50, generator=torch.Generator().manual_seed(1))
-    optimizer.watch(whole, example_index=index)
-    F.cross_entropy(whole(g), g.y).backward()
-    inner = watched(NETWORKS["convolutions_with_parameters_of_their_own"]())
-    assert inner is not None and optimizer.sensitivities(deviation=True).self_influence.shape == (4,)
+    model, g = OfObjects(), graphs()
+    optimizer = watched(model, lambda g: g.batch)
+    F.cross_entropy(model(g), g.y).backward()
+    s, covariance = optimizer.sensitivities(deviation=True), covariance_of(optimizer, model)
+    truth = truth_at(model.inner, g)
+    assert relative_error(s.self_influence, truth.self_influence(covariance)) < 1e-10
+    assert relative_error(s.deviation, truth.deviation(covariance)) < 1e-10
+    table = vlearn.sweep(
+        model, optimizer.posterior(), [(g, g.y)], F.cross_entropy, progress=False, example_index=lambda g: g.batch
+    )
+    assert len(table) == 4
+
+
+def test_a_rule_whose_output_rows_overlap_is_refused():
+    model = network(
+        lambda m, g: m.out(pooled(m.transposed(m.first(g.x).unsqueeze(1)).flatten(1), g)),
+        first=nn.Linear(3, 4),
+        transposed=nn.ConvTranspose1d(1, 2, 3),
+        out=nn.Linear(12, CLASSES),
+    )
+    with pytest.raises(RuntimeError, match="ConvTransposeWeightGradient cannot be summed over the rows of an example"):
+        rows(model, graphs())
