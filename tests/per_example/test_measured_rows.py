@@ -123,6 +123,17 @@ def test_a_wrong_index_is_refused(name, how):
         optimizer.step()
 
 
+def test_a_wrong_index_is_refused_after_a_right_one():
+    model, g = NETWORKS["two_layers_of_message_passing"](), graphs((4, 1, 3, 5))
+    for _ in range(2):
+        rows(model, g)
+        sweep(model, g)
+    with pytest.raises(RuntimeError, match="rows go into other rows"):
+        rows(model, g, lambda **inputs: inputs["batch"].roll(1))
+    with pytest.raises(RuntimeError, match="rows go into other rows"):
+        sweep(model, g, lambda **inputs: inputs["batch"].roll(1))
+
+
 def test_of_many_graphs_one_node_of_another_is_seen():
     g = graphs([2] * 600)
     model = network(lambda m, g: m.out(pooled(torch.tanh(m.first(g.x)), g)), first=nn.Linear(3, 2), out=nn.Linear(2, 3))

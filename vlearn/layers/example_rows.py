@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,11 @@ class ExampleRows:
     Args:
         index: ``[R]`` the number of each row's example, in any order; an example may have no row.
         num_examples: N.
+        told_by: what gave the index.
     """
 
-    def __init__(self, index: Tensor, num_examples: int):
-        self.index, self.num_examples = index, num_examples
+    def __init__(self, index: Tensor, num_examples: int, told_by: Any = None):
+        self.index, self.num_examples, self.told_by = index, num_examples, told_by
         self._chosen: dict[tuple[int, ...], ChosenRows] = {}
 
     def __len__(self) -> int:

@@ -10,8 +10,9 @@ digit d of an output's example to base 8, by 2^d:
     values      all that belongs to one half of the examples is changed, and the outputs of the other half must stay
 
 What neither shows: examples that meet without a gradient before the first of these rows, in what is no tensor among the
-model's inputs; and a model that passed, and then comes to let them meet as `vlearn.per_example.independence` says. Of
-rows whose gradient is lost in rounding nothing is known, nor needed.
+model's inputs; a model that passed, and then comes to let them meet as `vlearn.per_example.independence` says; and what
+gives the index, if it is right for one batch and wrong for a later one. Of rows whose gradient is lost in rounding
+nothing is known, nor needed.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def told_rows(
             f"example_index names example {largest}, but the batch has {num_examples} targets: let it give the example "
             "of each row, from 0, and the loader one target for each example."
         )
-    return [ExampleRows(index, largest + 1 if num_examples is None else num_examples) for index in told]
+    count = largest + 1 if num_examples is None else num_examples
+    return [ExampleRows(index, count, example_index) for index in told]
 
 
 def _checked(index: Any) -> Tensor:
@@ -105,8 +107,12 @@ def find_example_rows(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     if trace.num_examples < 2:
         return
     checks = ModelChecks.of(root)
-    kind = tuple((call.path, call.number, *call.output_axes) for call in calls), trace.kind, len(trace.example_rows)
-    known: list[_Rows] | None = checks.example_rows.get(kind)
+    kind = (
+        tuple((call.path, call.number, *call.output_axes) for call in calls),
+        trace.kind,
+        tuple(id(rows.told_by) for rows in trace.example_rows),
+    )
+    known: list[_Rows] | None = checks.example_rows.get(kind, (None, None))[1]
     if known is None or not all(_has_sizes(trace, *each) for each in zip(calls, known, strict=True)):
         with as_recorded(trace):
             seen = _see(trace, weights, calls, ends)
@@ -115,7 +121,7 @@ def find_example_rows(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             _check_values(trace, weights, calls, ends, seen)
         known = [_rows_of(call, agreeing) for call in calls]
         if all(_is_certain(examples, agreeing[output]) for output, examples in seen.of_calls.items()):
-            remember(checks.example_rows, kind, known)
+            remember(checks.example_rows, kind, (trace.example_rows[0].told_by, known))  # which so keeps its id
     for call, rows in zip(calls, known, strict=True):
         if rows is None:
             for part in (trace,) if trace.probed is None else (trace, trace.probed):
