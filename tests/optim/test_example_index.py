@@ -54,8 +54,9 @@ def test_a_loss_of_nodes_gives_each_graph_the_sum_of_its_nodes():
     rows = [torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True) for loss in own]
     truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).square().mean(0)
     assert relative_error(hessian_of(optimizer, model), truth) < 1e-12
-    with pytest.raises(RuntimeError, match="residuals need one row for each of the 3 examples"):
-        optimizer.sensitivities()
+    for examples in (None, [0]):
+        with pytest.raises(RuntimeError, match="residuals need one row for each of the 3 examples"):
+            optimizer.sensitivities(examples=examples)
 
 
 @networks

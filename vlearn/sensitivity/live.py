@@ -93,21 +93,22 @@ def live_sensitivities(
         ValueError: if `output` or `examples` name what is not there.
         RuntimeError: if the output has no row for each example.
     """
-    part = recorded
+    part, trace = recorded, recorded.trace
+    of_all = select(trace.as_output(trace.cotangents), output)
+    if trace.example_rows and of_all.shape[:1] != (recorded.num_examples,):
+        raise RuntimeError(
+            f"the loss reads an output of shape {tuple(of_all.shape)} with the rows that example_index tells of, but "
+            f"residuals need one row for each of the {recorded.num_examples} examples: let the model return that."
+        )
     if examples is not None:
         device = next(iter(recorded.weights.values())).device
         part = recorded.subset(_validate_indices(examples, recorded.num_examples, device))
     gradient = select(part.trace.as_output(part.trace.cotangents), output)
     residual = gradient * part.scale
-    axes = recorded.trace.output_axes
+    axes = trace.output_axes
     first = axes is None or any(
         axis == 0 and each is gradient for axis, each in zip(axes, part.trace.cotangents, strict=True)
     )
-    if any(len(rows) == len(gradient) != part.num_examples for rows in recorded.trace.example_rows):
-        raise RuntimeError(
-            f"the loss reads an output of shape {tuple(residual.shape)} with the rows that example_index tells of, but "
-            f"residuals need one row for each of the {recorded.num_examples} examples: let the model return that."
-        )
     if residual.shape[:1] != (part.num_examples,) or not (first or callable(output)):
         raise RuntimeError(
             f"dimension 0 of the output of shape {tuple(residual.shape)} is not that of the {part.num_examples} "
