@@ -133,8 +133,9 @@ def test_a_call_without_tensors_is_a_problem():
         model(Graph(torch.randn(2, 4)))
     assert trace.problems == [
         "Model (Model): it was called with no tensors, nor tuples or dicts of them, but with Graph, so per-example "
-        "gradients are not defined."
+        "gradients are not defined." + trace.hint_at_index()
     ]
+    assert "pass example_index=" in trace.hint_at_index()
 
 
 class Tying(nn.Module):

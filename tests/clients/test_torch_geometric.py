@@ -1,6 +1,7 @@
 """torch_geometric batches graphs by concatenating their nodes, and nodes of one graph are no independent examples.
 
-Training works as with any optimizer; where no example has a gradient of its own, the message says so.
+Training works as with any optimizer; where no index says which example a row is of, or none has a gradient of its own,
+the message says so.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +14,7 @@ from vlearn._torch_internals import graph_task_id
 from vlearn.capture.names import module_paths
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
+from vlearn.layers.example_rows import ExampleRows
 
 _paused: ContextVar[bool] = ContextVar("_paused", default=False)
 
@@ -64,7 +65,11 @@ def hooked(
 
 @contextmanager
 def record(
-    model: nn.Module, tracked: Iterable[Tensor], num_examples: int = 0, is_replay: bool = False
+    model: nn.Module,
+    tracked: Iterable[Tensor],
+    num_examples: int = 0,
+    example_rows: Sequence[ExampleRows] = (),
+    is_replay: bool = False,
 ) -> Iterator[Trace]:
     """Record the one forward pass made inside; the hooks are gone afterwards, by any exit.
 
@@ -74,10 +79,11 @@ def record(
         model: called once inside, with gradients enabled.
         tracked: the parameters whose per-example gradients are wanted.
         num_examples: the size of the batch; 0: to be seen from the inputs.
+        example_rows: which examples the rows of concatenated tensors are of, if an index gives the examples.
         is_replay: all other hooks of vlearn are silent.
     """
     trace = Trace(module_paths(model), tracked, by_edge=True)
-    trace.num_examples = num_examples
+    trace.num_examples, trace.example_rows = num_examples, example_rows
     recorder = Recorder(trace)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

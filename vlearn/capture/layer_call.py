@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlearn.capture.pytrees import versions
 from vlearn.layers.example_axes import Axes
+from vlearn.layers.example_rows import ExampleRows
 from vlearn.layers.registry import Rule
 
 
@@ -35,6 +36,9 @@ class LayerCall:
         input_axes: along which axis of each leaf of (args, kwargs) the examples lie, None where along none; what sizes
             tell until `vlearn.per_example.measured_axes.find_example_axes` knows.
         output_axes: the same of each of those outputs.
+        output_rows: where an index gives the examples (`Trace.example_rows`), which of them the rows of each of those
+            outputs are of, None where there is one for each; what sizes tell until
+            `vlearn.per_example.measured_rows.find_example_rows` knows. Elsewhere empty.
         input_may_not_depend_on_examples: whether an input may have come from no example, though it has as many rows
             as there are examples.
         consumer: of a call that all examples share (`vlearn.capture.broadcast_calls`), the module that was given the
@@ -61,6 +65,7 @@ class LayerCall:
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
     input_axes: Axes = field(default_factory=list)
     output_axes: Axes = field(default_factory=list)
+    output_rows: list[ExampleRows | None] = field(default_factory=list)
     input_may_not_depend_on_examples: bool = False
     consumer: tuple[nn.Module, int, int] | None = None
     stand_in: int | None = None
@@ -82,9 +87,14 @@ class LayerCall:
         return self.args[0]
 
     @property
+    def rows(self) -> ExampleRows | None:
+        """Of a call that has a rule, which examples its rows are of; None where there is one for each example."""
+        return self.output_rows[0] if self.output_rows else None
+
+    @property
     def cotangent_entries(self) -> int:
         """Entries of the gradient of one example's output."""
-        return math.prod(self.shapes[0][1:])
+        return math.prod(self.shapes[0][1:]) * (1 if self.rows is None else self.rows.most)
 
     @property
     def reached(self) -> bool:

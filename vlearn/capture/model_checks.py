@@ -40,6 +40,8 @@ class ModelChecks:
     Attributes:
         unattributed: the parameters that the recorded calls of a kind of pass do not explain.
         independent: kinds of passes in which no example's output depends on the other examples.
+        example_rows: where an index gives the examples, by what the rows of each call go, see
+            `vlearn.per_example.measured_rows`.
         example_axes: along which axes the examples lie in a kind of pass, see `vlearn.per_example.measured_axes`.
         with_examples: calls of layers, by path and number, whose input was seen to have examples.
         row_sums: kinds of passes in which the examples' gradients add up to that of the pass.
@@ -48,6 +50,7 @@ class ModelChecks:
 
     unattributed: dict[Any, UnattributedParameters] = field(default_factory=dict)
     independent: dict[Any, None] = field(default_factory=dict)
+    example_rows: dict[Any, Any] = field(default_factory=dict)
     example_axes: dict[Any, Any] = field(default_factory=dict)
     with_examples: dict[Any, None] = field(default_factory=dict)
     row_sums: dict[Any, None] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from vlearn.capture.pytrees import detached, tensor_leaves, versions
 from vlearn.capture.random_state import has_drawn, random_state, random_state_now
 from vlearn.capture.trace import Trace, remove_all
 from vlearn.layers.example_axes import Axes, axes_of_call, axis_of
+from vlearn.layers.example_rows import ExampleRows
 from vlearn.layers.registry import Rule, rule_of
 
 _COMPUTE = frozenset(("forward", "_conv_forward", "_output_padding"))  # which a module may have of its own
@@ -107,9 +108,13 @@ class Recorder:
                 module, "an input is a sparse, nested or mkldnn tensor and not a dense one (padded, if need be)"
             )
             return
+        if trace.find_rows is not None:
+            trace.example_rows = trace.find_rows(module, args, kwargs)
+            trace.num_examples = trace.example_rows[0].num_examples
         if not trace.num_examples:
             trace.num_examples = _batch_size(tensor_leaves((args, kwargs)))
-        trace.input_axes = [axis_of(leaf, trace.num_examples) for leaf in tree_leaves((args, kwargs))]
+        leaves = tree_leaves((args, kwargs))
+        trace.input_axes = [None if trace.example_rows else axis_of(leaf, trace.num_examples) for leaf in leaves]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         while self._frames and self._frames[-1].module is not module:  # frames that an exception left open
@@ -243,7 +248,7 @@ class Recorder:
             # Pruning and the older weight_norm make the weight from a parameter of another name.
             plain = all(rule.covers(module, p) for p in wanted) and _COMPUTE.isdisjoint(module.__dict__)
             fits = single and plain and self._has_row_per_example(args[0]) and rule.accepts(module, args[0])
-            if single and plain and self._frames and not args[0].requires_grad:
+            if single and plain and self._frames and not (args[0].requires_grad or self.trace.example_rows):
                 number = self.trace.num_calls.get(module, 0)
                 self._frames[-1].broadcast.append(
                     BroadcastCall(module, number, wanted, rule, args[0], output, not fits)
@@ -266,21 +271,24 @@ class Recorder:
         if rule is not None and self._frames:
             call = self.trace.layer_calls[-1]
             doubtful = call.input_may_not_depend_on_examples or (args[0].requires_grad and args[0].is_leaf)
-            if doubtful and (call.path, call.number) not in self._checks.with_examples:
+            if doubtful and not self.trace.example_rows and not self._is_known(call):
                 self._frames[-1].doubtful.append(call)
 
     def _can_be_unit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
         """Whether a call can be made again on one example at a time, as far as sizes tell."""
         into, out = self._axes(module, args, kwargs, output)
         out = [axis for leaf, axis in zip(tensor_leaves(output), out, strict=True) if leaf.requires_grad]
-        if all(axis is None for axis in into) or all(axis is None for axis in out):
+        if all(axis is None for axis in out) or all(axis is None for axis in into) and not self.trace.example_rows:
             return False
         return None not in out or not self._frames  # the loss need not read all that the model returns, as a state
 
     def _stand_by(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> None:
-        """Record a call that takes over from calls inside, should their inputs turn out to have no examples."""
+        """Record a call that takes over from calls inside, should their inputs turn out to have no examples.
+
+        Where an index gives the examples it is the model's: the rows of any other may be as many by chance.
+        """
         trace, module = self.trace, frame.module
-        if not self._can_be_unit(module, args, kwargs, output):
+        if trace.example_rows and self._frames or not self._can_be_unit(module, args, kwargs, output):
             if self._frames:
                 self._frames[-1].doubtful += frame.doubtful
             return
@@ -363,6 +371,8 @@ class Recorder:
             cotangents=[None] * len(positions),
             is_nested=is_nested,
         )
+        if trace.example_rows:
+            call.output_rows = [self._rows_of(leaves[i]) for i in positions]
         if rule is None:
             call.input_axes, axes = self._axes(module, args, kwargs, output)
             call.output_axes = [axes[i] for i in positions]
@@ -380,6 +390,8 @@ class Recorder:
             if i not in made_of_others:
                 self._wait_for_gradient(call, position, sources[i])
         trace.layer_calls.append(call)
+        if trace.example_rows and self._frames and not self._is_known(call):
+            self._frames[-1].doubtful.append(call)
 
     def _separate_outputs(self, leaves: list[Tensor], positions: list[int], ends: list[Node]) -> tuple[set[int], bool]:
         """(The outputs whose gradients are not needed, whether others are made of one another).
@@ -446,17 +458,26 @@ class Recorder:
             trace.probe.edges.append((call, position, get_gradient_edge(tensor)))
 
     def _has_row_per_example(self, tensor: Tensor) -> bool:
-        return tensor.dim() > 0 and tensor.shape[0] == self.trace.num_examples
+        """Also rows that an index gives to the examples."""
+        has_row = tensor.dim() > 0 and tensor.shape[0] == self.trace.num_examples
+        return has_row or self._rows_of(tensor) is not None
+
+    def _rows_of(self, tensor: Tensor) -> ExampleRows | None:
+        """Which examples the rows of a tensor are of, if an index gives them to those of so many rows."""
+        rows = self.trace.example_rows if tensor.dim() > 0 else ()
+        return next((each for each in rows if len(each) == len(tensor)), None)
 
     def _axes(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Axes, Axes]:
         """The axis of the examples of each input leaf and of each output tensor."""
         inputs, outputs = tree_leaves((args, kwargs)), tensor_leaves(output)
+        if self.trace.example_rows:  # nothing is run on one example at a time
+            return [None] * len(inputs), [0 if self._has_row_per_example(leaf) else None for leaf in outputs]
         return axes_of_call(module, args, kwargs, inputs, outputs, self.trace.num_examples)
 
-    @property
-    def _checks(self) -> ModelChecks:
+    def _is_known(self, call: LayerCall) -> bool:
+        """Whether its rows were seen to be those of examples."""
         assert self.trace.root is not None
-        return ModelChecks.of(self.trace.root)
+        return (call.path, call.number) in ModelChecks.of(self.trace.root).with_examples
 
     def _may_not_depend_on_examples(self, args: Any, kwargs: Any) -> bool:
         """Whether some input neither requires grad nor is one of the model's own."""
@@ -476,6 +497,7 @@ class Recorder:
             reason = f"it was called with no tensors, nor tuples or dicts of them, but with {kinds}"
         trace.problems.append(
             f"{trace.paths[module]} ({type(module).__name__}): {reason}, so per-example gradients are not defined."
+            f"{trace.hint_at_index()}"
         )
 
 

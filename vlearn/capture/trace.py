@@ -24,6 +24,7 @@ from vlearn.capture.output_probe import CallEdge, OutputProbe
 from vlearn.capture.pass_gradients import PassGradients, product
 from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
 from vlearn.layers.example_axes import Axes
+from vlearn.layers.example_rows import ExampleRows
 
 
 class Statistics(NamedTuple):
@@ -67,6 +68,9 @@ class Trace:
         root: the module whose call the pass began with; args, kwargs, output: what it was called with and gave.
         num_examples: the size of the batch.
         input_axes: along which axis of each leaf of (args, kwargs) the examples lie; see `LayerCall`.
+        example_rows: which examples the rows of concatenated tensors are of, where an index gives the examples: one for
+            each number of rows that is told. No input is then cut to examples, so that all `input_axes` are None.
+        find_rows: (root, args, kwargs) -> that, called as the pass begins; None if no index gives them.
         examples: of a subset (`RecordedPass.subset`), which of the whole batch's examples it has; else None.
         in_train_mode: the modules that were in train mode.
         graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
@@ -95,6 +99,8 @@ class Trace:
         self.root: nn.Module | None = None
         self.num_examples = 0
         self.input_axes: Axes = []
+        self.example_rows: Sequence[ExampleRows] = ()
+        self.find_rows: Callable[[nn.Module, Any, Any], Sequence[ExampleRows]] | None = None
         self.examples: Tensor | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
@@ -294,6 +300,17 @@ class Trace:
         # Under autocast some modules worked in a narrow type, a replay does not.
         types = {cotangent.dtype for call in self.layer_calls for cotangent in call.cotangents if cotangent is not None}
         return max((1e-4, *(30 * torch.finfo(dtype).eps for dtype in types)))
+
+    def hint_at_index(self) -> str:
+        """What to do where the rows of examples seem to be concatenated, as whole numbers for each row suggest."""
+        leaves = tensor_leaves((self.args, self.kwargs))
+        numbers = [leaf for leaf in leaves if leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex())]
+        if self.example_rows or (leaves and all(len(leaf) != self.num_examples for leaf in numbers)):
+            return ""
+        return (
+            " If the rows of several examples are concatenated, as the nodes of graphs are, pass example_index= to "
+            "optimizer.watch(), sweep(), influence() or leave_group_out(): it says which example each row is of."
+        )
 
     def calls_by_parameter(self) -> dict[Tensor, list[LayerCall]]:
         """The calls that the backward pass reached, by parameter."""

@@ -24,6 +24,7 @@ register(
     ),
 )
 register(nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Linear)
+register("torch_geometric.nn.dense.linear.Linear", nn.Linear)
 
 # Hugging Face's linear layer of GPT-2 holds its weight as [I, O].
 register(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,20 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from vlearn.capture.names import argument_names, model_arguments
 from vlearn.capture.pytrees import plain
+from vlearn.layers.example_rows import ExampleRows
 from vlearn.linearized.numbering import TARGETS, Numbering
-from vlearn.per_example.arguments import argument_names, model_arguments
+from vlearn.per_example.measured_rows import ExampleIndex, check_example_index, told_rows
 
 NUMBERS = ("index", "idx")  # what a batch with names calls the numbers of its examples
 
 
 class Batch(NamedTuple):
-    """One minibatch: positional and keyword arguments of the model, targets, and ``[n]`` example numbers."""
+    """One minibatch: positional and keyword arguments of the model, targets, and ``[n]`` example numbers.
+
+    Attributes:
+        example_rows: which examples the rows of concatenated inputs are of, where an index gives the examples.
+        members: ``[k]`` of such a batch, which cannot be cut, the only examples that count; None for all.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Any
     index: Tensor
+    example_rows: Sequence[ExampleRows] = ()
+    members: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Batch:
         """Some of the examples, as a batch."""
@@ -78,12 +87,15 @@ def joined(parts: list[Part]) -> Batch:
     return Batch(args, kwargs, target, torch.cat([part.index for part in parts]))
 
 
-def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
+def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex | None = None) -> Iterator[Batch]:
     """The loader's batches, where the model is and as its forward takes them.
 
+    Args:
+        example_index: which example each row of concatenated inputs is of, see `vlearn.sweep`.
     Raises:
         ValueError: if a batch is none that `split` takes, has no tensors, or its examples cannot be numbered.
     """
+    check_example_index(example_index)
     device, names = device_of(model), argument_names(model)
     numbering = Numbering(loader)
     for given in numbering.loader:
@@ -91,7 +103,12 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
         x, target, index = split(given, names)
         x, target = tree_map(partial(_on, device), x), tree_map(lambda leaf: plain(_on(device, leaf)), target)
         known = index if index is not None else drawn
-        count = _count(x, target, None if known is None else len(known))
+        arguments, rows = model_arguments(model, x), []
+        if example_index is None:
+            count = _count(x, target, None if known is None else len(known))
+        else:
+            rows = _told_rows(example_index, model, arguments, target)
+            count = rows[0].num_examples
         if index is None:
             index = numbering.number(count, drawn)
         elif len(index) != count:
@@ -100,7 +117,7 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
             )
         else:
             numbering.check(index, drawn)
-        yield Batch(*model_arguments(model, x), target, index)
+        yield Batch(*arguments, target, index, rows)
 
 
 def split(batch: Any, arguments: Iterable[str] = ()) -> tuple[Any, Any, Tensor | None]:
@@ -190,6 +207,24 @@ def _count(x: Any, target: Any, known: int | None) -> int:
         )
     candidates = [known, *(size for size in [sizes[0]] if size in targets), *targets]
     return next((count for count in candidates if count in sizes), sizes[0])
+
+
+def _told_rows(
+    example_index: ExampleIndex, model: nn.Module, arguments: tuple[Any, Any], target: Any
+) -> list[ExampleRows]:
+    """As `told_rows`, of as many examples as there are targets.
+
+    Raises:
+        ValueError: if there is a target for each row.
+    """
+    count = next((leaf.shape[0] for leaf in tree_leaves(target) if _has_rows(leaf)), None)
+    rows = told_rows(example_index, model, *arguments, count)
+    if any(len(each) == count and int(each.index.max()) + 1 < len(each) for each in rows):
+        raise ValueError(
+            f"the loader gave {count} targets, one for each row and not for each example that example_index names: "
+            "take a loss of one value for each example."
+        )
+    return rows
 
 
 def _has_rows(leaf: Any) -> bool:

@@ -41,7 +41,7 @@ class CovarianceProducts:
     tangents: dict[LayerCall, list[Tensor]] | None
 
     def add(self, call: LayerCall, output: int, examples: slice, tangent: Tensor) -> None:
-        """Add to the tangent of one output of a call, for some of the examples, which come first."""
+        """Add to the tangent of one output of a call, for some of the examples, whose rows come first."""
         assert self.tangents is not None
         axis = call.output_axes[output]
         assert axis is not None
@@ -50,24 +50,36 @@ class CovarianceProducts:
         rows = self.tangents[call]
         if tangent.is_complex() and not rows[output].is_complex():
             rows[output] = rows[output].to(tangent.dtype)
-        rows[output].movedim(axis, 0)[examples] += tangent
+        rows[output].movedim(axis, 0)[_rows(call, output, examples)] += tangent
 
     def within(self, whole: RecordedPass, part: RecordedPass) -> CovarianceProducts:
         """The products of a subset of the examples as rows among those of all, zero for the others."""
         assert self.tangents is not None
 
-        def spread(rows: Tensor, shape: tuple[int, ...], axis: int | None = 0) -> Tensor:
+        assert part.trace.examples is not None
+        examples = part.trace.examples.tolist()
+
+        def spread(rows: Tensor, shape: tuple[int, ...], axis: int | None, chosen: Any) -> Tensor:
             of_all = rows.new_zeros(shape)
             if axis is not None:
-                of_all.movedim(axis, 0)[part.trace.examples] = rows.movedim(axis, 0)
+                of_all.movedim(axis, 0)[chosen] = rows.movedim(axis, 0)
             return of_all
 
         tangents = {
-            call: [spread(*each) for each in zip(self.tangents[chosen], call.shapes, call.output_axes, strict=True)]
+            call: [
+                spread(rows, call.shapes[output], call.output_axes[output], _rows(call, output, examples))
+                for output, rows in enumerate(self.tangents[chosen])
+            ]
             for call, chosen in zip(whole.trace.layer_calls, part.trace.layer_calls, strict=True)
             if chosen in self.tangents
         }
-        return CovarianceProducts(spread(self.self_influence, (whole.num_examples,)), tangents)
+        return CovarianceProducts(spread(self.self_influence, (whole.num_examples,), 0, examples), tangents)
+
+
+def _rows(call: LayerCall, output: int, examples: slice | list[int]) -> Any:
+    """Where some of the examples lie in an output of a call, along their axis."""
+    rows = call.output_rows[output] if call.output_rows else None
+    return examples if rows is None else rows.of(examples).rows
 
 
 def covariance_products(recorded: RecordedPass, covariance: Covariance, tangents: bool) -> CovarianceProducts:
@@ -205,6 +217,8 @@ def _together(
 
 def _add_row_tangent(products: CovarianceProducts, call: LayerCall, examples: slice, rows: Tensor) -> None:
     assert call.rule is not None
+    if call.rows is not None:
+        rows = call.rows.of(examples).apart(rows)
     shape = (rows.shape[0], *call.shapes[0][1:])
     if rows.shape[2] == 1:  # a bias moves every position alike
         rows = rows.expand_as(call.rule.rows(call.module, rows.new_empty(1).expand(shape)))

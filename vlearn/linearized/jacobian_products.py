@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vlearn.capture.pytrees import plain, tensor_leaves
+from vlearn.linearized.batches import Batch
 from vlearn.linearized.linearization import Linearization
 from vlearn.per_example.replay import as_recorded, call_with, forward_mode, tangents_in_reverse
 
@@ -42,11 +43,15 @@ def jacobian_vector_product(lin: Linearization, direction: Vector) -> list[Tenso
             with forward_mode(root.modules()), forward_ad.dual_level():
                 weights = lin.weights | {p: forward_ad.make_dual(lin.weights[p], v) for p, v in moves.items()}
                 leaves = tensor_leaves(call_with(root, weights, *lin.batch[:2]))
-                pairs = [forward_ad.unpack_dual(plain(leaves[position])) for position in lin.trace.positions]
+                pairs = [forward_ad.unpack_dual(output) for output in _outputs(lin, leaves)]
                 return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
         except NotImplementedError:  # an operation without forward derivative
-            rows = [_one_example(lin, moves, n) for n in range(len(lin.batch.index))]
-            return [torch.cat(column) for column in zip(*rows, strict=True)]
+            whole = lin.batch
+            numbers = torch.arange(len(whole.index), device="cpu").split(1)
+            rows = [
+                _in_reverse(lin, part, moves) for part in ([whole] if whole.example_rows else map(whole.rows, numbers))
+            ]
+            return [torch.cat(column, 1).squeeze(0) for column in zip(*rows, strict=True)]
 
 
 @torch.enable_grad()
@@ -62,11 +67,17 @@ def hessian_vector_product(lin: Linearization, changes: list[Tensor]) -> list[Te
     )
 
 
-def _one_example(lin: Linearization, direction: Vector, n: int) -> list[Tensor]:
+def _in_reverse(lin: Linearization, batch: Batch, direction: Vector) -> list[Tensor]:
+    """J v of a batch's outputs ``[1, N, ...]``."""
     root = lin.trace.root
     assert root is not None
     live = {p: lin.weights[p].detach().requires_grad_() for p in direction}
-    one = lin.batch.rows(torch.tensor([n], device="cpu"))
-    leaves = tensor_leaves(call_with(root, lin.weights | live, one.args, one.kwargs))
-    outputs = [plain(leaves[position]) for position in lin.trace.positions]
+    leaves = tensor_leaves(call_with(root, lin.weights | live, batch.args, batch.kwargs))
+    outputs = [output.unsqueeze(0) for output in _outputs(lin, leaves)]
     return tangents_in_reverse(outputs, list(live.values()), list(direction.values()))
+
+
+def _outputs(lin: Linearization, leaves: list[Tensor]) -> list[Tensor]:
+    """Of the tensors of a model's output those that the Jacobian is of, and of the examples that count."""
+    outputs, members = [plain(leaves[position]) for position in lin.trace.positions], lin.batch.members
+    return outputs if members is None else [output[members.to(output.device)] for output in outputs]

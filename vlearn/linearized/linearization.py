@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vlearn.capture.hooks import record
 from vlearn.capture.pytrees import Selector, plain, select, shapes, tensor_leaves, with_leaves
@@ -295,8 +296,11 @@ def linearize(
         RuntimeError: if the examples of a batch have no gradient or no loss of their own.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
-    with torch.enable_grad(), record(model, parameters, len(batch.index)) as trace:
-        prediction = model(*batch.args, **batch.kwargs)
+    with torch.enable_grad():
+        with record(model, parameters, len(batch.index), batch.example_rows) as trace:
+            prediction = model(*batch.args, **batch.kwargs)
+        if batch.members is not None:
+            prediction, batch = _of_members(prediction, batch, batch.members)
     if trace.problems:
         raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")
     if not trace.positions:
@@ -310,6 +314,7 @@ def linearize(
             raise RuntimeError(
                 f"the loss gives {len(loss)} values for a batch of {len(batch.index)} examples: use a loss of one "
                 "value for each example, and inputs and targets with the examples along dimension 0."
+                f"{trace.hint_at_index()}"
             )
         kind = shapes((leaves, batch.target))
         is_known = kind in losses.checked
@@ -333,6 +338,16 @@ def linearize(
         own_loss=loss,
         residuals=list(residuals),
     )
+
+
+def _of_members(prediction: Any, batch: Batch, members: Tensor) -> tuple[Any, Batch]:
+    """The output and the targets of the only examples that count."""
+
+    def rows(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.shape[:1] == batch.index.shape
+        return leaf[members.to(leaf.device)] if has_rows else leaf
+
+    return tree_map(rows, prediction), batch._replace(target=tree_map(rows, batch.target), index=batch.index[members])
 
 
 @contextmanager

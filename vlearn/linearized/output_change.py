@@ -22,7 +22,7 @@ from vlearn.capture.trace import Trace
 from vlearn.layers.example_axes import axis_of
 from vlearn.linearized.covariance_products import CovarianceProducts
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import as_recorded, forward_mode, rerun, tangents_in_reverse
+from vlearn.per_example.replay import as_recorded, forward_mode, rerun_with, tangents_in_reverse
 
 _CHECKPOINTED = (
     "no deviation through checkpoint() (or other hooks on saved tensors) where an operation of the model has no "
@@ -46,21 +46,17 @@ def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> li
     trace, root = recorded.trace, recorded.trace.root
     assert products.tangents is not None and root is not None
     trace.check_unchanged()
-    # A module called again is told apart by the number of the call.
-    calls_of: dict[tuple[nn.Module, int], list[LayerCall]] = {}
-    for call in products.tangents:
-        calls_of.setdefault((call.module, call.number), []).append(call)
     with as_recorded(trace):
         try:
             with forward_mode(root.modules()), forward_ad.dual_level():
-                outputs = _replay(recorded, calls_of, products.tangents, None)
+                outputs = _replay(recorded, products.tangents, None)
                 pairs = [forward_ad.unpack_dual(output) for output in outputs]
                 return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
         except NotImplementedError:
             size = torch.zeros_like(products.self_influence, requires_grad=True)
             # A checkpoint would recompute only after the replay: with other weights, and not moved by `size`.
             with disable_saved_tensors_hooks(_CHECKPOINTED):
-                outputs = _replay(recorded, calls_of, products.tangents, size)
+                outputs = _replay(recorded, products.tangents, size)
             axes = [axis_of(output, trace.num_examples) for output in outputs]
             with_examples = [
                 output.movedim(axis, 0) for output, axis in zip(outputs, axes, strict=True) if axis is not None
@@ -74,24 +70,16 @@ def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> li
 
 def _replay(
     recorded: RecordedPass,
-    calls_of: dict[tuple[nn.Module, int], list[LayerCall]],
     tangents: dict[LayerCall, list[Tensor]],
     size: Tensor | None,
 ) -> list[Tensor]:
     """Outputs of the recorded pass, those of each call moved along its tangents: by `size`, or as dual numbers."""
     trace, weights = recorded.trace, recorded.weights
-    num_calls: dict[nn.Module, int] = {}
     dtype = next(iter(weights.values())).dtype
-
-    def move(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        number = num_calls[module] = num_calls.get(module, -1) + 1
-        for call in calls_of.get((module, number), ()):
-            output = _moved_along(output, call, tangents[call], size)
-        return output
-
-    modules = dict.fromkeys(module for module, _ in calls_of)
     with _known_outputs(trace, dtype) if size is None else nullcontext():
-        leaves = rerun(trace, weights, modules=modules, leave=move)
+        leaves = rerun_with(
+            trace, weights, tangents, lambda call, output: _moved_along(output, call, tangents[call], size)
+        )
     outputs = [leaves[position] for position in trace.positions]
     trace.check_replayed(outputs)
     return outputs
@@ -142,13 +130,15 @@ def _carry_tangent(
 def _moved_along(output: Any, call: LayerCall, tangents: list[Tensor], size: Tensor | None) -> Any:
     """The same output of a call with its tensors moved, see `_replay`."""
     leaves, moved = tensor_leaves(output), {}
-    for position, axis, extra in zip(call.positions, call.output_axes, tangents, strict=True):
+    rows_of = call.output_rows or [None] * len(tangents)
+    for position, axis, rows, extra in zip(call.positions, call.output_axes, rows_of, tangents, strict=True):
         if axis is None:
             continue
         leaf = leaves[position]
         extra = extra.to(leaf.dtype)
         if size is not None:
-            moved[position] = leaf + size.reshape(-1, *[1] * (extra.dim() - 1 - axis)) * extra
+            of_rows = size if rows is None else size[rows.index]
+            moved[position] = leaf + of_rows.reshape(-1, *[1] * (extra.dim() - 1 - axis)) * extra
         else:
             if leaf.shape != extra.shape or 0 in leaf.stride():  # of a call that all examples share, or expanded
                 leaf = leaf.expand(extra.shape).clone()

@@ -48,6 +48,7 @@ from vlearn.optim.updates.curvature import PassCurvature
 from vlearn.optim.watch.loss_scale import WatchOptions, check_batch_norm
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
+from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.sensitivity.live import Sensitivities, live_sensitivities
 
 # Outcomes of the checks before a step in rising severity; "fail" means that this process cannot step.
@@ -541,6 +542,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         loss_scale: float | Callable[[], float] | None = None,
         every: int = 1,
         batch_norm: str | None = None,
+        example_index: ExampleIndex | None = None,
     ) -> None:
         """Draw in every training forward of the model, and keep what sensitivities need of it.
 
@@ -557,10 +559,17 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             batch_norm: what to do where examples meet in a BatchNorm in train mode: "refuse" their rows, or take mean
                 and variance of the batch as "constant", an approximation that leaves out how an example moves the
                 others' outputs through them. Default what the optimizer was made with.
+            example_index: for minibatches whose examples are concatenated, as graphs are by their nodes: which example,
+                from 0, each row is of, ``[rows]`` whole numbers in any order (torch_geometric's `data.batch`). Either
+                the name of the argument of the model's forward that has it, or a callable that gets the forward's
+                arguments and returns it. Or it returns several, one for each number of rows that layers have:
+                ``lambda x, edges, batch: (batch, batch[edges[0]])`` for layers on nodes and layers on edges. The
+                model returns a row for each example. Modules on other rows are as exact, and slower.
         Raises:
             TypeError, ValueError: if an argument breaks its rule.
         """
-        self._start_watch(model, WatchOptions(loss_reduction, loss_scale, every, batch_norm or self._batch_norm))
+        options = WatchOptions(loss_reduction, loss_scale, every, batch_norm or self._batch_norm, example_index)
+        self._start_watch(model, options)
         self._runtime.search.stop()
 
     def _start_watch(self, model: nn.Module, options: WatchOptions) -> None:

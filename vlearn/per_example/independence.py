@@ -25,7 +25,7 @@ from vlearn.capture.pytrees import tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace, is_close
 from vlearn.layers.example_axes import axis_of
 from vlearn.per_example.measured_axes import VALUES_AGREE
-from vlearn.per_example.replay import as_recorded, rerun
+from vlearn.per_example.replay import as_recorded, rerun, rerun_with
 from vlearn.per_example.vmap_fallback import per_example_gradients
 
 FEW = 4
@@ -41,6 +41,7 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     """
     total, root = trace.num_examples, trace.root
     assert root is not None
+    _check_outputs_have_examples(trace)
     few = min(total - 1, FEW)
     calls = tuple((call.path, call.number) for call in trace.layer_calls)
     kind = (calls, few, trace.paths_in_train_mode, trace.graph_structure)
@@ -59,6 +60,19 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             "LayerNorm or filter response normalisation instead of the batch's)."
         )
     remember(right, kind)
+
+
+def _check_outputs_have_examples(trace: Trace) -> None:
+    """Raise RuntimeError if the loss depends on an output whose rows can be no examples' and no positions of theirs."""
+    for cotangent in trace.cotangents:
+        if cotangent is None or not cotangent.dim() or trace.num_examples in cotangent.shape:
+            continue
+        if not trace.num_examples or len(cotangent) % trace.num_examples:
+            raise RuntimeError(
+                f"the loss depends on an output of shape {tuple(cotangent.shape)}, of which no axis is that of the "
+                f"batch's {trace.num_examples} examples, so no example has a gradient of its own: let the model take "
+                f"inputs and return outputs with the examples along dimension 0.{trace.hint_at_index()}"
+            )
 
 
 def _interact_in_values(trace: Trace, weights: dict[Tensor, Tensor], few: int) -> str | None:
@@ -156,26 +170,19 @@ def _gradients(trace: Trace, weights: dict[Tensor, Tensor], count: int) -> list[
     if count < 2:
         return []
     probes: list[tuple[LayerCall, Tensor, int]] = []
-    calls_of: dict[tuple[nn.Module, int], list[LayerCall]] = {}
-    for call in trace.layer_calls:
-        if call.reached and call.parameters and call.consumer is None:
-            calls_of.setdefault((call.module, call.number), []).append(call)
-    num_calls: dict[nn.Module, int] = {}
+    calls = [call for call in trace.layer_calls if call.reached and call.parameters and call.consumer is None]
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        number = num_calls[module] = num_calls.get(module, -1) + 1
+    def add_probes(call: LayerCall, output: Any) -> Any:
         leaves, moved = tensor_leaves(output), {}
-        for call in calls_of.get((module, number), ()):
-            for position, axis in zip(call.positions, call.output_axes, strict=True):
-                leaf = moved.get(position, leaves[position])
-                if axis is not None and leaf.dim() > axis and leaf.shape[axis] == count:
-                    probe = torch.zeros_like(leaf, requires_grad=True)
-                    probes.append((call, probe, axis))
-                    moved[position] = leaf + probe
+        for position, axis in zip(call.positions, call.output_axes, strict=True):
+            leaf = leaves[position]
+            if axis is not None and leaf.dim() > axis and leaf.shape[axis] == count:
+                probe = torch.zeros_like(leaf, requires_grad=True)
+                probes.append((call, probe, axis))
+                moved[position] = leaf + probe
         return with_leaves(output, moved)
 
-    modules = dict.fromkeys(module for module, _ in calls_of)
-    outputs = rerun(trace, weights, slice(count), modules, leave=leave)
+    outputs = rerun_with(trace, weights, calls, add_probes, slice(count))
     reached = zip(trace.positions, trace.cotangents, strict=True)
     with_axes = [(outputs[position], axis_of(c, trace.num_examples)) for position, c in reached if c is not None]
     ends = [

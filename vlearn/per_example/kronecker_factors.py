@@ -6,7 +6,8 @@ gradient is G_n = Σ_t b_nt a_ntᵀ over the positions t that share the weight. 
     expand   A = mean_n mean_t a aᵀ               B = mean_n Σ_t b bᵀ              positions are independent
     reduce   A = mean_n (mean_t a)(mean_t a)ᵀ     B = mean_n (Σ_t b)(Σ_t b)ᵀ       positions have one input
 
-(Eschenhagen et al., 2023, arXiv:2311.00636). Further uses of a weight are further positions. The input rows of an
+(Eschenhagen et al., 2023, arXiv:2311.00636). Where an index gives the examples, which have different numbers of rows,
+"expand" takes the mean of a aᵀ over all rows. Further uses of a weight are further positions. The input rows of an
 embedding are unit vectors, so its A is diagonal, the tokens' frequencies; there the convention is always expand.
 
 Everything is named after the parameter: "out_factor" is over its rows, "in_factor" over its columns, a vector where it
@@ -127,15 +128,16 @@ class _Rows:
         names = ("in_factor", "out_factor") if self.kind == "transposed" else ("out_factor", "in_factor")
         if self.b.shape[1] > 1 and not due:
             return {names[0]: outputs}
-        inputs = _second_moment(self.a.mean(1) if reduced else self.a)
-        return {names[0]: outputs, names[1]: inputs if reduced else inputs.div_(self.a.shape[1])}
+        inputs = _second_moment(self.a.sum(1) / self.exist.sum(1).clamp_min(1) if reduced else self.a)
+        return {names[0]: outputs, names[1]: inputs if reduced else inputs.div_(self.mean_positions)}
 
     def table_factors(self) -> dict[str, Tensor]:
         tokens, b = self.table.tokens, self.table.kept(self.table.b)
         counts = torch.bincount(tokens.flatten(), minlength=self.table.shape[0]).to(b.dtype)
+        counts[0] -= (1 - self.exist).sum()  # what stands where there is no row
         if self.table.padding is not None:
             counts[self.table.padding] = 0
-        return {"out_factor": counts.div_(tokens.shape[1]), "in_factor": _second_moment(b)}
+        return {"out_factor": counts.div_(self.mean_positions), "in_factor": _second_moment(b)}
 
     def squares(self, out_basis: Tensor | None, in_basis: Tensor | None) -> Tensor:
         if self.kind == "table":
@@ -161,7 +163,24 @@ class _Rows:
         """Rows of the input ``[n, T, I]``."""
         outers = [form.as_outer() for form in self.forms]
         rows = _joined([outer.a.squeeze(1) for outer in outers if outer is not None], 1)
-        return rows if self.layer.bias is None else torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+        return rows if self.layer.bias is None else torch.cat([rows, self.exist], 2)
+
+    @cached_property
+    def exist(self) -> Tensor:
+        """``[n, T, 1]`` 1 at each position, 0 where an example has fewer rows than others."""
+        masks = []
+        for call, form in zip(self.calls, self.forms, strict=True):
+            n, positions = form.b.shape[0], form.b.shape[2]
+            mask = form.b.new_ones(n, 1) if call.rows is None else call.rows.of(self.examples).exist().to(form.b.dtype)
+            masks.append(mask.repeat_interleave(positions // mask.shape[1], 1))
+        return _joined(masks, 1).unsqueeze(2)
+
+    @property
+    def mean_positions(self) -> float:
+        """How many positions an example of the batch has on average."""
+        rows_of = [call.rows for call in self.calls]
+        shares = [1.0 if rows is None else len(rows) / (rows.num_examples * rows.most) for rows in rows_of]
+        return sum(form.b.shape[2] * share for form, share in zip(self.forms, shares, strict=True))
 
     @cached_property
     def b(self) -> Tensor:

@@ -83,7 +83,7 @@ def find_example_axes(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             continue
         for part in (trace,) if trace.probed is None else (trace, trace.probed):
             if call.input_axes == [None]:
-                _hand_over(part.layer_calls, number)
+                hand_over(part.layer_calls, number)
             else:
                 _without_rule(part.layer_calls[number], trace, weights)
 
@@ -122,7 +122,7 @@ def _axes_with_one_less(
             return None
         raise RuntimeError(
             f"an axis that may not be the one of the examples is as long as the batch of {total}, and the model does "
-            "not run on one example less to tell: use another batch size."
+            f"not run on one example less to tell: use another batch size.{trace.hint_at_index()}"
         ) from error
     found = []
     for call, (module, number, place) in zip(calls, of_call, strict=True):
@@ -203,8 +203,8 @@ def _axes_of(call: LayerCall, after: _Shapes, total: int, place: int | None) -> 
     return [axes[0] if axes else None for axes in inputs], [axes[0] if axes else None for axes in of_outputs]
 
 
-def _hand_over(calls: list[LayerCall], number: int) -> None:
-    """The parameters of a call that has no examples go to the call around it, and from all calls inside that."""
+def hand_over(calls: list[LayerCall], number: int) -> None:
+    """Give the parameters of a call that has no examples to the call around it, from all calls inside that."""
     place, moved = calls[number].stand_in, calls[number].parameters
     assert place is not None
     unit = calls[place]

@@ -70,7 +70,7 @@ def separate_outputs(trace: Trace, weights: Weights) -> None:
         if not (call.is_nested and call.parameters and sum(each is not None for each in call.cotangents) > 1):
             continue
         live = {p: value.detach().requires_grad_(p.requires_grad) for p, value in weights.items()}
-        with as_recorded(trace), _same_random_numbers(call):
+        with as_recorded(trace), same_random_numbers_in(call):
             leaves, structure = leaves_of(call, weights)
             outputs = run_again(call, live, *tree_unflatten(leaves, structure))
             reached = [i for i, each in enumerate(call.cotangents) if each is not None]
@@ -79,7 +79,8 @@ def separate_outputs(trace: Trace, weights: Weights) -> None:
         call.cotangents, call.is_nested = [found.get(i) for i in range(len(outputs))], False
 
 
-def _same_random_numbers(call: LayerCall) -> AbstractContextManager[None]:
+def same_random_numbers_in(call: LayerCall) -> AbstractContextManager[None]:
+    """Inside, the call draws the random numbers that it drew in the recorded pass, if it drew any."""
     return nullcontext() if call.random_state is None else random_numbers_from(call.random_state)
 
 
@@ -100,7 +101,7 @@ def restore_outputs(call: LayerCall, weights: Weights) -> None:
     """Compute the batch's outputs again where a later in-place operation has overwritten them."""
     if all(output._version == version for output, version in call.outputs):
         return
-    with torch.no_grad(), _same_random_numbers(call):
+    with torch.no_grad(), same_random_numbers_in(call):
         outputs = run_again(call, weights, call.args, call.kwargs)
     call.outputs = [(output, output._version) for output in outputs]
 

@@ -15,8 +15,10 @@ from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import rows_along, rows_of, tensor_leaves, versions
 from vlearn.capture.trace import Trace
 from vlearn.layers.example_axes import axis_of
+from vlearn.layers.example_rows import ExampleRows
 from vlearn.per_example.independence import check_independent
 from vlearn.per_example.measured_axes import find_example_axes
+from vlearn.per_example.measured_rows import find_example_rows
 from vlearn.per_example.module_call import separate_outputs
 from vlearn.per_example.row_sums import check_row_sums
 from vlearn.per_example.vmap_fallback import Weights
@@ -48,11 +50,15 @@ class RecordedPass:
         """
         for part in (trace,) if trace.probed is None else (trace, trace.probed):
             separate_outputs(part, weights)
-        find_example_axes(trace, weights)
+        if not trace.example_rows:
+            find_example_axes(trace, weights)
         for call in trace.layer_calls:
             if call.reached and call.parameters:
                 call.check_unchanged()
-        check_independent(trace, weights)
+        if trace.example_rows:
+            find_example_rows(trace, weights)
+        else:
+            check_independent(trace, weights)
         check_row_sums(trace, weights)
         return cls(trace, weights, scale)
 
@@ -110,24 +116,28 @@ def _subset(trace: Trace, examples: Tensor) -> Trace:
 
 
 def _subset_of_call(call: LayerCall, examples: Tensor) -> LayerCall:
-    args, kwargs = rows_of((call.args, call.kwargs), call.input_axes, examples)
-    outputs = zip(call.outputs, call.output_axes, strict=False)  # not all calls keep theirs
+    chosen = [None if rows is None else rows.of(examples.tolist()) for rows in call.output_rows]
+    taken = [examples if each is None else each.rows for each in chosen or [None] * len(call.shapes)]
+    args, kwargs = rows_of((call.args, call.kwargs), call.input_axes, taken[0])
+    of_outputs = list(zip(call.output_axes, taken, strict=True))
+    outputs = zip(call.outputs, of_outputs, strict=False)  # not all calls keep theirs
     return replace(
         call,
         args=args,
         kwargs=kwargs,
         versions=versions((args, kwargs)),
         shapes=[
-            shape if axis is None else (*shape[:axis], len(examples), *shape[axis + 1 :])
-            for shape, axis in zip(call.shapes, call.output_axes, strict=True)
+            shape if axis is None else (*shape[:axis], len(rows), *shape[axis + 1 :])
+            for shape, (axis, rows) in zip(call.shapes, of_outputs, strict=True)
         ],
         cotangents=[
-            None if each is None else rows_along(each, axis, examples)
-            for each, axis in zip(call.cotangents, call.output_axes, strict=True)
+            None if each is None else rows_along(each, *of_output)
+            for each, of_output in zip(call.cotangents, of_outputs, strict=True)
         ],
         outputs=[
-            (rows := rows_along(out, axis, examples), _version(out, before, rows)) for (out, before), axis in outputs
+            (rows := rows_along(out, *of_output), _version(out, before, rows)) for (out, before), of_output in outputs
         ],
+        output_rows=[None if each is None else ExampleRows(each.example, len(examples)) for each in chosen],
         whole=(call, examples),
     )
 

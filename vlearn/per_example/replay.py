@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from vlearn._torch_internals import without_onednn
 from vlearn.capture.autograd_graph import outputs_inside
 from vlearn.capture.hooks import hooked, hooks_paused
+from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import rows_of, tensor_leaves
 from vlearn.capture.random_state import random_state_now, set_random_state
 from vlearn.capture.trace import Trace
@@ -192,6 +193,28 @@ def rerun(
         for device in {p.device for p in trace.tracked} if other_random_numbers else ():
             torch.rand(1, device=device)
         return tensor_leaves(call_with(root, weights, args, kwargs))
+
+
+def rerun_with(
+    trace: Trace,
+    weights: Mapping[Tensor, Tensor],
+    calls: Iterable[LayerCall],
+    change: Callable[[LayerCall, Any], Any],
+    examples: slice = slice(None),
+) -> list[Tensor]:
+    """As `rerun`, where what each of these calls gives is changed as (call, output) -> output says."""
+    calls_of: dict[tuple[nn.Module, int], list[LayerCall]] = {}
+    for call in calls:  # of a module that is called again each has its number
+        calls_of.setdefault((call.module, call.number), []).append(call)
+    num_calls: dict[nn.Module, int] = {}
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        number = num_calls[module] = num_calls.get(module, -1) + 1
+        for call in calls_of.get((module, number), ()):
+            output = change(call, output)
+        return output
+
+    return rerun(trace, weights, examples, dict.fromkeys(module for module, _ in calls_of), leave=leave)
 
 
 def gradients_of_replay(trace: Trace, weights: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:

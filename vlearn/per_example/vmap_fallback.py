@@ -2,8 +2,8 @@
 
 The module is run again on one example at a time, vectorised by `torch.func.vmap`, or one by one where
 that cannot be done. The recomputed outputs must equal the recorded ones; a module that mixes examples
-(batch statistics, another axis first) does not pass, and is refused. One that draws random numbers is run on the whole
-batch instead (`vlearn.per_example.whole_batch_fallback`).
+(batch statistics, another axis first) does not pass, and is refused. One that draws random numbers, and one of a batch
+whose examples an index gives, is run on the whole batch instead (`vlearn.per_example.whole_batch_fallback`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
             default ones.
     """
     check_axes(call)
-    if call.random_state is not None:
+    if call.random_state is not None or call.output_rows:
         return whole_batch_fallback.per_example_gradients(call, examples, weights, tolerance)
     names, run_example, batched = _example_call(call, examples, weights, call.parameters)
     values = {name: weights[p] for name, p in names.items()}
@@ -99,7 +99,7 @@ def output_tangents(call: LayerCall, examples: slice, weights: Weights, directio
     Returns:
         For each output ``[n, ...]``, the examples first, to first order; None for an output that has none.
     """
-    if call.random_state is not None:
+    if call.random_state is not None or call.output_rows:
         return whole_batch_fallback.output_tangents(call, examples, weights, directions)
     names, run_example, batched = _example_call(call, examples, weights, directions)
     values = {name: weights[p] for name, p in names.items()}

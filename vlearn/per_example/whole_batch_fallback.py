@@ -1,10 +1,12 @@
-"""Exact per-example gradients of a module that no rule covers and that draws random numbers, such as dropout's masks.
+"""Exact per-example gradients of a module that no rule covers and that cannot be run on one example.
 
-Run on one example it would draw others. So it is run again on the whole batch with the random numbers of the recorded
-pass, and sent back through it is the cotangent of one example at a time, zero for all others: one backward pass of the
-module for each example, and one forward pass more for each where the deviation is wanted. That the examples do not meet
-inside shows twice: the gradient of the inputs is that of the example's own, and where the other examples are exchanged
-its output stays.
+Because it draws random numbers, such as dropout's masks, and would draw others for one example; or because an index
+gives the examples, and what else belongs to one, as the edges of a graph, is not known. So it is run again on the whole
+batch with the random numbers of the recorded pass, and sent back through it is the cotangent of one example at a time,
+zero for all others: one backward pass of the module for each example, and one forward pass more for each where the
+deviation is wanted. That the examples do not meet inside shows twice: the gradient of the inputs is that of the
+example's own, and where the other examples are exchanged its output stays. Where an index gives the examples,
+`vlearn.per_example.measured_rows` has seen that they meet nowhere in the model.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from vlearn.per_example.module_call import (
     names_of,
     restore_outputs,
     run_again,
+    same_random_numbers_in,
 )
-from vlearn.per_example.replay import forward_mode, random_numbers_from, tangents_in_reverse
+from vlearn.per_example.replay import forward_mode, tangents_in_reverse
 
 Weights = dict[Tensor, Tensor]
 ALL = slice(None)
@@ -53,18 +56,18 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
     if examples.start == 0:
         _check_apart(whole, weights, tolerance)
     pulled = [
-        (output, axis, cotangent)
-        for output, axis, cotangent in zip(outputs, whole.output_axes, whole.cotangents, strict=True)
-        if axis is not None and cotangent is not None and output.requires_grad
+        (place, output, cotangent.to(output.dtype))
+        for place, (output, cotangent) in enumerate(zip(outputs, whole.cotangents, strict=True))
+        if whole.output_axes[place] is not None and cotangent is not None and output.requires_grad
     ]
     rows: list[list[Tensor]] = []
     for n in numbers[examples].tolist():
         gradients: Any = [None] * (len(live) + len(inputs))
         if pulled:
             gradients = torch.autograd.grad(
-                [output for output, _, _ in pulled],
+                [output for _, output, _ in pulled],
                 [*live.values(), *inputs.values()],
-                [_of_one(cotangent.to(output.dtype), axis, n) for output, axis, cotangent in pulled],
+                [_of_one(cotangent, _own(whole, place, n)) for place, _, cotangent in pulled],
                 retain_graph=True,
                 allow_unused=True,
             )
@@ -78,7 +81,7 @@ def per_example_gradients(call: LayerCall, examples: slice, weights: Weights, to
 
 
 def output_tangents(call: LayerCall, examples: slice, weights: Weights, directions: Weights) -> list[Tensor | None]:
-    """As `vlearn.per_example.vmap_fallback.output_tangents`, which see."""
+    """As `vlearn.per_example.vmap_fallback.output_tangents`, which see; all rows of an example where it has several."""
     whole, numbers = _whole(call)
     names = names_of(whole, directions)
     values = {name: weights[p] for name, p in names.items()}
@@ -91,26 +94,23 @@ def output_tangents(call: LayerCall, examples: slice, weights: Weights, directio
     def forward(k: int, n: int) -> list[Tensor | None]:
         with forward_ad.dual_level():
             moved = {name: forward_ad.make_dual(values[name], directions[p][k]) for name, p in names.items()}
-            pairs = [
-                None if rows is None else forward_ad.unpack_dual(rows) for rows in examples_first(whole, run(moved))
-            ]
+            pairs = [forward_ad.unpack_dual(output) for output in run(moved)]
             if k == 0:
-                check_outputs(whole, [None if pair is None else pair.primal for pair in pairs], ALL, REPEATS)
-            return [
-                None if pair is None else (torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent)[n]
-                for pair in pairs
-            ]
+                check_outputs(whole, examples_first(whole, [pair.primal for pair in pairs]), ALL, REPEATS)
+            tangents = [torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent for pair in pairs]
+            return _rows_of_one(whole, tangents, n)
 
     def in_reverse() -> list[list[Tensor | None]]:
         live = {name: value.detach().requires_grad_() for name, value in values.items()}
-        outputs = examples_first(whole, run(live))
-        check_outputs(whole, outputs, ALL, REPEATS)
+        outputs = run(live)
+        check_outputs(whole, examples_first(whole, outputs), ALL, REPEATS)
         rows = []
         for k, n in enumerate(chosen):
-            ends = [rows[n : n + 1] for rows in outputs if rows is not None]
+            own = _rows_of_one(whole, outputs, n)
+            ends = [each.unsqueeze(0) for each in own if each is not None and len(each)]
             moves = [directions[p][k] for p in names.values()]
             tangents = iter(tangents_in_reverse(ends, list(live.values()), moves))
-            rows.append([None if rows is None else next(tangents).squeeze(0) for rows in outputs])
+            rows.append([each if each is None or not len(each) else next(tangents).squeeze(0) for each in own])
         return rows
 
     with forward_mode(whole.module.modules()):
@@ -118,28 +118,43 @@ def output_tangents(call: LayerCall, examples: slice, weights: Weights, directio
             rows = [forward(k, n) for k, n in enumerate(chosen)]
         except NotImplementedError:
             rows = in_reverse()
-    return [None if column[0] is None else torch.stack(column).detach() for column in zip(*rows, strict=True)]
+    return [None if column[0] is None else torch.cat(column).detach() for column in zip(*rows, strict=True)]
 
 
 def _whole(call: LayerCall) -> tuple[LayerCall, Tensor]:
     """(The call of all examples, which of them the given one has)."""
     if call.whole is not None:
         return call.whole
-    axis, shape = next((a, s) for a, s in zip(call.output_axes, call.shapes, strict=True) if a is not None)
-    return call, torch.arange(shape[axis], device="cpu")
+    place, axis = next((place, axis) for place, axis in enumerate(call.output_axes) if axis is not None)
+    rows = call.output_rows[place] if call.output_rows else None
+    return call, torch.arange(call.shapes[place][axis] if rows is None else rows.num_examples, device="cpu")
 
 
 def _run(call: LayerCall, weights: Weights, leaves: list[Any], structure: Any) -> list[Tensor]:
-    assert call.random_state is not None
-    with random_numbers_from(call.random_state):
+    with same_random_numbers_in(call):
         return run_again(call, weights, *tree_unflatten(leaves, structure))
 
 
-def _of_one(tensor: Tensor, axis: int, n: int) -> Tensor:
+def _own(call: LayerCall, place: int, n: int) -> tuple[Any, ...]:
+    """Where an example lies in an output of the call, to index it with."""
+    axis, rows = call.output_axes[place], call.output_rows[place] if call.output_rows else None
+    assert axis is not None
+    return *[slice(None)] * axis, slice(n, n + 1) if rows is None else rows.of([n]).rows
+
+
+def _of_one(tensor: Tensor, own: tuple[Any, ...]) -> Tensor:
     """Zero but for one example."""
     alone = torch.zeros_like(tensor)
-    alone.select(axis, n).copy_(tensor.select(axis, n))
+    alone[own] = tensor[own]
     return alone
+
+
+def _rows_of_one(call: LayerCall, outputs: list[Tensor], n: int) -> list[Tensor | None]:
+    """An example's rows of each output, which come first; None for an output that has no examples."""
+    return [
+        None if axis is None else output[_own(call, place, n)].movedim(axis, 0)
+        for place, (output, axis) in enumerate(zip(outputs, call.output_axes, strict=True))
+    ]
 
 
 def _reaches_others(gradient: Tensor, axis: int, n: int) -> bool:
@@ -152,10 +167,10 @@ def _reaches_others(gradient: Tensor, axis: int, n: int) -> bool:
 def _check_apart(call: LayerCall, weights: Weights, tolerance: float) -> None:
     """Raise RefusedError if the outputs of either half of the examples change where the other half is exchanged."""
     numbers = _whole(call)[1]
-    if len(numbers) < 2:
+    with_examples = [place for place, axis in enumerate(call.input_axes) if axis is not None]
+    if len(numbers) < 2 or not with_examples:
         return
     leaves, structure = leaves_of(call, weights)
-    with_examples = [place for place, axis in enumerate(call.input_axes) if axis is not None]
     # Not the lengths of sequences, by which a packed one says which random number is whose.
     values = [place for place in with_examples if leaves[place].is_floating_point() or leaves[place].dim() > 1]
     half = len(numbers) // 2

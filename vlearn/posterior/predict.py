@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn.capture.names import model_arguments
 from vlearn.gaussians.protocol import Posterior, match
-from vlearn.per_example.arguments import model_arguments
 from vlearn.per_example.replay import call_with, eval_mode, placed
 
 

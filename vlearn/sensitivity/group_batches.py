@@ -124,6 +124,8 @@ def batches_by_group(
 ) -> Iterator[tuple[int, Batch]]:
     """(group, some of its examples), in batches about as large as the loader's: the size at which a pass is cheapest.
 
+    Where an index gives the examples, each batch of the loader is kept whole, once for each group in it.
+
     Args:
         only: ``[K]`` the groups that are wanted.
     """
@@ -137,6 +139,9 @@ def batches_by_group(
         full = max(full, len(batch.index))
         for k, rows in seen.rows_of(batch.index):
             if only is not None and not bool(only[k]):
+                continue
+            if batch.example_rows:  # what else belongs to an example, as the edges of a graph, is not known
+                yield k, batch._replace(members=rows)
                 continue
             part = batch.part(rows)
             if k in held and not held[k][-1].fits(part):

@@ -13,6 +13,7 @@ from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.linearization import at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
+from vlearn.per_example.measured_rows import ExampleIndex
 
 DIRECTION_ENTRIES = 2**27  # entries of Σg_j of the test examples that are held at once, 512 MiB of float32
 
@@ -47,6 +48,7 @@ def influence(
     top_k: int | None = None,
     chunk: int | None = None,
     progress: bool | None = None,
+    example_index: ExampleIndex | None = None,
 ) -> Influence:
     """How much each training example lowers the loss of each test example: g_jᵀ Σ g_i.
 
@@ -67,6 +69,7 @@ def influence(
             size N_train x N_test is held.
         chunk: number of test examples at a time; default as many as fit 2²⁷ entries of the parameters' size.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
+        example_index: which example each row of concatenated inputs is of, as for `vlearn.sweep`.
     Returns:
         Values with the numbers of their examples.
     Raises:
@@ -91,7 +94,7 @@ def influence(
         def directions() -> Iterator[tuple[Tensor, Vectors]]:
             """Σg_j of one chunk of test examples after the other."""
             held: list[tuple[Tensor, Vectors]] = []
-            for batch in batches(test_loader, model):
+            for batch in batches(test_loader, model, example_index):
                 for index, _, of_examples in gradients(batch, chunk):
                     size = chunk or max(1, DIRECTION_ENTRIES // sum(v[0].numel() for v in of_examples.values()))
                     if held and sum(len(i) for i, _ in held) + len(index) > size:
@@ -104,7 +107,9 @@ def influence(
 
         for index, moved in directions():
             now, column = _Pass(), _All() if top_k is None else _Best(top_k)
-            for batch in with_progress_bar(batches(train_loader, model), train_loader, progress, "influence"):
+            for batch in with_progress_bar(
+                batches(train_loader, model, example_index), train_loader, progress, "influence"
+            ):
                 for numbers, loss, of_examples in gradients(batch):
                     now.add(numbers, loss)
                     column.add(numbers, _inner(of_examples, moved))

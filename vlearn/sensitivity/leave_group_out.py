@@ -18,6 +18,7 @@ from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.linearized.solver import Vectors, solve
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
+from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
 from vlearn.sensitivity.refined import check_threshold
 from vlearn.sensitivity.sweep import not_kept
@@ -79,6 +80,7 @@ def leave_group_out(
     max_iterations: int = 100,
     output: Selector = None,
     progress: bool | None = None,
+    example_index: ExampleIndex | None = None,
 ) -> GroupTable:
     """Loss of each group's examples by a model that was trained without the group, without training it.
 
@@ -102,6 +104,8 @@ def leave_group_out(
         max_iterations: of the conjugate gradients; what they have by then is taken, and `converged` tells.
         output: which of several outputs `deviation` speaks of.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
+        example_index: which example each row of concatenated inputs is of, as for `vlearn.sweep`. Each group then takes
+            a pass of every whole batch that has some of its examples.
     Returns:
         One row per group.
     Raises:
@@ -127,7 +131,7 @@ def leave_group_out(
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples, in batches."""
             seen = members.count()
-            given = batches(loader, model)
+            given = batches(loader, model, example_index)
             given = with_progress_bar(given, loader, progress, "leave_group_out")
             for k, batch in batches_by_group(map(whole, given), seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)

@@ -93,13 +93,19 @@ def live_sensitivities(
         ValueError: if `output` or `examples` name what is not there.
         RuntimeError: if the output has no row for each example.
     """
-    part = recorded
+    part, trace = recorded, recorded.trace
+    of_all = select(trace.as_output(trace.cotangents), output)
+    if trace.example_rows and of_all.shape[:1] != (recorded.num_examples,):
+        raise RuntimeError(
+            f"the loss reads an output of shape {tuple(of_all.shape)} with the rows that example_index tells of, but "
+            f"residuals need one row for each of the {recorded.num_examples} examples: let the model return that."
+        )
     if examples is not None:
         device = next(iter(recorded.weights.values())).device
         part = recorded.subset(_validate_indices(examples, recorded.num_examples, device))
     gradient = select(part.trace.as_output(part.trace.cotangents), output)
     residual = gradient * part.scale
-    axes = recorded.trace.output_axes
+    axes = trace.output_axes
     first = axes is None or any(
         axis == 0 and each is gradient for axis, each in zip(axes, part.trace.cotangents, strict=True)
     )
@@ -126,13 +132,16 @@ def live_sensitivities(
 def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
     """Changes of the outputs of some examples; by a pass over all of them where the model needs those.
 
-    A model that draws random numbers draws others for fewer examples.
+    A model that draws random numbers draws others for fewer examples, and a batch whose examples an index gives cannot
+    be cut.
     """
     whole.trace.check_unchanged()
     try:
-        return output_deviation(part, products)
+        if not whole.trace.example_rows:
+            return output_deviation(part, products)
     except RuntimeError:
-        return [rows[part.trace.examples] for rows in output_deviation(whole, products.within(whole, part))]
+        pass
+    return [rows[part.trace.examples] for rows in output_deviation(whole, products.within(whole, part))]
 
 
 def prediction_error(residual: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
+from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.sensitivity.live import prediction_error
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
 from vlearn.sensitivity.summary import row_norms, summarize
@@ -168,6 +169,7 @@ def sweep(
     per: str = "example",
     loo_loss: bool = True,
     deviation: bool | None = None,
+    example_index: ExampleIndex | None = None,
 ) -> SensitivityTable:
     """Leave-one-out loss, deviation, self-influence and leverage of every example, without retraining.
 
@@ -203,6 +205,9 @@ def sweep(
         loo_loss: False leaves it out: for a posterior whose Σ has an arbitrary scale, as SGD's, which only ranks.
         deviation: keep Δf of every example; by default where it has at most 2¹² entries for each, and as many in every
             batch. A language model's outgrow any memory; the norms are always kept.
+        example_index: for batches whose examples are concatenated, as graphs are by their nodes: the name of the
+            argument of the model's forward that gives the example of each row, ``[rows]``, or a callable of the
+            forward's arguments; see `VariationalOptimizer.watch`. There are as many examples as targets.
     Returns:
         One row per example, or token.
     Raises:
@@ -215,7 +220,7 @@ def sweep(
     losses = ExampleLoss(loss_fn, per)
     table = _GrowingTable()
     with at_mean(model, posterior) as covariance:
-        for batch in with_progress_bar(batches(loader, model), loader, progress, "sweep"):
+        for batch in with_progress_bar(batches(loader, model, example_index), loader, progress, "sweep"):
             lin = linearize(model, covariance, batch, losses, output, options.second_order)
             for rows in (_rows_of(lin, options),) if per == "example" else _token_rows_of(lin, options):
                 table.add(rows)

@@ -52,7 +52,7 @@ def with_constant_statistics(trace: Trace, weights: Weights) -> Trace:
         with (
             same_random_numbers(trace),
             hooked(trace.batch_norms, enter=hold),
-            record(root, trace.tracked, trace.num_examples, is_replay=True) as replayed,
+            record(root, trace.tracked, trace.num_examples, trace.example_rows, is_replay=True) as replayed,
         ):
             outputs = tensor_leaves(call_in_place(root, trace.args, trace.kwargs))
         if replayed.problems:

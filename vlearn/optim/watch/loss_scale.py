@@ -14,6 +14,7 @@ from torch import Tensor
 from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import Trace
 from vlearn.losses.hard_labels import counted_rows, row_factors
+from vlearn.per_example.measured_rows import ExampleIndex, check_example_index
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,14 @@ class WatchOptions:
     """How the loss of a watched model reduces the examples' own losses, and how passes are recorded.
 
     Attributes:
-        loss_reduction, loss_scale, every, batch_norm: see `VariationalOptimizer.watch`.
+        loss_reduction, loss_scale, every, batch_norm, example_index: see `VariationalOptimizer.watch`.
     """
 
     loss_reduction: str | Callable[[], float] = "mean"
     loss_scale: float | Callable[[], float] | None = None
     every: int = 1
     batch_norm: str = "refuse"
+    example_index: ExampleIndex | None = None
 
     def __post_init__(self) -> None:
         reduction, scale, every = self.loss_reduction, self.loss_scale, self.every
@@ -41,6 +43,7 @@ class WatchOptions:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}, but it must be a positive whole number: use 1 for every step.")
         check_batch_norm(self.batch_norm)
+        check_example_index(self.example_index)
 
 
 def check_batch_norm(batch_norm: Any) -> None:

@@ -32,6 +32,7 @@ from vlearn.optim.watch import other_optimizers
 from vlearn.optim.watch.constant_statistics import with_constant_statistics
 from vlearn.optim.watch.hooks import Link, MeanCopies, hook
 from vlearn.optim.watch.loss_scale import LossScale, WatchOptions
+from vlearn.per_example.measured_rows import told_rows
 from vlearn.per_example.recorded_pass import RecordedPass
 
 COMPILED = (
@@ -295,6 +296,8 @@ class Watch:
     def _new_trace(self, sampler: Sampler) -> Trace:
         trace = Trace(self.paths, sampler.parameters.trainable())
         trace.on_backward, trace.batch_norm = self._begin_backward, self.options.batch_norm
+        if self.options.example_index is not None:
+            trace.find_rows = partial(told_rows, self.options.example_index)
         consumer = self._consumer
         if consumer is not None and consumer.probes:
             trace.probe = OutputProbe(lambda output: select(output, consumer.output), self._cotangent)
