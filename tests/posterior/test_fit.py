@@ -206,6 +206,20 @@ def test_the_last_layer_is_that_of_a_model_of_it_alone(structure: str) -> None:
         assert relative_error(found.variance[f"5.{name}"], alone.variance[f"0.{name}"]) < 1e-10
 
 
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker", "full"])
+def test_what_the_loss_does_not_depend_on_has_its_prior(structure: str) -> None:
+    model, x = mlp()
+    model.register_parameter("unused", nn.Parameter(torch.ones(2).double()))
+    found = fit(model, in_batches(x), F.cross_entropy, structure, **EXACT)
+    assert relative_error(found.variance["unused"], torch.full((2,), 1 / PRIOR, dtype=torch.float64)) < 1e-12
+
+
+def test_prior_precisions_of_the_last_layer_alone_are_enough() -> None:
+    model, x = mlp()
+    told: dict[str, Any] = {**EXACT, "prior_precision": {"2.weight": 3.0, "2.bias": 4.0}}
+    assert fit(model, in_batches(x), F.cross_entropy, "last-layer", **told).prior_precision == told["prior_precision"]
+
+
 def test_a_shared_weight_is_one_parameter() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -328,6 +342,25 @@ def test_sequences_have_the_convention_of_their_loss() -> None:
         generator=torch.Generator().manual_seed(0),
     )
     assert relative_error(1 / flat(dict(sampled.variance)), truth.ggn().diagonal() + PRIOR) < 0.05
+
+
+def test_concatenated_graphs_are_fitted_by_their_index() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 5), nn.Linear(5, C)
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            h = self.first(x).tanh()
+            return self.head(h.new_zeros(int(index.max()) + 1, 5).index_add(0, index, h))
+
+    torch.manual_seed(0)
+    model, x, index = Pooled().double(), torch.randn(9, 4).double(), torch.tensor([0, 1, 1, 0, 2, 2, 2, 3, 0])
+    truth = per_example(model, lambda m: m(x, index), rows_of_cross_entropy(labels[:4]))
+    found = fit(model, [((x, index), labels[:4])], F.cross_entropy, "diagonal", example_index="index", **EXACT)
+    assert relative_error(flat(dict(found.variance)), 1 / (truth.ggn().diagonal() + PRIOR)) < 1e-10
+    with pytest.raises(RuntimeError, match="example_index"):
+        fit(model, [((x, index), labels[:4])], F.cross_entropy, **EXACT)
 
 
 def test_a_regression_has_the_likelihoods_of_its_loss() -> None:

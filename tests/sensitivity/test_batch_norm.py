@@ -371,3 +371,35 @@ def test_frozen_normalisations_of_bfloat16_have_rows() -> None:
         model.second[1] = nn.Identity()  # which has no statistics to freeze
         rows.append(rows_by(model, x.to(dtype), y))
     assert relative_error(rows[1], rows[0]) < 0.1
+
+
+class OverNodes(nn.Module):
+    """Of concatenated graphs, whose nodes are normalised together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        h = self.norm(self.first(x)).relu()
+        return self.head(h.new_zeros(int(index.max()) + 1, 6).index_add(0, index, h))
+
+
+def test_nodes_of_concatenated_graphs_are_normalised_together() -> None:
+    torch.manual_seed(0)
+    model, x, index = OverNodes().double(), torch.randn(11, 3).double(), torch.tensor([0, 0, 1, 0, 1, 1, 2, 2, 2, 2, 2])
+    y = torch.tensor([0, 1, 1])
+    optimizer = vlearn.IVON(model, lr=0.1, ess=5, hess_init=0.5, batch_norm="constant")
+    optimizer.watch(model, example_index="index")
+    F.cross_entropy(model(x, index), y).backward()
+    found, sigma = optimizer.sensitivities().self_influence, optimizer.posterior().variance
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    h = F.linear(x, weights["first.weight"], weights["first.bias"])
+    mean, variance = h.mean(0).detach(), h.var(0, correction=0).detach()
+    h = (h - mean) * (variance + model.norm.eps).rsqrt() * weights["norm.weight"] + weights["norm.bias"]
+    for n in range(3):
+        output = F.linear(h.relu()[index == n].sum(0), weights["head.weight"], weights["head.bias"])
+        loss = F.cross_entropy(output.unsqueeze(0), y[n : n + 1])
+        gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
+        truth = sum(float((sigma[k] * g.square()).sum()) for k, g in zip(weights, gradients, strict=True))
+        assert abs(float(found[n]) - truth) < 1e-10 * truth

@@ -20,6 +20,13 @@ class Covariance:
         self.blocks = [(tuple(parameters), block) for parameters, block in blocks]
         self._found = {p: i for i, (parameters, _) in enumerate(self.blocks) for p in parameters}
 
+    @classmethod
+    def unknown(cls, parameters: Iterable[Tensor]) -> Covariance:
+        """That of parameters that move before it has been found: nothing can be multiplied by it."""
+        covariance = cls([])
+        covariance._found = dict.fromkeys(parameters, -1)
+        return covariance
+
     def __contains__(self, parameter: object) -> bool:
         return parameter in self._found
 

@@ -19,6 +19,7 @@ from vlearn.linearized.linearization import Linearization, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.likelihood import LIKELIHOODS, Likelihood
 from vlearn.per_example.kronecker_factors import CONVENTIONS
+from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.per_example.replay import eval_mode, native_recurrence
 from vlearn.posterior.curvature_passes import CURVATURES, CurvaturePasses
 from vlearn.posterior.prior import MARGINAL_LIKELIHOOD, PriorPrecision, given_prior_precision, most_likely_precision
@@ -45,6 +46,7 @@ def fit(
     output: Selector = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
+    example_index: ExampleIndex | None = None,
 ) -> Gaussian:
     """Fit a Gaussian posterior N(θ, Σ) at the present weights of a trained network: a Laplace approximation.
 
@@ -74,6 +76,7 @@ def fit(
         output: which of several outputs the loss's curvature is taken of.
         generator: of the probes.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
+        example_index: of batches whose examples are concatenated, see `sweep`.
     Returns:
         A posterior that `sweep`, `influence`, `leave_group_out` and `predict` take. It is a copy: later training does
         not change it.
@@ -87,18 +90,24 @@ def fit(
     named: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if p.requires_grad and p.numel()}
     if not named:
         raise ValueError("the model has no parameter that requires grad: unfreeze what is to be fitted.")
-    prior = given_prior_precision(prior_precision, named, num_data or 1.0)  # a bad one, before long work
+    last_layer = structure.startswith("last-layer")
+    # A bad one is told before long work; of the last layer the names come with the first batch.
+    given_prior_precision(prior_precision, {} if last_layer and isinstance(prior_precision, Mapping) else named, 1.0)
     statistics: Statistics | None = None
     rounds = count = 0
     with eval_mode(model), native_recurrence(model.modules()):
         while statistics is None or rounds < statistics.rounds:
             rounds, count = rounds + 1, 0
-            for batch in with_progress_bar(batches(loader, model), loader, progress, f"fit, round {rounds}"):
+            given = batches(loader, model, example_index)
+            for batch in with_progress_bar(given, loader, progress, f"fit, round {rounds}"):
                 if statistics is None:
-                    if structure.startswith("last-layer"):
-                        named = _of_last_layer(linearize(model, _Moving(named), batch, losses, output), named)
+                    if last_layer:
+                        everything = Covariance.unknown(named.values())
+                        named = _of_last_layer(linearize(model, everything, batch, losses, output), named)
+                    prior = given_prior_precision(prior_precision, named, num_data or 1.0)
                     statistics = _statistics(structure, convention, named, prior)
-                lin = linearize(model, _Moving(named), batch, losses, output, passes.second_order)
+                moving = Covariance.unknown(named.values())
+                lin = linearize(model, moving, batch, losses, output, passes.second_order)
                 count += len(batch.index)
                 for recorded, weight in passes.of(lin):
                     statistics.add(recorded, weight)
@@ -120,17 +129,6 @@ def fit(
     posterior.parameters = dict(named)
     posterior.at_mean = partial(weights_at, named, scale.mean)
     return posterior
-
-
-class _Moving(Covariance):
-    """The parameters that a fit is about, whose covariance is not known yet."""
-
-    def __init__(self, named: Mapping[str, Tensor]):
-        super().__init__([])
-        self._parameters = set(named.values())
-
-    def __contains__(self, parameter: object) -> bool:
-        return parameter in self._parameters
 
 
 def _check(

@@ -159,6 +159,8 @@ class KroneckerStatistics:
             for layer in self._layers:
                 self._hessian[layer] = self._sums.pop((layer, "squares")).div_(count)
             return
+        unused = [p for p in self._wanted if p not in self._looked_at]
+        self._rest.hessian |= DiagonalStatistics(unused).hessian
         self._rest.end_round(count)
         for layer in self._layers:
             # The inputs come in every pass over a batch, of which ggn-exact makes several.
