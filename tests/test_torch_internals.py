@@ -22,6 +22,7 @@ from vlearn._torch_internals import (
     added_factor,
     after_backward,
     arguments_of_call,
+    begin_schedule,
     current_node,
     forward_pre_hooks,
     frame_of_call,
@@ -59,6 +60,14 @@ def leaf() -> Tensor:
 def test_a_conventional_name_exists(owner, name):
     made = {nn.Module: nn.Module, nn.Conv1d: lambda: nn.Conv1d(1, 1, 1)}  # names that only an instance has
     assert hasattr(made.get(owner, lambda: owner)(), name)
+
+
+def test_a_schedule_begins_anew():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5)
+    optimizer.param_groups[0]["lr"], scheduler.last_epoch = 0.3, -1
+    begin_schedule(scheduler)
+    assert optimizer.param_groups[0]["lr"] == 0.15 and scheduler.last_epoch == 0
 
 
 def test_every_function_is_tested():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 CONVENTIONS: dict[Any, tuple[str, ...]] = {
     torch: (
@@ -99,6 +100,11 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+def begin_schedule(scheduler: LRScheduler) -> None:
+    """Set the first learning rates of a schedule, as its constructor does."""
+    scheduler._initial_step()
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:

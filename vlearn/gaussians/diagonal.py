@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import DiagonalBlock
 from vlearn.gaussians.gaussian import Gaussian, LazyByName
+from vlearn.gaussians.stopped_training import stopped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,6 +117,13 @@ class Diagonal(Gaussian):
     def _from_state(cls, state: Mapping[str, Any]) -> Self:
         decay = {name: prior / state["num_data"] for name, prior in state["prior_precision"].items()}
         return cls(state["mean"], state["hessian"], decay, state["ess"], state["num_data"])
+
+    def stop_blocks(self, training_time: float) -> None:
+        """See `Gaussian`."""
+        decay = {name: prior / self.num_data for name, prior in self.prior_precision.items()}
+        self._hessian = {
+            name: stopped(hessian + decay[name], training_time) - decay[name] for name, hessian in self._hessian.items()
+        }
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

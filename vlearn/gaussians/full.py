@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import DenseBlock
 from vlearn.gaussians.gaussian import Gaussian
+from vlearn.gaussians.stopped_training import stopped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,6 +84,13 @@ class Full(Gaussian):
     def _from_state(cls, state: Mapping[str, Any]) -> Self:
         given = {name: state[name] for name in ("ess", "prior_precision")}
         return cls(state["mean"], state["precision"], state["num_data"], **given)
+
+    def stop_blocks(self, training_time: float) -> None:
+        """See `Gaussian`."""
+        precision = self._dense.factor @ self._dense.factor.mT
+        values, basis = torch.linalg.eigh(precision / self.num_data)
+        stopped_precision = (basis * stopped(values.clamp_min(0), training_time) * self.num_data) @ basis.mT
+        self._dense = DenseBlock(torch.linalg.cholesky(stopped_precision), self._dense.shapes)
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

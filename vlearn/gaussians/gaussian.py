@@ -171,6 +171,29 @@ class Gaussian:
     def _from_state(cls, state: Mapping[str, Any]) -> Self:
         raise NotImplementedError
 
+    def stopped_at(self, training_time: float) -> Self:
+        """The posterior of a network that gradient descent has trained only for so long: a copy.
+
+        Its precision is N w/(1 - e^{-ηw}) in the place of N w, w an eigenvalue of the mean loss's curvature, prior
+        included: see `vlearn.gaussians.stopped_training`.
+
+        Args:
+            training_time: η, the sum of the learning rates of all steps, over 1 - momentum
+                (`vlearn.posterior.training_time`); infinite for a network that was trained to the end.
+        Raises:
+            ValueError: if it is not positive.
+        """
+        if not training_time > 0:
+            raise ValueError(f"training_time={training_time!r}, but it must be positive: leave it out.")
+        kept = self.clone()
+        if math.isfinite(training_time):
+            kept.stop_blocks(training_time)
+        return kept
+
+    def stop_blocks(self, training_time: float) -> None:
+        """Replace the curvature of the blocks, which are copies, by that of stopped training."""
+        raise NotImplementedError
+
     def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance:
         """Σ keyed by the given parameters, for those of the names that this posterior has.
 

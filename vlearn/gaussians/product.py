@@ -76,6 +76,11 @@ class ProductPosterior(Gaussian):
         kinds = {kind.__name__: kind for kind in Gaussian.__subclasses__()}
         return cls([kinds[part["kind"]].from_state(part) for part in state["parts"]])
 
+    def stop_blocks(self, training_time: float) -> None:
+        """See `Gaussian`."""
+        for part in self._parts:
+            part.stop_blocks(training_time)
+
     def copy_blocks(self) -> None:
         """See `Gaussian`."""
         self._parts = [part.clone() for part in self._parts]

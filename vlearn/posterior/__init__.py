@@ -9,6 +9,7 @@ from vlearn.posterior.from_laplace import from_laplace
 from vlearn.posterior.from_optimizer import from_optimizer
 from vlearn.posterior.predict import predict
 from vlearn.posterior.storage import load
+from vlearn.posterior.training_time import training_time
 
 __all__ = [
     "Diagonal",
@@ -21,4 +22,5 @@ __all__ = [
     "from_optimizer",
     "load",
     "predict",
+    "training_time",
 ]

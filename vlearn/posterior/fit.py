@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -47,6 +48,7 @@ def fit(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
     example_index: ExampleIndex | None = None,
+    training_time: float = math.inf,
 ) -> Gaussian:
     """Fit a Gaussian posterior N(θ, Σ) at the present weights of a trained network: a Laplace approximation.
 
@@ -77,6 +79,8 @@ def fit(
         generator: of the probes.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: of batches whose examples are concatenated, see `sweep`.
+        training_time: η of a network that gradient descent has not trained to the end, see `Gaussian.stopped_at` and
+            `vlearn.posterior.training_time`.
     Returns:
         A posterior that `sweep`, `influence`, `leave_group_out` and `predict` take. It is a copy: later training does
         not change it.
@@ -84,7 +88,7 @@ def fit(
         ValueError: if an argument breaks its rule, or nothing can be fitted.
         RuntimeError: if the examples have no gradients of their own.
     """
-    _check(structure, curvature, draws, num_data, convention, likelihood)
+    _check(structure, curvature, draws, num_data, convention, likelihood, training_time)
     passes = CurvaturePasses(curvature, draws, likelihood, generator)
     losses = ExampleLoss(loss_fn)
     named: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if p.requires_grad and p.numel()}
@@ -128,11 +132,17 @@ def fit(
     posterior = statistics.posterior(scale)
     posterior.parameters = dict(named)
     posterior.at_mean = partial(weights_at, named, scale.mean)
-    return posterior
+    return posterior.stopped_at(training_time) if math.isfinite(training_time) else posterior
 
 
 def _check(
-    structure: str, curvature: str, draws: int, num_data: float | None, convention: str, likelihood: Likelihood
+    structure: str,
+    curvature: str,
+    draws: int,
+    num_data: float | None,
+    convention: str,
+    likelihood: Likelihood,
+    training_time: float,
 ) -> None:
     for name, value, allowed in (
         ("structure", structure, STRUCTURES),
@@ -145,6 +155,8 @@ def _check(
         raise ValueError(f"draws={draws!r}, but it must be a positive whole number: use 1.")
     if num_data is not None and not num_data > 0:
         raise ValueError(f"num_data={num_data!r}, but it must be positive: use the number of training examples.")
+    if not training_time > 0:
+        raise ValueError(f"training_time={training_time!r}, but it must be positive: leave it out.")
     if not callable(likelihood) and likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood={likelihood!r}, but it must be one of {', '.join(map(repr, LIKELIHOODS))}.")
 
