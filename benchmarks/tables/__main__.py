@@ -12,6 +12,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.report.markdown import with_tables
@@ -27,6 +28,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost-gpu": costs.step_on_a_gpu,
     "sensitivity-cost": costs.sensitivities,
     "batch-norm": costs.batch_norm,
+    "fit-cost": costs.fits,
+    "stopped-digits": partial(losses.stopped_training, "digits"),
+    "stopped-fashion-mnist": partial(losses.stopped_training, "fashion-mnist"),
+    "stopped-fashion-mnist-overfit": partial(losses.stopped_training, "fashion-mnist-overfit"),
     "generalization-fashion-mnist": losses.fashion_mnist,
     "generalization-fashion-mnist-correlations": losses.fashion_mnist_correlations,
     "digits": losses.digits,

@@ -44,6 +44,21 @@ def batch_norm() -> str:
     return table(("examples in a minibatch", *next(iter(agreement.values()))), rows)
 
 
+def fits() -> str:
+    """Seconds of an epoch of training, and multiples of it of every fit."""
+    seconds = read("fit_cost")["seconds"]
+    names = list(dict.fromkeys(name for row in seconds.values() for name in row))
+    base = names[0]
+
+    def cell(row: dict[str, float], name: str) -> str:
+        if name not in row:
+            return "-"
+        return f"{row[name]:.1f} s" if name == base else f"{row[name] / row[base]:.2f}"
+
+    rows = [(name, *(cell(row, name) for row in seconds.values())) for name in names]
+    return table(("", *seconds), rows)
+
+
 def sensitivities() -> str:
     """Sensitivities in multiples of a plain forward and backward pass, one thread."""
     labels = {

@@ -14,6 +14,16 @@ LABELS = {
 }
 
 
+def stopped_training(experiment: str) -> str:
+    """Leave-one-out losses with and without the training time, beside the test loss."""
+    rows = read(f"stopped_training/{experiment}")["rows"]
+    columns = [name for name in rows[0] if name not in ("epoch", "training time")]
+    return table(
+        ("epoch", "training time", *columns),
+        [(f"{row['epoch']:.0f}", f"{row['training time']:.0f}", *(f"{row[c]:.3f}" for c in columns)) for row in rows],
+    )
+
+
 def fashion_mnist() -> str:
     """Fashion-MNIST with the published settings, and laplace-torch's own way beside the sweep."""
     record = read("generalization/fashion-mnist")
