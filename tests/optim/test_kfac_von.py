@@ -363,7 +363,7 @@ def test_inputs_of_many_positions_are_taken_on_the_steps_that_use_them() -> None
 
 
 def test_a_layer_whose_factors_would_be_too_large_is_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlearn.optim.structures.kronecker.LARGEST", 6)  # the first layer has six inputs and a bias
+    monkeypatch.setattr("vlearn.per_example.kronecker_factors.LARGEST", 6)  # the first layer has six inputs and a bias
     model, (x, y) = network(), data()
     optimizer = KFACVON.make(model)
     plain(optimizer, model, x, y)

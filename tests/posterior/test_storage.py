@@ -15,6 +15,7 @@ import vlearn
 from tests.optim.table import FAMILY, Entry, family
 from tests.oracles.per_example import relative_error
 from tests.posterior.test_fit import in_batches, mlp
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.posterior import from_optimizer
 from vlearn.posterior.fit import STRUCTURES, fit
 from vlearn.posterior.storage import load
@@ -103,6 +104,22 @@ def test_another_model_is_refused_by_name(change: Any, message: str | None, tmp_
         return
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "posterior.pt", other)
+
+
+def test_a_structure_that_cannot_be_saved_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    class Spherical(Gaussian):
+        def block(self, group: tuple[str, ...]) -> Any:
+            raise AssertionError
+
+    with pytest.raises(NotImplementedError, match="Spherical cannot be saved: it has no block_state"):
+        Spherical({"w": torch.ones(2)}, [("w",)], 10).save(tmp_path / "posterior.pt")
+    assert not (tmp_path / "posterior.pt").exists()
+
+
+def test_a_state_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    torch.save({"kind": "Mixture", "mean": {}}, tmp_path / "posterior.pt")
+    with pytest.raises(ValueError, match="kind 'Mixture' is that of no posterior: there are .*Diagonal"):
+        load(tmp_path / "posterior.pt")
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import finalize, ref
 
 import torch
@@ -25,28 +25,7 @@ from vlearn.capture.pass_gradients import PassGradients, product
 from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
 from vlearn.layers.example_axes import Axes
 from vlearn.layers.example_rows import ExampleRows
-
-
-class Statistics(NamedTuple):
-    """What a batch normalisation subtracts and divides by, by channel ``[C]``.
-
-    Attributes:
-        mean: μ.
-        variance: σ², the mean square.
-    """
-
-    mean: Tensor
-    variance: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> Statistics:
-        """Those of a batch ``[N, C, ...]``."""
-        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
-        return cls(mean, variance)
-
-    def put_into(self, module: nn.Module) -> None:
-        """Let a module in eval mode normalise by them."""
-        module._buffers["running_mean"], module._buffers["running_var"] = self
+from vlearn.layers.linear_and_norm import BatchStatistics
 
 
 class _Graph:
@@ -121,7 +100,7 @@ class Trace:
         self.probed_output: int | None = None
         self.batch_norm = "refuse"
         self.batch_norms: list[nn.Module] = []
-        self.statistics: dict[nn.Module, Statistics] = {}
+        self.statistics: dict[nn.Module, BatchStatistics] = {}
         self.with_constants: Trace | None = None
         self._graph: Callable[[], _Graph | None] = lambda: None
         self._tasks: dict[int, None] = {}  # the backward passes that have come

@@ -109,12 +109,13 @@ class Diagonal(Gaussian):
         """See `Gaussian`."""
         return DiagonalBlock(self._precision(group[0]).reciprocal_())
 
-    def state(self) -> dict[str, Any]:
+    def block_state(self) -> dict[str, Any]:
         """See `Gaussian`."""
-        return {**super().state(), "hessian": {name: self._hessian[name] for name in self.names}}
+        return {"hessian": {name: self._hessian[name] for name in self.names}}
 
     @classmethod
-    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """See `Gaussian`."""
         decay = {name: prior / state["num_data"] for name, prior in state["prior_precision"].items()}
         return cls(state["mean"], state["hessian"], decay, state["ess"], state["num_data"])
 

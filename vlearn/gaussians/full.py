@@ -75,13 +75,14 @@ class Full(Gaussian):
         """See `Gaussian`."""
         return self._dense
 
-    def state(self) -> dict[str, Any]:
+    def block_state(self) -> dict[str, Any]:
         """See `Gaussian`."""
         factor = self._dense.factor
-        return {**super().state(), "precision": factor @ factor.mT}
+        return {"precision": factor @ factor.mT}
 
     @classmethod
-    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """See `Gaussian`."""
         given = {name: state[name] for name in ("ess", "prior_precision")}
         return cls(state["mean"], state["precision"], state["num_data"], **given)
 

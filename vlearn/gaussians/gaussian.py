@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import Block
@@ -146,30 +148,52 @@ class Gaussian:
             RuntimeError: if the optimizer whose state it is has moved on.
         """
         self.check_fresh()
-        torch.save(_on_cpu(self.state()), path)
+        # Clones: a view would take its whole storage along.
+        plain = tree_map(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, self.state())
+        torch.save(plain, path)
 
     def state(self) -> dict[str, Any]:
         """What `from_state` makes it of again: tensors, numbers and strings, in dicts and lists."""
         return {
             "kind": type(self).__name__,
-            "mean": {name: self.mean[name].detach() for name in self.names},
+            "mean": {name: self.mean[name] for name in self.names},
             "num_data": float(self.num_data),
             "ess": {name: float(value) for name, value in self.ess.items()},
             "prior_precision": dict(self.prior_precision),
             "prior_mean": dict(self.prior_mean),
             "uncalibrated_reason": self.uncalibrated_reason,
+            **self.block_state(),
         }
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """A posterior from what `state` gave; it belongs to no model."""
-        posterior = cls._from_state(state)
+    def block_state(self) -> dict[str, Any]:
+        """What the blocks are made of, for `state`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be saved: it has no block_state and of_state.")
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Gaussian:
+        """A posterior from what `state` gave; it belongs to no model.
+
+        Raises:
+            ValueError: if there is none of this kind.
+        """
+        kinds = {kind.__name__: kind for kind in Gaussian.__subclasses__()}
+        if state.get("kind") not in kinds:
+            raise ValueError(
+                f"a state of kind {state.get('kind')!r} is that of no posterior: there are {', '.join(kinds)}."
+            )
+        posterior = kinds[state["kind"]].of_state(state)
         posterior.prior_mean, posterior.uncalibrated_reason = state["prior_mean"], state["uncalibrated_reason"]
         return posterior
 
     @classmethod
-    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """One of this class from its own state."""
         raise NotImplementedError
+
+    def belong_to(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let it be that of a model's parameters, by name: a sweep is made with its mean in them."""
+        self.parameters = dict(parameters)
+        self.at_mean = partial(weights_at, self.parameters, {name: self.mean[name] for name in parameters})
 
     def stopped_at(self, training_time: float) -> Self:
         """The posterior of a network that gradient descent has trained only for so long: a copy.
@@ -245,14 +269,6 @@ def weights_at(
     """The parameters hold the mean inside; an optimizer whose draw is in them steps aside first."""
     with outer(), placed({p: mean[name] for name, p in parameters.items()}):
         yield
-
-
-def _on_cpu(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.detach().cpu().clone()  # a view would take its whole storage along
-    if isinstance(tree, Mapping):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    return [_on_cpu(value) for value in tree] if isinstance(tree, list) else tree
 
 
 class LazyByName(Mapping[str, Tensor]):

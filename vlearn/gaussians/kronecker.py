@@ -107,16 +107,17 @@ class Kronecker(Gaussian):
         variances = factors.hessian.add(self._weight_decay[group]).mul_(self.num_data).reciprocal_()
         return KroneckerBlock(factors.out_basis, factors.in_basis, variances, self._shapes[group])
 
-    def state(self) -> dict[str, Any]:
+    def block_state(self) -> dict[str, Any]:
         """See `Gaussian`."""
         factors = [
             {"names": list(layer), "out_basis": f.out_basis, "in_basis": f.in_basis, "hessian": f.hessian}
             for layer, f in self._factors.items()
         ]
-        return {**super().state(), "factors": factors}
+        return {"factors": factors}
 
     @classmethod
-    def _from_state(cls, state: Mapping[str, Any]) -> Self:
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """See `Gaussian`."""
         factors = {
             tuple(each["names"]): KroneckerFactors(each["out_basis"], each["in_basis"], each["hessian"])
             for each in state["factors"]

@@ -67,14 +67,14 @@ class ProductPosterior(Gaussian):
         part = next(part for part in self._parts if group[0] in part.groups)
         return part.block(group)
 
-    def state(self) -> dict[str, Any]:
+    def block_state(self) -> dict[str, Any]:
         """See `Gaussian`."""
-        return {**super().state(), "parts": [part.state() for part in self._parts]}
+        return {"parts": [part.state() for part in self._parts]}
 
     @classmethod
-    def _from_state(cls, state: Mapping[str, Any]) -> Self:
-        kinds = {kind.__name__: kind for kind in Gaussian.__subclasses__()}
-        return cls([kinds[part["kind"]].from_state(part) for part in state["parts"]])
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """See `Gaussian`."""
+        return cls([Gaussian.from_state(part) for part in state["parts"]])
 
     def stop_blocks(self, training_time: float) -> None:
         """See `Gaussian`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,28 @@ for _name in ("llama.modeling_llama.Llama", "mistral.modeling_mistral.Mistral", 
             }
         ),
     )
+
+
+class BatchStatistics(NamedTuple):
+    """What a batch normalisation subtracts and divides by, by channel ``[C]``.
+
+    Attributes:
+        mean: μ.
+        variance: σ², the mean square.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> BatchStatistics:
+        """Those of a batch ``[N, C, ...]``."""
+        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+        return cls(mean, variance)
+
+    def put_into(self, module: nn.Module) -> None:
+        """Let a module in eval mode normalise by them."""
+        module._buffers["running_mean"], module._buffers["running_var"] = self
 
 
 def batch_norm_rule(statistics: Callable[[Any], tuple[Tensor | None, Tensor | None]]) -> Rule:

@@ -30,6 +30,7 @@ from vlearn.per_example.forms import chunks, form_of, gradient_rows
 from vlearn.per_example.recorded_pass import RecordedPass
 
 CONVENTIONS = ("expand", "reduce")
+LARGEST = 2**13  # rows of a factor that is not diagonal: it takes 256 MiB, and its decomposition a minute of a CPU
 CHUNK_ENTRIES = 2**20  # entries of the rows worked on together
 
 Basis = tuple[Tensor | None, Tensor | None]  # over the rows and the columns; None is the identity
@@ -48,15 +49,14 @@ class Layer(NamedTuple):
 
 
 def layers_of(
-    recorded: RecordedPass, wanted: Container[Tensor], may_join: Callable[[Tensor, Tensor], bool], largest: int
+    recorded: RecordedPass, wanted: Container[Tensor], may_join: Callable[[Tensor, Tensor], bool]
 ) -> list[Layer]:
     """The layers of a recorded pass that have factors.
 
     Args:
         recorded: the pass.
         wanted: the parameters that may be in one.
-        may_join: (weight, bias) -> whether the bias may be the weight's last column.
-        largest: rows that a factor may have, unless it is diagonal.
+        may_join: (weight, bias) -> whether the bias may be the weight's last column, if they are alike.
     """
     calls_of = recorded.calls_of(wanted)
     layers = []
@@ -64,10 +64,10 @@ def layers_of(
         kind = _kind(calls, weight)
         if kind is None or not weight.numel():
             continue
-        if max(weight[0].numel() + 1, 0 if kind == "table" else len(weight)) > largest:
+        if max(weight[0].numel() + 1, 0 if kind == "table" else len(weight)) > LARGEST:
             continue
         biases = [p for p in calls[0].parameters if calls_of.get(p) == calls and _is_bias(calls[0], p)]
-        joined = kind == "matrix" and len(biases) == 1 and may_join(weight, biases[0])
+        joined = kind == "matrix" and len(biases) == 1 and _alike(weight, biases[0]) and may_join(weight, biases[0])
         layers.append(Layer(weight, biases[0] if joined else None))
     return layers
 
@@ -221,6 +221,10 @@ def _kind_of_one(call: LayerCall, weight: Tensor) -> str | None:
     if form.b.shape[1] > 1 or len(form.shape) < 2:
         return None
     return form.kind if form.kind in ("matrix", "transposed", "table") else None
+
+
+def _alike(weight: Tensor, bias: Tensor) -> bool:
+    return weight.dtype == bias.dtype and weight.device == bias.device and len(weight) == bias.numel()
 
 
 def _is_bias(call: LayerCall, p: Tensor) -> bool:

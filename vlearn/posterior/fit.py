@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
-from vlearn.gaussians.gaussian import Gaussian, weights_at
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
@@ -130,8 +129,7 @@ def fit(
         likeliest = most_likely_precision(scale.num_data * statistics.eigenvalues(), norm)
         scale = replace(scale, prior_precision=dict.fromkeys(named, likeliest))
     posterior = statistics.posterior(scale)
-    posterior.parameters = dict(named)
-    posterior.at_mean = partial(weights_at, named, scale.mean)
+    posterior.belong_to(named)
     return posterior.stopped_at(training_time) if math.isfinite(training_time) else posterior
 
 
@@ -175,8 +173,7 @@ def _statistics(structure: str, convention: str, named: Mapping[str, Tensor], pr
         return DenseStatistics(wanted)
 
     def may_join(weight: Tensor, bias: Tensor) -> bool:
-        alike = weight.dtype == bias.dtype and weight.device == bias.device and len(weight) == bias.numel()
-        return alike and prior[names[weight]] == prior[names[bias]]
+        return prior[names[weight]] == prior[names[bias]]
 
     return KroneckerStatistics(wanted, convention, structure == "eigenvalue-corrected", may_join)
 

@@ -22,8 +22,6 @@ from vlearn.per_example.gradients import sums_of_products, sums_of_squares
 from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, layers_of
 from vlearn.per_example.recorded_pass import RecordedPass
 
-LARGEST = 2**13  # rows of a Kronecker factor: it takes 256 MiB, and its decomposition a minute of a CPU
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -148,7 +146,7 @@ class KroneckerStatistics:
         new = [p for p in recorded.calls_of(self._wanted) if p not in self._looked_at]
         if new:
             self._looked_at.update(new)
-            found = layers_of(recorded, set(new), self._may_join, LARGEST)
+            found = layers_of(recorded, set(new), self._may_join)
             self._layers |= dict.fromkeys(found)
             inside = {p for layer in found for p in layer.parameters}
             self._rest.hessian |= DiagonalStatistics([p for p in new if p not in inside]).hessian

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from vlearn.gaussians.diagonal import Diagonal
-from vlearn.gaussians.full import Full
-from vlearn.gaussians.gaussian import Gaussian, weights_at
-from vlearn.gaussians.kronecker import Kronecker
-from vlearn.gaussians.product import ProductPosterior
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.protocol import match
-
-KINDS: dict[str, type[Gaussian]] = {kind.__name__: kind for kind in (Diagonal, Kronecker, Full, ProductPosterior)}
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Gaussian:
@@ -34,14 +27,14 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Gaussi
         ValueError: if the file holds no posterior, or the model has other parameters or other weights.
     """
     state = torch.load(Path(path), weights_only=True, map_location="cpu")
-    if not isinstance(state, dict) or state.get("kind") not in KINDS:
+    if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{os.fspath(path)} holds no posterior: write it by posterior.save(path).")
     if model is None:
-        return KINDS[state["kind"]].from_state(state)
+        return Gaussian.from_state(state)
     parameters = _matched(model, state["mean"])
-    posterior = KINDS[state["kind"]].from_state(_on(next(iter(parameters.values())).device, state))
-    posterior.parameters = dict(parameters)
-    posterior.at_mean = partial(weights_at, parameters, {name: posterior.mean[name] for name in parameters})
+    device = next(iter(parameters.values())).device
+    posterior = Gaussian.from_state(tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state))
+    posterior.belong_to(parameters)
     return posterior
 
 
@@ -62,11 +55,3 @@ def _matched(model: nn.Module, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 "the checkpoint that it was saved with, or leave model= out."
             )
     return parameters
-
-
-def _on(device: torch.device, tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _on(device, value) for key, value in tree.items()}
-    return [_on(device, value) for value in tree] if isinstance(tree, list) else tree

@@ -34,8 +34,6 @@ from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, layers_of
 from vlearn.per_example.recorded_pass import RecordedPass
 
-LARGEST = 2**13  # rows of a factor: it takes 256 MiB, and its decomposition a minute of a CPU
-
 
 class KroneckerStructure:
     """A `Structure` with Kronecker factors for layers, and a diagonal Hessian of all other parameters.
@@ -197,7 +195,7 @@ class KroneckerStructure:
         tracked = [p for p in recorded.trace.tracked if p in wanted]
         new = {p for p in tracked if p not in known and not bool(states[p]["step"])}
         layers = [layer for layer in self.layers() if any(p in wanted for p in layer.parameters)]
-        layers += layers_of(recorded, new, self._may_join, LARGEST) if new else []
+        layers += layers_of(recorded, new, self._may_join) if new else []
         due = {layer for layer in layers if self.is_due(layer, self.num_updates(layer) + 1)}
         bases: dict[Layer, Basis] = {}
         for layer in layers if self.eigenvalue_correction else ():
@@ -210,7 +208,6 @@ class KroneckerStructure:
 
     def _may_join(self, weight: Tensor, bias: Tensor) -> bool:
         """Whether a bias may be its weight's last column."""
-        same = weight.dtype == bias.dtype and weight.device == bias.device and len(weight) == bias.numel()
-        same = same and self.processes.group_over([weight]) is self.processes.group_over([bias])
+        same = self.processes.group_over([weight]) is self.processes.group_over([bias])
         groups = [[any(p is q for q in group["params"]) for p in (weight, bias)] for group in self.parameters.groups]
         return same and [True, True] in groups

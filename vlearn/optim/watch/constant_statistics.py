@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vlearn.capture.hooks import hooked, record
 from vlearn.capture.pytrees import tensor_leaves
-from vlearn.capture.trace import Statistics, Trace, is_close
-from vlearn.layers.linear_and_norm import batch_norm_rule
+from vlearn.capture.trace import Trace, is_close
+from vlearn.layers.linear_and_norm import BatchStatistics, batch_norm_rule
 from vlearn.per_example.replay import as_recorded, call_in_place, direct_cotangents, placed, same_random_numbers
 from vlearn.per_example.vmap_fallback import Weights
 
@@ -34,7 +34,7 @@ def with_constant_statistics(trace: Trace, weights: Weights) -> Trace:
     root = trace.root
     assert root is not None
     trace.check_unchanged()
-    statistics: dict[nn.Module, Statistics] = {}
+    statistics: dict[nn.Module, BatchStatistics] = {}
 
     def hold(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in statistics:
@@ -43,7 +43,7 @@ def with_constant_statistics(trace: Trace, weights: Weights) -> Trace:
                 "batch_norm='constant' can hold one: concatenate the inputs, or put it in eval mode (module.eval())."
             )
         (x,) = tensor_leaves((args, kwargs))
-        statistics[module] = held = Statistics.of(x.detach())
+        statistics[module] = held = BatchStatistics.of(x.detach())
         held.put_into(module)
 
     with as_recorded(trace), placed(weights):
