@@ -17,6 +17,7 @@ def step_on_a_gpu() -> str:
 
 
 def _steps(name: str, titles: tuple[str, str], digits: int = 0) -> str:
+    """Two runs beside each other, and the peak memory of the second, as in the picture."""
     labels = {
         "ivon-opt": "ivon-opt",
         "vlearn": "`vlearn.IVON`",
@@ -31,7 +32,7 @@ def _steps(name: str, titles: tuple[str, str], digits: int = 0) -> str:
         return f"{row['step, ms']:.{digits}f} ms{multiple}"
 
     rows = [
-        (label, time(one[key], key), time(two[key], key), f"{one[key]['peak, bytes per parameter']:.0f}")
+        (label, time(one[key], key), time(two[key], key), f"{two[key]['peak, bytes per parameter']:.0f}")
         for key, label in labels.items()
     ]
     return table(("", *titles, "peak, bytes per parameter"), rows)
