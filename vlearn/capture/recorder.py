@@ -134,8 +134,8 @@ class Recorder:
         self.trace.num_calls[module] = self.trace.num_calls.get(module, 0) + 1
 
     def _note_batch_norm(self, module: nn.Module) -> None:
-        trace, alone = self.trace, not isinstance(module, nn.SyncBatchNorm)
-        if trace.batch_norm == "constant" and alone:
+        trace, of_one_process = self.trace, not isinstance(module, nn.SyncBatchNorm)
+        if trace.batch_norm == "constant" and of_one_process:
             if module not in trace.batch_norms:
                 trace.batch_norms.append(module)
             return
@@ -144,7 +144,7 @@ class Recorder:
             f"{trace.paths[module]} ({type(module).__name__}) is in train mode, where each example's output depends on "
             "the whole batch, so no example has a gradient of its own: put it in eval mode (module.eval()) or use "
             "GroupNorm, LayerNorm or filter response normalisation"
-            f"{option if trace.edges is None and alone else ''}."
+            f"{option if trace.edges is None and of_one_process else ''}."
         )
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -288,7 +288,8 @@ class Trace:
             return ""
         return (
             " If the rows of several examples are concatenated, as the nodes of graphs are, pass example_index= to "
-            "optimizer.watch(), sweep(), influence() or leave_group_out(): it says which example each row is of."
+            "optimizer.watch(), sweep(), influence(), leave_group_out() or posterior.fit(): it says which example each "
+            "row is of."
         )
 
     def calls_by_parameter(self) -> dict[Tensor, list[LayerCall]]:
