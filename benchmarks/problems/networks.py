@@ -149,6 +149,7 @@ NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
     "resnet20_frn": resnet20_frn,
     "mlp_500_300": lambda: mlp(784, 500, 300, 10),
     "mlp_32_16": lambda: mlp(784, 32, 16, 10),
+    "mlp_64_16": lambda: mlp(64, 16, 10),
 }
 
 

@@ -20,7 +20,15 @@ from benchmarks.report.curves import Curves  # noqa: E402
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy  # noqa: E402
 
 IVON, DIAGONAL, KRONECKER = "IVON", "Laplace, diagonal", "Laplace, Kronecker"
-LOOKS = {IVON: (BLUE, "o"), DIAGONAL: (VERMILLION, "s"), KRONECKER: (GREEN, "^")}
+LOOKS = {
+    IVON: (BLUE, "o"),
+    DIAGONAL: (VERMILLION, "s"),
+    KRONECKER: (GREEN, "^"),
+    "K-FAC, to the end": (GREY, "s"),
+    "K-FAC, stopped": (GREEN, "s"),
+    "EK-FAC, to the end": (GREY, "^"),
+    "EK-FAC, stopped": (BLUE, "^"),
+}
 FLOOR = 1e-6  # nats; a change below it is drawn there
 
 

@@ -406,10 +406,30 @@ def test_bad_arguments_are_refused_before_any_pass(arguments: dict[str, Any], me
         fit(model, loader(), F.cross_entropy, **arguments)
 
 
-def test_a_decoupled_decay_is_no_prior() -> None:
+def test_a_decoupled_decay_is_a_penalty_past_the_preconditioner() -> None:
+    """AdamW rests where g/(√v̂ + ε) + λθ = 0: the prior's precision is N·λ(√v̂ + ε), one for each module."""
     model, x = mlp()
-    with pytest.raises(ValueError, match="decoupled weight decay of AdamW is no prior"):
-        fit(model, in_batches(x), F.cross_entropy, prior_precision=torch.optim.AdamW(model.parameters()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.3)
+    for n in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[10 * n :]), labels[10 * n :]).backward()
+        optimizer.step()
+    posterior = fit(model, in_batches(x), F.cross_entropy, prior_precision=optimizer, progress=False)
+    for name in posterior.names:
+        own = [p for other, p in model.named_parameters() if other.split(".")[0] == name.split(".")[0]]
+        roots = [(optimizer.state[p]["exp_avg_sq"] / (1 - 0.999**5)).sqrt().flatten() + 1e-8 for p in own]
+        expected = N * 0.3 * float(torch.cat(roots).mean())
+        assert posterior.prior_precision[name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_decoupled_decay_without_a_step_has_no_scale() -> None:
+    model, x = mlp()
+    for optimizer in (
+        torch.optim.AdamW(model.parameters()),
+        torch.optim.Adam(model.parameters(), weight_decay=0.1, decoupled_weight_decay=True),
+    ):
+        with pytest.raises(ValueError, match="has taken no step for '0.weight', so its decoupled"):
+            fit(model, in_batches(x), F.cross_entropy, prior_precision=optimizer)
 
 
 def test_an_empty_loader_and_one_that_ends_are_refused() -> None:

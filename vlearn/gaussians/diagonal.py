@@ -119,11 +119,11 @@ class Diagonal(Gaussian):
         decay = {name: prior / state["num_data"] for name, prior in state["prior_precision"].items()}
         return cls(state["mean"], state["hessian"], decay, state["ess"], state["num_data"])
 
-    def stop_blocks(self, training_time: float) -> None:
+    def stop_blocks(self, times: Mapping[str, float]) -> None:
         """See `Gaussian`."""
         decay = {name: prior / self.num_data for name, prior in self.prior_precision.items()}
         self._hessian = {
-            name: stopped(hessian + decay[name], training_time) - decay[name] for name, hessian in self._hessian.items()
+            name: stopped(hessian + decay[name], times[name]) - decay[name] for name, hessian in self._hessian.items()
         }
 
     def copy_blocks(self) -> None:

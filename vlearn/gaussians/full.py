@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -86,11 +87,18 @@ class Full(Gaussian):
         given = {name: state[name] for name in ("ess", "prior_precision")}
         return cls(state["mean"], state["precision"], state["num_data"], **given)
 
-    def stop_blocks(self, training_time: float) -> None:
-        """See `Gaussian`."""
-        precision = self._dense.factor @ self._dense.factor.mT
-        values, basis = torch.linalg.eigh(precision / self.num_data)
-        stopped_precision = (basis * stopped(values.clamp_min(0), training_time) * self.num_data) @ basis.mT
+    def stop_blocks(self, times: Mapping[str, float]) -> None:
+        """See `Gaussian`; P^-½ w/(1 - e^{-w}) P^-½ of the eigenvalues w of P^½WP^½, P = η of each entry."""
+        curvature = self._dense.factor @ self._dense.factor.mT / self.num_data
+        root = torch.cat(
+            [
+                curvature.new_full((shape.numel(),), math.sqrt(times[name]))
+                for name, shape in zip(self.names, self._dense.shapes, strict=True)
+            ]
+        )
+        values, basis = torch.linalg.eigh(root.unsqueeze(1) * curvature * root)
+        basis = basis / root.unsqueeze(1)
+        stopped_precision = (basis * stopped(values.clamp_min(0), 1.0) * self.num_data) @ basis.mT
         self._dense = DenseBlock(torch.linalg.cholesky(stopped_precision), self._dense.shapes)
 
     def copy_blocks(self) -> None:

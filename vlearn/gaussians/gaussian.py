@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import Block
+from vlearn.gaussians.stopped_training import TrainingTime, is_finite, times_by_name
 from vlearn.per_example.replay import placed
 
 if TYPE_CHECKING:
@@ -195,27 +196,27 @@ class Gaussian:
         self.parameters = dict(parameters)
         self.at_mean = partial(weights_at, self.parameters, {name: self.mean[name] for name in parameters})
 
-    def stopped_at(self, training_time: float) -> Self:
+    def stopped_at(self, training_time: TrainingTime) -> Self:
         """The posterior of a network that gradient descent has trained only for so long: a copy.
 
         Its precision is N w/(1 - e^{-ηw}) in the place of N w, w an eigenvalue of the mean loss's curvature, prior
         included: see `vlearn.gaussians.stopped_training`.
 
         Args:
-            training_time: η, the sum of the learning rates of all steps, over 1 - momentum
-                (`vlearn.posterior.training_time`); infinite for a network that was trained to the end.
+            training_time: η, of SGD the sum of the learning rates of all steps, over 1 - momentum; by name, or by
+                parameter where the posterior belongs to a model, where they differ. `vlearn.posterior.training_time`
+                has it for torch's optimizers. Infinite for a network that was trained to the end.
         Raises:
-            ValueError: if it is not positive.
+            ValueError: if it is not positive, or lacks a parameter.
         """
-        if not training_time > 0:
-            raise ValueError(f"training_time={training_time!r}, but it must be positive: leave it out.")
+        times = times_by_name(training_time, {name: self.parameters.get(name) for name in self.names})
         kept = self.clone()
-        if math.isfinite(training_time):
-            kept.stop_blocks(training_time)
+        if is_finite(times):
+            kept.stop_blocks(times)
         return kept
 
-    def stop_blocks(self, training_time: float) -> None:
-        """Replace the curvature of the blocks, which are copies, by that of stopped training."""
+    def stop_blocks(self, times: Mapping[str, float]) -> None:
+        """Replace the curvature of the blocks, which are copies, by that of training stopped at η, by name."""
         raise NotImplementedError
 
     def covariance(self, parameters: Mapping[str, Tensor]) -> Covariance:

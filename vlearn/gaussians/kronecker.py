@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.gaussians.gaussian import Gaussian
-from vlearn.gaussians.stopped_training import stopped
+from vlearn.gaussians.stopped_training import common_time, stopped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -125,11 +125,12 @@ class Kronecker(Gaussian):
         decay = {name: prior / state["num_data"] for name, prior in state["prior_precision"].items()}
         return cls(state["mean"], factors, decay, state["ess"], state["num_data"])
 
-    def stop_blocks(self, training_time: float) -> None:
+    def stop_blocks(self, times: Mapping[str, float]) -> None:
         """See `Gaussian`."""
         for layer, factors in self._factors.items():
             decay = self._weight_decay[layer]
-            hessian = stopped(factors.hessian + decay, training_time) - decay
+            time = common_time([times[name] for name in layer], [shape.numel() for shape in self._shapes[layer]])
+            hessian = stopped(factors.hessian + decay, time) - decay
             self._factors[layer] = replace(factors, hessian=hessian)
 
     def copy_blocks(self) -> None:

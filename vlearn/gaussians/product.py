@@ -76,10 +76,10 @@ class ProductPosterior(Gaussian):
         """See `Gaussian`."""
         return cls([Gaussian.from_state(part) for part in state["parts"]])
 
-    def stop_blocks(self, training_time: float) -> None:
+    def stop_blocks(self, times: Mapping[str, float]) -> None:
         """See `Gaussian`."""
         for part in self._parts:
-            part.stop_blocks(training_time)
+            part.stop_blocks(times)
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

@@ -14,6 +14,7 @@ from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.gaussian import Gaussian
+from vlearn.gaussians.stopped_training import TrainingTime, times_by_name
 from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
@@ -47,7 +48,7 @@ def fit(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
     example_index: ExampleIndex | None = None,
-    training_time: float = math.inf,
+    training_time: TrainingTime = math.inf,
 ) -> Gaussian:
     """Fit a Gaussian posterior N(θ, Σ) at the present weights of a trained network: a Laplace approximation.
 
@@ -78,8 +79,8 @@ def fit(
         generator: of the probes.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: of batches whose examples are concatenated, see `sweep`.
-        training_time: η of a network that gradient descent has not trained to the end, see `Gaussian.stopped_at` and
-            `vlearn.posterior.training_time`.
+        training_time: η of a network that was not trained to the end, a number or numbers by name or parameter, see
+            `Gaussian.stopped_at` and `vlearn.posterior.training_time`.
     Returns:
         A posterior that `sweep`, `influence`, `leave_group_out` and `predict` take. It is a copy: later training does
         not change it.
@@ -87,7 +88,7 @@ def fit(
         ValueError: if an argument breaks its rule, or nothing can be fitted.
         RuntimeError: if the examples have no gradients of their own.
     """
-    _check(structure, curvature, draws, num_data, convention, likelihood, training_time)
+    _check(structure, curvature, draws, num_data, convention, likelihood)
     passes = CurvaturePasses(curvature, draws, likelihood, generator)
     losses = ExampleLoss(loss_fn)
     named: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if p.requires_grad and p.numel()}
@@ -96,6 +97,7 @@ def fit(
     last_layer = structure.startswith("last-layer")
     # A bad one is told before long work; of the last layer the names come with the first batch.
     given_prior_precision(prior_precision, {} if last_layer and isinstance(prior_precision, Mapping) else named, 1.0)
+    times_by_name(training_time, {} if last_layer and isinstance(training_time, Mapping) else named)
     statistics: Statistics | None = None
     rounds = count = 0
     with eval_mode(model), native_recurrence(model.modules()):
@@ -130,7 +132,7 @@ def fit(
         scale = replace(scale, prior_precision=dict.fromkeys(named, likeliest))
     posterior = statistics.posterior(scale)
     posterior.belong_to(named)
-    return posterior.stopped_at(training_time) if math.isfinite(training_time) else posterior
+    return posterior if training_time == math.inf else posterior.stopped_at(training_time)
 
 
 def _check(
@@ -140,7 +142,6 @@ def _check(
     num_data: float | None,
     convention: str,
     likelihood: Likelihood,
-    training_time: float,
 ) -> None:
     for name, value, allowed in (
         ("structure", structure, STRUCTURES),
@@ -153,8 +154,6 @@ def _check(
         raise ValueError(f"draws={draws!r}, but it must be a positive whole number: use 1.")
     if num_data is not None and not num_data > 0:
         raise ValueError(f"num_data={num_data!r}, but it must be positive: use the number of training examples.")
-    if not training_time > 0:
-        raise ValueError(f"training_time={training_time!r}, but it must be positive: leave it out.")
     if not callable(likelihood) and likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood={likelihood!r}, but it must be one of {', '.join(map(repr, LIKELIHOODS))}.")
 

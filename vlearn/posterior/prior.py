@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
+
+from vlearn.posterior.adaptive_state import decouples_weight_decay, second_moments, unwrapped
 
 MARGINAL_LIKELIHOOD = "marginal-likelihood"
 LOWEST, HIGHEST = 1e-12, 1e12
@@ -47,19 +49,36 @@ def given_prior_precision(given: PriorPrecision, named: Mapping[str, Tensor], nu
 
 
 def _of_optimizer(optimizer: Optimizer, named: Mapping[str, Tensor], num_data: float) -> dict[str, float]:
-    """An L2 penalty λ‖θ‖²/2 on the mean loss is the prior N(0, 1/(Nλ))."""
-    if isinstance(optimizer, AdamW):
-        raise ValueError(
-            "the decoupled weight decay of AdamW is no prior of its loss: give prior_precision as a number, or "
-            f"{MARGINAL_LIKELIHOOD!r}."
-        )
-    decay: dict[Any, float] = {
-        p: num_data * float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups for p in group["params"]
-    }
-    missing = [name for name, p in named.items() if p not in decay]
+    """N times the weight λ of the penalty λ‖θ‖²/2 on the mean loss that its weight decay is.
+
+    A decoupled decay rests where P∇L + λθ = 0, P = 1/(√v̂ + ε): it is the penalty λ(√v̂ + ε), here by its mean over the
+    parameters of a module, which one block of a posterior may hold.
+    """
+    optimizer = unwrapped(optimizer)
+    groups: dict[Any, dict[str, Any]] = {p: group for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in named.items() if p not in groups]
     if missing:
         raise ValueError(f"the optimizer does not train {missing[0]!r}: give prior_precision by name.")
-    return {name: decay[p] for name, p in named.items()}
+    penalty = {name: float(groups[p].get("weight_decay", 0.0)) for name, p in named.items()}
+    decoupled = [name for name, p in named.items() if decouples_weight_decay(optimizer, groups[p])]
+    roots = second_moments(optimizer) if decoupled else {}
+    for name in decoupled:
+        if named[name] not in roots:
+            raise ValueError(
+                f"{type(optimizer).__name__} has taken no step for {name!r}, so its decoupled weight decay has no "
+                "scale yet: train first, or give prior_precision as a number."
+            )
+    for module in {_module(name) for name in decoupled}:
+        own = [named[name] for name in decoupled if _module(name) == module]
+        total = sum(float((roots[p] + groups[p]["eps"]).sum()) for p in own)
+        for name in decoupled:
+            if _module(name) == module:
+                penalty[name] *= total / sum(p.numel() for p in own)
+    return {name: num_data * value for name, value in penalty.items()}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def most_likely_precision(eigenvalues: Tensor, squared_norm: float) -> float:
