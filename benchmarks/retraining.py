@@ -114,7 +114,13 @@ def estimate(case: Case, experiment: Experiment, seed: int, checkpoint: Checkpoi
     """Every method's estimates of all examples; each is saved when it is there."""
     loader = batches(case.x, case.y)
     held = Held(
-        experiment.held, experiment.batch, experiment.prior_precision, experiment.hess_init, experiment.beta2, seed
+        experiment.held,
+        experiment.batch,
+        experiment.prior_precision,
+        experiment.hess_init,
+        experiment.beta2,
+        seed,
+        case.training_time,
     )
     makers: dict[str, Callable[[], Estimate]] = {
         name: lambda make=make: estimates.by_posterior(case.model, make(), loader)

@@ -4,6 +4,8 @@ Posteriors predict the change itself, in its own units: Σ_c |Λ V e|_c of the p
 arXiv:2310.19273, Eq. 13) and ℓ(y, f + V e) - ℓ(y, f) of the own loss. Gradient norm, EL2N and TracIn are scores: they
 only rank, the same for both.
 
+A retraining that goes on for a time moves the network as far as that time allows: the "stopped" posteriors know it.
+
 Each optimizer gets its state by running on from the given weights with a learning rate of zero. So its mean stays
 there, and all are asked about the same network. A variational one averages the curvature over its draws, where that is
 not the curvature at the mean; "at the mean" is the same optimizer with draws a hundredth as wide, by ess, while its
@@ -23,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks.problems.batches import Batches
+from benchmarks.problems.batches import Batches, batches
 from benchmarks.reference import laplace
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import from_laplace, from_optimizer
 from vlearn.sensitivity import measures
@@ -50,7 +53,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Held:
-    """How long optimizers run at the weights they are held at, and IVON's own settings there."""
+    """How long optimizers run at the weights they are held at, and IVON's own settings there.
+
+    Attributes:
+        training_time: of the retraining that is to be predicted; None where that goes to the end.
+    """
 
     epochs: int
     batch: int
@@ -58,6 +65,7 @@ class Held:
     hess_init: float
     beta2: float
     seed: int = 0
+    training_time: float | None = None
 
 
 def change(table: SensitivityTable) -> np.ndarray:
@@ -93,7 +101,10 @@ def outputs(model: nn.Module, batches: Batches) -> Tensor:
 
 
 def posteriors(model: nn.Module, x: Tensor, y: Tensor, held: Held) -> dict[str, Callable[[], Posterior]]:
-    """By name, functions that make each posterior at the model's weights."""
+    """By name, functions that make each posterior at the model's weights.
+
+    "stopped" are those that know how long the retraining goes on, see `vlearn.gaussians.stopped_training`.
+    """
     num_data, decay = len(y), held.prior_precision / len(y)
 
     def run(make: Callable[[nn.Module, torch.Generator], Any]) -> tuple[Any, nn.Module]:
@@ -109,10 +120,10 @@ def posteriors(model: nn.Module, x: Tensor, y: Tensor, held: Held) -> dict[str, 
                 optimizer.step()
         return optimizer, copied
 
-    def variational(make: Callable[..., Any], **settings: Any) -> Callable[[], Posterior]:
+    def variational(make: Callable[..., Any], **settings: Any) -> Callable[[], Gaussian]:
         common = {"lr": 0.0, "ess": num_data, "weight_decay": decay, **settings}
 
-        def posterior() -> Posterior:
+        def posterior() -> Gaussian:
             optimizer, _ = run(lambda copied, generator: make(copied, **common, generator=generator))
             state = optimizer.posterior().clone()
             optimizer.unwatch()
@@ -127,8 +138,13 @@ def posteriors(model: nn.Module, x: Tensor, y: Tensor, held: Held) -> dict[str, 
     def fitted(structure: str) -> Callable[[], Posterior]:
         return lambda: from_laplace(laplace.fit(model, x, y, structure, held.prior_precision))
 
+    def fit(structure: str) -> Callable[[], Gaussian]:
+        draws = torch.Generator(y.device).manual_seed(held.seed)
+        told = {"prior_precision": held.prior_precision, "generator": draws, "progress": False}
+        return lambda: vlearn.posterior.fit(model, batches(x, y), F.cross_entropy, structure, **told)
+
     narrow = {"ess": NARROW * num_data, "num_data": num_data}
-    return {
+    made: dict[str, Callable[[], Any]] = {
         "IVON": variational(vlearn.IVON, hess_init=held.hess_init, beta2=held.beta2),
         "VON": variational(vlearn.VON),
         "VON, at the mean": variational(vlearn.VON, **narrow),
@@ -137,7 +153,13 @@ def posteriors(model: nn.Module, x: Tensor, y: Tensor, held: Held) -> dict[str, 
         "Adam": adam,
         "KFACVON": variational(vlearn.KFACVON),
         "KFACVON, at the mean": variational(vlearn.KFACVON, **narrow),
+        "fit, K-FAC": fit("kronecker"),
+        "fit, EK-FAC": fit("eigenvalue-corrected"),
     }
+    if (time := held.training_time) is not None:
+        for name in ("IVON", "KFACVON", "fit, K-FAC", "fit, EK-FAC"):
+            made[f"{name}, stopped"] = lambda make=made[name]: make().stopped_at(time)
+    return made
 
 
 def scores(

@@ -74,6 +74,7 @@ class Case:
         kept: gives the outputs ``[E, N, C]`` of all examples after each epoch of retraining with all.
         removed: examples -> for each in turn its own outputs ``[E, C]`` after each epoch of retraining without it, and
             whether that converged.
+        training_time: Σ_t lr_t/(1 - momentum) of retraining; None where it goes to the end.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class Case:
     kept: Callable[[], Tensor]
     removed: Callable[[Tensor], Iterator[tuple[Tensor, bool]]]
     numbers: dict[str, float]
+    training_time: float | None = None
 
 
 def digits(experiment: Experiment, seed: int) -> Case:
@@ -186,6 +188,7 @@ def images(experiment: Experiment, data: Images, seed: int, runs: Path, advance:
         lambda: warm_start.without(None, model, data.x, data.y, plan, seed, torch.arange(len(data.y))),
         removed,
         quality(model, data.x_test, data.y_test),
+        warm_start.training_time(len(data.y), plan),
     )
 
 

@@ -77,3 +77,8 @@ def _epochs(num_data: int, plan: Plan, seed: int) -> Iterator[tuple[list[float],
         shares = ((epoch * count + step) / (plan.epochs * count) for step in range(count))
         rates = [last + (first - last) * (1 + math.cos(math.pi * share)) / 2 for share in shares]
         yield rates, list(torch.randperm(num_data, generator=generator).split(plan.batch))[:count]
+
+
+def training_time(num_data: int, plan: Plan) -> float:
+    """Σ_t lr_t/(1 - momentum) of training on, see `vlearn.posterior.training_time`."""
+    return sum(rate for rates, _ in _epochs(num_data, plan, 0) for rate in rates) / (1 - MOMENTUM)
