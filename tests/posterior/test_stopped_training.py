@@ -95,6 +95,18 @@ def test_an_optimizers_and_a_product_posterior_have_it_too() -> None:
     assert relative_error(by_hand(covariance(posterior, model), 2.0), expected) < 1e-12  # the state has not changed
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_a_posterior_of_laplace_torch_has_it_too(structure: str) -> None:
+    pytest.importorskip("laplace")
+    from tests.posterior.test_from_laplace import fitted
+
+    model, x = mlp()
+    posterior = vlearn.posterior.from_laplace(fitted(model, x, labels, structure))
+    expected = by_hand(covariance(posterior, model), 3.0)
+    assert relative_error(covariance(posterior.stopped_at(3.0), model), expected) < 1e-8
+
+
 @pytest.mark.parametrize("time", [0.0, -1.0, math.nan])
 def test_a_time_that_is_none_is_refused(time: float) -> None:
     model, x = mlp()

@@ -98,6 +98,8 @@ def test_networks_equal_dense_algebra(name):
     )
     assert 0 < table.num_first_order == int((largest >= threshold).sum()) < len(largest)
     assert torch.equal(table.used_first_order, largest >= threshold)
+    assert relative_error(table.largest_eigenvalue, largest) < 1e-9
+    assert bool((table.largest_eigenvalue <= table.leverage * (1 + 1e-9)).all())
     assert relative_error(table.deviation, expected) < 1e-9
     assert relative_error(table.function_variance, v) < 1e-10
     assert relative_error(table.leverage, truth.leverage(covariance)) < 1e-10

@@ -46,7 +46,7 @@ def cooks_distance(
         lin.check_one_output("Cook's distance")
         first_order, changes = lin.self_influence_and_deviation(deviation=True)
         assert changes is not None
-        change, used_first_order, _ = refine(lin, changes[lin.chosen], threshold)
+        change, used_first_order, *_ = refine(lin, changes[lin.chosen], threshold)
         # With Δ = Ve', e' = e + ΛΔ, the quadratic form is e'ᵀVe' = (e + ΛΔ)ᵀΔ.
         flat, residual = change.flatten(1), lin.residual.flatten(1)
         curved = (lin.hessian() @ flat.unsqueeze(2)).squeeze(2)

@@ -27,11 +27,13 @@ class Refined(NamedTuple):
         deviation: ``[N, ...]`` (I - VΛ)⁻¹ V e, or V e where that is not to be trusted.
         used_first_order: ``[N]`` where it is V e.
         leverage: ``[N]`` tr(ΛV), negative curvature dropped.
+        largest_eigenvalue: ``[N]`` of VΛ.
     """
 
     deviation: Tensor
     used_first_order: Tensor
     leverage: Tensor
+    largest_eigenvalue: Tensor
 
 
 def check_threshold(threshold: float) -> None:
@@ -66,7 +68,7 @@ def refine(lin: Linearization, deviation: Tensor, threshold: float) -> Refined:
     refined = flat + (moved @ (signs.unsqueeze(2) * inner)).squeeze(2)
     chosen = torch.where(used_first_order.unsqueeze(1), flat, refined)
     leverage = (block.diagonal(dim1=1, dim2=2) * (signs > 0)).sum(1)
-    return Refined(chosen.reshape(deviation.shape), used_first_order, leverage)
+    return Refined(chosen.reshape(deviation.shape), used_first_order, leverage, largest)
 
 
 def root_products(lin: Linearization, columns: Tensor) -> Tensor:

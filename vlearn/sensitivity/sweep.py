@@ -37,10 +37,14 @@ class SensitivityTable:
         deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, or its refined form
             if that was asked for; ``[N, 1]`` of NaN if it was not kept.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
-        leverage: ``[N]`` tr(ΛV); None if not asked for.
+        leverage: ``[N]`` tr(ΛV); None if not asked for. Probed ones are unbiased, but what is convex in them is not:
+            the mean of v/(1 - v) comes out too large (RandALO, Nobel et al., 2024, arXiv:2409.09781); take exact ones.
         prediction_error: ``[N]`` ‖residual‖/√2.
         function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
         used_first_order: ``[N]`` where `refined` kept V e; None if not asked for.
+        largest_eigenvalue: ``[N]`` of VΛ, which tells how far to trust a row: V e falls short by a factor of up to
+            1/(1 - this) where Σ is exact, and where it nears 1 the refined form is not to be trusted either. At most
+            the leverage, which serves where this, None unless `refined`, was not asked for.
         position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
         deviation_norm: ``[N]`` ‖Δf‖, in the output's units.
     """
@@ -56,6 +60,7 @@ class SensitivityTable:
     used_first_order: Tensor | None = None
     position: Tensor | None = None
     deviation_norm: Tensor | None = None
+    largest_eigenvalue: Tensor | None = None
 
     @property
     def num_first_order(self) -> int | None:
@@ -306,11 +311,11 @@ def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
     more = options.second_order or options.variance
     self_influence, changes = lin.self_influence_and_deviation(deviation=True, last=not more)
     assert changes is not None  # asked for
-    used_first_order = leverage = variance = None
+    used_first_order = leverage = variance = largest = None
     change = changes[lin.chosen]
     if options.refined:
         lin.check_one_output("refined=True")
-        change, used_first_order, leverage = refine(lin, change, options.threshold)
+        change, used_first_order, leverage, largest = refine(lin, change, options.threshold)
         changes = lin.changes_of_chosen(change)
     loo = lin.loss_at(changes)
     if options.leverage is None:
@@ -334,6 +339,7 @@ def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
         function_variance=kept(variance),
         used_first_order=kept(used_first_order),
         deviation_norm=kept(row_norms(change)),
+        largest_eigenvalue=kept(largest),
     )
 
 

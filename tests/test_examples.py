@@ -1,0 +1,30 @@
+"""The examples run as they stand, on made-up data of the same format."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("structure", ["last-layer-kronecker", "diagonal"])
+def test_a_checkpoint_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str], structure: str) -> None:
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "test_batch"):
+        data = {b"data": torch.randint(0, 256, (150, 3072)).numpy(), b"labels": [n % 10 for n in range(150)]}
+        (folder / name).write_bytes(pickle.dumps(data))
+    spec = importlib.util.spec_from_file_location("your_checkpoint", ROOT / "your_checkpoint.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(["--data-root", str(tmp_path), "--epochs", "1", "--images", "100", "--structure", structure])
+    printed = capsys.readouterr().out
+    for words in ("trained for 2 steps", "without a test set", "Of the first 2,", "test image"):
+        assert words in printed
