@@ -3,9 +3,10 @@
     python -m benchmarks.hyperparameter [--experiments mnist-5000 fashion-mnist-5000] [--seeds 1] [--smoke]
 
 At each δ the network is trained by `vlearn.IVON`, whose state is the posterior, and by SGD with a Kronecker Laplace
-approximation of laplace-torch at the end. Both posteriors go through the same equation over all training examples,
-LOO = mean ℓ(y_i, f_i + V_i e_i): is its minimum where the test loss has its own (Nickl et al., 2023, arXiv:2310.19273,
-Fig. 4)? The regret is what choosing δ by LOO costs: the test loss there, less the smallest of the grid.
+approximation at the end: laplace-torch's, and vlearn's own, which knows for how long SGD has trained. All posteriors
+go through the same equation over all training examples, LOO = mean ℓ(y_i, f_i + V_i e_i): is its minimum where the
+test loss has its own (Nickl et al., 2023, arXiv:2310.19273, Fig. 4)? The regret is what choosing δ by LOO costs: the
+test loss there, less the smallest of the grid.
 
 Each grid point saves its state after every epoch under --runs; the same command goes on where it was interrupted. As
 published a case takes days on a CPU; those with 5,000 examples take minutes on one core.
@@ -26,9 +27,9 @@ from benchmarks.problems import networks
 from benchmarks.problems.images import Images
 from benchmarks.report import experiments, pictures
 from benchmarks.report.curves import Curves
-from benchmarks.report.pictures import IVON, KRONECKER
+from benchmarks.report.pictures import IVON, KRONECKER, STOPPED
 from benchmarks.report.terminal import Advance, print_table
-from benchmarks.training.evaluation import loo_loss, measure, posterior_after
+from benchmarks.training.evaluation import loo_loss, measure, posterior_after, stopped_fit
 from benchmarks.training.supervised import TRAINERS, Recipe, steps
 from vlearn.plot.style import INK
 
@@ -99,7 +100,7 @@ SMOKE = Experiment(
 def grid_point(
     experiment: Experiment, data: Images, trainer: str, prior_precision: float, seed: int, runs: Path, advance: Advance
 ) -> dict[str, Any]:
-    """One network at one δ: its mean losses in nats at the end of training, and each test example's."""
+    """One network at one δ: its mean losses in nats at the end, "loo" by method, and those of the test examples."""
     torch.manual_seed(seed)
     model = networks.build(experiment.network).to(data.x.device)
     file = runs / f"{trainer}-delta{prior_precision:g}-seed{seed}.pt"
@@ -108,10 +109,12 @@ def grid_point(
         advance(f"{data.name}, {trainer}, δ {prior_precision:g}, seed {seed}, epoch {epoch}/{experiment.epochs}")
         if epoch == experiment.epochs:
             losses = measure(model, data)
-            posterior = posterior_after(training, prior_precision)
+            posteriors = {TRAINERS[trainer]: posterior_after(training, prior_precision)}
+            if trainer == "SGD":
+                posteriors[STOPPED] = stopped_fit(training, prior_precision)
             training.recorded["losses"] = {
                 "train": losses.train.mean().item(),
-                "loo": loo_loss(model, posterior, data),
+                "loo": {method: loo_loss(model, posterior, data) for method, posterior in posteriors.items()},
                 "test": losses.test.mean().item(),
                 "accuracy": losses.right.mean().item(),
                 "test_losses": losses.test.cpu().numpy(),
@@ -120,12 +123,17 @@ def grid_point(
     return training.recorded["losses"]
 
 
+def of_method(points: list[list[dict[str, Any]]], method: str) -> list[list[dict[str, Any]]]:
+    """The points with the leave-one-out loss of one method."""
+    return [[{**point, "loo": point["loo"][method]} for point in seeds] for seeds in points]
+
+
 def choice(deltas: np.ndarray, points: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """What LOO chooses and what it costs.
 
     Args:
         deltas: ``[K]`` the grid.
-        points: `grid_point` of each δ and seed.
+        points: `of_method` of each δ and seed.
 
     Returns:
         Both minimisers of the means over the seeds, the grid steps between them, the regret with its standard error
@@ -153,18 +161,20 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
     """Train every grid point of one experiment with both trainers."""
     deltas = np.array(experiment.prior_precisions)
     table, curves = {}, {}
-    for trainer, method in TRAINERS.items():
-        points = [
+    for trainer, own in TRAINERS.items():
+        trained = [
             [grid_point(experiment, data, trainer, delta, seed, runs, advance) for seed in range(seeds)]
             for delta in experiment.prior_precisions
         ]
-        table[method] = choice(deltas, points)
-        curves[method] = {
-            which: [[p[which] for p in each] for each in points] for which in ("train", "loo", "test", "accuracy")
-        }
-        curves[method]["test_error"] = [
-            np.mean([p["test_losses"] for p in each], axis=0).std() / len(data.y_test) ** 0.5 for each in points
-        ]
+        for method in (own, STOPPED) if trainer == "SGD" else (own,):
+            points = of_method(trained, method)
+            table[method] = choice(deltas, points)
+            curves[method] = {
+                which: [[p[which] for p in each] for each in points] for which in ("train", "loo", "test", "accuracy")
+            }
+            curves[method]["test_error"] = [
+                np.mean([p["test_losses"] for p in each], axis=0).std() / len(data.y_test) ** 0.5 for each in points
+            ]
     return {
         "num_data": len(data.y),
         "beta2": experiment.beta2(steps(len(data.y), experiment.epochs, experiment.batch)),
@@ -175,7 +185,7 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
 
 def draw(record: dict[str, Any]) -> Figure:
     """LOO, test and train loss over δ, with a panel for each trainer and lines where LOO and test are least."""
-    titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace"}
+    titles = {IVON: "IVON: its own state", KRONECKER: "SGD: Kronecker Laplace", STOPPED: "SGD: K-FAC, stopped"}
     deltas = record["experiment"]["prior_precisions"]
     panels = {}
     for method, curves in record["curves"].items():

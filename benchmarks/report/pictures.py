@@ -19,13 +19,13 @@ from benchmarks.report.agreement import agreement  # noqa: E402
 from benchmarks.report.curves import Curves  # noqa: E402
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy  # noqa: E402
 
-IVON, DIAGONAL, KRONECKER = "IVON", "Laplace, diagonal", "Laplace, Kronecker"
+IVON, DIAGONAL, KRONECKER, STOPPED = "IVON", "Laplace, diagonal", "Laplace, Kronecker", "K-FAC, stopped"
 LOOKS = {
     IVON: (BLUE, "o"),
     DIAGONAL: (VERMILLION, "s"),
     KRONECKER: (GREEN, "^"),
     "K-FAC, to the end": (GREY, "s"),
-    "K-FAC, stopped": (GREEN, "s"),
+    STOPPED: (GREEN, "s"),
     "EK-FAC, to the end": (GREY, "^"),
     "EK-FAC, stopped": (BLUE, "^"),
 }

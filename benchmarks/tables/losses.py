@@ -86,7 +86,11 @@ def digits() -> str:
 
 def prior_precision() -> str:
     """The prior precision that leave-one-out chooses, beside that of the test loss."""
-    labels = {"Laplace, Kronecker": "SGD + Laplace, Kronecker", "IVON": "IVON"}
+    labels = {
+        "Laplace, Kronecker": "SGD + Laplace, Kronecker",
+        "K-FAC, stopped": "SGD + fit, with the training time",
+        "IVON": "IVON",
+    }
     cases = {"fashion-mnist-5000": "Fashion-MNIST, LeNet-5", "mnist-5000": "MNIST, MLP(500, 300)"}
     rows = []
     for name, title in cases.items():

@@ -57,6 +57,21 @@ def posterior_after(training: Training, prior_precision: float) -> Posterior:
     return laplace_posterior(training.model, training.data, "kron", prior_precision)
 
 
+def stopped_fit(training: Training, prior_precision: float) -> Posterior:
+    """K-FAC's posterior at the weights that SGD found, which knows for how long it was trained."""
+    data = training.data
+    count = len(training.recorded["seconds"]) * -(-len(data.y) // training.batch)
+    return vlearn.posterior.fit(
+        training.model,
+        batches(data.x, data.y),
+        F.cross_entropy,
+        prior_precision=prior_precision,
+        generator=torch.Generator(data.x.device).manual_seed(0),
+        training_time=vlearn.posterior.training_time(training.optimizer, count, training.schedule),
+        progress=False,
+    )
+
+
 def laplace_posterior(model: nn.Module, data: Images, structure: str, prior_precision: float) -> Posterior:
     """A Laplace approximation of laplace-torch at the model's weights: "diag" or "kron"."""
     return vlearn.posterior.from_laplace(laplace.fit(model, data.x, data.y, structure, prior_precision, batch=256))
