@@ -40,10 +40,12 @@ class Gaussian:
     Attributes:
         uncalibrated_reason: why the scale of Σ is arbitrary, if it is.
         prior_mean: μ by name; 0 where missing.
+        training_time: how long the network was trained where Σ says so, see `stopped_at`; else infinite.
     """
 
     uncalibrated_reason: str | None = None
     prior_mean: Mapping[str, Tensor] = {}
+    training_time: float = math.inf
 
     def __init__(
         self,
@@ -162,6 +164,7 @@ class Gaussian:
             "prior_precision": dict(self.prior_precision),
             "prior_mean": dict(self.prior_mean),
             "uncalibrated_reason": self.uncalibrated_reason,
+            "training_time": self.training_time,
             **self.block_state(),
         }
 
@@ -183,6 +186,7 @@ class Gaussian:
             )
         posterior = kinds[state["kind"]].of_state(state)
         posterior.prior_mean, posterior.uncalibrated_reason = state["prior_mean"], state["uncalibrated_reason"]
+        posterior.training_time = state.get("training_time", math.inf)  # which earlier files do not tell
         return posterior
 
     @classmethod
@@ -212,6 +216,7 @@ class Gaussian:
         kept = self.clone()
         if math.isfinite(training_time):
             kept.stop_blocks(training_time)
+            kept.training_time = min(training_time, self.training_time)
         return kept
 
     def stop_blocks(self, training_time: float) -> None:
