@@ -232,7 +232,9 @@ class _Formed:
 
     def times(self, vectors: Vectors) -> Tensor:
         """See `_Jacobian`."""
-        return torch.stack([rows @ vectors[p].reshape(len(vectors[p]), -1).mT for p, rows in self.gradients.items()]).sum(0)
+        return torch.stack(
+            [rows @ vectors[p].reshape(len(vectors[p]), -1).mT for p, rows in self.gradients.items()]
+        ).sum(0)
 
     def add_transposed(self, u: Tensor, total: Vectors) -> None:
         """See `_Jacobian`."""
@@ -278,7 +280,9 @@ class _FormedParameters:
         """The part of some of the examples."""
         pairs = zip(self.rows, self.calls_of, strict=True)
         gradients = [dense_gradients(recorded, calls_of, examples) for recorded, calls_of in pairs]
-        return _Formed({p: torch.stack([each[p].reshape(len(each[p]), -1) for each in gradients], 1) for p in gradients[0]})
+        return _Formed(
+            {p: torch.stack([each[p].reshape(len(each[p]), -1) for each in gradients], 1) for p in gradients[0]}
+        )
 
 
 def _parts(rows: list[RecordedPass], vectors: Vectors) -> list[_MatrixCall | _FormedParameters]:

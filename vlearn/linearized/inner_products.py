@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlearn.capture.layer_call import LayerCall
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.linearized.kronecker_products import RotatedGradients, RotatedLayer
@@ -46,20 +47,30 @@ class Terms:
 
     @classmethod
     def of(cls, block: KroneckerBlock) -> Terms | None:
-        """The terms; None where they do not pay, as of EK-FAC, whose eigenvalues are any."""
+        """The terms; None where they do not pay, as of EK-FAC, whose eigenvalues are any.
+
+        By elimination with full pivoting (adaptive cross approximation), until no entry of what is left is above
+        rounding.
+        """
         v = block.variances.double()
-        if min(v.shape) < 2:
+        if not v.numel():
             return None
         # Weighted by the mean precision of row and column, near which the squares b̃² and ã² lie: the terms cancel
         # where these are large, and an error there would be one of what is small.
         rows, columns = (v.reciprocal().mean(axis) for axis in (1, 0))
-        left, values, right = torch.linalg.svd(rows.unsqueeze(1) * v * columns, full_matrices=False)
-        rank = int((values > torch.finfo(block.variances.dtype).eps * values[0]).sum())
-        if rank * sum(v.shape) > WORTHWHILE * v.numel():
-            return None
-        roots = values[:rank].sqrt().unsqueeze(1)
-        out, inputs = left.mT[:rank] * roots / rows, right[:rank] * roots / columns
-        return cls(out.to(block.variances.dtype), inputs.to(block.variances.dtype))
+        left = rows.unsqueeze(1) * v * columns
+        negligible = 4 * torch.finfo(block.variances.dtype).eps * left.max()
+        out: list[Tensor] = []
+        inputs: list[Tensor] = []
+        while (len(out) + 1) * sum(v.shape) <= WORTHWHILE * v.numel():
+            i, j = divmod(int(left.abs().argmax()), v.shape[1])
+            if left[i, j].abs() <= negligible:
+                terms = torch.stack(out) / rows, torch.stack(inputs) / columns
+                return cls(*(each.to(block.variances.dtype) for each in terms))
+            out.append(left[:, j] / left[i, j].abs().sqrt())
+            inputs.append(left[i] / left[i, j].abs().sqrt() * left[i, j].sign())
+            left = left - torch.outer(out[-1], inputs[-1])
+        return None
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class InnerProducts:
             limit: largest number of examples at a time.
         """
         calls_of = recorded.calls_of(recorded.weights)
-        layers = {block: layer for block, layer in self._layers(calls_of) if _is_rank_one(layer)}
+        layers = dict(self._layers(calls_of))
         factored = {p for block in layers for p in block}
         rest = {p: calls for p, calls in calls_of.items() if p not in factored}
         for examples in _slices(len(index), sum(p.numel() for p in rest), limit):
@@ -145,10 +156,8 @@ class InnerProducts:
         calls_of = recorded.calls_of(recorded.weights)
         layers = {block: layer for block, layer in self._layers(calls_of) if block in directions.rank_one}
         for block in list(directions.rank_one):
-            reached = any(p in calls_of for p in block)
-            if reached and not (block in layers and _is_rank_one(layers[block])):
+            if block not in layers and any(p in calls_of for p in block):
                 directions.hold_dense(block)  # called twice here, or at several positions
-                layers.pop(block, None)
         rest = {p: calls for p, calls in calls_of.items() if p in directions.dense}
         count = recorded.num_examples
         for examples in _slices(count, sum(p.numel() for p in rest), None):
@@ -163,17 +172,16 @@ class InnerProducts:
                 products += [((p,), _rows(g) @ _rows(directions.dense[p]).mT) for p, g in gradients.items()]
             yield examples, products
 
-    def _layers(self, calls_of: Mapping[Tensor, Sequence]) -> Iterator[tuple[Block, RotatedLayer]]:
-        """The layers that are used once, of the blocks whose variances are a sum of few products."""
-        for block, of_block in self._covariance.blocks:
-            if any(p not in calls_of for p in block):
-                continue
-            layer = RotatedLayer.of(block, calls_of, self._covariance)
-            if layer is None:
+    def _layers(self, calls_of: Mapping[Tensor, Sequence[LayerCall]]) -> Iterator[tuple[Block, RotatedLayer]]:
+        """The layers used once and at one position, of the blocks whose variances are a sum of few products."""
+        for block, _ in self._covariance.blocks:
+            layer = (
+                None if any(p not in calls_of for p in block) else RotatedLayer.of(block, calls_of, self._covariance)
+            )
+            if layer is None or _rank_one(layer.rows(slice(0, 1))) is None:
                 continue
             if block not in self._terms:
-                kronecker = of_block.as_kronecker()
-                self._terms[block] = None if kronecker is None else Terms.of(kronecker)
+                self._terms[block] = Terms.of(layer.block)
             if self._terms[block] is not None:
                 yield block, layer
 
@@ -202,10 +210,6 @@ def joined(held: Sequence[Directions]) -> Directions:
         for block, rows in held[0].rank_one.items()
     }
     return Directions(index, dense, rank_one)
-
-
-def _is_rank_one(layer: RotatedLayer) -> bool:
-    return _rank_one(layer.rows(slice(0, 1))) is not None
 
 
 def _rank_one(rows: RotatedGradients | None) -> RankOne | None:

@@ -303,12 +303,13 @@ class _All:
         order = labels[:, 0].argsort(stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device="cpu")
-        values = self._values[0].new_empty(len(self._values[0]), len(order), self._values[0].shape[2])
-        start = 0
-        for i, part in enumerate(self._values):
+        first, start = self._values[0], 0
+        values = first.new_empty(len(first), len(order), first.shape[2])
+        self._values.reverse()
+        while self._values:  # nothing is held twice for long
+            part = self._values.pop()
             values[:, place[start : start + part.shape[1]]] = part
             start += part.shape[1]
-            self._values[i] = part[:, :0]  # nothing is held twice
         return values, labels[order]
 
 
