@@ -18,7 +18,9 @@ from vlearn.linearized import gauss_newton
 from vlearn.posterior import measured_scale
 
 MANY = 400  # steps, with which the networks of these tests are solved to rounding
-PATHS = pytest.mark.parametrize("few_outputs", [32, 0], ids=["by output", "by vector"])
+PATHS = pytest.mark.parametrize(
+    "few_outputs", [32, pytest.param(0, marks=pytest.mark.slow)], ids=["by output", "by vector"]
+)
 PRIOR = 0.7
 
 
@@ -292,6 +294,8 @@ def test_a_loader_that_ends_after_one_pass_is_refused():
     model, _, train, test = arguments_of()
     with pytest.raises(ValueError, match="gave 0 examples when it was iterated again, not 12: pass a loader"):
         influence_of(model, diagonal(model, 12), iter(list(train)), test, refine=3)
+    with pytest.raises(ValueError, match="gave other examples when it was iterated again: pass a loader, not an"):
+        measured_scale(model, diagonal(model, 12), iter(list(train)), F.cross_entropy, steps=3, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +312,64 @@ def test_arguments_of_the_scale_that_break_their_rule_are_refused(arguments, mes
     assert str(error.value) == message
 
 
-def hinge(output, target):
+class Hidden(torch.autograd.Function):
+    """A loss whose gradient is written in Python, and hides that it depends on the output."""
+
+    @staticmethod
+    def forward(ctx, output):
+        ctx.output = output.detach()
+        return output.square().sum(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.output * gradient.unsqueeze(1)
+
+
+def test_a_curvature_that_the_loss_hides_is_refused_or_found_by_differences(monkeypatch):
+    model, _, train, test = arguments_of()
+    posterior = diagonal(model, num_data=12)
+    loss = lambda output, target: Hidden.apply(output)  # noqa: E731
+    plain = lambda output, target: output.square().sum(1)  # noqa: E731
+    found = influence_of(model, posterior, train, test, loss, refine=MANY)
+    assert relative_error(found.values, influence_of(model, posterior, train, test, plain, refine=MANY).values) < 1e-5
+    monkeypatch.setattr(gauss_newton, "FEW_OUTPUTS", 0)
+    with pytest.raises(RuntimeError, match="the loss has no second derivative in torch, and an output of 3 entries"):
+        influence_of(model, posterior, train, test, loss, refine=1)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x):
+        hidden = self.inner[1](self.inner[0](x))
+        return hidden, self.inner[2](hidden)
+
+
+def test_a_loss_of_two_outputs_and_one_of_the_second_equal_dense_solves():
+    model = TwoOutputs()
+    posterior = diagonal(model, num_data=12)
+    x, y = inputs(), LABELS
+    loader = [(x, y)]
+    truth = truth_of(model, lambda m: m(x)[1], y)
+    exact = truth.jacobian[:1].flatten(0, 1) @ torch.linalg.solve(curvature(truth), truth.gradients[0])
+    table = left_out(model, posterior, loader, {0: [0]}, output=1, refine=MANY, tolerance=1e-14)
+    assert relative_error(table.deviation[0].flatten(), exact) < 1e-8
+
+    def both(output, target):
+        return rows(output[1], target) + 0.1 * output[0].square().sum(1)
+
+    def joint(joined):
+        return both((joined[:, :8], joined[:, 8:]), y)
+
+    whole = per_example(model.eval(), lambda m: torch.cat(m(x), 1), joint)
+    exact = whole.gradients @ torch.linalg.solve(curvature(whole), whole.gradients.mT)
+    found = influence_of(model, posterior, loader, loader, both, refine=MANY)
+    assert relative_error(found.values, exact) < 1e-8
+
+
+def concave(output, target):
     return (1 - output.gather(1, target.unsqueeze(1)).squeeze(1)).relu() - output.logsumexp(1)
 
 
@@ -316,6 +377,6 @@ def test_a_curvature_that_is_not_positive_definite_is_told():
     """The loss is concave in the output: Σg is kept."""
     model, _, train, test = arguments_of()
     posterior = diagonal(model, num_data=3000)
-    plain = influence_of(model, posterior, train, test, hinge)
-    found = influence_of(model, posterior, train, test, hinge, refine=3)
+    plain = influence_of(model, posterior, train, test, concave)
+    found = influence_of(model, posterior, train, test, concave, refine=3)
     assert bool(found.residual.isnan().all()) and relative_error(found.values, plain.values) < 1e-12

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch
@@ -29,7 +30,7 @@ from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian
 from vlearn.linearized.linearization import Linearization, linearize
 from vlearn.linearized.solver import Solution, Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss
-from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, form_of
+from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, form_of, upcast
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded
@@ -46,6 +47,7 @@ class GaussNewton:
         covariance: Σ keyed by the model's parameters.
         batches: gives the training data, the same each time it is called.
         losses: the training loss of each example.
+        output: which of several outputs the loss is of, see `vlearn.sweep`.
 
     Raises:
         ValueError: if the prior precision is unknown, or the posterior is one of a network that has not been trained to
@@ -59,8 +61,10 @@ class GaussNewton:
         covariance: Covariance,
         batches: Callable[[], Iterator[Batch]],
         losses: ExampleLoss,
+        output: Selector = None,
     ):
-        self._model, self._covariance, self._batches, self._losses = model, covariance, batches, losses
+        self._model, self._covariance, self._batches = model, covariance, batches
+        self._losses, self._output = losses, output
         self._num_data = posterior.num_data
         self.check(posterior)
         known = getattr(posterior, "prior_precision", {})
@@ -92,7 +96,7 @@ class GaussNewton:
         g: Vectors,
         steps: int,
         tolerance: float | None = None,
-        less: Callable[[Vectors, Tensor], Vectors] | None = None,
+        removed: Callable[[Vectors, Tensor], Vectors] | None = None,
     ) -> Solution:
         """H⁻¹ g by so many steps of conjugate gradients, each one pass through the training data.
 
@@ -102,7 +106,7 @@ class GaussNewton:
             g: right-hand sides, by parameter ``[K, *shape]``, those of no parameter count as zero.
             steps: the largest number of products with H.
             tolerance: at which a system is left as it is, see `solve`; default that of its dtype.
-            less: (v, active ``[K]``) -> K v of a curvature that is taken away from H.
+            removed: (v, active ``[K]``) -> K v of a curvature that is taken away from H.
         """
         like = next(iter(g.values()))
         # H moves also what the right-hand sides do not reach.
@@ -110,7 +114,7 @@ class GaussNewton:
 
         def apply(v: Vectors, _: Vectors, active: Tensor) -> Vectors:
             product = self.multiply(v, active)
-            taken = {} if less is None else less(v, active)
+            taken = {} if removed is None else removed(v, active)
             return {p: h - taken[p] if p in taken else h for p, h in product.items()}
 
         smallest = 10 * torch.finfo(like.dtype).eps if tolerance is None else tolerance
@@ -124,9 +128,9 @@ class GaussNewton:
         total = {p: v.new_zeros(v.shape) for p, v in chosen.items()}  # contiguous, so that a matrix of it is a view
         count = 0
         for batch in self._batches():
-            lin = linearize(self._model, self._covariance, batch, self._losses, second_order=True)
+            lin = linearize(self._model, self._covariance, batch, self._losses, self._output, second_order=True)
             count += len(batch.index)
-            add = _add_by_output if _has_few_outputs(lin) else _add_by_vector
+            add = _add_by_output if _has_few_outputs(lin, int(active.sum())) else _add_by_vector
             add(lin, chosen, total)
             del lin  # its graph goes before the next batch comes
         if not count or self._count not in (None, count):
@@ -148,8 +152,9 @@ def check_steps(name: str, steps: int) -> None:
         raise ValueError(f"{name}={steps!r}, but it must be a number of steps: use 20.")
 
 
-def _has_few_outputs(lin: Linearization) -> bool:
-    return sum(e is not None for e in lin.residuals) == 1 and lin.output[0].numel() <= FEW_OUTPUTS
+def _has_few_outputs(lin: Linearization, vectors: int) -> bool:
+    """Whether a backward pass for each output costs less than a forward-mode and a backward pass for each vector."""
+    return len(lin.outputs) == 1 and lin.output[0].numel() <= min(FEW_OUTPUTS, 4 * vectors)
 
 
 def _add_by_vector(lin: Linearization, vectors: Vectors, total: Vectors) -> None:
@@ -167,6 +172,7 @@ def _add_by_output(lin: Linearization, vectors: Vectors, total: Vectors) -> None
     unit = torch.eye(hessian.shape[1], dtype=lin.output.dtype, device=hessian.device)
     rows = [lin.backprop(row.expand(len(hessian), -1).reshape(lin.output.shape)) for row in unit]
     parts = _parts(rows, vectors)
+    vectors = {p: upcast(v.to(p.dtype)).contiguous() for p, v in vectors.items()}  # as the forms have them
     entries = sum(part.entries(len(unit), vectors) for part in parts)
     with as_recorded(lin.trace):
         for examples in chunks(len(hessian), entries, FALLBACK_ENTRIES):
@@ -200,7 +206,7 @@ class _Rows:
 
     def times(self, vectors: Vectors) -> Tensor:
         """See `_Jacobian`."""
-        v = self._matrices(vectors[self.p].contiguous())  # [K, G, O, I]
+        v = self._matrices(vectors[self.p])  # [K, G, O, I]
         n, c = self.b.shape[:2]
         total = v.new_zeros(n, c, len(v))
         for g in range(v.shape[1]):

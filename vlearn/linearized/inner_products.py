@@ -169,7 +169,7 @@ class InnerProducts:
             if rest:
                 with as_recorded(recorded.trace):
                     gradients = dense_gradients(recorded, rest, examples)
-                products += [((p,), _rows(g) @ _rows(directions.dense[p]).mT) for p, g in gradients.items()]
+                products += [((p,), _rows(g) @ _rows(directions.dense[p]).mT.to(g.dtype)) for p, g in gradients.items()]
             yield examples, products
 
     def _layers(self, calls_of: Mapping[Tensor, Sequence[LayerCall]]) -> Iterator[tuple[Block, RotatedLayer]]:

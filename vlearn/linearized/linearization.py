@@ -122,11 +122,19 @@ class Linearization:
                 raise RuntimeError(_NO_CURVATURE.format(size=self.output[0].numel(), error=error)) from error
             return hessian_by_differences(self._residual_at, self.output)
 
+    @torch.enable_grad()
     def check_curvature(self) -> None:
-        """Raise RuntimeError if products with Λ cannot be taken by a second derivative."""
-        if self._hides_curvature():
-            error = "it is a function that is differentiated once"
-            raise RuntimeError(_NO_CURVATURE.format(size=self.output[0].numel(), error=error))
+        """Raise RuntimeError if a residual changes with the outputs and has no graph that says how."""
+        hidden = [i for i, e in enumerate(self.residuals) if e is not None and not e.requires_grad]
+        if not hidden:
+            return
+        leaves = [(leaf.detach() * (1 + 1e-3)).requires_grad_() for leaf in self.leaves]
+        moved = torch.autograd.grad(self._loss_of(leaves).sum(), leaves, allow_unused=True)
+        for i in hidden:
+            now, before = moved[i], self.residuals[i]
+            if now is None or before is None or not torch.equal(now, before):
+                error = "it is a function that is differentiated once"
+                raise RuntimeError(_NO_CURVATURE.format(size=self.leaves[i][0].numel(), error=error))
 
     @property
     def _differences_are_few(self) -> bool:

@@ -115,6 +115,8 @@ def measured_scale(
             residual = torch.where(solution.indefinite, torch.nan, solution.residual)
             near_exact, approximate = dot(g, solution.x), dot(g, covariance.multiply_only(g))
             columns.append((index, near_exact.cpu(), approximate.cpu(), residual.cpu()))
+    if sum(len(column[0]) for column in columns) < len(chosen):
+        raise ValueError("the loader gave other examples when it was iterated again: pass a loader, not an iterator.")
     index, near_exact, approximate, residual = (torch.cat(column) for column in zip(*columns, strict=True))
     counts = ~residual.isnan()
     scale = float(near_exact[counts].double().sum() / approximate[counts].double().sum())

@@ -44,7 +44,8 @@ class GroupTable:
         largest_eigenvalue: ``[K]`` of VΛ over the group, an estimate from below: the refined form is at most
             1/(1 - this) times as long as the first order; None unless refined, and with `refine`.
         used_first_order: ``[K]`` where the first order was kept; None unless refined or with `refine`.
-        residual: ``[K]`` with `refine`, √(rᵀΣr) of what is left of the right-hand side, relative; else None.
+        residual: ``[K]`` with `refine`, √(rᵀΣr) of what is left of the right-hand side, relative; NaN where the
+            first order was kept; else None.
     """
 
     group: list[Any]
@@ -151,7 +152,7 @@ def leave_group_out(
         gradients, loss = _gradients(visit, covariance, len(members))
         if refine:
             training_data = partial(batches, loader, model, example_index)
-            curvature = GaussNewton(model, posterior, covariance, training_data, losses)
+            curvature = GaussNewton(model, posterior, covariance, training_data, losses, output)
             step, facts = _near_exact(visit, curvature, gradients, refined, tolerance, refine)
         else:
             step, facts = covariance.multiply_only(gradients), {}
@@ -224,7 +225,7 @@ def _near_exact(
         "converged": solved.converged.cpu(),
         "iterations": solved.iterations.cpu(),
         "used_first_order": used_first_order.cpu(),
-        "residual": solved.residual.cpu(),
+        "residual": torch.where(used_first_order, torch.nan, solved.residual).cpu(),
     }
 
 
