@@ -18,9 +18,8 @@ from vlearn.linearized import gauss_newton
 from vlearn.posterior import measured_scale
 
 MANY = 400  # steps, with which the networks of these tests are solved to rounding
-PATHS = pytest.mark.parametrize(
-    "few_outputs", [32, pytest.param(0, marks=pytest.mark.slow)], ids=["by output", "by vector"]
-)
+SLOW = pytest.mark.slow
+PATHS = pytest.mark.parametrize("few_outputs", [32, pytest.param(0, marks=SLOW)], ids=["by output", "by vector"])
 PRIOR = 0.7
 
 
@@ -79,21 +78,20 @@ def test_networks_equal_dense_solves(name, few_outputs, monkeypatch):
 
 
 @PATHS
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", [s if s == "mixed" else pytest.param(s, marks=SLOW) for s in STRUCTURES])
 def test_any_structure_preconditions_in_any_chunks(structure, few_outputs, monkeypatch):
     monkeypatch.setattr(gauss_newton, "FEW_OUTPUTS", few_outputs)
-    model, _, train, test = arguments_of(network(nn.LayerNorm(8)))
+    model, _, _, test = arguments_of(network(nn.LayerNorm(8)))
+    train = [(inputs(), LABELS)]
     posterior, _ = posterior_of(moving(model), structure)
     truth = truth_of(model, lambda m: m(inputs()), LABELS)
     tests = truth_of(model, lambda m: m(inputs(7, 6)), LABELS[:7])
     prior = torch.cat([torch.full((p.numel(),), posterior.prior_precision[n]) for n, p in moving(model).items()])
     dense = truth.ggn() * (NUM_DATA / 12) + torch.diag(prior.double())
     exact = truth.gradients @ torch.linalg.solve(dense, tests.gradients.mT)
-    found = [influence_of(model, posterior, train, test, refine=MANY, chunk=chunk) for chunk in (None, 2)]
+    found = [influence_of(model, posterior, train, test, refine=MANY, chunk=chunk) for chunk in (None, 4)]
     assert relative_error(found[0].values, exact) < 1e-8
     assert relative_error(found[1].values, exact) < 1e-8
-    best = influence_of(model, posterior, train, test, refine=MANY, top_k=3)
-    assert relative_error(best.values, exact.gather(0, best.train_index)) < 1e-8
 
 
 def test_each_step_comes_nearer_in_the_norm_of_the_curvature():

@@ -5,8 +5,8 @@ is diagonal, with v its variances,
 
     ⟨G_i, ΣG_j⟩ = Σ_oi v_oi (b̃_i ∘ b̃_j)_o (ã_i ∘ ã_j)_i = Σ_r ⟨p_r ∘ b̃_i, b̃_j⟩ ⟨q_r ∘ ã_i, ã_j⟩,   v = Σ_r p_r q_rᵀ
 
-The eigenvalues of K-FAC are products, so that v = 1/(N(d_B d_Aᵀ + wd)) has few terms to rounding: 17 in float32 for
-120 x 401. A pair then costs 17·(O + I) products in the place of O·I, and (O + I) numbers are held in the place of O·I.
+The eigenvalues of K-FAC are products, so that v = 1/(N(d_B d_Aᵀ + wd)) has few terms to rounding, 18 in float32 for a
+layer of 120 x 401. A pair then costs 18·(O + I) products in the place of O·I, and O + I numbers are held in its place.
 Elsewhere Σg_j is held, and the gradients are formed a few examples at a time.
 """
 
