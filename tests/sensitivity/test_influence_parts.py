@@ -66,6 +66,15 @@ def test_a_weight_of_several_modules_counts_for_the_first():
     assert relative_error(torch.stack(list(split.parts.values())).sum(0), split.values) < 1e-12
 
 
+def test_frozen_modules_have_no_part():
+    model, _, train, test = arguments_of(network(nn.LayerNorm(8)))
+    posterior, _ = posterior_of(moving(model), "layers")
+    model[2].requires_grad_(False)
+    split = influence_of(model, posterior, train, test, by="module")
+    assert list(split.parts) == ["0", "3"]
+    assert relative_error(split.parts["0"] + split.parts["3"], split.values) < 1e-12
+
+
 def test_a_posterior_that_correlates_modules_has_no_parts():
     model, _, train, test = arguments_of()
     posterior = vlearn.posterior.fit(model, train, F.cross_entropy, "full", progress=False)

@@ -61,8 +61,8 @@ def measured_scale(
 
     H⁻¹ is that of the curvature of the loader's examples at the posterior mean, by conjugate gradients that Σ
     preconditions: each step goes through the loader once. A diagnostic: α says how far Σ is from H⁻¹ as far as these
-    examples see it, not how far H⁻¹ is from a network that is trained again. Where leverages come near 1, the first order
-    itself is too short, and a Σ that overstates (α < 1) may be nearer to retraining than H⁻¹.
+    examples see it, not how far H⁻¹ is from a network that is trained again. Where leverages come near 1, the first
+    order itself is too short, and a Σ that overstates (α < 1) may be nearer to retraining than H⁻¹.
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.

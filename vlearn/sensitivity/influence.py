@@ -188,14 +188,15 @@ def _check(top_k: int | None, chunk: int | None, by: By, per: str, refine: int) 
 
 
 def _groups(by: By, parameters: dict[str, nn.Parameter], covariance: Covariance) -> dict[Tensor, Any]:
-    """The group of each parameter.
+    """The group of each parameter that requires grad.
 
     Raises:
         ValueError: if a block of Σ has parameters of two groups.
     """
-    names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
+    names: dict[Tensor, str] = {p: name for name, p in parameters.items() if p.requires_grad}
     group_of = {p: by(name) if callable(by) else name.rpartition(".")[0] for p, name in names.items()}
-    for block, _ in covariance.blocks:
+    for whole, _ in covariance.blocks:
+        block = [p for p in whole if p in group_of]
         other = next((p for p in block if group_of[p] != group_of[block[0]]), None)
         if other is not None:
             raise ValueError(
