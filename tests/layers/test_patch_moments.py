@@ -15,6 +15,7 @@ from vlearn.layers.registry import rule_of
 
 def form_of(module: Any, x: torch.Tensor) -> Any:
     rule = rule_of(type(module))
+    assert rule is not None
     return rule.form(module, module.weight, x, channels_first(module, module(x)).detach())
 
 
