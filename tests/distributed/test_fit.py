@@ -237,10 +237,11 @@ def test_processes_that_differ_are_told_in_all_and_none_hangs(ranks: Ranks, how:
 
 
 def alone_in_a_group(rank: int) -> Any:
-    """The first one fits, the other does not call it."""
+    """The first one fits what both have wrapped, the other does not call it."""
+    wrapper = DistributedDataParallel(with_batch_norm())
     if rank == 1:
         return None
-    return fit(with_batch_norm(), data()[::2], F.cross_entropy, curvature="empirical", progress=False).state()
+    return fit(wrapper, data()[::2], F.cross_entropy, curvature="empirical", progress=False).state()
 
 
 def test_a_fit_in_one_process_waits_for_no_other(ranks: Ranks) -> None:

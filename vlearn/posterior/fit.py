@@ -78,7 +78,7 @@ def fit(
         convention: "expand" or "reduce", for layers that act at several positions.
         likelihood: of curvature="sampled": "categorical", "bernoulli", "gaussian" or output -> distribution.
         output: which of several outputs the loss's curvature is taken of.
-        generator: of the probes.
+        generator: of the probes; with sync each process takes a seed of its own from it.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: of batches whose examples are concatenated, see `sweep`.
         training_time: η of a network that gradient descent has not trained to the end, see `Gaussian.stopped_at` and

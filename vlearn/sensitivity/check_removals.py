@@ -57,7 +57,10 @@ class RemovalCheck:
 
     @property
     def slope(self) -> Estimate:
-        """(Slope of the retrained over the predicted changes, through the origin, and its 95% interval)."""
+        """(Slope of the retrained over the predicted changes, through the origin, and its 95% interval).
+
+        Where few examples have nearly all of the effect, they decide it, and the interval is too narrow.
+        """
         return self._with_interval(slope_through_origin)
 
     @property
