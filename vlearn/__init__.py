@@ -4,7 +4,7 @@ from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
 from vlearn.optim import IVON, KFACVON, VOGN, VON, FullVON
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
-from vlearn.sensitivity import IndexedDataset, influence, leave_group_out, sweep
+from vlearn.sensitivity import IndexedDataset, check_removals, influence, leave_group_out, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FullVON",
     "IndexedDataset",
     "MemoryMap",
+    "check_removals",
     "conjugate",
     "influence",
     "integrations",

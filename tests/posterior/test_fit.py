@@ -457,3 +457,11 @@ def test_examples_that_meet_are_refused() -> None:
     model, x = mlp()
     with pytest.raises(RuntimeError, match="other examples"):
         fit(Centred(*model), in_batches(x), F.cross_entropy)
+
+
+def test_without_a_kronecker_layer_the_eigenvalue_corrected_one_is_the_diagonal_one() -> None:
+    torch.manual_seed(0)
+    model, x = nn.LayerNorm(C).double(), torch.randn(N, C).double()
+    found = fit(model, in_batches(x), F.cross_entropy, "eigenvalue-corrected", **EXACT)
+    expected = fit(model, in_batches(x), F.cross_entropy, "diagonal", **EXACT)
+    assert relative_error(flat(dict(found.variance)), flat(dict(expected.variance))) < 1e-12

@@ -51,6 +51,11 @@ class Covariance:
             moved.update(zip(parameters, block.multiply(tensors), strict=True))
         return moved
 
+    def multiply_only(self, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """As `multiply`, by those parameters alone that are given: the others are frozen."""
+        moved = self.multiply(gradients)
+        return {p: moved[p] for p in gradients}
+
     def solve(self, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Σ⁻¹ g of each example, as `multiply`."""
         solved: dict[Tensor, Tensor] = {}

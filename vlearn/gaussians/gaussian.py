@@ -41,10 +41,13 @@ class Gaussian:
     Attributes:
         uncalibrated_reason: why the scale of Σ is arbitrary, if it is.
         prior_mean: μ by name; 0 where missing.
+        training_time: how long the network was trained where Σ knows it, see `stopped_at`, the shortest of its
+            parameters'; else infinite.
     """
 
     uncalibrated_reason: str | None = None
     prior_mean: Mapping[str, Tensor] = {}
+    training_time: float = math.inf
 
     def __init__(
         self,
@@ -163,6 +166,7 @@ class Gaussian:
             "prior_precision": dict(self.prior_precision),
             "prior_mean": dict(self.prior_mean),
             "uncalibrated_reason": self.uncalibrated_reason,
+            "training_time": self.training_time,
             **self.block_state(),
         }
 
@@ -184,6 +188,7 @@ class Gaussian:
             )
         posterior = kinds[state["kind"]].of_state(state)
         posterior.prior_mean, posterior.uncalibrated_reason = state["prior_mean"], state["uncalibrated_reason"]
+        posterior.training_time = state.get("training_time", math.inf)  # which earlier files do not tell
         return posterior
 
     @classmethod
@@ -213,6 +218,7 @@ class Gaussian:
         kept = self.clone()
         if is_finite(times):
             kept.stop_blocks(times)
+            kept.training_time = min(self.training_time, *times.values())
         return kept
 
     def stop_blocks(self, times: Mapping[str, float]) -> None:

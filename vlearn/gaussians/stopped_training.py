@@ -7,8 +7,8 @@ small: what has not been trained cannot be forgotten. For influence it is one se
 arXiv:2405.12186); its ridge form w + 1/η is ASTRA's (arXiv:2507.14740).
 
 Along a preconditioned flow θ' = -P∇L the response is P^½ f(P^½ W P^½) P^½, f(w) = (1 - e^{-w})/w, with η in P. A
-natural-gradient flow has P = W⁻¹: its share is 1 - e^{-t} in every direction, t the sum of the learning rates, and with
-the rates of IVON or KFACVON that is 1 after a few dozen steps. So the state of such an optimizer is not corrected.
+natural-gradient flow has P = W⁻¹: its share is 1 - e^{-t} in every direction, t the sum of the learning rates. Where
+IVON, VON or KFACVON have learned their curvature that is 1 after a few dozen steps, so their states are not corrected.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlearn.layers.gradient_forms import Form, Outer
+from vlearn.layers.patch_moments import Sizes, patch_moments
 from vlearn.layers.registry import Rule, bias_form, channels_first, from_channels_first, register
-
-Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,26 @@ class ConvWeightGradient:
     which bounds small convolutions.
     """
 
-    strips: Tensor  # [N, G, I·kw, padded sizes of the other axes, W]
-    b: Tensor  # [N, G, T, O], T = product of sizes · W
-    shape: torch.Size  # [O, I, kernel sizes of the other axes, kw]
-    sizes: Sizes  # of the output, of the other axes
+    x: Tensor  # [N, G·I, padded sizes]
+    b: Tensor  # [N, G, T, O], T = product of sizes
+    shape: torch.Size  # [O, I, kernel sizes]
+    groups: int
+    sizes: Sizes  # of the output
     stride: Sizes
     dilation: Sizes
 
     kind = "matrix"
+
+    @cached_property
+    def strips(self) -> Tensor:
+        """The unfolded input ``[N, G, I·kw, padded sizes of the other axes, W]``."""
+        last = self.sizes[-1:], self.stride[-1:], self.dilation[-1:]
+        shifted = torch.stack([self.x[(..., *_places((c,), *last))] for c in range(self.shape[-1])], 2)
+        return shifted.reshape(len(self.x), self.groups, -1, *self.x.shape[2:-1], self.sizes[-1])
+
+    def patch_moments(self) -> tuple[Tensor, Tensor]:
+        """(Σ a aᵀ ``[I·k, I·k]``, Σ a ``[I·k]``) over the rows a of `as_outer`, of one group."""
+        return patch_moments(self.x, tuple(self.shape[2:]), self.sizes, self.stride, self.dilation)
 
     @property
     def entries(self) -> int:
@@ -70,7 +82,8 @@ class ConvWeightGradient:
     def _inputs(self) -> Iterator[Tensor]:
         """What each offset of the kernel meets: ``[N, G, I·kw, T]``."""
         for offset in product(*map(range, self.shape[2:-1])):
-            yield self.strips[(..., *_places(offset, self.sizes, self.stride, self.dilation), slice(None))].flatten(3)
+            places = _places(offset, self.sizes[:-1], self.stride[:-1], self.dilation[:-1])
+            yield self.strips[(..., *places, slice(None))].flatten(3)
 
     def _dense(self) -> Tensor:
         """Gradients by offset, ``[N, G, offsets, O, I·kw]``."""
@@ -139,10 +152,7 @@ def _convolution_weight(module: Any, x: Tensor, b: Tensor) -> Form:
     if max(kernel) == 1:
         rows = x[(..., *_places((0,) * len(kernel), sizes, stride, dilation))]
         return Outer(channels_first(module, rows), b, module.weight.shape)
-    shifted = [x[(..., *_places((c,), sizes[-1:], stride[-1:], dilation[-1:]))] for c in range(kernel[-1])]
-    strips = torch.stack(shifted, 2)  # [N, I, kw, ..., W]
-    strips = strips.reshape(len(x), module.groups, -1, *x.shape[2:-1], sizes[-1])
-    return ConvWeightGradient(strips, b, module.weight.shape, sizes[:-1], stride[:-1], dilation[:-1])
+    return ConvWeightGradient(x, b, module.weight.shape, module.groups, sizes, stride, dilation)
 
 
 for _dimensions, _type in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vlearn.layers.example_rows import ExampleRows
 from vlearn.linearized.numbering import TARGETS, Numbering
 from vlearn.per_example.measured_rows import ExampleIndex, check_example_index, told_rows
 
+T = TypeVar("T")
 NUMBERS = ("index", "idx")  # what a batch with names calls the numbers of its examples
 
 
@@ -236,8 +237,10 @@ def device_of(model: nn.Module) -> torch.device:
     return next(iter(model.parameters())).device
 
 
-def with_progress_bar(given: Iterator[Batch], loader: Any, progress: bool | None, name: str) -> Iterable[Batch]:
-    """The batches with a progress bar around them, by default where standard error is a terminal."""
+def with_progress_bar(
+    given: Iterator[T], loader: Any, progress: bool | None, name: str, unit: str = "batch"
+) -> Iterable[T]:
+    """The batches, or other units, with a progress bar around them, by default where standard error is a terminal."""
     if progress is None:
         progress = sys.stderr.isatty()
     if not progress:
@@ -250,7 +253,7 @@ def with_progress_bar(given: Iterator[Batch], loader: Any, progress: bool | None
         total = len(loader)
     except (TypeError, NotImplementedError):  # a stream has no length
         total = None
-    return tqdm(given, total=total, desc=name, unit="batch", leave=False)
+    return tqdm(given, total=total, desc=name, unit=unit, leave=False)
 
 
 def _on(device: torch.device, leaf: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
 from vlearn.gaussians.covariance import Covariance
-from vlearn.linearized.kronecker_products import RotatedGradients, rotate
+from vlearn.linearized.kronecker_products import RotatedLayer
 from vlearn.per_example.forms import CHUNK_ENTRIES, FALLBACK_ENTRIES, chunks, entries_of, form_of
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
@@ -144,30 +144,19 @@ def _add_rotated(
     covariance: Covariance,
 ) -> bool:
     """Parameters of one layer that is used once, under a Kronecker Σ; False if they are not, or G_n costs less."""
-    columns, block = covariance.block_of(parameters[0])
-    calls = {call for p in parameters for call in calls_of[p]}
-    kronecker = block.as_kronecker()
-    if kronecker is None or len(calls) > 1 or len(parameters) < len(columns):
-        return False
-    (call,) = calls
-    if call.rule is None:
-        return False
-
-    def rows_of(examples: slice) -> RotatedGradients | None:
-        return rotate([form_of(call, p, examples) for p in columns], kronecker)
-
-    first = rows_of(slice(0, 1))
-    if first is None:
+    layer = RotatedLayer.of(parameters, calls_of, covariance)
+    first = None if layer is None else layer.rows(slice(0, 1))
+    if layer is None or first is None:
         return False
     for examples in chunks(products.self_influence.shape[0], first.entries):
-        rows = rows_of(examples)
+        rows = layer.rows(examples)
         assert rows is not None
         if products.tangents is None:
             products.self_influence[examples] += rows.self_influence()
         else:
             tangent = rows.tangent()
             products.self_influence[examples] += rows.self_influence(tangent)
-            _add_row_tangent(products, call, examples, rows.back(tangent))
+            _add_row_tangent(products, layer.call, examples, rows.back(tangent))
     return True
 
 

@@ -10,14 +10,17 @@ position nothing of the size of G is formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vlearn.capture.layer_call import LayerCall
+from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.layers.gradient_forms import Form, Outer
+from vlearn.per_example.forms import form_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,32 @@ class RotatedGradients:
     def back(self, rows: Tensor) -> Tensor:
         """Output rows in the layer's own coordinates."""
         return rows if self.block.out_basis is None else rows @ self.block.out_basis.mT
+
+
+@dataclass(frozen=True)
+class RotatedLayer:
+    """A layer that a pass used once, whose parameters are a block of a Kronecker Σ."""
+
+    call: LayerCall
+    columns: tuple[Tensor, ...]
+    block: KroneckerBlock
+
+    @classmethod
+    def of(
+        cls, parameters: Sequence[Tensor], calls_of: Mapping[Tensor, Sequence[LayerCall]], covariance: Covariance
+    ) -> RotatedLayer | None:
+        """The layer of these parameters; None where they are not all of such a block."""
+        columns, block = covariance.block_of(parameters[0])
+        calls = {call for p in parameters for call in calls_of[p]}
+        kronecker = block.as_kronecker()
+        if kronecker is None or len(calls) > 1 or len(parameters) < len(columns):
+            return None
+        (call,) = calls
+        return None if call.rule is None else cls(call, columns, kronecker)
+
+    def rows(self, examples: slice) -> RotatedGradients | None:
+        """The gradients of some of the examples, see `rotate`."""
+        return rotate([form_of(self.call, p, examples) for p in self.columns], self.block)
 
 
 def rotate(forms: Sequence[Form], block: KroneckerBlock) -> RotatedGradients | None:

@@ -34,12 +34,12 @@ from vlearn.losses.output_hessian import (
 )
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import as_recorded, eval_mode, native_recurrence
+from vlearn.per_example.replay import as_recorded, eval_mode, native_recurrence, tangents_in_reverse
 
 _NO_CURVATURE = (
     "the loss has no second derivative in torch, and an output of {size} entries is too large for differences of its "
-    "first: leave out leverage='exact', refined and whatever else needs Λ, or pass leverage='probe' or leverage=None "
-    "({error})."
+    "first: leave out leverage='exact', refined, refine and whatever else needs Λ, or pass leverage='probe' or "
+    "leverage=None ({error})."
 )
 DIFFERENCES = 256  # entries of an example's output up to which differences stand in for second derivatives
 GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
@@ -121,6 +121,20 @@ class Linearization:
             if not self._differences_are_few:
                 raise RuntimeError(_NO_CURVATURE.format(size=self.output[0].numel(), error=error)) from error
             return hessian_by_differences(self._residual_at, self.output)
+
+    @torch.enable_grad()
+    def check_curvature(self) -> None:
+        """Raise RuntimeError if a residual changes with the outputs and has no graph that says how."""
+        hidden = [i for i, e in enumerate(self.residuals) if e is not None and not e.requires_grad]
+        if not hidden:
+            return
+        leaves = [(leaf.detach() * (1 + 1e-3)).requires_grad_() for leaf in self.leaves]
+        moved = torch.autograd.grad(self._loss_of(leaves).sum(), leaves, allow_unused=True)
+        for i in hidden:
+            now, before = moved[i], self.residuals[i]
+            if now is None or before is None or not torch.equal(now, before):
+                error = "it is a function that is differentiated once"
+                raise RuntimeError(_NO_CURVATURE.format(size=self.leaves[i][0].numel(), error=error))
 
     @property
     def _differences_are_few(self) -> bool:
@@ -248,6 +262,14 @@ class Linearization:
     def loss_at(self, changes: list[Tensor]) -> Tensor:
         """Own losses ``[N]`` where each output has changed."""
         return self._loss_of([leaf.detach() + change for leaf, change in zip(self.leaves, changes, strict=True)])
+
+    @torch.enable_grad()
+    def loss_change(self, changes: list[Tensor]) -> Tensor:
+        """First-order change of own losses ``[N]``, or ``[N, T]``, where each output moves along a change.
+
+        Needs the graph of the residuals (`second_order`).
+        """
+        return tangents_in_reverse([self.own_loss], self.leaves, changes)[0].detach()
 
     def changes_of_chosen(self, change: Tensor) -> list[Tensor]:
         """One change for each output: the given one of the selected, none of the others."""

@@ -30,8 +30,8 @@ from torch.optim import Optimizer
 from vlearn._torch_internals import is_sharded
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
+from vlearn.collectives import averaged
 from vlearn.gaussians.gaussian import Gaussian
-from vlearn.optim.distributed.collectives import averaged
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.options import follow_betas, with_betas

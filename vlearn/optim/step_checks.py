@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlearn._torch_internals import has_compiled
-from vlearn.optim.distributed.collectives import process_count
+from vlearn.collectives import process_count
 from vlearn.optim.parameters.parameters import Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.sampler import Sampler

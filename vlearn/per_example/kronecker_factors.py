@@ -22,9 +22,11 @@ from functools import cached_property
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
+from vlearn.layers.convolution import ConvWeightGradient
 from vlearn.layers.gradient_forms import Form, Indexed, Outer
 from vlearn.per_example.forms import chunks, form_of, gradient_rows
 from vlearn.per_example.recorded_pass import RecordedPass
@@ -102,7 +104,7 @@ def factor_sums(
                 f"{calls[0]}: its weight has Kronecker factors, but was used in "
                 "a way in which it has none: call the module in the same way in every step."
             )
-        for examples in _chunks(recorded.num_examples, calls, layer.weight):
+        for examples in _chunks(recorded.num_examples, calls, layer.weight, layer in bases):
             rows = _Rows(layer, calls, examples, recorded.scale, kind)
             factors = rows.table_factors() if kind == "table" else rows.factors(convention, layer in due)
             if layer in bases:
@@ -128,8 +130,26 @@ class _Rows:
         names = ("in_factor", "out_factor") if self.kind == "transposed" else ("out_factor", "in_factor")
         if self.b.shape[1] > 1 and not due:
             return {names[0]: outputs}
-        inputs = _second_moment(self.a.sum(1) / self.exist.sum(1).clamp_min(1) if reduced else self.a)
-        return {names[0]: outputs, names[1]: inputs if reduced else inputs.div_(self.mean_positions)}
+        inputs = (
+            _second_moment(self.a.sum(1) / self.exist.sum(1).clamp_min(1))
+            if reduced
+            else self.input_moment().div_(self.mean_positions)
+        )
+        return {names[0]: outputs, names[1]: inputs}
+
+    def input_moment(self) -> Tensor:
+        """Σ a aᵀ over all rows of the input."""
+        form = self.forms[0]
+        if len(self.forms) == 1 and isinstance(form, ConvWeightGradient):
+            moment, total = form.patch_moments()
+        else:
+            moment, total = _second_moment(self.inputs), self.inputs.sum((0, 1))
+        if self.layer.bias is None:
+            return moment
+        whole = F.pad(moment, (0, 1, 0, 1))
+        whole[-1, :-1] = whole[:-1, -1] = total
+        whole[-1, -1] = self.exist.sum()
+        return whole
 
     def table_factors(self) -> dict[str, Tensor]:
         tokens, b = self.table.tokens, self.table.kept(self.table.b)
@@ -159,11 +179,15 @@ class _Rows:
         return weight if self.layer.bias is None else torch.cat([weight, self.b.sum(1).unsqueeze(2)], 2)
 
     @cached_property
+    def inputs(self) -> Tensor:
+        """Rows of the input ``[n, T, I]``, without the bias's 1."""
+        outers = [form.as_outer() for form in self.forms]
+        return _joined([outer.a.squeeze(1) for outer in outers if outer is not None], 1)
+
+    @cached_property
     def a(self) -> Tensor:
         """Rows of the input ``[n, T, I]``."""
-        outers = [form.as_outer() for form in self.forms]
-        rows = _joined([outer.a.squeeze(1) for outer in outers if outer is not None], 1)
-        return rows if self.layer.bias is None else torch.cat([rows, self.exist], 2)
+        return self.inputs if self.layer.bias is None else torch.cat([self.inputs, self.exist], 2)
 
     @cached_property
     def exist(self) -> Tensor:
@@ -199,11 +223,15 @@ class _Rows:
         return [form_of(call, self.layer.weight, self.examples) for call in self.calls]
 
 
-def _chunks(total: int, calls: list[LayerCall], weight: Tensor) -> Iterable[slice]:
+def _chunks(total: int, calls: list[LayerCall], weight: Tensor, squares: bool) -> Iterable[slice]:
     forms = [form_of(call, weight, slice(0, 1)) for call in calls]
     positions = sum(form.b.shape[2] for form in forms)
+    if positions == 1:
+        return chunks(total, 0, CHUNK_ENTRIES)
     columns = 0 if forms[0].kind == "table" else weight.numel() // forms[0].b.shape[3]
-    return chunks(total, positions * (columns + forms[0].b.shape[3]) if positions > 1 else 0, CHUNK_ENTRIES)
+    if isinstance(forms[0], ConvWeightGradient) and not squares:  # patches are not written out
+        columns //= weight.shape[2]
+    return chunks(total, positions * (columns + forms[0].b.shape[3]), CHUNK_ENTRIES)
 
 
 def _kind(calls: list[LayerCall], weight: Tensor) -> str | None:
@@ -233,6 +261,9 @@ def _is_bias(call: LayerCall, p: Tensor) -> bool:
 
 def _second_moment(rows: Tensor) -> Tensor:
     """Σ over all rows of the outer product of each with itself."""
+    if rows.dim() == 3 and rows.shape[1] > 1 and rows.mT.is_contiguous():  # of images, whose channels come first
+        columns = rows.permute(2, 0, 1).reshape(rows.shape[2], -1)
+        return columns @ columns.mT
     flat = rows.reshape(-1, rows.shape[-1])
     return flat.mT @ flat
 

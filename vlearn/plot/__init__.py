@@ -2,6 +2,7 @@
 
 from vlearn.plot.generalization import generalization
 from vlearn.plot.memory_map import memory_map
+from vlearn.plot.removals import removals
 from vlearn.plot.thumbnails import thumbnails
 
-__all__ = ["generalization", "memory_map", "thumbnails"]
+__all__ = ["generalization", "memory_map", "removals", "thumbnails"]

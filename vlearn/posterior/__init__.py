@@ -7,6 +7,7 @@ from vlearn.gaussians.product import ProductPosterior
 from vlearn.posterior.fit import fit
 from vlearn.posterior.from_laplace import from_laplace
 from vlearn.posterior.from_optimizer import from_optimizer
+from vlearn.posterior.measured_scale import MeasuredScale, measured_scale
 from vlearn.posterior.predict import predict
 from vlearn.posterior.storage import load
 from vlearn.posterior.training_time import training_time
@@ -16,11 +17,13 @@ __all__ = [
     "Full",
     "Kronecker",
     "KroneckerFactors",
+    "MeasuredScale",
     "ProductPosterior",
     "fit",
     "from_laplace",
     "from_optimizer",
     "load",
+    "measured_scale",
     "predict",
     "training_time",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.stopped_training import TrainingTime, times_by_name
-from vlearn.linearized.batches import batches, with_progress_bar
+from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.likelihood import LIKELIHOODS, Likelihood
@@ -24,6 +25,7 @@ from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.per_example.replay import eval_mode, native_recurrence
 from vlearn.posterior.curvature_passes import CURVATURES, CurvaturePasses
 from vlearn.posterior.prior import MARGINAL_LIKELIHOOD, PriorPrecision, given_prior_precision, most_likely_precision
+from vlearn.posterior.processes import FitProcesses, Share
 from vlearn.posterior.statistics import DenseStatistics, DiagonalStatistics, KroneckerStatistics, Scale, Statistics
 
 STRUCTURES = ("diagonal", "kronecker", "eigenvalue-corrected", "full", "last-layer", "last-layer-kronecker")
@@ -49,6 +51,7 @@ def fit(
     progress: bool | None = None,
     example_index: ExampleIndex | None = None,
     training_time: TrainingTime = math.inf,
+    sync: bool = False,
 ) -> Gaussian:
     """Fit a Gaussian posterior N(θ, Σ) at the present weights of a trained network: a Laplace approximation.
 
@@ -76,63 +79,152 @@ def fit(
         convention: "expand" or "reduce", for layers that act at several positions.
         likelihood: of curvature="sampled": "categorical", "bernoulli", "gaussian" or output -> distribution.
         output: which of several outputs the loss's curvature is taken of.
-        generator: of the probes.
+        generator: of the probes; with sync each process takes a seed of its own from it.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: of batches whose examples are concatenated, see `sweep`.
         training_time: η of a network that was not trained to the end, a number or numbers by name or parameter, see
             `Gaussian.stopped_at` and `vlearn.posterior.training_time`.
+        sync: fit the data of all processes of torch.distributed, where the loader of each gives its own share, as by a
+            DistributedSampler; of the processes of a DistributedDataParallel model where that is given. All must call
+            it, and all get the same posterior: that of one process with all the data, up to its random probes. Some
+            may have fewer batches, or none. What a sampler repeats to make shares equal counts as often as it comes, in
+            num_data too: with drop_last=True, or shares that differ, nothing does. Not by default, since a fit in one
+            process alone, as by the first after training, would wait for the others for ever.
     Returns:
         A posterior that `sweep`, `influence`, `leave_group_out` and `predict` take. It is a copy: later training does
         not change it.
     Raises:
-        ValueError: if an argument breaks its rule, or nothing can be fitted.
-        RuntimeError: if the examples have no gradients of their own.
+        ValueError: if an argument breaks its rule, nothing can be fitted, or the processes have different networks.
+        RuntimeError: if the examples have no gradients of their own, or the fit failed in another process.
     """
-    _check(structure, curvature, draws, num_data, convention, likelihood)
-    passes = CurvaturePasses(curvature, draws, likelihood, generator)
-    losses = ExampleLoss(loss_fn)
+    processes = FitProcesses(model, sync)
+    model = processes.model
     named: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if p.requires_grad and p.numel()}
-    if not named:
-        raise ValueError("the model has no parameter that requires grad: unfreeze what is to be fitted.")
-    last_layer = structure.startswith("last-layer")
-    # A bad one is told before long work; of the last layer the names come with the first batch.
-    given_prior_precision(prior_precision, {} if last_layer and isinstance(prior_precision, Mapping) else named, 1.0)
-    times_by_name(training_time, {} if last_layer and isinstance(training_time, Mapping) else named)
-    statistics: Statistics | None = None
-    rounds = count = 0
-    with eval_mode(model), native_recurrence(model.modules()):
-        while statistics is None or rounds < statistics.rounds:
-            rounds, count = rounds + 1, 0
+
+    def checked() -> dict[str, Any]:
+        _check(structure, curvature, draws, num_data, convention, likelihood)
+        if not named:
+            raise ValueError("the model has no parameter that requires grad: unfreeze what is to be fitted.")
+        # Of the last layer the names come with the first batch.
+        last = structure.startswith("last-layer")
+        prior_of, times_of = (
+            {} if last and isinstance(it, Mapping) else named for it in (prior_precision, training_time)
+        )
+        return {"structure": structure, "curvature": curvature, "draws": draws, "num_data": num_data} | {
+            "convention": convention,
+            "prior_precision": given_prior_precision(prior_precision, prior_of, num_data or 1.0),
+            "training_time": times_by_name(training_time, times_of),
+        }
+
+    with processes.alike(checked), eval_mode(model), native_recurrence(model.modules()):
+        passes = CurvaturePasses(
+            curvature, draws, likelihood, processes.own_generator(generator, next(iter(named.values())).device)
+        )
+        fitting = _Fitting(model, ExampleLoss(loss_fn), passes, structure, convention, output, prior_precision, named)
+        rounds = count = 0
+        progress = progress if progress is not None or processes.rank == 0 else False
+        while rounds == 0 or rounds < fitting.rounds:
+            rounds += 1
             given = batches(loader, model, example_index)
-            for batch in with_progress_bar(given, loader, progress, f"fit, round {rounds}"):
-                if statistics is None:
-                    if last_layer:
-                        everything = Covariance.unknown(named.values())
-                        named = _of_last_layer(linearize(model, everything, batch, losses, output), named)
-                    prior = given_prior_precision(prior_precision, named, num_data or 1.0)
-                    statistics = _statistics(structure, convention, named, prior)
-                moving = Covariance.unknown(named.values())
-                lin = linearize(model, moving, batch, losses, output, passes.second_order)
-                count += len(batch.index)
-                for recorded, weight in passes.of(lin):
-                    statistics.add(recorded, weight)
-                del lin  # its graph goes before the next batch comes
-            if statistics is None or not count:
-                raise ValueError("the loader gave no batch: pass one that can be iterated again.")
-            statistics.end_round(count)
+            shown = with_progress_bar(given, loader, progress, f"fit, round {rounds}")
+            shares = processes.each(partial(fitting.go_through, shown))
+            fitting.end_round(shares, processes)
+            count = sum(share.count for share in shares)
+    named = fitting.named
     scale = Scale(
         names={p: name for name, p in named.items()},
         mean={name: p.detach().clone() for name, p in named.items()},
         num_data=float(num_data or count),
         prior_precision=given_prior_precision(prior_precision, named, float(num_data or count)),
     )
+    statistics = fitting.statistics
+    assert statistics is not None
     if prior_precision == MARGINAL_LIKELIHOOD:
         norm = sum(float(m.double().square().sum()) for m in scale.mean.values())
-        likeliest = most_likely_precision(scale.num_data * statistics.eigenvalues(), norm)
+        eigenvalues = scale.num_data * statistics.eigenvalues()
+        # The first process's: others may round otherwise.
+        likeliest = processes.each(partial(most_likely_precision, eigenvalues, norm))[0]
         scale = replace(scale, prior_precision=dict.fromkeys(named, likeliest))
     posterior = statistics.posterior(scale)
     posterior.belong_to(named)
     return posterior if training_time == math.inf else posterior.stopped_at(training_time)
+
+
+@dataclass
+class _Fitting:
+    """What is to be fitted, and what has been summed up so far.
+
+    Attributes:
+        named: the parameters, of the last layer alone once a batch has shown which it is.
+        statistics: None where only a batch would tell of what.
+        counts: of the examples of each process in the first round.
+    """
+
+    model: nn.Module
+    losses: ExampleLoss
+    passes: CurvaturePasses
+    structure: str
+    convention: str
+    output: Selector
+    prior_precision: PriorPrecision
+    named: dict[str, Tensor]
+    statistics: Statistics | None = None
+    counts: list[int] = field(default_factory=list)
+
+    @property
+    def rounds(self) -> int:
+        """How often it must go through the data."""
+        return 1 if self.statistics is None else self.statistics.rounds
+
+    def go_through(self, given: Iterable[Batch]) -> Share:
+        """A round through the batches of this process."""
+        count = 0
+        if not self.structure.startswith("last-layer"):
+            self._begin(self.named)
+        for batch in given:
+            if self.statistics is None:
+                everything = Covariance.unknown(self.named.values())
+                lin = linearize(self.model, everything, batch, self.losses, self.output)
+                self._begin(_of_last_layer(lin, self.named))
+            moving = Covariance.unknown(self.named.values())
+            lin = linearize(self.model, moving, batch, self.losses, self.output, self.passes.second_order)
+            count += len(batch.index)
+            assert self.statistics is not None
+            for recorded, weight in self.passes.of(lin):
+                self.statistics.add(recorded, weight)
+            del lin  # its graph goes before the next batch comes
+        if self.statistics is None:
+            return Share(count, None, {})
+        sums = {key: (total.shape, total.dtype) for key, total in self.statistics.sums().items()}
+        return Share(count, tuple(self.named), sums)
+
+    def end_round(self, shares: list[Share], processes: FitProcesses) -> None:
+        """All processes have gone through their batches.
+
+        Raises:
+            ValueError: if they had none, or not in this round, or do not fit the same parameters.
+        """
+        counts = [share.count for share in shares]
+        self.counts = self.counts or counts
+        if not sum(counts) or any(first and not now for first, now in zip(self.counts, counts, strict=True)):
+            raise ValueError("the loader gave no batch: pass one that can be iterated again.")
+        found = list(dict.fromkeys(share.names for share in shares if share.names is not None))
+        if len(found) > 1:
+            raise ValueError(
+                f"the last layer is that of {found[0][0]!r} in some processes and of {found[1][0]!r} in others: give "
+                "all of them batches that go through the same layers."
+            )
+        self._begin({name: self.named[name] for name in found[0]})
+        assert self.statistics is not None
+        device = next(iter(self.named.values())).device
+        sums = processes.summed(self.statistics.sums(), shares, device)
+        self.statistics.end_round(sums, sum(counts), processes.group)
+
+    def _begin(self, named: dict[str, Tensor]) -> None:
+        """Make the statistics of these parameters, where there are none yet."""
+        if self.statistics is None:
+            prior = given_prior_precision(self.prior_precision, named, 1.0)
+            self.named, self.statistics = named, _statistics(self.structure, self.convention, named, prior)
 
 
 def _check(

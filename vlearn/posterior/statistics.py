@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from vlearn.collectives import compute_on_one_rank
 from vlearn.gaussians.diagonal import Diagonal
 from vlearn.gaussians.eigenbasis import eigen, product
 from vlearn.gaussians.full import Full
@@ -21,6 +23,9 @@ from vlearn.gaussians.product import ProductPosterior
 from vlearn.per_example.gradients import sums_of_products, sums_of_squares
 from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, layers_of
 from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.posterior.processes import Key
+
+FACTORS = ("out_factor", "in_factor")  # of a layer, see `factor_sums`
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,20 @@ class Statistics(Protocol):
         """Add a pass over some examples."""
         ...
 
-    def end_round(self, count: int) -> None:
-        """All examples have been seen once more."""
+    def sums(self) -> dict[Key, Tensor]:
+        """What this round has summed up so far."""
+        ...
+
+    def end_round(self, sums: Mapping[Key, Tensor], count: int, group: Any) -> None:
+        """All examples have been seen once more.
+
+        Args:
+            sums: those of all processes.
+            count: the number of all their examples.
+            group: the processes; None for this one alone.
+        Raises:
+            ValueError: if the processes have sums that do not go together.
+        """
         ...
 
     def eigenvalues(self) -> Tensor:
@@ -79,10 +96,13 @@ class DiagonalStatistics:
         for p, squares in sums_of_squares(recorded, self.hessian).items():
             self.hessian[p].add_(squares, alpha=weight)
 
-    def end_round(self, count: int) -> None:
+    def sums(self) -> dict[Key, Tensor]:
         """See `Statistics`."""
-        for total in self.hessian.values():
-            total.div_(count)
+        return {Key("squares", (place,)): total for place, total in enumerate(self.hessian.values())}
+
+    def end_round(self, sums: Mapping[Key, Tensor], count: int, group: Any) -> None:
+        """See `Statistics`."""
+        self.hessian = {p: sums[Key("squares", (place,))].div_(count) for place, p in enumerate(self.hessian)}
 
     def eigenvalues(self) -> Tensor:
         """See `Statistics`."""
@@ -118,7 +138,8 @@ class KroneckerStatistics:
         may_join: Callable[[Tensor, Tensor], bool],
     ):
         self.rounds = 2 if eigenvalue_correction else 1
-        self._wanted, self._convention, self._may_join = dict.fromkeys(wanted), convention, may_join
+        self._wanted, self._convention, self._may_join = wanted, convention, may_join
+        self._place = {p: place for place, p in enumerate(wanted)}
         self._looked_at: set[Tensor] = set()
         self._layers: dict[Layer, None] = {}
         self._rest = DiagonalStatistics([])
@@ -143,7 +164,7 @@ class KroneckerStatistics:
             self._sums[key].add_(part, alpha=weight)
 
     def _find_layers(self, recorded: RecordedPass) -> None:
-        new = [p for p in recorded.calls_of(self._wanted) if p not in self._looked_at]
+        new = [p for p in recorded.calls_of(self._place) if p not in self._looked_at]
         if new:
             self._looked_at.update(new)
             found = layers_of(recorded, set(new), self._may_join)
@@ -151,26 +172,78 @@ class KroneckerStatistics:
             inside = {p for layer in found for p in layer.parameters}
             self._rest.hessian |= DiagonalStatistics([p for p in new if p not in inside]).hessian
 
-    def end_round(self, count: int) -> None:
+    def sums(self) -> dict[Key, Tensor]:
         """See `Statistics`."""
+        sums = {
+            Key(name, tuple(self._place[p] for p in layer.parameters)): total
+            for (layer, name), total in self._sums.items()
+        }
+        if not self._bases:
+            sums |= {Key("diagonal", (self._place[p],)): total for p, total in self._rest.hessian.items()}
+            sums[Key("passes")] = torch.tensor(self._passes, dtype=torch.float64, device=self._wanted[0].device)
+        return sums
+
+    def end_round(self, sums: Mapping[Key, Tensor], count: int, group: Any) -> None:
+        """See `Statistics`."""
+        self._sums = {
+            (self._layer_at(*key.places), key.name): total
+            for key, total in sums.items()
+            if key.name in (*FACTORS, "squares")
+        }
         if self._bases:
             for layer in self._layers:
                 self._hessian[layer] = self._sums.pop((layer, "squares")).div_(count)
             return
-        unused = [p for p in self._wanted if p not in self._looked_at]
-        self._rest.hessian |= DiagonalStatistics(unused).hessian
-        self._rest.end_round(count)
-        for layer in self._layers:
-            # The inputs come in every pass over a batch, of which ggn-exact makes several.
-            rows = eigen(self._sums.pop((layer, "out_factor")).div_(count), None)
-            columns = eigen(self._sums.pop((layer, "in_factor")).div_(self._passes), None)
-            if rows is None or columns is None:
+        self._passes = float(sums[Key("passes")])
+        self._layers = dict.fromkeys(layer for layer, _ in self._sums)
+        rest = {self._wanted[key.places[0]]: total for key, total in sums.items() if key.name == "diagonal"}
+        seen = set(rest)
+        for p in (p for layer in self._layers for p in layer.parameters):
+            if p in seen:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} acts in different ways in the processes: give all of them "
+                    "batches that go through the same layers, or fit in one process."
+                )
+            seen.add(p)
+        self._rest.hessian = rest | DiagonalStatistics([p for p in self._wanted if p not in seen]).hessian
+        self._rest.end_round(self._rest.sums(), count, group)
+        if not self._layers:
+            self.rounds = 1
+        self._decompose(count, group)
+
+    def _layer_at(self, weight: int, bias: int | None = None) -> Layer:
+        return Layer(self._wanted[weight], None if bias is None else self._wanted[bias])
+
+    def _decompose(self, count: int, group: Any) -> None:
+        """Turn the factors into eigenbases, which are those of one process in all: their own might differ."""
+        kinds = {layer: [self._sums[layer, name].dim() for name in FACTORS] for layer in self._layers}
+        likes = [] if group is None else [self._like_decomposed(layer) for layer in self._layers]
+        tasks = [partial(self._decomposed, layer, count) for layer in self._layers]
+        for (layer, axes), result in zip(kinds.items(), compute_on_one_rank(tasks, likes, group), strict=True):
+            if result is None:
                 raise RuntimeError(
                     "the factors of a layer have no eigendecomposition, since they are not finite: use a model whose "
                     "gradients are."
                 )
-            self._bases[layer] = (rows[1], columns[1])
-            self._hessian[layer] = product(rows[0], columns[0])
+            self._hessian[layer], *bases = result
+            rows, columns = (None if n == 1 else bases.pop(0) for n in axes)
+            self._bases[layer] = (rows, columns)
+        self._sums = {}
+
+    def _decomposed(self, layer: Layer, count: int) -> list[Tensor] | None:
+        """The curvature of a layer in the eigenbasis of its factors, and the bases that are matrices."""
+        # The inputs come in every pass over a batch, of which ggn-exact makes several.
+        rows = eigen(self._sums.pop((layer, "out_factor")).div_(count), None)
+        columns = eigen(self._sums.pop((layer, "in_factor")).div_(self._passes), None)
+        if rows is None or columns is None:
+            return None
+        return [product(rows[0], columns[0]), *(basis for _, basis in (rows, columns) if basis is not None)]
+
+    def _like_decomposed(self, layer: Layer) -> list[Tensor]:
+        """Tensors of the shapes of what `_decomposed` gives."""
+        factors = [self._sums[layer, name] for name in FACTORS]
+        hessian = factors[0].new_empty([len(factor) for factor in factors])
+        return [hessian, *(factor.new_empty(factor.shape) for factor in factors if factor.dim() == 2)]
 
     def eigenvalues(self) -> Tensor:
         """See `Statistics`."""
@@ -224,9 +297,13 @@ class DenseStatistics:
         assert self._hessian is not None
         return self._hessian
 
-    def end_round(self, count: int) -> None:
+    def sums(self) -> dict[Key, Tensor]:
         """See `Statistics`."""
-        self.hessian.div_(count)
+        return {} if self._hessian is None else {Key("products"): self._hessian}
+
+    def end_round(self, sums: Mapping[Key, Tensor], count: int, group: Any) -> None:
+        """See `Statistics`."""
+        self._hessian = sums[Key("products")].div_(count)
 
     def eigenvalues(self) -> Tensor:
         """See `Statistics`."""

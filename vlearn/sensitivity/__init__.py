@@ -2,6 +2,7 @@
 
 from vlearn.linearized.numbering import IndexedDataset
 from vlearn.sensitivity import measures
+from vlearn.sensitivity.check_removals import RemovalCheck, check_removals
 from vlearn.sensitivity.influence import Influence, influence
 from vlearn.sensitivity.leave_group_out import GroupTable, leave_group_out
 from vlearn.sensitivity.live import Sensitivities
@@ -11,8 +12,10 @@ __all__ = [
     "GroupTable",
     "IndexedDataset",
     "Influence",
+    "RemovalCheck",
     "Sensitivities",
     "SensitivityTable",
+    "check_removals",
     "influence",
     "leave_group_out",
     "measures",

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlearn.gaussians.protocol import Posterior
+from vlearn.gaussians.covariance import Covariance
+from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
-from vlearn.linearized.linearization import at_mean, linearize
+from vlearn.linearized.gauss_newton import GaussNewton, check_steps
+from vlearn.linearized.inner_products import Block, Directions, InnerProducts, joined
+from vlearn.linearized.jacobian_products import jacobian_vector_product
+from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
+from vlearn.sensitivity.tokens import kept_tokens
 
 DIRECTION_ENTRIES = 2**27  # entries of Σg_j of the test examples that are held at once, 512 MiB of float32
+SOLVER_VECTORS = 8  # as many vectors of their size do conjugate gradients hold
 
-Vectors = dict[Tensor, Tensor]  # by parameter ``[m, *shape]``
+By = str | Callable[[str], Any] | None
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,22 @@ class Influence:
 
     Attributes:
         values: ``[N_train, N_test]`` g_jᵀΣg_i in the loss's units, positive where training example i helps; with
-            top_k the k of largest size for each test example, ``[k, N_test]``, largest first.
+            top_k the k of largest size for each test example, ``[k, N_test]``, largest first. With per="token" there
+            is a row for each token of the training examples that counts.
         train_index: numbers of the training examples, ``[N_train]``, rising; with top_k ``[k, N_test]``.
         test_index: ``[N_test]`` numbers of the test examples.
+        parts: with `by`, what each module or group of parameters adds to the values, in their shape; else None.
+        position: with per="token", the position in its sequence of each row, in the shape of train_index; else None.
+        residual: with `refine`, how near each test example's solution came, ``[N_test]``: √(rᵀΣr) of r = g_j - Hx over
+            √(g_jᵀΣg_j); NaN where H was seen not to be positive definite and Σg_j was kept; else None.
     """
 
     values: Tensor
     train_index: Tensor
     test_index: Tensor
+    parts: dict[Any, Tensor] | None = None
+    position: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @torch.inference_mode(False)
@@ -47,6 +61,9 @@ def influence(
     *,
     top_k: int | None = None,
     chunk: int | None = None,
+    by: By = None,
+    per: str = "example",
+    refine: int = 0,
     progress: bool | None = None,
     example_index: ExampleIndex | None = None,
 ) -> Influence:
@@ -57,7 +74,9 @@ def influence(
     loss. Of an example on itself it is the self-influence.
 
     Σg_j is held for a chunk of test examples, for each of which the training data are gone through once: the cost is
-    2·N_train·N_test·P operations beside a forward and a backward pass of the training data per chunk.
+    2·N_train·N_test·P operations beside a forward and a backward pass of the training data per chunk. Layers at one
+    position under a K-FAC posterior need but a few times I + O in the place of their P = I·O entries, and as much less
+    memory (`vlearn.linearized.inner_products`).
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.
@@ -67,61 +86,176 @@ def influence(
         loss_fn: the training loss, as for `vlearn.sweep`; taken of the test examples too.
         top_k: keep only the k training examples of largest influence, by size, on each test example; then nothing of
             size N_train x N_test is held.
-        chunk: number of test examples at a time; default as many as fit 2²⁷ entries of the parameters' size.
+        chunk: number of test examples at a time; default as many as fit 2²⁷ entries of what is held of Σg_j.
+        by: also give what each module adds, by its name: "module"; or each group of parameters, by a function from a
+            parameter's name to that of its group. A parameter that is used by several modules counts for the first.
+        per: "example" (a sequence is one), or "token": one row for each position of a training example whose target is
+            not ignored, as if that token's loss alone were removed. Summed over an example's tokens it is the example's
+            value where the loss sums over positions, and T times that where it averages T of them. Each test example
+            then takes a forward-mode pass of the training data, in the place of its inner products.
+        refine: take H⁻¹g_j in the place of Σg_j, by so many steps of conjugate gradients that Σ preconditions, each of
+            which goes through the training data once for a chunk of test examples; H = N·GGN + δ is the curvature of
+            the examples of train_loader, N times their mean, with the posterior's num_data and prior precision. It
+            needs a Σ without training time.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: which example each row of concatenated inputs is of, as for `vlearn.sweep`.
     Returns:
         Values with the numbers of their examples.
     Raises:
         ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be
-            numbered, or the training loader gives one twice, or others when it is iterated again.
+            numbered, or the training loader gives one twice, or others when it is iterated again; if `by` divides
+            parameters that Σ correlates, or is joined with what has no parts; if `refine` does not know the prior.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
+    _check(top_k, chunk, by, per, refine)
+    if refine:
+        GaussNewton.check(posterior)
+    losses = ExampleLoss(loss_fn)
+    row_losses = losses if per == "example" else ExampleLoss(loss_fn, per)
+    with at_mean(model, posterior) as covariance:
+        group_of = None if by is None else _groups(by, match(model, posterior), covariance)
+        products = InnerProducts(covariance)
+
+        def train_batches() -> Iterator[Batch]:
+            given = batches(train_loader, model, example_index)
+            yield from with_progress_bar(given, train_loader, progress, "influence")
+
+        curvature = GaussNewton(model, posterior, covariance, train_batches, losses) if refine else None
+
+        def directions() -> Iterator[tuple[Directions, Tensor | None]]:
+            """(Σg_j or H⁻¹g_j, residual of the solution) of one chunk of test examples after the other."""
+            held: list[Directions] = []
+            limit = DIRECTION_ENTRIES // (SOLVER_VECTORS if refine else 1)
+            for batch in batches(test_loader, model, example_index):
+                lin = linearize(model, covariance, batch, losses)
+                parts = _gradients(lin, chunk) if curvature else _directions(products, lin, chunk, per == "token")
+                for part in parts:
+                    size = chunk or max(1, limit * len(part) // max(1, part.entries))
+                    if held and sum(map(len, held)) + len(part) > size:
+                        yield _solved(curvature, joined(held), refine)
+                        held = []
+                    held.append(part)
+            if held:
+                yield _solved(curvature, joined(held), refine)
+
+        first: _Pass | None = None
+        columns: list[_Best | _All] = []
+        test_index: list[Tensor] = []
+        residuals: list[Tensor] = []
+        for of_test, residual in directions():
+            now, column = _Pass(), _All() if top_k is None else _Best(top_k)
+            for batch in train_batches():
+                lin = linearize(model, covariance, batch, row_losses, second_order=per == "token")
+                now.add(batch.index, (lin.loss if per == "example" else lin.loss.sum(1)).cpu())
+                if per == "token":
+                    column.add(*_token_rows(lin, of_test))
+                    continue
+                for examples, parts in products.of(lin.backprop_residuals(last=True), of_test):
+                    numbers = batch.index[examples]
+                    column.add(numbers.unsqueeze(1), _by_group(parts, group_of, len(numbers), of_test, covariance))
+            first = now if first is None else now.check_same(first)
+            columns.append(column)
+            test_index.append(of_test.index)
+            residuals += [] if residual is None else [residual]
+    if first is None or not first.losses:
+        raise ValueError("a loader gave no batch: pass one that can be iterated again.")
+    values, labels = _beside(columns)
+    return Influence(
+        values=values[0],
+        train_index=labels[..., 0],
+        test_index=torch.cat(test_index),
+        parts=None if group_of is None else dict(zip(dict.fromkeys(group_of.values()), values[1:], strict=True)),
+        position=labels[..., 1] if per == "token" else None,
+        residual=torch.cat(residuals) if refine else None,
+    )
+
+
+def _check(top_k: int | None, chunk: int | None, by: By, per: str, refine: int) -> None:
     for name, value in (("top_k", top_k), ("chunk", chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}, but it must be positive: leave it out for the default.")
-    losses = ExampleLoss(loss_fn)
-    columns: list[_Best | _All] = []
-    test_index: list[Tensor] = []
-    first: _Pass | None = None
-    with at_mean(model, posterior) as covariance:
+    if not (by is None or by == "module" or callable(by)):
+        raise ValueError(
+            f"by={by!r}, but it must be 'module' or a function from a parameter's name to that of its group: use "
+            "'module'."
+        )
+    if per not in ("example", "token"):
+        raise ValueError(f"per={per!r}, but it must be 'example' or 'token': use 'example'.")
+    check_steps("refine", refine)
+    if by is not None and (per == "token" or refine):
+        also = "per='token'" if per == "token" else "refine, whose H correlates all modules"
+        raise ValueError(f"by with {also}: ask for one of them at a time.")
 
-        def gradients(batch: Batch, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Vectors]]:
-            lin = linearize(model, covariance, batch, losses)
-            for examples, of_examples in lin.example_gradients(limit):
-                yield lin.batch.index[examples], lin.loss[examples].cpu(), of_examples
 
-        def directions() -> Iterator[tuple[Tensor, Vectors]]:
-            """Σg_j of one chunk of test examples after the other."""
-            held: list[tuple[Tensor, Vectors]] = []
-            for batch in batches(test_loader, model, example_index):
-                for index, _, of_examples in gradients(batch, chunk):
-                    size = chunk or max(1, DIRECTION_ENTRIES // sum(v[0].numel() for v in of_examples.values()))
-                    if held and sum(len(i) for i, _ in held) + len(index) > size:
-                        yield _joined(held)
-                        held = []
-                    moved = covariance.multiply(of_examples)
-                    held.append((index, {p: moved[p] for p in of_examples}))
-            if held:
-                yield _joined(held)
+def _groups(by: By, parameters: dict[str, nn.Parameter], covariance: Covariance) -> dict[Tensor, Any]:
+    """The group of each parameter that requires grad.
 
-        for index, moved in directions():
-            now, column = _Pass(), _All() if top_k is None else _Best(top_k)
-            for batch in with_progress_bar(
-                batches(train_loader, model, example_index), train_loader, progress, "influence"
-            ):
-                for numbers, loss, of_examples in gradients(batch):
-                    now.add(numbers, loss)
-                    column.add(numbers, _inner(of_examples, moved))
-            first = now if first is None else now.check_same(first)
-            columns.append(column)
-            test_index.append(index)
-    if first is None or not first.losses:
-        raise ValueError("a loader gave no batch: pass one that can be iterated again.")
-    parts = [column.result(sorted(first.losses)) for column in columns]
-    values = torch.cat([values for values, _ in parts], 1)
-    rows = parts[0][1] if top_k is None else torch.cat([rows for _, rows in parts], 1)
-    return Influence(values, rows, torch.cat(test_index))
+    Raises:
+        ValueError: if a block of Σ has parameters of two groups.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in parameters.items() if p.requires_grad}
+    group_of = {p: by(name) if callable(by) else name.rpartition(".")[0] for p, name in names.items()}
+    for whole, _ in covariance.blocks:
+        block = [p for p in whole if p in group_of]
+        other = next((p for p in block if group_of[p] != group_of[block[0]]), None)
+        if other is not None:
+            raise ValueError(
+                f"the posterior correlates {names[block[0]]!r} with {names[other]!r}, which `by` puts into two groups "
+                f"({group_of[block[0]]!r} and {group_of[other]!r}): neither has a share of its own. Put them into one, "
+                "or pass a posterior of independent layers."
+            )
+    return group_of
+
+
+def _directions(products: InnerProducts, lin: Linearization, limit: int | None, dense: bool) -> Iterator[Directions]:
+    """Σg_j of a batch of test examples."""
+    for part in products.directions(lin.backprop_residuals(last=True), lin.batch.index, limit):
+        for block in list(part.rank_one) if dense else ():
+            part.hold_dense(block)
+        yield part
+
+
+def _gradients(lin: Linearization, limit: int | None) -> Iterator[Directions]:
+    """g_j of a batch of test examples, which are to be solved for."""
+    for examples, gradients in lin.example_gradients(limit):
+        yield Directions(lin.batch.index[examples], gradients)
+
+
+def _solved(curvature: GaussNewton | None, held: Directions, steps: int) -> tuple[Directions, Tensor | None]:
+    """(H⁻¹g_j, its residual), or the directions as they are where there is no curvature."""
+    if curvature is None:
+        return held, None
+    solution = curvature.solve(held.dense, steps)
+    residual = torch.where(solution.indefinite, torch.nan, solution.residual)
+    return Directions(held.index, solution.x), residual.cpu()
+
+
+def _token_rows(lin: Linearization, of_test: Directions) -> tuple[Tensor, Tensor]:
+    """(number and position ``[rows, 2]``, influence ``[1, rows, m]``) of the tokens of a batch that count."""
+    kept = kept_tokens(lin)
+    columns = []
+    for j in range(len(of_test)):
+        changes = jacobian_vector_product(lin, {p: v[j] for p, v in of_test.dense.items() if p in lin.weights})
+        columns.append(lin.loss_change(changes)[kept])
+    examples, positions = kept.cpu().nonzero().unbind(1)
+    return torch.stack([lin.batch.index[examples], positions], 1), torch.stack(columns, 1).unsqueeze(0)
+
+
+def _by_group(
+    parts: Sequence[tuple[Block, Tensor]],
+    group_of: dict[Tensor, Any] | None,
+    count: int,
+    of_test: Directions,
+    covariance: Covariance,
+) -> Tensor:
+    """``[1 + groups, n, m]``: the sum of the parts of all parameters, then that of each group."""
+    names = [] if group_of is None else list(dict.fromkeys(group_of.values()))
+    values = covariance.zeros(count * len(of_test) * (1 + len(names))).reshape(1 + len(names), count, -1)
+    for block, part in parts:
+        values[0] += part
+        if group_of is not None:
+            values[1 + names.index(group_of[block[0]])] += part
+    return values
 
 
 class _Pass:
@@ -152,52 +286,62 @@ class _Pass:
         return first
 
 
-@dataclass
 class _All:
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Rows of all training examples, in the order of their numbers."""
 
-    def add(self, numbers: Tensor, values: Tensor) -> None:
-        self.parts.append((numbers, values.cpu()))
+    def __init__(self) -> None:
+        self._labels: list[Tensor] = []
+        self._values: list[Tensor] = []
 
-    def result(self, order: list[int]) -> tuple[Tensor, Tensor]:
-        row_of = {i: row for row, i in enumerate(torch.cat([numbers for numbers, _ in self.parts]).tolist())}
-        rows = torch.tensor([row_of[i] for i in order], device="cpu")
-        return torch.cat([values for _, values in self.parts])[rows], torch.tensor(order, device="cpu")
+    def add(self, labels: Tensor, values: Tensor) -> None:
+        """Add rows: labels ``[n, L]`` that begin with the example's number, values ``[1 + groups, n, m]``."""
+        self._labels.append(labels)
+        self._values.append(values.cpu())
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(values ``[1 + groups, N, m]``, labels ``[N, L]``); what was added is given up."""
+        labels = torch.cat(self._labels)
+        order = labels[:, 0].argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device="cpu")
+        first, start = self._values[0], 0
+        values = first.new_empty(len(first), len(order), first.shape[2])
+        self._values.reverse()
+        while self._values:  # nothing is held twice for long
+            part = self._values.pop()
+            values[:, place[start : start + part.shape[1]]] = part
+            start += part.shape[1]
+        return values, labels[order]
 
 
-@dataclass
 class _Best:
-    count: int
-    numbers: Tensor | None = None
-    values: Tensor | None = None
+    """Rows of the k training examples of largest size, for each test example."""
 
-    def add(self, numbers: Tensor, values: Tensor) -> None:
-        numbers = numbers.to(values.device).unsqueeze(1).expand_as(values)
-        if self.values is not None and self.numbers is not None:
-            numbers, values = torch.cat([self.numbers, numbers]), torch.cat([self.values, values])
-        best = values.abs().topk(min(self.count, len(values)), 0).indices
-        self.numbers, self.values = numbers.gather(0, best), values.gather(0, best)
+    def __init__(self, count: int):
+        self._count = count
+        self._labels: Tensor | None = None
+        self._values: Tensor | None = None
 
-    def result(self, order: list[int]) -> tuple[Tensor, Tensor]:
-        assert self.values is not None and self.numbers is not None
-        return self.values.cpu(), self.numbers.cpu()
+    def add(self, labels: Tensor, values: Tensor) -> None:
+        """Add rows, as for `_All`."""
+        labels = labels.to(values.device).unsqueeze(1).expand(-1, values.shape[2], -1)
+        if self._values is not None and self._labels is not None:
+            labels, values = torch.cat([self._labels, labels]), torch.cat([self._values, values], 1)
+        best = values[0].abs().topk(min(self._count, values.shape[1]), 0).indices
+        self._labels = labels.gather(0, best.unsqueeze(2).expand(-1, -1, labels.shape[2]))
+        self._values = values.gather(1, best.expand(len(values), -1, -1))
 
-
-def _joined(held: list[tuple[Tensor, Vectors]]) -> tuple[Tensor, Vectors]:
-    if len(held) == 1:
-        return held[0]
-    parameters = dict.fromkeys(p for _, moved in held for p in moved)
-    return torch.cat([index for index, _ in held]), {
-        p: torch.cat([moved[p] if p in moved else p.new_zeros(len(i), *p.shape) for i, moved in held])
-        for p in parameters
-    }
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(values ``[1 + groups, k, m]``, labels ``[k, m, L]``)."""
+        assert self._values is not None and self._labels is not None
+        return self._values.cpu(), self._labels.cpu()
 
 
-def _inner(gradients: Vectors, directions: Vectors) -> Tensor:
-    """⟨g_i, Σg_j⟩ ``[n, m]``."""
-    products = [_rows(gradients[p]) @ _rows(directions[p]).mT for p in gradients if p in directions]
-    return torch.stack(products).sum(0)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor), -1)
+def _beside(columns: Sequence[_All | _Best]) -> tuple[Tensor, Tensor]:
+    """Values and labels of all chunks of test examples, side by side; labels of all rows are the same in each."""
+    found = [column.result() for column in columns]
+    values, labels = found[0]
+    if len(found) > 1:
+        values = torch.cat([each for each, _ in found], 2)
+        labels = labels if labels.dim() == 2 else torch.cat([each for _, each in found], 1)
+    return values, labels

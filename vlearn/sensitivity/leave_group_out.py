@@ -14,9 +14,10 @@ from vlearn.capture.pytrees import Selector, shapes
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
+from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
-from vlearn.linearized.solver import Vectors, solve
+from vlearn.linearized.solver import Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
@@ -38,11 +39,13 @@ class GroupTable:
         index: numbers of each group's examples.
         deviation: Δf ``[|M|, ...]`` of each group, in the order of `index`; ``[|M|, 1]`` of NaN where its batches are
             padded to different lengths.
-        converged: ``[K]`` whether conjugate gradients did; None unless refined.
-        iterations: ``[K]`` their number; None unless refined.
+        converged: ``[K]`` whether conjugate gradients did; None unless refined or with `refine`.
+        iterations: ``[K]`` their number; None likewise.
         largest_eigenvalue: ``[K]`` of VΛ over the group, an estimate from below: the refined form is at most
-            1/(1 - this) times as long as the first order; None unless refined.
-        used_first_order: ``[K]`` where the first order was kept; None unless refined.
+            1/(1 - this) times as long as the first order; None unless refined, and with `refine`.
+        used_first_order: ``[K]`` where the first order was kept; None unless refined or with `refine`.
+        residual: ``[K]`` with `refine`, √(rᵀΣr) of what is left of the right-hand side, relative; NaN where the
+            first order was kept; else None.
     """
 
     group: list[Any]
@@ -55,6 +58,7 @@ class GroupTable:
     iterations: Tensor | None = None
     largest_eigenvalue: Tensor | None = None
     used_first_order: Tensor | None = None
+    residual: Tensor | None = None
 
     @property
     def num_first_order(self) -> int | None:
@@ -78,6 +82,7 @@ def leave_group_out(
     threshold: float = 0.95,
     tolerance: float = 1e-4,
     max_iterations: int = 100,
+    refine: int = 0,
     output: Selector = None,
     progress: bool | None = None,
     example_index: ExampleIndex | None = None,
@@ -102,6 +107,11 @@ def leave_group_out(
         threshold: groups whose largest eigenvalue of V_MΛ_M is seen to reach it keep the first order.
         tolerance: of the conjugate gradients, relative.
         max_iterations: of the conjugate gradients; what they have by then is taken, and `converged` tells.
+        refine: take H⁻¹ in the place of Σ, by at most so many steps of conjugate gradients that Σ preconditions, each
+            of which goes through the loader; H = N·GGN + δ is the curvature of the loader's examples, which must be the
+            training data: N times their mean, with the posterior's num_data and prior precision. With `refined`,
+            H - J_MᵀΛ_MJ_M in the place of H. The deviations and leave-one-out losses of a few examples come from groups
+            of one, ``{i: [i] for i in few}``. It needs a Σ without training time.
         output: which of several outputs `deviation` speaks of.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: which example each row of concatenated inputs is of, as for `vlearn.sweep`. Each group then takes
@@ -109,11 +119,13 @@ def leave_group_out(
     Returns:
         One row per group.
     Raises:
-        ValueError: if an argument breaks its rule, the posterior belongs to another model, or the loader lacks
-            examples of a group.
+        ValueError: if an argument breaks its rule, the posterior belongs to another model, the loader lacks examples
+            of a group, or `refine` does not know the prior.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """
-    _check(threshold, tolerance, max_iterations)
+    _check(threshold, tolerance, max_iterations, refine)
+    if refine:
+        GaussNewton.check(posterior)
     posterior.require_calibrated("loss without a group")
     members = Membership(groups)
     losses = ExampleLoss(loss_fn)
@@ -138,9 +150,14 @@ def leave_group_out(
             seen.check()
 
         gradients, loss = _gradients(visit, covariance, len(members))
-        step, facts = _multiply(covariance, gradients), {}
-        if refined:
-            step, facts = _refine(visit, covariance, gradients, step, threshold, tolerance, max_iterations)
+        if refine:
+            training_data = partial(batches, loader, model, example_index)
+            curvature = GaussNewton(model, posterior, covariance, training_data, losses, output)
+            step, facts = _near_exact(visit, curvature, gradients, refined, tolerance, refine)
+        else:
+            step, facts = covariance.multiply_only(gradients), {}
+            if refined:
+                step, facts = _refine(visit, covariance, gradients, step, threshold, tolerance, max_iterations)
         return _table(visit, members, step, loss, facts)
 
 
@@ -173,32 +190,53 @@ def _refine(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Vectors, dict[str, Tensor]]:
-    def curve(vectors: Vectors, active: Tensor) -> Vectors:
-        """J_Mᵀ Λ_M J_M v of each active group."""
-        products = {p: torch.zeros_like(v) for p, v in vectors.items()}
-        for k, lin in visit(second_order=True, only=active):
-            change = jacobian_vector_product(lin, {p: v[k] for p, v in vectors.items()})
-            for p, g in summed_gradient(lin, hessian_vector_product(lin, change), last=True).items():
-                products[p][k] += g
-        return products
+    def apply(v: Vectors, precise: Vectors, active: Tensor) -> Vectors:
+        """(S - J_MᵀΛ_MJ_M) v."""
+        curved = _curve(visit, v, active)
+        return {p: s - curved[p] for p, s in precise.items()}
 
-    solved = solve(partial(_multiply, covariance), curve, gradients, tolerance, max_iterations)
-    used_first_order = solved.indefinite | ~(solved.largest < threshold)
-    step = {}
-    for p, x in solved.x.items():
-        step[p] = torch.where(used_first_order.reshape(-1, *[1] * (x.dim() - 1)), first_order[p], x)
-    return step, {
+    solved = solve(covariance.multiply_only, apply, gradients, tolerance, max_iterations)
+    largest = 1 - solved.smallest
+    used_first_order = solved.indefinite | ~(largest < threshold)
+    return where(used_first_order, first_order, solved.x), {
         "converged": solved.converged.cpu(),
         "iterations": solved.iterations.cpu(),
-        "largest_eigenvalue": solved.largest.cpu(),
+        "largest_eigenvalue": largest.cpu(),
         "used_first_order": used_first_order.cpu(),
     }
 
 
-def _multiply(covariance: Covariance, vectors: Vectors) -> Vectors:
-    """Σ v, of the parameters that v has: the others are frozen."""
-    products = covariance.multiply(vectors)
-    return {p: products[p] for p in vectors}
+def _near_exact(
+    visit: Any,
+    curvature: GaussNewton,
+    gradients: Vectors,
+    refined: bool,
+    tolerance: float,
+    steps: int,
+) -> tuple[Vectors, dict[str, Tensor]]:
+    """(H - J_MᵀΛ_MJ_M)⁻¹ g if refined, else H⁻¹ g; where the first is not positive definite, the second."""
+    solved = curvature.solve(gradients, steps, tolerance, partial(_curve, visit) if refined else None)
+    used_first_order, x = solved.indefinite, solved.x
+    if bool(used_first_order.any()) and refined:
+        first = curvature.solve({p: v[used_first_order] for p, v in gradients.items()}, steps, tolerance)
+        for p, v in x.items():
+            v[used_first_order] = first.x[p]
+    return x, {
+        "converged": solved.converged.cpu(),
+        "iterations": solved.iterations.cpu(),
+        "used_first_order": used_first_order.cpu(),
+        "residual": torch.where(used_first_order, torch.nan, solved.residual).cpu(),
+    }
+
+
+def _curve(visit: Any, vectors: Vectors, active: Tensor) -> Vectors:
+    """J_Mᵀ Λ_M J_M v of each active group."""
+    products = {p: torch.zeros_like(v) for p, v in vectors.items()}
+    for k, lin in visit(second_order=True, only=active):
+        change = jacobian_vector_product(lin, {p: v[k] for p, v in vectors.items()})
+        for p, g in summed_gradient(lin, hessian_vector_product(lin, change), last=True).items():
+            products[p][k] += g
+    return products
 
 
 def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: dict[str, Tensor]) -> GroupTable:
@@ -227,7 +265,8 @@ def _joined(rows: list[Tensor]) -> Tensor:
     return torch.cat(rows)
 
 
-def _check(threshold: float, tolerance: float, max_iterations: int) -> None:
+def _check(threshold: float, tolerance: float, max_iterations: int, refine: int) -> None:
+    check_steps("refine", refine)
     check_threshold(threshold)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance}, but it must be in (0, 1): use 1e-4.")

@@ -5,6 +5,10 @@ S - JᵀΛJ, where Eq. 12 divides by S. In output space, with Λ = R D Rᵀ, D a
 
     Δf = V e + W D (I - B D)⁻¹ Rᵀ V e,  and VΛ and BD have the same eigenvalues.
 
+It is the rescaled influence function (arXiv:2506.06656). A Kronecker Σ averages over the examples, so that none stands
+out in its V, which is then already the variance without the example: V e is its best prediction, and (I - VΛ)⁻¹ counts
+the example out twice.
+
 Working with the columns of R instead of V keeps the digits that V's large part along 11ᵀ (which a softmax
 ignores, and R with it) would cost.
 """

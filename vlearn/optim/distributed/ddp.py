@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlearn._torch_internals import lets_processes_stop_early
-from vlearn.optim.distributed.collectives import averaged
+from vlearn.collectives import averaged
 
 
 class DDPRegistry:

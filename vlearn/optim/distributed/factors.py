@@ -1,4 +1,4 @@
-"""Collective communication for Kronecker factors: their averages, and eigenbases that one process computes for all."""
+"""Averages of Kronecker factors over the processes that train a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from vlearn.optim.distributed.collectives import gathered, summed
+from vlearn.collectives import gathered, summed
 from vlearn.per_example.kronecker_factors import Layer
 
 Key = tuple[Layer, str]
@@ -85,33 +85,3 @@ def _shapes(layer: Layer, axes: list[int]) -> dict[str, tuple[int, ...]]:
         "in_factor": (columns,) * in_axes,
         "squares": (rows, columns) if squares_axes else (),
     }
-
-
-def compute_on_one_rank(
-    tasks: list[Callable[[], list[Tensor] | None]], likes: list[list[Tensor]], group: Any
-) -> list[list[Tensor] | None]:
-    """Results that one process computes for all, where the processes share the tasks.
-
-    Each computing its own would not do: eigenvectors of repeated eigenvalues are arbitrary, and others differ between
-    processes that round differently, by the number of their threads alone.
-
-    Args:
-        tasks: the same in all processes; each gives tensors, or None.
-        likes: tensors of the results' shapes, dtype and device.
-        group: the processes; None for this one alone.
-    """
-    if group is None:
-        return [task() for task in tasks]
-    count, rank = distributed.get_world_size(group), distributed.get_rank(group)
-    own = {i: task() for i, task in enumerate(tasks) if i % count == rank}
-    results: list[list[Tensor] | None] = []
-    for i, like in enumerate(likes):
-        result = own.get(i)
-        message = like[0].new_zeros(1 + sum(tensor.numel() for tensor in like))
-        if result is not None:
-            torch.cat([message.new_ones(1), *(tensor.reshape(-1) for tensor in result)], out=message)
-        distributed.broadcast(message, distributed.get_global_rank(group, i % count), group=group)
-        succeeded, *parts = message.split([1, *(tensor.numel() for tensor in like)])
-        parts = [part.view(tensor.shape).clone() for part, tensor in zip(parts, like, strict=True)]
-        results.append(parts if bool(succeeded) else None)
-    return results

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlearn._torch_internals import lets_processes_stop_early
-from vlearn.optim.distributed.collectives import all_reduce_max, process_count
+from vlearn.collectives import gathered, process_count
 from vlearn.optim.distributed.ddp import DDPRegistry
 from vlearn.optim.parameters.parameters import Parameters
 
@@ -46,7 +46,7 @@ class Processes:
         if not parameters or not self._averages(wrapper := self.ddp.first(parameters)):
             return code
         group = None if wrapper is None or self.several_with("sync") else wrapper.process_group
-        return all_reduce_max(code, at_step, parameters[0].device, group)
+        return _greatest(code, at_step, parameters[0].device, group)
 
     def group_over(self, parameters: Iterable[Tensor]) -> Any:
         """The processes over which `step()` averages what it learns from examples of parameters; None: it does not."""
@@ -69,3 +69,18 @@ class Processes:
             return False  # it raises: others may have stopped
         shared = self.several_with("shared_noise")
         return self.several_with("sync") or (self.average_passes if shared else wrapper is not None)
+
+
+def _greatest(code: int, at_step: bool, device: torch.device, group: Any) -> int:
+    """The greatest code of all processes of a group, for a decision that they must take alike.
+
+    Raises:
+        RuntimeError: if some processes are at `step()` and others begin another draw.
+    """
+    codes, places = gathered(torch.tensor([code, at_step], dtype=torch.float32, device=device), group).int().unbind(1)
+    if len(places.unique()) > 1:
+        raise RuntimeError(
+            "some processes are at step() while others begin another draw for it: enter "
+            "sampled_params(train=True) equally often in all of them."
+        )
+    return int(codes.max())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlearn.optim.distributed.collectives import gathered
+from vlearn.collectives import gathered
 from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.sampling.blocks import ParameterSlice
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlearn._torch_internals import next_sequence_number
-from vlearn.optim.distributed.collectives import process_count
+from vlearn.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.complex_pairs import as_real

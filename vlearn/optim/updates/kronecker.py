@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn.collectives import compute_on_one_rank
 from vlearn.gaussians.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
-from vlearn.optim.distributed.factors import Key, averages, compute_on_one_rank
+from vlearn.optim.distributed.factors import Key, averages
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice

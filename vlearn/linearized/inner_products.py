@@ -1,0 +1,229 @@
+"""Inner products ⟨g_i, Σg_j⟩ of the gradients of a pass with directions that are held.
+
+Of a layer at one position under a Kronecker Σ both gradients have rank one, G = b aᵀ, and in the coordinates in which Σ
+is diagonal, with v its variances,
+
+    ⟨G_i, ΣG_j⟩ = Σ_oi v_oi (b̃_i ∘ b̃_j)_o (ã_i ∘ ã_j)_i = Σ_r ⟨p_r ∘ b̃_i, b̃_j⟩ ⟨q_r ∘ ã_i, ã_j⟩,   v = Σ_r p_r q_rᵀ
+
+The eigenvalues of K-FAC are products, so that v = 1/(N(d_B d_Aᵀ + wd)) has few terms to rounding, 18 in float32 for a
+layer of 120 x 401. A pair then costs 18·(O + I) products in the place of O·I, and O + I numbers are held in its place.
+Elsewhere Σg_j is held, and the gradients are formed a few examples at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlearn.capture.layer_call import LayerCall
+from vlearn.gaussians.covariance import Covariance
+from vlearn.gaussians.covariance_blocks import KroneckerBlock
+from vlearn.linearized.kronecker_products import RotatedGradients, RotatedLayer
+from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks
+from vlearn.per_example.gradients import dense_gradients
+from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.per_example.replay import as_recorded
+
+Vectors = dict[Tensor, Tensor]  # by parameter ``[m, *shape]``
+
+Block = tuple[Tensor, ...]  # the parameters of a block
+WORTHWHILE = 0.7  # of the products of the full sum, up to which that by terms is faster
+
+
+class Terms:
+    """The variances of a Kronecker block as a sum of few products, v = Σ_r p_r q_rᵀ, to rounding.
+
+    Attributes:
+        out: p ``[R, O]``.
+        inputs: q ``[R, I]``.
+    """
+
+    def __init__(self, out: Tensor, inputs: Tensor):
+        self.out, self.inputs = out, inputs
+
+    @classmethod
+    def of(cls, block: KroneckerBlock) -> Terms | None:
+        """The terms; None where they do not pay, as of EK-FAC, whose eigenvalues are any.
+
+        By elimination with full pivoting (adaptive cross approximation), until no entry of what is left is above
+        rounding.
+        """
+        v = block.variances.double()
+        if not v.numel():
+            return None
+        # Weighted by the mean precision of row and column, near which the squares b̃² and ã² lie: the terms cancel
+        # where these are large, and an error there would be one of what is small.
+        rows, columns = (v.reciprocal().mean(axis) for axis in (1, 0))
+        left = rows.unsqueeze(1) * v * columns
+        negligible = 4 * torch.finfo(block.variances.dtype).eps * left.max()
+        out: list[Tensor] = []
+        inputs: list[Tensor] = []
+        while (len(out) + 1) * sum(v.shape) <= WORTHWHILE * v.numel():
+            i, j = divmod(int(left.abs().argmax()), v.shape[1])
+            if left[i, j].abs() <= negligible:
+                terms = torch.stack(out) / rows, torch.stack(inputs) / columns
+                return cls(*(each.to(block.variances.dtype) for each in terms))
+            out.append(left[:, j] / left[i, j].abs().sqrt())
+            inputs.append(left[i] / left[i, j].abs().sqrt() * left[i, j].sign())
+            left = left - torch.outer(out[-1], inputs[-1])
+        return None
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """Gradients b aᵀ of m examples in the coordinates of their block: a ``[m, I]``, b ``[m, O]``."""
+
+    a: Tensor
+    b: Tensor
+    block: KroneckerBlock
+
+    def inner(self, others: RankOne, terms: Terms) -> Tensor:
+        """⟨G_n, ΣG_m⟩ ``[n, m]`` with the others as columns."""
+        total = self.a.new_zeros(len(self.a), len(others.a))
+        for p, q in zip(terms.out, terms.inputs, strict=True):
+            total.addcmul_((self.b * p) @ others.b.mT, (self.a * q) @ others.a.mT)
+        return total
+
+    def moved(self) -> list[Tensor]:
+        """ΣG ``[m, *shape]`` of each parameter of the block."""
+        return self.block.from_basis(self.block.variances * self.b.unsqueeze(2) * self.a.unsqueeze(1))
+
+
+class Directions:
+    """Σg_j of m examples, held so that inner products with many gradients are cheap.
+
+    Attributes:
+        index: ``[m]`` numbers of the examples.
+        dense: by parameter ``[m, *shape]``.
+        rank_one: of the blocks that are held by their factors.
+    """
+
+    def __init__(self, index: Tensor, dense: Vectors, rank_one: Mapping[Block, RankOne] | None = None):
+        self.index, self.dense, self.rank_one = index, dense, dict(rank_one or {})
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def entries(self) -> int:
+        """How many numbers are held."""
+        held = [*self.dense.values(), *(t for each in self.rank_one.values() for t in (each.a, each.b))]
+        return sum(tensor.numel() for tensor in held)
+
+    def hold_dense(self, block: Block) -> None:
+        """Hold a block by parameter from now on."""
+        self.dense.update(zip(block, self.rank_one.pop(block).moved(), strict=True))
+
+
+class InnerProducts:
+    """Makes directions of the gradients of one pass, and their inner products with those of another.
+
+    Args:
+        covariance: Σ.
+    """
+
+    def __init__(self, covariance: Covariance):
+        self._covariance = covariance
+        self._terms: dict[Block, Terms | None] = {}
+
+    def directions(self, recorded: RecordedPass, index: Tensor, limit: int | None = None) -> Iterator[Directions]:
+        """Σg of the examples of a pass, a chunk of them at a time.
+
+        Args:
+            recorded: the pass with the gradients of each example's own loss.
+            index: numbers of its examples.
+            limit: largest number of examples at a time.
+        """
+        calls_of = recorded.calls_of(recorded.weights)
+        layers = dict(self._layers(calls_of))
+        factored = {p for block in layers for p in block}
+        rest = {p: calls for p, calls in calls_of.items() if p not in factored}
+        for examples in _slices(len(index), sum(p.numel() for p in rest), limit):
+            dense: Vectors = {}
+            if rest:
+                with as_recorded(recorded.trace):
+                    gradients = dense_gradients(recorded, rest, examples)
+                dense = self._covariance.multiply_only(gradients)
+            rank_one = {block: rows for block, layer in layers.items() if (rows := _rank_one(layer.rows(examples)))}
+            yield Directions(index[examples], dense, rank_one)
+
+    def of(self, recorded: RecordedPass, directions: Directions) -> Iterator[tuple[slice, list[tuple[Block, Tensor]]]]:
+        """⟨g_i, Σg_j⟩, a chunk of the examples of a pass at a time: (which, ``[n, m]`` of each block or parameter)."""
+        calls_of = recorded.calls_of(recorded.weights)
+        layers = {block: layer for block, layer in self._layers(calls_of) if block in directions.rank_one}
+        for block in list(directions.rank_one):
+            if block not in layers and any(p in calls_of for p in block):
+                directions.hold_dense(block)  # called twice here, or at several positions
+        rest = {p: calls for p, calls in calls_of.items() if p in directions.dense}
+        count = recorded.num_examples
+        for examples in _slices(count, sum(p.numel() for p in rest), None):
+            products: list[tuple[Block, Tensor]] = []
+            for block, layer in layers.items():
+                rows, terms = _rank_one(layer.rows(examples)), self._terms[block]
+                assert rows is not None and terms is not None
+                products.append((block, rows.inner(directions.rank_one[block], terms)))
+            if rest:
+                with as_recorded(recorded.trace):
+                    gradients = dense_gradients(recorded, rest, examples)
+                products += [((p,), _rows(g) @ _rows(directions.dense[p]).mT.to(g.dtype)) for p, g in gradients.items()]
+            yield examples, products
+
+    def _layers(self, calls_of: Mapping[Tensor, Sequence[LayerCall]]) -> Iterator[tuple[Block, RotatedLayer]]:
+        """The layers used once and at one position, of the blocks whose variances are a sum of few products."""
+        for block, _ in self._covariance.blocks:
+            layer = (
+                None if any(p not in calls_of for p in block) else RotatedLayer.of(block, calls_of, self._covariance)
+            )
+            if layer is None or _rank_one(layer.rows(slice(0, 1))) is None:
+                continue
+            if block not in self._terms:
+                self._terms[block] = Terms.of(layer.block)
+            if self._terms[block] is not None:
+                yield block, layer
+
+
+def joined(held: Sequence[Directions]) -> Directions:
+    """The directions of several passes as one."""
+    if len(held) == 1:
+        return held[0]
+    for block in {block for each in held for block in each.rank_one}:
+        if not all(block in each.rank_one for each in held):
+            for each in held:
+                if block in each.rank_one:
+                    each.hold_dense(block)
+    parameters = dict.fromkeys(p for each in held for p in each.dense)
+    index = torch.cat([each.index for each in held])
+    dense = {
+        p: torch.cat([each.dense[p] if p in each.dense else p.new_zeros(len(each), *p.shape) for each in held])
+        for p in parameters
+    }
+    rank_one = {
+        block: RankOne(
+            torch.cat([each.rank_one[block].a for each in held]),
+            torch.cat([each.rank_one[block].b for each in held]),
+            rows.block,
+        )
+        for block, rows in held[0].rank_one.items()
+    }
+    return Directions(index, dense, rank_one)
+
+
+def _rank_one(rows: RotatedGradients | None) -> RankOne | None:
+    """The gradients as b aᵀ; None where the layer acts at several positions."""
+    if rows is None or rows.outer.a.shape[2] > 1:
+        return None
+    return RankOne(rows.outer.a.flatten(1), rows.outer.b.flatten(1), rows.block)
+
+
+def _slices(count: int, entries: int, limit: int | None) -> Iterator[slice]:
+    """Slices of the examples whose gradients are formed together."""
+    step = max(1, FALLBACK_ENTRIES // entries) if entries else count
+    return chunks(count, 1, max(1, min(step, limit or step)))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
