@@ -178,8 +178,9 @@ def run_experiment(experiment: Experiment, data: Images, seeds: int, runs: Path,
 
 def draw(record: dict[str, Any]) -> Figure:
     """The first seed's curves."""
-    figure = pictures.generalization({record["experiment"]["title"]: Curves(**record["curves"][0])})
+    figure = pictures.generalization({"": Curves(**record["curves"][0])})
     figure.axes[0].set_xlabel("epoch")
+    figure.suptitle(record["experiment"]["title"], fontsize=12)
     return figure
 
 

@@ -60,8 +60,14 @@ def images() -> str:
     """100 removals of each set of images: the increase of the own loss."""
     labels = {
         "KFACVON": "KFACVON",
+        "KFACVON, stopped": "KFACVON, stopped",
         "Laplace, Kronecker": "Laplace, Kronecker",
+        "fit, K-FAC": "fit, K-FAC",
+        "fit, K-FAC, stopped": "fit, K-FAC, stopped",
+        "fit, EK-FAC": "fit, EK-FAC",
+        "fit, EK-FAC, stopped": "fit, EK-FAC, stopped",
         "IVON": "IVON",
+        "IVON, stopped": "IVON, stopped",
         "VON": "VON",
         "Adam": "√v̂ of Adam",
         "Laplace, diagonal": "Laplace, diagonal",
