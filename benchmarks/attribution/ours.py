@@ -68,6 +68,41 @@ def identity(model: nn.Module, subject: Subject) -> Posterior:
     )
 
 
+def ivon(model: nn.Module, **shared: Any) -> vlearn.IVON:
+    """With a rate that trains these networks as fast as SGD does."""
+    return vlearn.IVON(model, lr=0.1, hess_init=0.1, **shared)
+
+
+def kfac_von(model: nn.Module, **shared: Any) -> vlearn.KFACVON:
+    """With the rate that its docstring names."""
+    return vlearn.KFACVON(model, lr=0.01, **shared)
+
+
+def own_state(subject: Subject, train: Callable[..., Any]) -> Scorer:
+    """The network that a variational optimizer trains from the same first weights, and the Σ that it comes with.
+
+    The preparation is its training. What is predicted is SGD's retraining.
+    """
+    model, num_data = subject.own_model(), len(subject.y)
+    model.load_state_dict(subject.first)
+    generator = torch.Generator().manual_seed(subject.seed)
+    likelihood = {"likelihood": "gaussian"} if subject.regression and train is kfac_von else {}
+    torch.manual_seed(subject.seed)
+    optimizer = train(model.train(), ess=num_data, weight_decay=subject.weight_decay, **likelihood)
+    steps = subject.epochs * -(-num_data // subject.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(subject.epochs):
+        for index in torch.randperm(num_data, generator=generator).split(subject.batch):
+            optimizer.zero_grad()
+            subject.loss(model(subject.x[index]), subject.y[index]).backward()
+            optimizer.step()
+            schedule.step()
+    posterior = optimizer.posterior().clone()
+    optimizer.unwatch()
+    model.eval()
+    return lambda x, y: influences(model, posterior, subject, x, y)
+
+
 def tracin(subject: Subject) -> Scorer:
     """Pruthi et al., 2020, over the snapshots."""
     model = subject.own_model()
@@ -83,9 +118,10 @@ DAMPING = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 def _fits(label: str, structure: str) -> Sequence[Method]:
     """A structure as it comes, with the training time, and with the best of a few dampings."""
     make = partial(with_posterior, fit=fitted, structure=structure)
+    best = structure == "eigenvalue-corrected"
     return (
-        Method(label, "vlearn", make),
-        Method(f"{label}, stopped", "vlearn", partial(make, stopped=True)),
+        Method(label, "vlearn", make, averaged=best, removed=best),
+        Method(f"{label}, stopped", "vlearn", partial(make, stopped=True), averaged=best, removed=best),
         Method(f"{label}, damped", "vlearn", make, [{"damping": value} for value in DAMPING]),
     )
 
@@ -94,6 +130,8 @@ METHODS = (
     *_fits("diagonal", "diagonal"),
     *_fits("K-FAC", "kronecker"),
     *_fits("EK-FAC", "eigenvalue-corrected"),
-    Method("TracIn", "vlearn", tracin),
+    Method("IVON, its own state", "vlearn", partial(own_state, train=ivon)),
+    Method("KFACVON, its own state", "vlearn", partial(own_state, train=kfac_von)),
+    Method("TracIn", "vlearn", tracin, averaged=True, removed=True),
     Method("gradient products", "vlearn", partial(with_posterior, fit=identity)),
 )

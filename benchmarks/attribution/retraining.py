@@ -23,9 +23,7 @@ FIRST_SEED = 1000  # of the retrainings; those below are for the networks that a
 def batches(task: Task, seed: int, num_data: int) -> list[Tensor]:
     """The places, among the network's examples, of each step's minibatch."""
     order = torch.Generator().manual_seed(seed)
-    return [
-        part for _ in range(task.epochs) for part in torch.randperm(num_data, generator=order).split(task.batch)
-    ]
+    return [part for _ in range(task.epochs) for part in torch.randperm(num_data, generator=order).split(task.batch)]
 
 
 def train(
@@ -53,9 +51,7 @@ def train(
     for step, each in enumerate(places, 1):
         index = examples.gather(1, torch.stack(each).to(examples.device))
         optimizer.zero_grad()
-        losses = task.loss(
-            forward(weights, data.x[index]).flatten(0, 1), data.y[index].flatten(0, 1), reduction="none"
-        )
+        losses = task.loss(forward(weights, data.x[index]).flatten(0, 1), data.y[index].flatten(0, 1), reduction="none")
         # the mean over each network's own minibatch, summed over the networks
         (losses.sum() * (len(seeds) / losses.numel())).backward()
         optimizer.step()
@@ -90,18 +86,19 @@ def retrained_losses(
         for part in parts:
             first, last = int(part[0]), int(part[-1])
             seeds = [FIRST_SEED + repeat * 100_000 + number for number in part.tolist()]
-            settings = {**_identity(task), "examples": subsets[part].tolist(), "seeds": seeds}
+            settings = {**identity(task), "examples": subsets[part].tolist(), "seeds": seeds}
             file = runs / f"retrained-{repeat}-{first}-{last}.pt"
-            rows.append(kept(file, settings, lambda p=part, s=seeds: _losses_of(task, data, subsets[p], s)))
+            rows.append(kept(file, settings, lambda p=part, s=seeds: losses_of(task, data, subsets[p], s)))
             advance(f"{task.title}: retraining {repeat + 1}/{repeats} of subsets to {last + 1}/{len(subsets)}")
     return torch.cat(rows).reshape(repeats, len(subsets), -1).transpose(0, 1)
 
 
-def _losses_of(task: Task, data: Data, examples: Tensor, seeds: Sequence[int]) -> Tensor:
+def losses_of(task: Task, data: Data, examples: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The loss of every query under K networks that are trained for it, ``[K, Q]``."""
     return query_losses(task, data, train(task, data, examples, seeds)[0])
 
 
-def _identity(task: Task) -> dict[str, object]:
+def identity(task: Task) -> dict[str, object]:
     """What a retrained network depends on, beside its examples and its seed."""
     names = ("dataset", "widths", "num_data", "num_queries", "lr", "momentum", "weight_decay", "batch", "epochs")
     return {name: getattr(task, name) for name in (*names, "flipped")}

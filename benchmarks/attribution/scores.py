@@ -16,7 +16,7 @@ RESAMPLED = 2000
 
 
 def subsets(num_data: int, count: int) -> Tensor:
-    """Random halves of the examples, ``[count, num_data/2]`` numbers in rising order; the first ones are always the same."""
+    """Random halves of the examples, ``[count, num_data/2]`` numbers; the first ones are the same for any count."""
     halves = [
         torch.randperm(num_data, generator=torch.Generator().manual_seed(number))[: num_data // 2].sort().values
         for number in range(count)

@@ -63,7 +63,7 @@ def arnoldi(subject: Subject, regularization: float = 1e-2, projection: int = 10
     return _scorer(partial(_inner_products, attributor, subject))
 
 
-def ekfac(subject: Subject, damping: float = 1e-2) -> Scorer:
+def ekfac(subject: Subject, damping: float) -> Scorer:
     """Grosse et al., 2023."""
     functions = _dattri("algorithm.influence_function")
     model = subject.own_model()
@@ -85,7 +85,8 @@ def tracin(subject: Subject) -> Scorer:
     return _scorer(lambda x, y: attributor.attribute(train, _loader(x, y, len(y))))
 
 
-GRID = (1e-2, 1e-3, 1e-1, 1.0, 1e-4)
+# Its eigenvalues are of the gradients of the minibatch's mean loss: CHUNK² times smaller than those of the examples'.
+DAMPING = [10.0**-power / CHUNK**2 for power in (1, 2, 3, 4, 0)]
 METHODS = (
     Method(
         "TRAK",
@@ -96,8 +97,10 @@ METHODS = (
             for projection, regularization in ((2048, 0.0), (512, 0.0), (2048, 1e-4), (2048, 1e-3), (2048, 1e-2))
         ],
         own_ensemble=True,
+        averaged=True,
+        removed=True,
     ),
-    Method("influence, CG", "dattri", conjugate_gradients, [{"regularization": value} for value in GRID[:3]]),
+    Method("influence, CG", "dattri", conjugate_gradients, [{"regularization": value} for value in (1e-2, 1e-1, 1.0)]),
     Method(
         "influence, Arnoldi",
         "dattri",
@@ -107,7 +110,7 @@ METHODS = (
             for regularization, projection in ((1e-2, 100), (1e-1, 100), (1.0, 100), (1e-2, 20), (1e-3, 10))
         ],
     ),
-    Method("influence, EK-FAC", "dattri", ekfac, [{"damping": value} for value in GRID]),
+    Method("influence, EK-FAC", "dattri", ekfac, [{"damping": value} for value in DAMPING]),
     Method("TracIn", "dattri", tracin),
 )
 

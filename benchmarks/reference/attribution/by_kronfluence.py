@@ -66,7 +66,9 @@ def influence(subject: Subject, strategy: str, damping: float | None) -> Scorer:
 
 DAMPING = [{"damping": value} for value in (1e-8, None, 1e-3, 1e-2, 1e-1)]
 METHODS = (
-    Method("influence, EK-FAC", "kronfluence", partial(influence, strategy="ekfac"), DAMPING),
+    Method(
+        "influence, EK-FAC", "kronfluence", partial(influence, strategy="ekfac"), DAMPING, averaged=True, removed=True
+    ),
     Method("influence, K-FAC", "kronfluence", partial(influence, strategy="kfac"), DAMPING),
 )
 

@@ -27,6 +27,8 @@ class Subject:
         loss: of torch.nn.functional, the mean over a minibatch is minimised.
         lr, weight_decay: SGD's.
         training_time: η = Σ_t lr/(1 - momentum).
+        first: the weights before training.
+        batch, epochs: of the training, for methods that train a network of their own.
         seed: that it was trained with.
     """
 
@@ -38,7 +40,10 @@ class Subject:
     lr: float
     weight_decay: float
     training_time: float
-    seed: int = 0
+    first: Mapping[str, Tensor]
+    batch: int
+    epochs: int
+    seed: int
 
     @property
     def regression(self) -> bool:
@@ -60,6 +65,8 @@ class Method:
             is done here. Several subjects, trained alike from other weights, give one answer for all.
         settings: keyword arguments of `make` to choose among, the recommended ones first.
         own_ensemble: several networks are averaged in a way of its own; else by the mean of their attributions.
+        averaged: it is run on several networks too.
+        removed: its top examples are removed too.
     """
 
     name: str
@@ -67,6 +74,8 @@ class Method:
     make: Callable[..., Scorer]
     settings: Sequence[dict[str, Any]] = field(default_factory=lambda: [{}])
     own_ensemble: bool = False
+    averaged: bool = False
+    removed: bool = False
 
     def scorer(self, subjects: Sequence[Subject], setting: dict[str, Any]) -> Scorer:
         """Attributions by one network, or averaged over several."""
