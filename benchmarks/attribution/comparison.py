@@ -40,7 +40,7 @@ def trained(task: Task, data: Data, count: int, runs: Path) -> list[Subject]:
         file = runs / f"network-{seed}.pt"
         taken = kept(file, settings, lambda s=seed: retraining.train(task, data, examples, [s], wanted)[1])
         snapshots = [{name: p[0] for name, p in each.items()} for each in taken]
-        model = task.network(seed)
+        model = task.network(seed).to(data.x)
         first = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(snapshots[-1])
         subjects.append(

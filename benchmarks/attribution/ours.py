@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vlearn
+from benchmarks.attribution.segments import segments
 from benchmarks.problems.batches import batches
 from benchmarks.reference.attribution.method import Method, Scorer, Subject
 from vlearn.gaussians.protocol import Posterior
@@ -30,6 +32,18 @@ def influences(model: nn.Module, posterior: Posterior, subject: Subject, x: Tens
     return vlearn.influence(
         model, posterior, batches(subject.x, subject.y), batches(x, y), subject.loss, progress=False
     ).values
+
+
+def over_snapshots(subject: Subject, **setting: Any) -> Scorer:
+    """The mean attribution over the snapshots of one training, each with a fit of its own."""
+    scorers = []
+    for number, snapshot in enumerate(subject.snapshots, 1):
+        model = subject.own_model()
+        model.load_state_dict(snapshot)
+        share = number / len(subject.snapshots)
+        earlier = replace(subject, model=model, training_time=share * subject.training_time)
+        scorers.append(with_posterior(earlier, fitted, **setting))
+    return lambda x, y: torch.stack([scorer(x, y) for scorer in scorers]).mean(0)
 
 
 def fitted(
@@ -130,6 +144,14 @@ METHODS = (
     *_fits("diagonal", "diagonal"),
     *_fits("K-FAC", "kronecker"),
     *_fits("EK-FAC", "eigenvalue-corrected"),
+    Method(
+        "EK-FAC, over snapshots",
+        "vlearn",
+        partial(over_snapshots, structure="eigenvalue-corrected"),
+        averaged=True,
+        removed=True,
+    ),
+    Method("EK-FAC, three segments", "vlearn", segments),
     Method("IVON, its own state", "vlearn", partial(own_state, train=ivon)),
     Method("KFACVON, its own state", "vlearn", partial(own_state, train=kfac_von)),
     Method("TracIn", "vlearn", tracin, averaged=True, removed=True),
