@@ -42,6 +42,8 @@ def run(task: Task, data: Data, arguments: argparse.Namespace, folder: Path, adv
     repeats = arguments.repeats or task.repeats
     retrained = retraining.retrained_losses(task, data, subsets, folder, advance, repeats)
     subjects = trained(task, data, arguments.networks, folder)
+    count = min(arguments.queries, len(data.y_query))
+    data, retrained = Data(data.x, data.y, data.x_query[:count], data.y_query[:count]), retrained[:, :, :count]
     comparison = Comparison(task, data, subjects, subsets, retrained, folder, advance)
     chosen = methods.of(arguments.by)
     rows = [comparison.row(method) for method in chosen]
@@ -56,6 +58,7 @@ def run(task: Task, data: Data, arguments: argparse.Namespace, folder: Path, adv
         "task": dataclasses.asdict(task),
         "subsets": arguments.subsets,
         "repeats": repeats,
+        "queries": count,
         "threads": torch.get_num_threads(),
         "peers": {package: importlib.metadata.version(package) for package in arguments.by if package != "vlearn"},
         "ceiling": scores.ceiling(retrained) if repeats > 1 else None,
@@ -129,7 +132,9 @@ def command(arguments: argparse.Namespace, name: str) -> str:
     """The command line that makes one task's numbers again."""
     parts = [f"python -m benchmarks.attribution --tasks {name} --subsets {arguments.subsets}"]
     parts += [f"--repeats {arguments.repeats}"] if arguments.repeats else []
-    return " ".join([*parts, f"--networks {arguments.networks} --by {' '.join(arguments.by)}"])
+    return " ".join(
+        [*parts, f"--queries {arguments.queries} --networks {arguments.networks} --by {' '.join(arguments.by)}"]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--by", nargs="+", choices=list(methods.METHODS), help="packages, instead of all")
     parser.add_argument("--subsets", type=int, default=100, help="random halves of the examples")
     parser.add_argument("--repeats", type=int, help="retrainings of each, instead of the task's own")
+    parser.add_argument("--queries", type=int, default=150, help="of those whose retrained losses are kept")
     parser.add_argument("--networks", type=int, default=5, help="that attributions are averaged over too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data-root", type=Path)

@@ -14,6 +14,7 @@ import vlearn
 from benchmarks.attribution.segments import segments
 from benchmarks.problems.batches import batches
 from benchmarks.reference.attribution.method import Method, Scorer, Subject
+from vlearn.gaussians.kronecker import Kronecker, KroneckerFactors
 from vlearn.gaussians.protocol import Posterior
 from vlearn.sensitivity import measures
 
@@ -51,13 +52,14 @@ def fitted(
     subject: Subject,
     structure: str,
     damping: float = 0.0,
+    relative: float | None = None,
     stopped: bool = False,
-    draws: int = 1,
 ) -> Posterior:
     """A fit at the network's weights, whose prior precision is the weight decay of the training.
 
     Args:
         damping: added to the weight decay, per example.
+        relative: in its place, this multiple of each layer's mean eigenvalue.
         stopped: with the time that SGD has trained for.
     """
     num_data = len(subject.y)
@@ -67,11 +69,19 @@ def fitted(
         subject.loss,
         structure,
         prior_precision=num_data * (subject.weight_decay + damping),
-        draws=draws,
         generator=torch.Generator().manual_seed(0),
         progress=False,
     )
+    if relative is not None:
+        posterior = _damped_by_layer(posterior, relative)
     return posterior.stopped_at(subject.training_time) if stopped else posterior
+
+
+def _damped_by_layer(fit: Posterior, multiple: float) -> Kronecker:
+    assert isinstance(fit, Kronecker)
+    layers = [(tuple(each.pop("names")), KroneckerFactors(**each)) for each in fit.block_state()["factors"]]
+    decay = {name: multiple * float(factors.hessian.mean()) for names, factors in layers for name in names}
+    return Kronecker(fit.mean, dict(layers), decay, dict.fromkeys(fit.mean, fit.num_data), fit.num_data)
 
 
 def identity(model: nn.Module, subject: Subject) -> Posterior:
@@ -126,17 +136,18 @@ def tracin(subject: Subject) -> Scorer:
     )
 
 
-DAMPING = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPING = ({}, {"damping": 1e-3}, {"damping": 1e-2}, {"damping": 1e-1})
 
 
 def _fits(label: str, structure: str) -> Sequence[Method]:
     """A structure as it comes, with the training time, and with the best of a few dampings."""
     make = partial(with_posterior, fit=fitted, structure=structure)
     best = structure == "eigenvalue-corrected"
+    last = {"damping": 1.0} if structure == "diagonal" else {"relative": 0.1}
     return (
         Method(label, "vlearn", make, averaged=best, removed=best),
-        Method(f"{label}, stopped", "vlearn", partial(make, stopped=True), averaged=best, removed=best),
-        Method(f"{label}, damped", "vlearn", make, [{"damping": value} for value in DAMPING]),
+        Method(f"{label}, stopped", "vlearn", partial(make, stopped=True), removed=best),
+        Method(f"{label}, damped", "vlearn", make, [*DAMPING, last]),
     )
 
 
@@ -147,13 +158,13 @@ METHODS = (
     Method(
         "EK-FAC, over snapshots",
         "vlearn",
-        partial(over_snapshots, structure="eigenvalue-corrected"),
+        partial(over_snapshots, structure="eigenvalue-corrected", relative=0.1),
         averaged=True,
         removed=True,
     ),
     Method("EK-FAC, three segments", "vlearn", segments),
     Method("IVON, its own state", "vlearn", partial(own_state, train=ivon)),
     Method("KFACVON, its own state", "vlearn", partial(own_state, train=kfac_von)),
-    Method("TracIn", "vlearn", tracin, averaged=True, removed=True),
+    Method("TracIn", "vlearn", tracin, removed=True),
     Method("gradient products", "vlearn", partial(with_posterior, fit=identity)),
 )

@@ -33,8 +33,9 @@ def trak(subjects: Sequence[Subject], projection: int = 2048, regularization: fl
         regularization=regularization,
     )
     with _quiet():
-        attributor.cache(_loader(first.x, first.y))
-    return _scorer(lambda x, y: attributor.attribute(_loader(x, y)))
+        # for each of whose batches the random projection is drawn again
+        attributor.cache(_loader(first.x, first.y, 8 * CHUNK))
+    return _scorer(lambda x, y: attributor.attribute(_loader(x, y, len(y))))
 
 
 def conjugate_gradients(subject: Subject, regularization: float = 1e-2, iterations: int = 10) -> Scorer:
@@ -94,7 +95,7 @@ METHODS = (
         trak,
         [
             {"projection": projection, "regularization": regularization}
-            for projection, regularization in ((2048, 0.0), (512, 0.0), (2048, 1e-4), (2048, 1e-3), (2048, 1e-2))
+            for projection, regularization in ((2048, 0.0), (512, 0.0), (512, 1e-3), (2048, 1e-3), (2048, 1e-2))
         ],
         own_ensemble=True,
         averaged=True,
