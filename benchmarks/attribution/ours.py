@@ -77,6 +77,24 @@ def fitted(
     return posterior.stopped_at(subject.training_time) if stopped else posterior
 
 
+def over_draws(subject: Subject, width: float, count: int = 6, relative: float = 0.1) -> Scorer:
+    """The mean attribution over weights drawn around the last ones, each with a fit of its own.
+
+    Args:
+        width: of the draws, as a multiple of that of the posterior of the stopped training.
+        relative: damping, see `fitted`.
+    """
+    around = fitted(subject.own_model(), subject, "eigenvalue-corrected", stopped=True)
+    generator, scorers = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        model, drawn = subject.own_model(), around.sample(generator)
+        model.load_state_dict({name: mean + width * (drawn[name] - mean) for name, mean in around.mean.items()})
+        scorers.append(
+            with_posterior(replace(subject, model=model), fitted, structure="eigenvalue-corrected", relative=relative)
+        )
+    return lambda x, y: torch.stack([scorer(x, y) for scorer in scorers]).mean(0)
+
+
 def _damped_by_layer(fit: Posterior, multiple: float) -> Kronecker:
     assert isinstance(fit, Kronecker)
     layers = [(tuple(each.pop("names")), KroneckerFactors(**each)) for each in fit.block_state()["factors"]]
@@ -92,39 +110,38 @@ def identity(model: nn.Module, subject: Subject) -> Posterior:
     )
 
 
-def ivon(model: nn.Module, **shared: Any) -> vlearn.IVON:
-    """With a rate that trains these networks as fast as SGD does."""
-    return vlearn.IVON(model, lr=0.1, hess_init=0.1, **shared)
-
-
-def kfac_von(model: nn.Module, **shared: Any) -> vlearn.KFACVON:
-    """With the rate that its docstring names."""
-    return vlearn.KFACVON(model, lr=0.01, **shared)
-
-
-def own_state(subject: Subject, train: Callable[..., Any]) -> Scorer:
+def own_state(subject: Subject, optimizer: type[Any], narrow: float = 1.0, **setting: Any) -> Scorer:
     """The network that a variational optimizer trains from the same first weights, and the Σ that it comes with.
 
     The preparation is its training. What is predicted is SGD's retraining.
+
+    Args:
+        narrow: times the effective sample size, by which the draws in training are narrower than the posterior.
+        setting: of the optimizer.
     """
-    model, num_data = subject.own_model(), len(subject.y)
+    model, num_data = subject.own_model().train(), len(subject.y)
     model.load_state_dict(subject.first)
-    generator = torch.Generator().manual_seed(subject.seed)
-    likelihood = {"likelihood": "gaussian"} if subject.regression and train is kfac_von else {}
-    torch.manual_seed(subject.seed)
-    optimizer = train(model.train(), ess=num_data, weight_decay=subject.weight_decay, **likelihood)
-    steps = subject.epochs * -(-num_data // subject.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.Generator().manual_seed(subject.seed)
+    likelihood = {"likelihood": "gaussian"} if subject.regression and optimizer is vlearn.KFACVON else {}
+    made = optimizer(
+        model,
+        ess=narrow * num_data,
+        num_data=num_data,
+        weight_decay=subject.weight_decay,
+        generator=torch.Generator().manual_seed(subject.seed),
+        **likelihood,
+        **setting,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(made, subject.epochs * -(-num_data // subject.batch))
     for _ in range(subject.epochs):
-        for index in torch.randperm(num_data, generator=generator).split(subject.batch):
-            optimizer.zero_grad()
+        for index in torch.randperm(num_data, generator=order).split(subject.batch):
+            made.zero_grad()
             subject.loss(model(subject.x[index]), subject.y[index]).backward()
-            optimizer.step()
+            made.step()
             schedule.step()
-    posterior = optimizer.posterior().clone()
-    optimizer.unwatch()
-    model.eval()
-    return lambda x, y: influences(model, posterior, subject, x, y)
+    posterior = made.posterior().clone()
+    made.unwatch()
+    return lambda x, y: influences(model.eval(), posterior, subject, x, y)
 
 
 def tracin(subject: Subject) -> Scorer:
@@ -163,8 +180,25 @@ METHODS = (
         removed=True,
     ),
     Method("EK-FAC, three segments", "vlearn", segments),
-    Method("IVON, its own state", "vlearn", partial(own_state, train=ivon)),
-    Method("KFACVON, its own state", "vlearn", partial(own_state, train=kfac_von)),
+    Method("EK-FAC, over draws", "vlearn", over_draws, [{"width": width} for width in (0.1, 0.05, 0.2)]),
+    Method(
+        "IVON, its own state",
+        "vlearn",
+        partial(own_state, optimizer=vlearn.IVON),
+        [
+            {"lr": lr, "hess_init": hess_init, "narrow": narrow}
+            for lr, hess_init, narrow in ((0.1, 0.1, 1), (0.1, 1.0, 1), (0.3, 1.0, 1), (0.1, 1.0, 100), (0.3, 1.0, 100))
+        ],
+    ),
+    Method(
+        "KFACVON, its own state",
+        "vlearn",
+        partial(own_state, optimizer=vlearn.KFACVON),
+        [
+            {"lr": lr, "narrow": narrow}
+            for lr, narrow in ((0.01, 1), (0.03, 1), (0.01, 100), (0.03, 100), (0.03, 10_000))
+        ],
+    ),
     Method("TracIn", "vlearn", tracin, removed=True),
     Method("gradient products", "vlearn", partial(with_posterior, fit=identity)),
 )
