@@ -17,6 +17,14 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def relu_mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them, on flat inputs."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 def lenet5() -> nn.Sequential:
     """LeNet-5 with 61,706 parameters, as in the memory-perturbation paper."""
     return nn.Sequential(

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.report.markdown import with_tables
-from benchmarks.tables import costs, losses, optimizers, removals
+from benchmarks.tables import attributions, costs, losses, optimizers, removals
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -45,6 +45,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "class-removal-mlp": removals.classes_mlp,
     "class-removal-lenet5": removals.classes_lenet5,
     "linear": removals.linear,
+    "attribution": attributions.scores,
+    "attribution-removals": attributions.removals,
 }
 
 

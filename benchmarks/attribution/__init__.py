@@ -1,0 +1,1 @@
+"""The benchmark of data attribution against retraining: `python -m benchmarks.attribution`."""
