@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stopped-digits": partial(losses.stopped_training, "digits"),
     "stopped-fashion-mnist": partial(losses.stopped_training, "fashion-mnist"),
     "stopped-fashion-mnist-overfit": partial(losses.stopped_training, "fashion-mnist-overfit"),
+    "stopped-fashion-mnist-published": partial(losses.stopped_training, "fashion-mnist-published"),
     "stopped-fashion-mnist-adam": partial(losses.stopped_training, "fashion-mnist-adam"),
     "stopped-fashion-mnist-adamw": partial(losses.stopped_training, "fashion-mnist-adamw"),
     "generalization-fashion-mnist": losses.fashion_mnist,
