@@ -59,6 +59,16 @@ def test_every_layer_may_have_its_own_time(structure: str, tmp_path: Path) -> No
     assert relative_error(covariance(told, model), expected) < 1e-8
 
 
+def test_a_posterior_is_stopped_once(tmp_path: Path) -> None:
+    model, x = mlp()
+    stopped = fit(model, in_batches(x), F.cross_entropy, "diagonal", **EXACT).stopped_at(5.0)
+    stopped.save(tmp_path / "stopped.pt")
+    for each in (stopped, load(tmp_path / "stopped.pt", model)):
+        with pytest.raises(ValueError, match="this posterior has the training time 5 already"):
+            each.stopped_at(2.0)
+        assert torch.equal(covariance(each.stopped_at(math.inf), model), covariance(stopped, model))
+
+
 def test_a_layers_parameters_have_one_time_together() -> None:
     model, x = mlp()
     posterior = fit(model, in_batches(x), F.cross_entropy, "kronecker", **EXACT)
@@ -295,6 +305,10 @@ def test_an_averaged_natural_gradient_flow_forgets_its_curvature() -> None:
     assert relative_error(change * curvature, torch.full_like(change, 1 - math.exp(-3.0))) < 0.01
 
 
+def never_stepped(optimizer: SGD) -> Any:
+    return schedules.StepLR(optimizer, 3)
+
+
 def in_sequence(optimizer: SGD) -> Any:
     parts = [schedules.LinearLR(optimizer, total_iters=10), schedules.CosineAnnealingLR(optimizer, 40)]
     return schedules.SequentialLR(optimizer, parts, [10])
@@ -309,6 +323,7 @@ def in_sequence(optimizer: SGD) -> Any:
         (sgd(), None, 0, ValueError, "steps=0, but it must be a positive whole number"),
         (sgd(), in_sequence, 5, ValueError, "the rates of this SequentialLR cannot be computed again"),
         (sgd(), lambda o: schedules.StepLR(sgd(), 3), 5, ValueError, "it sets those of another optimizer"),
+        (sgd(), never_stepped, 5, ValueError, "of this StepLR cannot be computed again .it has not been stepped"),
         (sgd(), schedules.ReduceLROnPlateau, 5, ValueError, "of this ReduceLROnPlateau cannot be computed again"),
     ],
 )
@@ -316,7 +331,7 @@ def test_what_has_no_such_time_is_refused(
     optimizer: Any, scheduler: Any, steps: int, error: type[Exception], message: str
 ) -> None:
     made = None if scheduler is None else scheduler(optimizer)
-    for _ in range(3 if made is not None else 0):
+    for _ in range(3 if made is not None and scheduler is not never_stepped else 0):
         optimizer.step()
         made.step(1.0) if isinstance(made, schedules.ReduceLROnPlateau) else made.step()
     with pytest.raises(error, match=message):

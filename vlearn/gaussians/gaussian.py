@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import Block
-from vlearn.gaussians.stopped_training import TrainingTime, is_finite, times_by_name
+from vlearn.gaussians.stopped_training import TrainingTime, times_by_name
 from vlearn.per_example.replay import placed
 
 if TYPE_CHECKING:
@@ -212,13 +212,18 @@ class Gaussian:
                 parameter where the posterior belongs to a model, where they differ. `vlearn.posterior.training_time`
                 has it for torch's optimizers. Infinite for a network that was trained to the end.
         Raises:
-            ValueError: if it is not positive, or lacks a parameter.
+            ValueError: if it is not positive, or lacks a parameter, or the posterior has one already.
         """
         times = times_by_name(training_time, {name: self.parameters.get(name) for name in self.names})
         kept = self.clone()
-        if is_finite(times):
+        if any(map(math.isfinite, times.values())):
+            if math.isfinite(self.training_time):
+                raise ValueError(
+                    f"this posterior has the training time {self.training_time:g} already, and its precision is no "
+                    "longer the curvature that another one would act on: take the posterior as it was fitted."
+                )
             kept.stop_blocks(times)
-            kept.training_time = min(self.training_time, *times.values())
+            kept.training_time = min(times.values())
         return kept
 
     def stop_blocks(self, times: Mapping[str, float]) -> None:

@@ -66,8 +66,3 @@ def times_by_name(given: TrainingTime, parameters: Mapping[str, Tensor | None]) 
 def common_time(times: Sequence[float], sizes: Sequence[int]) -> float:
     """η of several parameters with one curvature: that of their mean √v̂, 1/η being proportional to it."""
     return sum(sizes) / sum(size / time for time, size in zip(times, sizes, strict=True))
-
-
-def is_finite(times: Mapping[str, float]) -> bool:
-    """Whether any of them tells of training that was stopped."""
-    return any(map(math.isfinite, times.values()))

@@ -23,14 +23,13 @@ from vlearn.capture.layer_call import LayerCall
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.linearized.kronecker_products import RotatedGradients, RotatedLayer
+from vlearn.linearized.solver import Vectors
 from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded
 
-Vectors = dict[Tensor, Tensor]  # by parameter ``[m, *shape]``
-
-Block = tuple[Tensor, ...]  # the parameters of a block
+BlockParameters = tuple[Tensor, ...]
 WORTHWHILE = 0.7  # of the products of the full sum, up to which that by terms is faster
 
 
@@ -102,7 +101,7 @@ class Directions:
         rank_one: of the blocks that are held by their factors.
     """
 
-    def __init__(self, index: Tensor, dense: Vectors, rank_one: Mapping[Block, RankOne] | None = None):
+    def __init__(self, index: Tensor, dense: Vectors, rank_one: Mapping[BlockParameters, RankOne] | None = None):
         self.index, self.dense, self.rank_one = index, dense, dict(rank_one or {})
 
     def __len__(self) -> int:
@@ -114,7 +113,7 @@ class Directions:
         held = [*self.dense.values(), *(t for each in self.rank_one.values() for t in (each.a, each.b))]
         return sum(tensor.numel() for tensor in held)
 
-    def hold_dense(self, block: Block) -> None:
+    def hold_dense(self, block: BlockParameters) -> None:
         """Hold a block by parameter from now on."""
         self.dense.update(zip(block, self.rank_one.pop(block).moved(), strict=True))
 
@@ -128,7 +127,7 @@ class InnerProducts:
 
     def __init__(self, covariance: Covariance):
         self._covariance = covariance
-        self._terms: dict[Block, Terms | None] = {}
+        self._terms: dict[BlockParameters, Terms | None] = {}
 
     def directions(self, recorded: RecordedPass, index: Tensor, limit: int | None = None) -> Iterator[Directions]:
         """Σg of the examples of a pass, a chunk of them at a time.
@@ -151,7 +150,9 @@ class InnerProducts:
             rank_one = {block: rows for block, layer in layers.items() if (rows := _rank_one(layer.rows(examples)))}
             yield Directions(index[examples], dense, rank_one)
 
-    def of(self, recorded: RecordedPass, directions: Directions) -> Iterator[tuple[slice, list[tuple[Block, Tensor]]]]:
+    def of(
+        self, recorded: RecordedPass, directions: Directions
+    ) -> Iterator[tuple[slice, list[tuple[BlockParameters, Tensor]]]]:
         """⟨g_i, Σg_j⟩, a chunk of the examples of a pass at a time: (which, ``[n, m]`` of each block or parameter)."""
         calls_of = recorded.calls_of(recorded.weights)
         layers = {block: layer for block, layer in self._layers(calls_of) if block in directions.rank_one}
@@ -161,7 +162,7 @@ class InnerProducts:
         rest = {p: calls for p, calls in calls_of.items() if p in directions.dense}
         count = recorded.num_examples
         for examples in _slices(count, sum(p.numel() for p in rest), None):
-            products: list[tuple[Block, Tensor]] = []
+            products: list[tuple[BlockParameters, Tensor]] = []
             for block, layer in layers.items():
                 rows, terms = _rank_one(layer.rows(examples)), self._terms[block]
                 assert rows is not None and terms is not None
@@ -172,7 +173,7 @@ class InnerProducts:
                 products += [((p,), _rows(g) @ _rows(directions.dense[p]).mT.to(g.dtype)) for p, g in gradients.items()]
             yield examples, products
 
-    def _layers(self, calls_of: Mapping[Tensor, Sequence[LayerCall]]) -> Iterator[tuple[Block, RotatedLayer]]:
+    def _layers(self, calls_of: Mapping[Tensor, Sequence[LayerCall]]) -> Iterator[tuple[BlockParameters, RotatedLayer]]:
         """The layers used once and at one position, of the blocks whose variances are a sum of few products."""
         for block, _ in self._covariance.blocks:
             layer = (

@@ -16,7 +16,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def second_moments(optimizer: Optimizer, debias: bool = True) -> dict[Tensor, Tensor]:
+def root_second_moments(optimizer: Optimizer, debias: bool = True) -> dict[Tensor, Tensor]:
     """√v̂ of each parameter that the optimizer has moved, per example; float32 or wider. Empty for SGD.
 
         Adam, AdamW    v̂ = exp_avg_sq/(1 - β₂ᵗ); with amsgrad, max_exp_avg_sq

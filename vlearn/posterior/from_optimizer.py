@@ -9,7 +9,7 @@ from torch.optim import SGD, Optimizer
 from vlearn.capture.names import named_parameters
 from vlearn.gaussians.diagonal import Diagonal
 from vlearn.gaussians.gaussian import weights_at
-from vlearn.posterior.adaptive_state import second_moments, unwrapped
+from vlearn.posterior.adaptive_state import root_second_moments, unwrapped
 
 NO_SCALE = (
     "it comes from SGD, whose Σ is the identity times an arbitrary number, so self-influence and deviation rank the "
@@ -27,7 +27,7 @@ def from_optimizer(
 ) -> Diagonal:
     """The diagonal posterior that the state of a torch optimizer implies, at the model's present weights.
 
-        Adam, AdamW, RMSprop    Σ = 1/(N√v̂ + δ), v̂ as in `vlearn.posterior.adaptive_state.second_moments`
+        Adam, AdamW, RMSprop    Σ = 1/(N√v̂ + δ), v̂ as in `vlearn.posterior.adaptive_state.root_second_moments`
         SGD                     Σ = I, of arbitrary scale: it ranks examples, but predicts no leave-one-out loss
 
     It is a copy: later steps do not change it. √v̂ of minibatch gradients overestimates the curvature the more, the
@@ -48,7 +48,7 @@ def from_optimizer(
         RuntimeError: if it has taken no step.
     """
     optimizer = unwrapped(optimizer)
-    moments = second_moments(optimizer, debias)
+    moments = root_second_moments(optimizer, debias)
     if not num_data > 0:
         raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")
     is_sgd = isinstance(optimizer, SGD)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.gauss_newton import GaussNewton, check_steps
+from vlearn.linearized.inner_products import Directions, joined
 from vlearn.linearized.linearization import at_mean, linearize
-from vlearn.linearized.solver import Vectors, dot
+from vlearn.linearized.solver import dot
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
 
@@ -99,7 +100,7 @@ def measured_scale(
         chosen = everyone[torch.randperm(len(everyone), generator=generator, device="cpu")[:examples]]
         curvature = GaussNewton(model, posterior, covariance, training_data, losses)
 
-        def gradients() -> Iterator[tuple[Tensor, Vectors]]:
+        def gradients() -> Iterator[Directions]:
             for batch in batches(loader, model, example_index):
                 rows = torch.isin(batch.index, chosen).nonzero().squeeze(1)
                 if not len(rows):
@@ -108,14 +109,15 @@ def measured_scale(
                     batch, rows = batch.rows(rows), torch.arange(len(rows), device="cpu")
                 for part, of_part in linearize(model, covariance, batch, losses).example_gradients():
                     own = rows[(rows >= part.start) & (rows < part.stop)]
-                    yield batch.index[own], {p: g[(own - part.start).to(g.device)] for p, g in of_part.items()}
+                    places = own - part.start
+                    yield Directions(batch.index[own], {p: g[places.to(g.device)] for p, g in of_part.items()})
 
         columns: list[tuple[Tensor, ...]] = []
-        for index, g in _together(gradients()):
-            solution = curvature.solve(g, steps)
+        for part in _together(gradients()):
+            g, solution = part.dense, curvature.solve(part.dense, steps)
             residual = torch.where(solution.indefinite, torch.nan, solution.residual)
             near_exact, approximate = dot(g, solution.x), dot(g, covariance.multiply_only(g))
-            columns.append((index, near_exact.cpu(), approximate.cpu(), residual.cpu()))
+            columns.append((part.index, near_exact.cpu(), approximate.cpu(), residual.cpu()))
     if sum(len(column[0]) for column in columns) < len(chosen):
         raise ValueError("the loader gave other examples when it was iterated again: pass a loader, not an iterator.")
     index, near_exact, approximate, residual = (torch.cat(column) for column in zip(*columns, strict=True))
@@ -124,23 +126,13 @@ def measured_scale(
     return MeasuredScale(scale, index, near_exact, approximate, residual)
 
 
-def _together(given: Iterator[tuple[Tensor, Vectors]]) -> Iterator[tuple[Tensor, Vectors]]:
+def _together(given: Iterator[Directions]) -> Iterator[Directions]:
     """The same in parts of as many examples as are to be solved for at once."""
-    held: list[tuple[Tensor, Vectors]] = []
-    entries = 0
-    for index, g in given:
-        size = sum(v.numel() for v in g.values())
-        if held and entries + size > GRADIENT_ENTRIES:
-            yield _joined(held)
-            held, entries = [], 0
-        held.append((index, g))
-        entries += size
+    held: list[Directions] = []
+    for part in given:
+        if held and sum(each.entries for each in held) + part.entries > GRADIENT_ENTRIES:
+            yield joined(held)
+            held = []
+        held.append(part)
     if held:
-        yield _joined(held)
-
-
-def _joined(held: list[tuple[Tensor, Vectors]]) -> tuple[Tensor, Vectors]:
-    parameters = dict.fromkeys(p for _, g in held for p in g)
-    return torch.cat([index for index, _ in held]), {
-        p: torch.cat([g[p] if p in g else p.new_zeros(len(index), *p.shape) for index, g in held]) for p in parameters
-    }
+        yield joined(held)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vlearn.posterior.adaptive_state import decouples_weight_decay, second_moments, unwrapped
+from vlearn.posterior.adaptive_state import decouples_weight_decay, root_second_moments, unwrapped
 
 MARGINAL_LIKELIHOOD = "marginal-likelihood"
 LOWEST, HIGHEST = 1e-12, 1e12
@@ -61,24 +61,21 @@ def _of_optimizer(optimizer: Optimizer, named: Mapping[str, Tensor], num_data: f
         raise ValueError(f"the optimizer does not train {missing[0]!r}: give prior_precision by name.")
     penalty = {name: float(groups[p].get("weight_decay", 0.0)) for name, p in named.items()}
     decoupled = [name for name, p in named.items() if decouples_weight_decay(optimizer, groups[p])]
-    roots = second_moments(optimizer) if decoupled else {}
+    roots = root_second_moments(optimizer) if decoupled else {}
     for name in decoupled:
         if named[name] not in roots:
             raise ValueError(
                 f"{type(optimizer).__name__} has taken no step for {name!r}, so its decoupled weight decay has no "
                 "scale yet: train first, or give prior_precision as a number."
             )
-    for module in {_module(name) for name in decoupled}:
-        own = [named[name] for name in decoupled if _module(name) == module]
-        total = sum(float((roots[p] + groups[p]["eps"]).sum()) for p in own)
-        for name in decoupled:
-            if _module(name) == module:
-                penalty[name] *= total / sum(p.numel() for p in own)
+    by_module: dict[str, list[str]] = {}
+    for name in decoupled:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in by_module.values():
+        own = [named[name] for name in names]
+        mean = sum(float((roots[p] + groups[p]["eps"]).sum()) for p in own) / sum(p.numel() for p in own)
+        penalty |= {name: penalty[name] * mean for name in names}
     return {name: num_data * value for name, value in penalty.items()}
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def most_likely_precision(eigenvalues: Tensor, squared_norm: float) -> float:

@@ -117,8 +117,8 @@ class FitProcesses:
                     "a DistributedDataParallel module inside the model would talk to the other processes in every "
                     "forward pass: pass that module itself, or the one inside it."
                 )
-            parameters = {name: (p.requires_grad, *_print_of(p)) for name, p in named_parameters(self.model)}
-            return [parameters, {name: _print_of(buffer) for name, buffer in buffers.items()}, dict(settings())]
+            parameters = {name: (p.requires_grad, *_fingerprint(p)) for name, p in named_parameters(self.model)}
+            return [parameters, {name: _fingerprint(buffer) for name, buffer in buffers.items()}, dict(settings())]
 
         told = self.each(own)
         for values, check in zip(zip(*told, strict=True), (_parameter, self._buffer, _argument), strict=True):
@@ -171,7 +171,7 @@ class FitProcesses:
         }
 
 
-def _print_of(tensor: Tensor) -> tuple[Kind, str]:
+def _fingerprint(tensor: Tensor) -> tuple[Kind, str]:
     """What two tensors share if they are equal, bit for bit: shape and dtype, and a hash of the values.
 
     Raises:

@@ -13,7 +13,7 @@ from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.gauss_newton import GaussNewton, check_steps
-from vlearn.linearized.inner_products import Block, Directions, InnerProducts, joined
+from vlearn.linearized.inner_products import BlockParameters, Directions, InnerProducts, joined
 from vlearn.linearized.jacobian_products import jacobian_vector_product
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
@@ -242,7 +242,7 @@ def _token_rows(lin: Linearization, of_test: Directions) -> tuple[Tensor, Tensor
 
 
 def _by_group(
-    parts: Sequence[tuple[Block, Tensor]],
+    parts: Sequence[tuple[BlockParameters, Tensor]],
     group_of: dict[Tensor, Any] | None,
     count: int,
     of_test: Directions,
