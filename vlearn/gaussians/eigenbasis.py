@@ -24,15 +24,29 @@ def eigen(factor: Tensor, before: Tensor | None) -> Eigen | None:
     """
     if factor.dim() == 1:
         return factor.clamp_min(0), None
-    try:
-        values, basis = torch.linalg.eigh(factor)
-    except torch.linalg.LinAlgError:
+    found = _eigh(factor)
+    if found is None:
         return None
-    if not bool(values.isfinite().all()):
-        return None
+    values, basis = found
     overlaps = basis.diagonal() if before is None else (basis * before).sum(0)
     basis.mul_(torch.where(overlaps < 0, -1.0, 1.0).to(basis.dtype))
     return values.clamp_min_(0), basis.contiguous()  # as another process gets it: by columns, products round otherwise
+
+
+def _eigh(factor: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not bool(factor.isfinite().all()):
+        return None
+    # LAPACK may not converge where most rows are zero, as of a 3x3 convolution that sees one pixel between zeros. A
+    # shift by a rounding of the largest entry, which changes no more than rounding does, lets it.
+    shift = torch.finfo(factor.dtype).eps * factor.diagonal().max()
+    for shifted in (False, True):
+        try:
+            values, basis = torch.linalg.eigh(factor + shift * torch.eye(len(factor)).to(factor) if shifted else factor)
+        except torch.linalg.LinAlgError:
+            continue
+        if bool(values.isfinite().all()):
+            return (values - shift if shifted else values), basis
+    return None
 
 
 def product(rows: Tensor, columns: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import KroneckerBlock
+from vlearn.gaussians.eigenbasis import eigen, product
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.stopped_training import common_time, stopped
 
@@ -43,10 +44,15 @@ class KroneckerFactors:
 
     @classmethod
     def from_covariances(cls, inputs: Tensor, gradients: Tensor) -> KroneckerFactors:
-        """K-FAC's, from A ``[I, I]`` and B ``[O, O]``; eigenvalues below zero are rounding, and set to it."""
-        in_values, in_basis = torch.linalg.eigh(inputs)
-        out_values, out_basis = torch.linalg.eigh(gradients)
-        return cls(out_basis, in_basis, torch.outer(out_values.clamp_min_(0), in_values.clamp_min_(0)))
+        """K-FAC's, from A ``[I, I]`` and B ``[O, O]``; eigenvalues below zero are rounding, and set to it.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        rows, columns = eigen(gradients, None), eigen(inputs, None)
+        if rows is None or columns is None:
+            raise ValueError("A or B has no eigendecomposition: give covariances that are finite.")
+        return cls(rows[1], columns[1], product(rows[0], columns[0]))
 
 
 class Kronecker(Gaussian):
