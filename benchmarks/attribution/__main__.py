@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--subsets", type=int, default=100, help="random halves of the examples")
     parser.add_argument("--repeats", type=int, help="retrainings of each, instead of the task's own")
     parser.add_argument("--queries", type=int, default=150, help="of those whose retrained losses are kept")
-    parser.add_argument("--networks", type=int, default=5, help="that attributions are averaged over too")
+    parser.add_argument("--networks", type=int, default=3, help="that attributions are averaged over too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "attribution", help="what is needed to go on")
