@@ -73,7 +73,7 @@ def show(record: dict[str, Any]) -> None:
         (
             pictures.title(row),
             f"{row['score'][0]:.3f} [{row['score'][1]:.3f}, {row['score'][2]:.3f}]",
-            ", ".join(f"{name} {value}" for name, value in row["setting"].items()),
+            ", ".join(_setting(name, value) for name, value in row["setting"].items()),
             f"{row['prepare, s']:.1f}",
             f"{row['query, ms']:.0f}",
             f"{row['memory, MiB']:.0f}",
@@ -90,6 +90,10 @@ def show(record: dict[str, Any]) -> None:
         for row in record["removals"]
     ]
     print_table("Rise of a query's loss without its top 1%", ("", "rise"), lines)
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def check_batches(task: Task, data: Data) -> float:
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--subsets", type=int, default=100, help="random halves of the examples")
     parser.add_argument("--repeats", type=int, help="retrainings of each, instead of the task's own")
     parser.add_argument("--queries", type=int, default=150, help="of those whose retrained losses are kept")
-    parser.add_argument("--networks", type=int, default=5, help="that attributions are averaged over too")
+    parser.add_argument("--networks", type=int, default=3, help="that attributions are averaged over too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "attribution", help="what is needed to go on")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ class Comparison:
         """A method on the first network, at the setting that scores best on the tuning queries."""
         setting = method.settings[0]
         if len(method.settings) > 1:
-            found = [self.score(self.attributed(method, each, self.tuning), self.tuning) for each in method.settings]
-            setting = method.settings[int(np.argmax([each.mean() for each in found]))]
+            prepare = None if method.prepare is None else cache(partial(method.prepare, self.subjects[0]))
+            done = [self.attributed(method, each, self.tuning, prepare=prepare) for each in method.settings]
+            setting = method.settings[int(np.argmax([self.score(each, self.tuning).mean() for each in done]))]
         return self.row_of(method, setting, 1)
 
     def row_of(self, method: Method, setting: dict[str, Any], networks: int) -> Row:
@@ -114,30 +116,49 @@ class Comparison:
         predicted = scores.predicted_losses(done["attributions"], self.subsets)
         return scores.correlations(predicted, self.retrained[:, queries])
 
-    def attributed(self, method: Method, setting: dict[str, Any], queries: Tensor, networks: int = 1) -> dict[str, Any]:
-        """Attributions ``[N, Q]`` of some queries, seconds to prepare and for all of them, and bytes at the peak."""
+    def attributed(
+        self,
+        method: Method,
+        setting: dict[str, Any],
+        queries: Tensor,
+        networks: int = 1,
+        prepare: Callable[[], Any] | None = None,
+    ) -> dict[str, Any]:
+        """Attributions ``[N, Q]`` of some queries, seconds to prepare and for all of them, and bytes at the peak.
+
+        Args:
+            prepare: what the method's own `prepare` gives, made before, where its time does not count.
+        """
         label = "-".join([method.by, method.name, *(f"{name}={value}" for name, value in setting.items())])
         used = "tuning" if queries is self.tuning else f"{networks}"
         file = self.runs / "attributions" / f"{label.replace(' ', '_')}-{used}.pt"
         settings = {**retraining.identity(self.task), "queries": queries.tolist(), "networks": networks}
-        done = kept(file, settings, lambda: self._attribute(method, setting, queries, networks))
+        done = kept(file, settings, lambda: self._attribute(method, setting, queries, networks, prepare))
         self.advance(f"{self.task.title}: {label}, {used}")
         return done
 
-    def _attribute(self, method: Method, setting: dict[str, Any], queries: Tensor, networks: int) -> dict[str, Any]:
+    def _attribute(
+        self,
+        method: Method,
+        setting: dict[str, Any],
+        queries: Tensor,
+        networks: int,
+        prepare: Callable[[], Any] | None,
+    ) -> dict[str, Any]:
+        prepared = None if prepare is None else prepare()
         before, began = start_of_peak(), time.perf_counter()
         try:
-            scorer = method.scorer(self.subjects[:networks], setting)
+            scorer = method.scorer(self.subjects[:networks], setting, prepared)
         except FloatingPointError:  # a network that it trains itself diverges at this setting
             scorer = lambda x, y: torch.zeros(len(self.data.y), len(y))  # noqa: E731
-        prepared = time.perf_counter()
+        ready = time.perf_counter()
         values = scorer(self.data.x_query[queries], self.data.y_query[queries])
         ended = time.perf_counter()
         return {
             # What has become infinite predicts nothing.
             "attributions": torch.where(values.isfinite().all(0), values, 0).float(),
-            "prepare": prepared - began,
-            "query": ended - prepared,
+            "prepare": ready - began,
+            "query": ended - ready,
             "memory": peak() - before,
         }
 

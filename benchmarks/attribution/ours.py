@@ -196,7 +196,7 @@ METHODS = (
         partial(own_state, optimizer=vlearn.KFACVON),
         [
             {"lr": lr, "narrow": narrow}
-            for lr, narrow in ((0.01, 1), (0.03, 1), (0.01, 100), (0.03, 100), (0.03, 10_000))
+            for lr, narrow in ((0.01, 1), (0.003, 100), (0.01, 100), (0.03, 100), (0.03, 10_000))
         ],
     ),
     Method("TracIn", "vlearn", tracin, removed=True),

@@ -95,7 +95,7 @@ def _multiply(model: nn.Module, posterior: Gaussian, vector: Vectors) -> Vectors
 @torch.no_grad()
 def _gradients(model: nn.Module, subject: Subject, given: Batches) -> Iterator[Vectors]:
     """Every example's gradient at the model's weights, a chunk at a time."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     identity = vlearn.posterior.Diagonal.from_precision(
         {name: p.detach() for p, name in names.items()},
         {name: torch.ones_like(p) for p, name in names.items()},

@@ -34,7 +34,7 @@ def trak(subjects: Sequence[Subject], projection: int = 2048, regularization: fl
     )
     with _quiet():
         # for each of whose batches the random projection is drawn again
-        attributor.cache(_loader(first.x, first.y, 8 * CHUNK))
+        attributor.cache(_loader(first.x, first.y, 4 * CHUNK))
     return _scorer(lambda x, y: attributor.attribute(_loader(x, y, len(y))))
 
 

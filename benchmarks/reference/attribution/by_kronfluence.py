@@ -6,6 +6,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,22 +21,25 @@ from vlearn._extras import require
 CHUNK = 256
 
 
-def influence(subject: Subject, strategy: str, damping: float | None) -> Scorer:
-    """Gradients times the inverse of the Fisher matrix with damping.
+@dataclass(frozen=True)
+class Factors:
+    """A network with its factors, which lie in a folder as long as this lives."""
 
-    Args:
-        strategy: "ekfac" or "kfac".
-        damping: added to the eigenvalues; None is a tenth of their mean, layer by layer.
-    """
+    analyzer: Any
+    train: TensorDataset
+    folder: tempfile.TemporaryDirectory[str]
+
+
+def factors(subject: Subject, strategy: str) -> Factors:
+    """The Fisher matrix of a network by "ekfac" or "kfac"."""
     analyzers, arguments = _kronfluence("analyzer"), _kronfluence("arguments")
     task = _task(subject)
     model = analyzers.prepare_model(subject.own_model(), task)
-    folder = tempfile.TemporaryDirectory()  # it keeps factors and scores on disk
+    folder, train = tempfile.TemporaryDirectory(), TensorDataset(subject.x, subject.y)
     with _quiet():
         analyzer = analyzers.Analyzer(
             "attribution", model, task, cpu=True, output_dir=folder.name, disable_tqdm=True, disable_model_save=True
         )
-        train = TensorDataset(subject.x, subject.y)
         torch.manual_seed(0)  # of the sampled labels
         analyzer.fit_all_factors(
             "factors",
@@ -44,22 +48,30 @@ def influence(subject: Subject, strategy: str, damping: float | None) -> Scorer:
             factor_args=arguments.FactorArguments(strategy=strategy),
             overwrite_output_dir=True,
         )
+    return Factors(analyzer, train, folder)
+
+
+def influence(subject: Subject, factors: Factors, damping: float | None) -> Scorer:
+    """Gradients times the inverse of the Fisher matrix with damping.
+
+    Args:
+        damping: added to the eigenvalues; None is a tenth of their mean, layer by layer.
+    """
+    arguments = _kronfluence("arguments")
 
     def score(x: Tensor, y: Tensor) -> Tensor:
         with _quiet():
-            analyzer.compute_pairwise_scores(
+            factors.analyzer.compute_pairwise_scores(
                 "scores",
                 "factors",
                 TensorDataset(x, y),
-                train,
+                factors.train,
                 per_device_query_batch_size=CHUNK,
                 per_device_train_batch_size=CHUNK,
                 score_args=arguments.ScoreArguments(damping_factor=damping),
                 overwrite_output_dir=True,
             )
-            found = analyzer.load_pairwise_scores("scores")["all_modules"]
-        assert folder.name  # the folder lives as long as this function
-        return found.T.contiguous()
+            return factors.analyzer.load_pairwise_scores("scores")["all_modules"].T.contiguous()
 
     return score
 
@@ -67,9 +79,15 @@ def influence(subject: Subject, strategy: str, damping: float | None) -> Scorer:
 DAMPING = [{"damping": value} for value in (1e-8, None, 1e-3, 1e-2, 1e-1)]
 METHODS = (
     Method(
-        "influence, EK-FAC", "kronfluence", partial(influence, strategy="ekfac"), DAMPING, averaged=True, removed=True
+        "influence, EK-FAC",
+        "kronfluence",
+        influence,
+        DAMPING,
+        prepare=partial(factors, strategy="ekfac"),
+        averaged=True,
+        removed=True,
     ),
-    Method("influence, K-FAC", "kronfluence", partial(influence, strategy="kfac"), DAMPING),
+    Method("influence, K-FAC", "kronfluence", influence, DAMPING, prepare=partial(factors, strategy="kfac")),
 )
 
 

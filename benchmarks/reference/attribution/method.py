@@ -64,6 +64,7 @@ class Method:
         make: (subjects, setting) -> a function from queries to attributions; whatever does not depend on the queries
             is done here. Several subjects, trained alike from other weights, give one answer for all.
         settings: keyword arguments of `make` to choose among, the recommended ones first.
+        prepare: what no setting changes, of one network; given to `make` after the subject.
         own_ensemble: several networks are averaged in a way of its own; else by the mean of their attributions.
         averaged: it is run on several networks too.
         removed: its top examples are removed too.
@@ -73,13 +74,23 @@ class Method:
     by: str
     make: Callable[..., Scorer]
     settings: Sequence[dict[str, Any]] = field(default_factory=lambda: [{}])
+    prepare: Callable[[Subject], Any] | None = None
     own_ensemble: bool = False
     averaged: bool = False
     removed: bool = False
 
-    def scorer(self, subjects: Sequence[Subject], setting: dict[str, Any]) -> Scorer:
-        """Attributions by one network, or averaged over several."""
+    def scorer(self, subjects: Sequence[Subject], setting: dict[str, Any], prepared: Any = None) -> Scorer:
+        """Attributions by one network, or averaged over several.
+
+        Args:
+            prepared: what `prepare` gave for the only one of them; default: it is made.
+        """
         if self.own_ensemble:
             return self.make(subjects, **setting)
-        scorers = [self.make(subject, **setting) for subject in subjects]
+        scorers = [self._of(subject, setting, prepared) for subject in subjects]
         return lambda x, y: torch.stack([scorer(x, y) for scorer in scorers]).mean(0)
+
+    def _of(self, subject: Subject, setting: dict[str, Any], prepared: Any) -> Scorer:
+        if self.prepare is None:
+            return self.make(subject, **setting)
+        return self.make(subject, self.prepare(subject) if prepared is None else prepared, **setting)
