@@ -25,7 +25,7 @@ def scores() -> str:
         cells = [_score(rows[key]) if key in rows else "-" for rows in by_task.values()]
         cost = by_task[costly].get(key)
         cells += (
-            [f"{cost['prepare, s']:.1f} s", f"{cost['query, ms']:.0f} ms", f"{cost['memory, MiB']:.0f} MiB"]
+            [_time(cost["prepare, s"]), f"{cost['query, ms']:.0f} ms", f"{cost['memory, MiB']:.0f} MiB"]
             if cost
             else 3 * ["-"]
         )
@@ -52,6 +52,10 @@ def removals() -> str:
 def _records() -> dict[str, dict[str, Any]]:
     there = [name for name in TASKS if (RESULTS / "attribution" / f"{name}.json").exists()]
     return {name: read(f"attribution/{name}") for name in there}
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def _key(row: dict[str, Any]) -> Key:
