@@ -1,7 +1,7 @@
 """vlearn: variational optimizers for PyTorch, and each training example's sensitivity read from their state."""
 
 from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
-from vlearn.optim import IVON, KFACVON, VOGN, VON, FullVON
+from vlearn.optim import IVON, KFACVON, VOGN, VON, FullVON, VAdamW
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
 from vlearn.sensitivity import IndexedDataset, check_removals, influence, leave_group_out, sweep
@@ -15,6 +15,7 @@ __all__ = [
     "FullVON",
     "IndexedDataset",
     "MemoryMap",
+    "VAdamW",
     "check_removals",
     "conjugate",
     "influence",

@@ -27,6 +27,7 @@ class Entry:
     probes: bool = False  # it takes random numbers in every backward pass, and needs to know the model's output
     dense: bool = False  # the state joins all parameters
     kronecker: bool = False  # the state joins the parameters of a layer
+    pooled: bool = False  # a number of the state is measured over all parameters
     rate: float = 0.01  # the learning rate that the documentation names for networks
     options: dict[str, Any] = field(default_factory=dict)  # that make the variant at its defaults
     variant: str = ""  # where the same optimizer is in the table with other settings
@@ -138,7 +139,36 @@ EKFACVON = Entry(
     options={"eigenvalue_correction": True},
     variant="EK-FAC",
 )
-FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON)
+
+
+def _vadamw(
+    params: Any, beta1: float = 0.9, beta2: float = 0.99, hess_init: float | None = None, **kwargs: Any
+) -> vlearn.VAdamW:
+    """By the names of the others' settings; its Hessian starts from nothing, so the prior bounds the first draw."""
+    kwargs = {"betas": (beta1, beta2), "lr": 0.1, "ess": 50, "num_data": 50, "prior_precision": 25.0, **kwargs}
+    return vlearn.VAdamW(params, **kwargs)
+
+
+VADAMW = Entry(
+    "VAdamW",
+    _vadamw,
+    bad=(
+        ({"lr": -1.0}, "lr=-1.0, but it must not be negative: try 0.1."),
+        ({"ess": 0}, "ess=0, but it must be positive: use the number of training examples."),
+        ({"betas": (1.0, 0.999)}, "beta1=1.0, but it must be in [0, 1): try 0.9."),
+        ({"betas": (0.9, 1.0)}, "beta2=1.0, but it must be below 1: try 0.999."),
+        ({"eps": -1e-8}, "eps=-1e-08, but it must not be negative: try 1e-8."),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1, but it must not be negative: try 1e-4."),
+        ({"num_data": None}, "num_data=None, but it must be given: use the number of training examples."),
+        ({"num_data": -5}, "num_data=-5, but it must be positive: use the number of training examples."),
+        ({"prior_precision": 0.0}, "prior_precision=0.0, but it must be positive: use 1."),
+        ({"draw_variance": 0.0}, "draw_variance=0.0, but it must be positive: try 0.02."),
+    ),
+    overrides=({"lr": 0.02}, {"weight_decay": 0.1}, {"prior_precision": 2.0}, {"ess": 30}),
+    pooled=True,
+    rate=1e-3,
+)
+FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON, VADAMW)
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 # The contract of interrupts and schedulers is the sampler's, not the update's: one entry of each structure shows it.
 REPRESENTATIVE = (IVON, FULLVON, KFACVON)
@@ -153,6 +183,12 @@ def needs_parameters_apart(entry: Entry) -> None:
     needs_no_probe(entry)
     if entry.dense:
         pytest.skip("the posterior joins all parameters")
+
+
+def needs_no_pooling(entry: Entry) -> None:
+    """Skip the rules that measure something over all parameters, where each is to be bit for bit as if alone."""
+    if entry.pooled:
+        pytest.skip("the scale of the curvature is measured over all parameters")
 
 
 def needs_no_probe(entry: Entry) -> None:

@@ -21,7 +21,8 @@ kinds = pytest.mark.parametrize("entry", [e for e in FAMILY if e.options or not 
 
 def at_defaults(entry: Entry, model: nn.Module, ess: float, **kwargs: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
-    return getattr(vlearn, entry.name)(model, entry.rate, ess, generator=generator, **entry.options, **kwargs)
+    size = {"num_data": ess} if entry.name == "VAdamW" else {"ess": ess}
+    return getattr(vlearn, entry.name)(model, entry.rate, generator=generator, **{**size, **entry.options, **kwargs})
 
 
 class Bigrams(nn.Module):

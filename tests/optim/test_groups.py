@@ -20,6 +20,7 @@ from tests.optim.table import (
     loss_of,
     made,
     needs_gradients_alone,
+    needs_no_pooling,
     needs_parameters_apart,
     network,
     plain,
@@ -55,6 +56,7 @@ def train(entry: Entry, optimizers: list[Any], model: nn.Module, count: int = 4)
 @overrides
 def test_a_group_with_its_own_settings_is_an_optimizer_with_them(entry: Entry, settings: dict[str, Any]) -> None:
     needs_parameters_apart(entry)
+    needs_no_pooling(entry)
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **settings}]
     together = train(entry, [entry.make(groups, num_data=50)], model)
@@ -68,6 +70,7 @@ def test_a_group_with_its_own_settings_is_an_optimizer_with_them(entry: Entry, s
 @overrides
 def test_a_group_added_after_steps_is_a_new_optimizer_over_it(entry: Entry, settings: dict[str, Any]) -> None:
     needs_parameters_apart(entry)
+    needs_no_pooling(entry)
     model, other = network(), network()
     optimizer = entry.make(model[0].parameters(), num_data=50)
     apart = [entry.make(other[0].parameters())]

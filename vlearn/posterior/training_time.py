@@ -28,7 +28,8 @@ def training_time(optimizer: Optimizer, steps: int, scheduler: LRScheduler | Non
     """The time η of the gradient flow that a torch optimizer has followed.
 
         SGD                    η = Σ_t lr_t/(1 - momentum), less what the momentum has not built up yet
-        Adam, AdamW, RMSprop   η = Σ_t lr_t / mean(√v̂ + ε) of each parameter, √v̂ as it is at the end
+        Adam, AdamW, RMSprop,  η = Σ_t lr_t / mean(√v̂ + ε) of each parameter, √v̂ as it is at the end
+        vlearn.VAdamW
 
     An adaptive optimizer descends along P∇L, P = 1/(√v̂ + ε), so that time runs at another pace for every weight; the
     mean over a parameter's entries stands for it. With P's best rank-one approximation in a Kronecker fit, or with √v̂
@@ -50,7 +51,8 @@ def training_time(optimizer: Optimizer, steps: int, scheduler: LRScheduler | Non
     optimizer = unwrapped(optimizer)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r}, but it must be a positive whole number.")
-    roots = root_second_moments(optimizer)
+    own = getattr(optimizer, "root_second_moments", None)
+    roots = root_second_moments(optimizer) if own is None else own()
     settings: Sequence[list[Group]] = [optimizer.param_groups]
     if scheduler is not None:
         try:

@@ -113,8 +113,11 @@ def with_shared_options(optimizer: Optimizer) -> Optimizer:
 def tempered_ess_and_decay(group: dict[str, Any]) -> tuple[float, float]:
     """(effective sample size of the draws, weight decay) of a parameter group, after tempering and augmentation.
 
-    Both are as given unless the optimizer has one of the two settings: ess·ρ/τ and wd·τ/ρ.
+    Both are as given unless the optimizer has one of the two settings: ess·ρ/τ and wd·τ/ρ. Where it has a prior
+    precision δ, wd = δ/N.
     """
+    if "prior_precision" in group:
+        return group["ess"], group["prior_precision"] / group["num_data"]
     ratio = group.get("tempering", 1.0) / group.get("augmentation", 1.0)
     return (
         (group["ess"], group["weight_decay"]) if ratio == 1 else (group["ess"] / ratio, group["weight_decay"] * ratio)

@@ -50,3 +50,21 @@ def split_by_correction(
         return
     for i, correction in enumerate(corrections):
         yield [[column[i]] if column else [] for column in columns], correction
+
+
+def split_by_step(structure: DiagonalStructure, update: BlockUpdate) -> Iterator[tuple[list[list[Tensor]], float, int]]:
+    """As `split_by_correction`, but slices go together where the numbers t of their steps agree: (..., 1 - β₁ᵗ, t)."""
+    group, slices = update.group, update.slices
+    corrections = [structure.count_step(group, piece) for piece in slices]
+    steps = [int(structure.parameters.state[piece.parameter]["step"]) for piece in slices]
+    together = use_foreach(group, slices) and len(set(steps)) == 1
+    for places in [range(len(slices))] if together else [[i] for i in range(len(slices))]:
+        part = [slices[i] for i in places]
+        columns = [
+            [piece.exact_mean(structure.parameters) for piece in part],
+            structure.state_of(part, "momentum"),
+            structure.state_of(part, "hessian"),
+            [update.gradients[i] for i in places],
+            [] if update.curvatures is None else [update.curvatures[i] for i in places],
+        ]
+        yield columns, corrections[places[0]], steps[places[0]]

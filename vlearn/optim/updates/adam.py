@@ -1,0 +1,169 @@
+"""AdamW's step, whose second moments of the gradient are the shape of the curvature: h = c·v̂, c from Price's theorem.
+
+Kingma, Ba, 2015, arXiv:1412.6980; Loshchilov, Hutter, 2019, arXiv:1711.05101; Khan et al., 2018, arXiv:1806.04854.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlearn.optim.updates.curvature import NoiseTimesGradient
+
+FIRST_WIDTH = 1e-3  # of the first draws in multiples of the weights, both as root mean squares
+MEMORY = 4.0  # of the scale in multiples of v's: the curvature's scale changes more slowly than its shape
+RECENT = 0.1  # weight of one step in what is known of the noise
+DOUBT = 3.0  # the scale is not let fall below its largest trusted value over this: negative curvature is not trusted
+
+
+def adam_step(
+    means: list[Tensor],
+    momenta: list[Tensor],
+    hessians: list[Tensor],
+    gradients: list[Tensor],
+    *,
+    scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    correction: float,
+    step: int,
+) -> None:
+    """v̂ and g move, then m ← (1 - lr·λ)m - lr·(g/c₁)/(√v̂ + eps), all in place; what is kept of v̂ is h = c·v̂.
+
+    Args:
+        means: m, momenta: g, hessians: h, gradients: ĝ.
+        scale: c.
+        weight_decay: λ.
+        correction: c₁ = 1 - β₁ᵗ.
+        step: t, from 1.
+    """
+    rate = 1.0 if step == 1 else (1 - beta2) / -math.expm1(step * math.log(beta2)) if beta2 > 0 else 1.0
+    torch._foreach_mul_(hessians, 1 - rate)
+    torch._foreach_addcmul_(hessians, gradients, gradients, value=rate * scale)
+    torch._foreach_lerp_(momenta, gradients, 1 - beta1)
+    roots = torch._foreach_sqrt(hessians)  # √c times too large, as is eps
+    torch._foreach_add_(roots, eps * math.sqrt(scale))
+    torch._foreach_mul_(means, 1 - lr * weight_decay)
+    torch._foreach_addcdiv_(means, momenta, roots, value=-lr * math.sqrt(scale) / correction)
+
+
+class Scale(NamedTuple):
+    """What is known of the scale c; plain numbers, as parameter groups keep them.
+
+    Attributes:
+        scale: c.
+        weighted: Σ w r, over steps whose estimates r of c have the weight w = 1/Var r, forgotten as v is.
+        information: Σ w.
+        trusted: the largest mean Σ w r/Σ w that was above three standard deviations, forgotten likewise.
+        excess: by how much the gradients of recent steps exceeded v̂ in the sum that makes Var r; None before the first.
+        reference: the least c since it last had doubled. Weights are large where c was small, so when it has doubled
+            beyond doubt, what was learned before counts as one standard deviation: a first guess that was far too small
+            is not believed for long.
+    """
+
+    scale: float
+    weighted: float
+    information: float
+    trusted: float = 0.0
+    excess: float | None = None
+    reference: float = 0.0
+
+    @classmethod
+    def first(cls, squared_gradient: float, squared_weight: float, count: int) -> Scale | None:
+        """A guess that makes the first draws narrow, which counts as one standard deviation; None without gradient.
+
+        Args:
+            squared_gradient, squared_weight: sums over all `count` entries.
+        """
+        if squared_gradient == 0:
+            return None
+        width = FIRST_WIDTH * math.sqrt(squared_weight / count or 1.0)
+        scale = 1 / (width * math.sqrt(squared_gradient * count))
+        return cls(scale, 0.0, scale**-2, reference=scale)
+
+    def after(self, ratio: float, variance: float, excess: float, decay: float) -> Scale:
+        """After one more step.
+
+        A step's own gradient must not weigh its estimate: minibatches of large gradients have large curvatures.
+
+        Args:
+            ratio: the mean of H/h over the entries that it measured, H the true curvature.
+            variance: that of ``ratio`` if squared gradients are v̂.
+            excess: by how much this step's exceed that.
+            decay: weight that earlier steps keep.
+        """
+        if self.excess is None:
+            return self._replace(excess=excess)
+        # beside the gradient's noise the product's own, Var δᵀHδ = 2 tr (HΣ)² ≤ 2 (tr HΣ)²
+        weight = 1 / (self.scale**2 * (variance * self.excess + 2))
+        weighted = decay * self.weighted + weight * self.scale * ratio
+        information = decay * self.information + weight
+        mean, error = weighted / information, information**-0.5
+        trusted = max(decay * self.trusted, mean if mean > 3 * error else 0.0)
+        scale = max(math.hypot(max(mean, 0.0), error), trusted / DOUBT)
+        reference = min(self.reference, scale)
+        if mean > max(2 * reference, 6 * error):
+            information, reference = min(information, scale**-2), scale
+            weighted = information * mean
+        return Scale(scale, weighted, information, trusted, self.excess + RECENT * (excess - self.excess), reference)
+
+
+class ScaleEstimate(NoiseTimesGradient):
+    """Price's theorem for one number: how large the curvature is on average, in multiples of the state's h.
+
+    With δ = θ - m of variance 1/(ess·(h + wd)), E[ess·Σ δ∘∇ℓ̄(θ)] = Σ H/(h + wd), H the Hessian's diagonal; the same sum
+    for H = h is the effective number of parameters n = Σ h/(h + wd). So their quotient is the mean of H/h.
+
+    Attributes:
+        product: ess·Σ δ∘∇ℓ̄ over the step's parameters.
+        effective: n.
+        noise: the variance of the product, Σ ess·∇ℓ̄²/(h + wd).
+        expected: c times that if ∇ℓ̄² is v̂, Σ ess·h/(h + wd).
+        squared_gradient, squared_weight, count: for the first step.
+    """
+
+    def __init__(self) -> None:
+        self.start_step()
+
+    def start_step(self) -> None:
+        """Forget the sums of the last step."""
+        self.product = self.effective = self.noise = self.expected = 0.0
+        self.squared_gradient = self.squared_weight = 0.0
+        self.count = 0
+
+    def add_first(self, means: list[Tensor], gradients: list[Tensor]) -> None:
+        """Take what the first guess of the scale is made from."""
+        for mean, gradient in zip(means, gradients, strict=True):
+            self.squared_weight += float(mean.double().square().sum())
+            self.squared_gradient += float(gradient.double().square().sum())
+            self.count += mean.numel()
+
+    def add(
+        self, hessians: list[Tensor], gradients: list[Tensor], statistics: list[Tensor], ess: float, prior: float
+    ) -> None:
+        """Take some parameters: h that the draw was made with, ∇ℓ̄ and δ∘∇ℓ̄; their ess, and wd."""
+        variances = torch._foreach_add(hessians, prior)
+        torch._foreach_reciprocal_(variances)
+        effective = torch._foreach_mul(variances, hessians)
+        torch._foreach_mul_(variances, gradients)
+        torch._foreach_mul_(variances, gradients)
+        sums = torch.stack([torch.stack([t.sum() for t in ts]) for ts in (statistics, effective, variances)])
+        product, count, noise = sums.double().sum(1).tolist()
+        self.product += ess * product
+        self.effective += count
+        self.noise += ess * noise
+        self.expected += ess * count
+
+    def next(self, scale: Scale, beta2: float) -> Scale:
+        """What is known of the scale after this step."""
+        if not (self.effective > 0 and self.noise > 0 and math.isfinite(self.noise)):
+            return scale  # no draw, or no gradient
+        expected = self.expected / scale.scale
+        decay = 1 - (1 - beta2) / MEMORY
+        return scale.after(self.product / self.effective, expected / self.effective**2, self.noise / expected, decay)
