@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.family.methods import GRID, METHODS, MOST, Problem, finish, posterior_of, training_step
+from benchmarks.family.methods import GRID, METHODS, MOST, Problem, posterior_of
 from benchmarks.family.scores import at_mean, by_draws, linearised, scores
 from benchmarks.problems import images as datasets
 from benchmarks.problems import networks
@@ -21,6 +21,7 @@ from benchmarks.report.records import over_seeds
 from benchmarks.report.terminal import Advance
 from benchmarks.training.checkpoint import kept
 from benchmarks.training.evaluation import loo_loss
+from benchmarks.training.loop import finish, training_step
 from benchmarks.training.supervised import steps
 from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import from_laplace

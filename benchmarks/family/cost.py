@@ -18,11 +18,12 @@ from torch import nn
 
 from benchmarks.cost.memory import MIB, in_fresh_process, peak, start_of_peak
 from benchmarks.cost.timing import medians, synchronised
-from benchmarks.family.methods import FORGETFUL, METHODS, Problem, training_step
+from benchmarks.family.methods import FORGETFUL, METHODS, Problem
 from benchmarks.problems.networks import lenet5
 from benchmarks.report.provenance import provenance
 from benchmarks.report.records import write_json
 from benchmarks.report.terminal import print_table
+from benchmarks.training.loop import training_step
 
 BATCH, STEPS = 256, 10
 NAMES = [name for name in METHODS if name != FORGETFUL]  # whose steps are those of VON

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, kl_divergence
 
 import vlearn
-from benchmarks.family.methods import finish
+from benchmarks.training.loop import finish
 
 BEST, BEST_DIAGONAL, LAPLACE = "nearest Gaussian", "nearest diagonal Gaussian", "Laplace"
 STEPS = 3000

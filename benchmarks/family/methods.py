@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import vlearn
 from vlearn.gaussians.protocol import Posterior
@@ -93,21 +92,6 @@ METHODS: dict[str, Method] = {
     "KFACVON": Method(0.1, lambda model, lr, p: vlearn.KFACVON(model, lr=lr, **p.vlearn())),
     "EK-FAC": Method(0.1, lambda model, lr, p: vlearn.KFACVON(model, lr=lr, **p.vlearn(), eigenvalue_correction=True)),
 }
-
-
-def training_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
-    """One step in the loop that the optimizer is made for: `loss` runs the model."""
-    own = optimizer.__module__.startswith("ivon")  # ivon-opt draws in a context, vlearn in the model's forward pass
-    with optimizer.sampled_params(train=True) if own else nullcontext():
-        optimizer.zero_grad()
-        loss().backward()
-    optimizer.step()
-
-
-def finish(optimizer: Any) -> None:
-    """Leave the model as a plain one."""
-    if hasattr(optimizer, "unwatch"):
-        optimizer.unwatch()
 
 
 def posterior_of(optimizer: Any, model: nn.Module, problem: Problem) -> Posterior | None:

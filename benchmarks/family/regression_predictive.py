@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
-from benchmarks.family.methods import finish
+from benchmarks.training.loop import finish
 
 HIDDEN = 20
 NOISE = 0.1  # standard deviation

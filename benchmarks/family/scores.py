@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 import vlearn
 from benchmarks.problems.batches import CHUNK, batches
+from benchmarks.training.calibration import calibration_error
 from vlearn.gaussians.protocol import Posterior
-
-BINS = 15
 
 
 def scores(probabilities: Tensor, y: Tensor) -> dict[str, float]:
@@ -22,13 +21,6 @@ def scores(probabilities: Tensor, y: Tensor) -> dict[str, float]:
         "nll": -own.log().mean().item(),
         "ece": calibration_error(probabilities.amax(1), right),
     }
-
-
-def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Σ_b |B_b|/N · |accuracy(B_b) - confidence(B_b)| over bins of equal width (Guo et al., 2017, arXiv:1706.04599)."""
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    difference = right.double() - confidence.double()
-    return torch.zeros(bins).double().index_add(0, place.cpu(), difference.cpu()).abs().sum().item() / len(right)
 
 
 @torch.no_grad()

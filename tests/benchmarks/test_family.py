@@ -19,10 +19,12 @@ pytest.importorskip("rich")
 
 from benchmarks.family import __main__ as family
 from benchmarks.family import comparison, cost, logistic_posterior, regression_predictive
-from benchmarks.family.methods import METHODS, Problem, finish, posterior_of, training_step
-from benchmarks.family.scores import calibration_error, linearised, scores
+from benchmarks.family.methods import METHODS, Problem, posterior_of
+from benchmarks.family.scores import linearised, scores
 from benchmarks.problems import images as datasets
 from benchmarks.reference import laplace
+from benchmarks.training.calibration import calibration_error
+from benchmarks.training.loop import finish, training_step
 from vlearn.posterior import from_laplace
 
 FILES = ["digits.json", "digits.png", "figures.json", "logistic.png", "regression.png"]

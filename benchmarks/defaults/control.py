@@ -1,0 +1,60 @@
+"""PPO on CartPole by stable-baselines3, whose own loop trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+from benchmarks.training.loop import finish
+
+MOST = 500.0  # the return of an episode that never fails
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A policy and its value, trained on what it has just done.
+
+    Attributes:
+        num_data: steps between two updates of the policy, the data of each.
+        batch, epochs: of an update.
+        steps: in the environment.
+    """
+
+    num_data: int = 1_024
+    batch: int = 64
+    epochs: int = 10
+    steps: int = 40_960
+
+    def run(self, method: Any, lr: float, seed: int) -> dict[str, float]:
+        """Train, and let the policy's mean play; the loss is the best return there is over the mean return.
+
+        It is infinite of an optimizer that draws in contexts of its own, for which a library's loop has no place.
+        """
+        import gymnasium
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.evaluation import evaluate_policy
+
+        def optimizer_of(parameters: Any, lr: float, **_: Any) -> Any:
+            return method.make(list(parameters), lr, self)
+
+        began = time.perf_counter()
+        ppo = PPO(
+            "MlpPolicy",
+            gymnasium.make("CartPole-v1"),
+            learning_rate=lambda left: lr * left,
+            n_steps=self.num_data,
+            batch_size=self.batch,
+            n_epochs=self.epochs,
+            policy_kwargs={"optimizer_class": optimizer_of, "optimizer_kwargs": {}},
+            seed=seed,
+            device="cpu",
+        )
+        if ppo.policy.optimizer.__module__.startswith("ivon"):
+            return {"loss": math.inf}
+        ppo.learn(self.steps)
+        optimizer = ppo.policy.optimizer
+        mean, _ = evaluate_policy(ppo, gymnasium.make("CartPole-v1"), n_eval_episodes=50)
+        finish(optimizer)
+        return {"loss": MOST / float(mean), "return": float(mean), "seconds": time.perf_counter() - began}

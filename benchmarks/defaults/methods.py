@@ -1,0 +1,51 @@
+"""The optimizers that are compared, each as its documentation's line has it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import vlearn
+from benchmarks.defaults.control import Control
+from benchmarks.defaults.task import Task
+
+ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One optimizer.
+
+    Attributes:
+        rate: the learning rate of its one line.
+        rates: those that are tried where it is tuned; the others stay at the one.
+        make: (model or its parameters, learning rate, task) -> optimizer.
+    """
+
+    rate: float
+    make: Callable[[Any, float, Task | Control], Any]
+    rates: tuple[float, ...] = ()
+
+
+def of(model: Any) -> Any:
+    """The parameters, where a model is given."""
+    return model.parameters() if isinstance(model, nn.Module) else model
+
+
+def _ivon_opt(model: Any, lr: float, task: Task | Control) -> Any:
+    import ivon
+
+    return ivon.IVON(of(model), lr=lr, ess=task.num_data)
+
+
+METHODS: dict[str, Method] = {
+    "AdamW": Method(1e-3, lambda model, lr, task: torch.optim.AdamW(of(model), lr=lr), ADAM_RATES),
+    "SGD": Method(1e-1, lambda model, lr, task: torch.optim.SGD(of(model), lr=lr, momentum=0.9), SGD_RATES),
+    "ivon-opt": Method(0.1, _ivon_opt),
+    "VAdamW": Method(1e-3, lambda model, lr, task: vlearn.VAdamW(model, lr=lr, num_data=task.num_data), ADAM_RATES),
+}
