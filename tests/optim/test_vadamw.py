@@ -160,3 +160,35 @@ def test_the_scale_falls_slowly_where_it_was_trusted() -> None:
     for _ in range(50):
         scale = scale.after(-1.0, 1e-6, 1.0, 0.999)
     assert scale.scale > 40 * 0.999**51 / 3.01
+
+
+def test_its_training_time_and_the_prior_of_its_decay_are_those_of_adamw() -> None:
+    ours, theirs = network(), network()
+    optimizers = [
+        vlearn.VAdamW(ours, num_data=12, ess=1e30, weight_decay=0.3),
+        torch.optim.AdamW(theirs.parameters(), weight_decay=0.3),
+    ]
+    x, y = data()
+    times, fits = [], []
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for _ in range(5):
+            plain(optimizer, model, x, y)
+        time = vlearn.posterior.training_time(optimizer, 5)
+        assert isinstance(time, dict)
+        times.append([time[p] for p in model.parameters()])
+        fits.append(
+            vlearn.posterior.fit(
+                model,
+                [(x, y)],
+                F.cross_entropy,
+                structure="diagonal",
+                curvature="ggn-exact",
+                prior_precision=optimizer,
+                progress=False,
+            )
+        )
+    assert times[0] == pytest.approx(times[1], rel=1e-9)
+    for name in fits[1].names:
+        torch.testing.assert_close(fits[0].variance[name], fits[1].variance[name], rtol=1e-6, atol=0.0)
+    with pytest.raises(TypeError, match="VAdamW has a posterior of its own"):
+        vlearn.posterior.from_optimizer(optimizers[0], ours, 12)

@@ -186,7 +186,7 @@ def test_optimizers_outside_the_table_are_refused():
     assert str(error.value) == (
         "Adagrad is not among SGD, RMSprop, Adam and AdamW of torch.optim, whose state is known to give a posterior."
     )
-    with pytest.raises(TypeError, match=r"It has a posterior of its own: optimizer\.posterior\(\)\.$"):
+    with pytest.raises(TypeError, match=r"has a posterior of its own: optimizer\.posterior\(\)\.$"):
         from_optimizer(vlearn.IVON(model, lr=0.1, ess=9), model, num_data=N, prior_precision=DELTA)
 
 

@@ -110,6 +110,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "beta2": beta2,
             "eps": eps,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": True,
             "num_data": num_data,
             "prior_precision": prior_precision,
             "draw_variance": draw_variance if ess is None or draw_variance <= 0 else None,

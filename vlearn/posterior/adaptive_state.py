@@ -21,12 +21,16 @@ def root_second_moments(optimizer: Optimizer, debias: bool = True) -> dict[Tenso
 
         Adam, AdamW    v̂ = exp_avg_sq/(1 - β₂ᵗ); with amsgrad, max_exp_avg_sq
         RMSprop        v̂ = square_avg/(1 - αᵗ)
+        vlearn.VAdamW  as AdamW
 
     Args:
         debias: divide v by 1 - βᵗ.
     Raises:
         TypeError: for another optimizer.
     """
+    own = getattr(optimizer, "root_second_moments", None)
+    if own is not None:
+        return own()
     keys = _keys(optimizer)
     known = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     return {

@@ -48,6 +48,8 @@ def from_optimizer(
         RuntimeError: if it has taken no step.
     """
     optimizer = unwrapped(optimizer)
+    if hasattr(optimizer, "posterior"):
+        raise TypeError(f"{type(optimizer).__name__} has a posterior of its own: optimizer.posterior().")
     moments = root_second_moments(optimizer, debias)
     if not num_data > 0:
         raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")

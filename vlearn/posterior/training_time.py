@@ -51,8 +51,7 @@ def training_time(optimizer: Optimizer, steps: int, scheduler: LRScheduler | Non
     optimizer = unwrapped(optimizer)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r}, but it must be a positive whole number.")
-    own = getattr(optimizer, "root_second_moments", None)
-    roots = root_second_moments(optimizer) if own is None else own()
+    roots = root_second_moments(optimizer)
     settings: Sequence[list[Group]] = [optimizer.param_groups]
     if scheduler is not None:
         try:
