@@ -59,6 +59,7 @@ IVON = Entry(
         ({"hess_init": 0.0}, "hess_init=0.0, but it must be positive: try 1, or 0.1 for short runs."),
         ({"beta1": 1.0}, "beta1=1.0, but it must be in [0, 1): try 0.9."),
         ({"beta2": 1.5}, "beta2=1.5, but it must be in [0, 1]: try 0.99999."),
+        ({"beta2_warmup": 0.5}, "beta2_warmup=0.5, but it must be a number of steps, at least 1: try 100."),
         ({"weight_decay": -0.1}, "weight_decay=-0.1, but it must not be negative: try 1e-4."),
         ({"clip_radius": 0.0}, "clip_radius=0.0, but it must be positive: inf does not clip."),
         ({"mc_samples": 0}, "mc_samples=0, but it must be a whole number of draws: use 1."),
@@ -79,6 +80,11 @@ VOGN = Entry(
         (
             {"beta2": 0.0, "weight_decay": 0.0},
             "beta2=0.0, but it must be positive without weight decay: the precision of a flat direction would be zero.",
+        ),
+        (
+            {"beta2_warmup": 1, "weight_decay": 0.0},
+            "beta2_warmup=1, but it must be above 1 without weight decay: the precision of a flat direction would be "
+            "zero.",
         ),
     ),
     captures=True,

@@ -19,6 +19,7 @@ from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import (
     SharedOptions,
+    beta2_of_step,
     check,
     common_rules,
     own_options,
@@ -27,6 +28,7 @@ from vlearn.optim.parameters.options import (
     with_shared_options,
 )
 from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.dense import DenseStructure, check_size, cholesky, positions, rows_of, split
 from vlearn.optim.structures.diagonal import momentum_correction
@@ -155,7 +157,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         hessian = old
         if updates[0].curvatures is not None:
             estimate = torch.cat([rows_of(c).to(old) for u in updates for c in u.curvatures or []])[:, at]
-            rate = 1 - structure.by_entry(moving, "beta2")
+            rate = torch.cat([old.new_full((g.numel(),), self._rate(group, piece)) for group, piece, g in rows])
             hessian = dense_hessian_step(self.rule, old, (estimate + estimate.mT) / 2, at, rate, decay)
         precision = (old if self.rule == "iblr" else hessian) + decay
         factor = cholesky(precision[at.unsqueeze(1), at])
@@ -172,3 +174,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
             mean.sub_(step.reshape(mean.shape).to(mean), alpha=float(group["lr"]))
         if hessian is not old:
             structure.write_hessian(joint, hessian)
+
+    def _rate(self, group: Group, piece: ParameterSlice) -> float:
+        """1 - β₂ of the step that a parameter is about to take."""
+        return 1 - beta2_of_step(group, int(self.state[piece.parameter]["step"]) + 1)

@@ -17,12 +17,12 @@ from vlearn.gaussians import Diagonal
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.optimizer import VariationalOptimizer
-from vlearn.optim.parameters.options import check, common_rules
+from vlearn.optim.parameters.options import beta2_of_step, check, common_rules
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, swap_in_means
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import DiagonalStructure
-from vlearn.optim.updates.block_update import BlockUpdate, split_by_correction
+from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 from vlearn.optim.updates.curvature import NoiseTimesGradient, SquaredGradient, check_curvature
 from vlearn.optim.updates.riemannian import ivon_kernel, ivon_step
 
@@ -71,6 +71,10 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             supports clipping and GradScaler, which their own draws do not; one draw instead of one per process.
         batch_norm: "refuse" rows of examples that meet in a BatchNorm in train mode, or take the batch's statistics as
             "constant", an approximation: see `watch`.
+        beta2_warmup: t₀, in steps; then β₂ of step t, from 0, is min(beta2, 1 - 1/(t + t₀)): at first h is the mean of
+            hess_init, as if it were t₀ - 1 estimates, and of all estimates so far. Noise that moves h by more than
+            h + wd in a step then enters linearly: the last term of h's rule is (h + wd)·(|x| - ½) where
+            x = (1 - β₂)(h - ĥ)/(h + wd) is beyond ±1. Default None: the published rule.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -112,6 +116,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         nonfinite: str = "raise",
         shared_noise: bool = False,
         batch_norm: str = "refuse",
+        beta2_warmup: float | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -120,6 +125,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "beta1": beta1,
             "beta2": beta2,
             "betas": (beta1, beta2),
+            "beta2_warmup": beta2_warmup,
             "weight_decay": weight_decay,
             "mc_samples": mc_samples,
             "curvature": curvature or _curvature_of(hess_approx),
@@ -153,8 +159,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return PriceOrSquares()
 
     def _update_block(self, update: BlockUpdate) -> None:
-        for part, correction in split_by_correction(self._structure, update):
-            ivon_step(*part, **self._settings(update.group), correction=correction)
+        for part, correction, step in split_by_step(self._structure, update):
+            ivon_step(*part, **self._settings(update.group, step), correction=correction)
 
     def _update_compiled(self, draw: Draw, block: SliceBlock, keep: bool) -> bool:
         (group, slices), structure = block, self._structure
@@ -166,7 +172,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         if tensors is None:
             return False
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
-        kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **self._settings(group), correction=correction)
+        settings = self._settings(group, int(self.state[piece.parameter]["step"]))
+        kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **settings, correction=correction)
         if keep:
             swap_in_means(slices)
         else:
@@ -174,13 +181,14 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return True
 
     @staticmethod
-    def _settings(group: Group) -> dict[str, Any]:
-        """What the update rule takes from a parameter group."""
+    def _settings(group: Group, step: int) -> dict[str, Any]:
+        """What the update rule takes from a parameter group in a step, from 1."""
         return {
             "price": group["curvature"] == "price",
+            "bounded": group["beta2_warmup"] is not None,
             "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
             "beta1": float(group["beta1"]),
-            "beta2": float(group["beta2"]),
+            "beta2": beta2_of_step(group, step),
             "weight_decay": float(group["weight_decay"]),
             "clip_radius": float(group["clip_radius"]),
             "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any, TypedDict, TypeVar
 
@@ -21,6 +22,8 @@ class SharedOptions(TypedDict, total=False):
         beta1: the momentum β₁ of the gradient, default 0.9.
         beta2: the momentum β₂ of the Hessian, default 0.99: estimates that carry little noise forget hess_init in
             500 steps; 0.999 is for long runs.
+        beta2_warmup: t₀, in steps; then β₂ of step t, from 0, is min(β₂, 1 - 1/(t + t₀)): at first the Hessian is the
+            mean of hess_init, as if it were t₀ - 1 estimates, and of all estimates so far. Default None: β₂ as it is.
         weight_decay: wd = δ/N for a prior precision δ and N examples, default 1e-4.
         mc_samples: the number of draws per `step(closure)`, default 1.
         sync: average gradients and curvature over all processes at `step()`, without a DistributedDataParallel wrapper.
@@ -39,6 +42,7 @@ class SharedOptions(TypedDict, total=False):
     hess_init: float
     beta1: float
     beta2: float
+    beta2_warmup: float | None
     weight_decay: float
     mc_samples: int
     sync: bool
@@ -54,6 +58,7 @@ DEFAULTS = SharedOptions(
     hess_init=1.0,
     beta1=0.9,
     beta2=0.99,
+    beta2_warmup=None,
     weight_decay=1e-4,
     mc_samples=1,
     sync=False,
@@ -147,6 +152,7 @@ def common_rules(group: dict[str, Any]) -> list[SettingRule]:
         ("hess_init", group["hess_init"] > 0, "must be positive: try 1, or 0.1 for short runs"),
         ("beta1", 0 <= group["beta1"] < 1, "must be in [0, 1): try 0.9"),
         ("beta2", 0 <= group["beta2"] <= 1, "must be in [0, 1]: try 0.99999"),
+        ("beta2_warmup", _is_warmup(group.get("beta2_warmup")), "must be a number of steps, at least 1: try 100"),
         ("weight_decay", group["weight_decay"] >= 0, "must not be negative: try 1e-4"),
         ("mc_samples", whole and group["mc_samples"] >= 1, "must be a whole number of draws: use 1"),
         ("num_data", group["num_data"] is None or group["num_data"] > 0, positive),
@@ -160,8 +166,30 @@ def common_rules(group: dict[str, Any]) -> list[SettingRule]:
 
 def positive_precision_rule(group: dict[str, Any]) -> SettingRule:
     """The rule of an estimate that may be zero: a Hessian of the last estimate alone needs weight decay beside it."""
-    lasts = group["beta2"] > 0 or group["weight_decay"] > 0
-    return "beta2", lasts, "must be positive without weight decay: the precision of a flat direction would be zero"
+    name, least = ("beta2_warmup", 1) if group.get("beta2_warmup") == 1 else ("beta2", 0)
+    lasts = group[name] > least or group["weight_decay"] > 0
+    rule = f"must be {'positive' if least == 0 else 'above 1'} without weight decay"
+    return name, lasts, f"{rule}: the precision of a flat direction would be zero"
+
+
+def _is_warmup(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and 1 <= value < math.inf)
+
+
+def beta2_of_step(group: dict[str, Any], step: int) -> float:
+    """β₂ of a parameter's step number `step`, from 1: see `SharedOptions.beta2_warmup`."""
+    beta2, warmup = float(group["beta2"]), group.get("beta2_warmup")
+    return beta2 if warmup is None else min(beta2, 1 - 1 / (step - 1 + warmup))
+
+
+def hess_init_weight(group: dict[str, Any], steps: int) -> float:
+    """What is left of hess_init in the Hessian after so many steps, the product of their β₂."""
+    beta2, warmup = float(group["beta2"]), group.get("beta2_warmup")
+    if warmup is None:
+        return beta2**steps
+    # 1 - 1/(t + t₀) is above β₂ from here on; before, the product telescopes.
+    warm = steps if beta2 >= 1 else min(steps, max(0, math.ceil(1 / (1 - beta2) - warmup)))
+    return (warmup - 1) / (warmup - 1 + warm) * beta2 ** (steps - warm) if warm else beta2**steps
 
 
 def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

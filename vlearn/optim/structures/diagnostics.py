@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlearn.optim.parameters.options import tempered_ess_and_decay
+from vlearn.optim.parameters.options import hess_init_weight, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.structures.diagonal import momentum_correction
 
@@ -23,8 +23,8 @@ class Diagnostics:
 
     Attributes:
         step: updates so far.
-        hess_init_weight: β₂ᵀ, what is left of hess_init in the Hessian after T steps; of the group where it is
-            largest. Near 1, the posterior is what hess_init made it.
+        hess_init_weight: what is left of hess_init in the Hessian after T steps, β₂ᵀ, or with a warm-up of β₂ the
+            product of all; of the group where it is largest. Near 1, the posterior is what hess_init made it.
         hessian_min, hessian_median, hessian_max: of h, per example, without the weight decay.
         hessian_moved: share of entries of h that differ from hess_init by more than 1%.
         signal_to_noise: median of ``|m|/σ`` over the weights, σ the standard deviation of the draws.
@@ -69,7 +69,7 @@ def diagnose(
         for p in group["params"]:
             if p in hessians:
                 columns.append(_columns(group, means[names[p]], hessians[p], parameters.state[p], stride))
-                weights.append(float(group["beta2"]) ** int(parameters.state[p]["step"]))
+                weights.append(hess_init_weight(group, int(parameters.state[p]["step"])))
     hessian, moved, ratio, clipped = (torch.cat(column).double() for column in zip(*columns, strict=True))
     lowest, highest = zip(*(hessian.aminmax() for hessian in hessians.values()), strict=True)
     return Diagnostics(

@@ -28,32 +28,12 @@ class BlockUpdate(NamedTuple):
     curvatures: list[Tensor] | None
 
 
-def split_by_correction(
-    structure: DiagonalStructure, update: BlockUpdate
-) -> Iterator[tuple[list[list[Tensor]], float]]:
-    """What one call of an update function works on: (means, momenta, hessians, gradients, curvatures), 1 - β₁ᵗ.
-
-    The steps are counted. Slices go in one call where multi-tensor operations are wanted and their corrections agree;
-    these differ where parameters had no gradient in some steps.
-    """
-    group, slices = update.group, update.slices
-    columns = [
-        [piece.exact_mean(structure.parameters) for piece in slices],
-        structure.state_of(slices, "momentum"),
-        structure.state_of(slices, "hessian"),
-        update.gradients,
-        update.curvatures or [],
-    ]
-    corrections = [structure.count_step(group, piece) for piece in slices]
-    if use_foreach(group, slices) and len(set(corrections)) == 1:
-        yield columns, corrections[0]
-        return
-    for i, correction in enumerate(corrections):
-        yield [[column[i]] if column else [] for column in columns], correction
-
-
 def split_by_step(structure: DiagonalStructure, update: BlockUpdate) -> Iterator[tuple[list[list[Tensor]], float, int]]:
-    """As `split_by_correction`, but slices go together where the numbers t of their steps agree: (..., 1 - β₁ᵗ, t)."""
+    """What one call of an update function works on: (means, momenta, hessians, gradients, curvatures), 1 - β₁ᵗ, t.
+
+    The steps are counted. Slices go in one call where multi-tensor operations are wanted and the numbers t of their
+    steps agree; these differ where parameters had no gradient in some steps.
+    """
     group, slices = update.group, update.slices
     corrections = [structure.count_step(group, piece) for piece in slices]
     steps = [int(structure.parameters.state[piece.parameter]["step"]) for piece in slices]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlearn.collectives import compute_on_one_rank
 from vlearn.gaussians.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 from vlearn.optim.distributed.factors import Key, averages
-from vlearn.optim.parameters.options import tempered_ess_and_decay
+from vlearn.optim.parameters.options import beta2_of_step, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import momentum_correction
@@ -52,12 +52,13 @@ def update_factors(
     """
     states, group = structure.parameters.state, structure.group_of(layer)
     state = states[layer.weight]
-    beta1, beta2 = float(group["beta1"]), float(group["beta2"])
+    beta1 = float(group["beta1"])
     for p in layer.parameters:
         for piece, gradient in gradients.get(p, ()):
             piece.of(states[p]["momentum"]).lerp_(gradient, 1 - beta1)
         if p in gradients:
             states[p]["step"] += 1
+    beta2 = beta2_of_step(group, max(1, int(states[layer.weight]["step"])))
     if not statistics or beta2 == 1:
         return
     learned = state["learned"].mul_(beta2).add_(1 - beta2)

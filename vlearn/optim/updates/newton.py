@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlearn.optim.parameters.options import SettingRule, common_rules, positive_precision_rule, tempered_ess_and_decay
+from vlearn.optim.parameters.options import (
+    SettingRule,
+    beta2_of_step,
+    common_rules,
+    positive_precision_rule,
+    tempered_ess_and_decay,
+)
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.structures.diagonal import DiagonalStructure
-from vlearn.optim.updates.block_update import BlockUpdate, split_by_correction
+from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 
 
 def newton_rules(group: Group) -> list[SettingRule]:
@@ -27,12 +33,12 @@ def apply_newton_step(structure: DiagonalStructure, update: BlockUpdate, signed:
         signed: estimates may be negative, see `newton_step`.
     """
     group = update.group
-    for part, correction in split_by_correction(structure, update):
+    for part, correction, step in split_by_step(structure, update):
         newton_step(
             *part,
             lr=float(group["lr"]),
             beta1=float(group["beta1"]),
-            beta2=float(group["beta2"]),
+            beta2=beta2_of_step(group, step),
             weight_decay=float(tempered_ess_and_decay(group)[1]),
             damping=float(group["damping"]),
             correction=correction,

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
 
 def ivon_kernel(
     weights: Tensor,
@@ -21,6 +23,7 @@ def ivon_kernel(
     keep: bool,
     *,
     price: bool,
+    bounded: bool,
     ess: float,
     beta1: float,
     beta2: float,
@@ -37,7 +40,11 @@ def ivon_kernel(
     precision = hessian + weight_decay
     estimate = ess * precision * (sample - mean) * gradient if price else ess * gradient * gradient  # ĥ
     difference = hessian - estimate
-    moved = hessian - (1 - beta2) * difference + 0.5 * (1 - beta2) ** 2 * difference * difference / precision
+    fall = (1 - beta2) * difference
+    curved = 0.5 * fall * fall / precision
+    if bounded:
+        curved = torch.minimum(curved, torch.maximum(fall.abs() - 0.5 * precision, 0.5 * precision))
+    moved = hessian - fall + curved
     averaged = beta1 * momentum + (1 - beta1) * gradient
     direction = (averaged / correction + weight_decay * mean) / (moved + weight_decay)
     if clip_radius < math.inf:
@@ -55,6 +62,7 @@ def ivon_step(
     statistics: list[Tensor],
     *,
     price: bool,
+    bounded: bool,
     ess: float,
     beta1: float,
     beta2: float,
@@ -67,6 +75,7 @@ def ivon_step(
 
     Args:
         means: m, momenta: g, hessians: h, gradients: ĝ, statistics: mean of noise∘gradient, or of gradient².
+        bounded: the Riemannian correction grows linearly where the step of h is longer than h + wd.
         correction: c = 1 - β₁ᵗ.
     """
     precisions = torch._foreach_add(hessians, weight_decay)
@@ -75,8 +84,11 @@ def ivon_step(
     else:
         differences = torch._foreach_sub(hessians, statistics, alpha=ess)
     torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
-    torch._foreach_mul_(differences, differences)
-    torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
+    if bounded:
+        torch._foreach_add_(hessians, _bounded_corrections(differences, precisions, 1 - beta2))
+    else:
+        torch._foreach_mul_(differences, differences)
+        torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
     # Direction and step are c times too long and too short: a pass less.
     if len(means) == 1:
@@ -92,3 +104,17 @@ def ivon_step(
         torch._foreach_sub_(means, directions, alpha=lr / correction)
     else:
         torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)
+
+
+def _bounded_corrections(differences: Tensors, precisions: Tensors, rate: float) -> list[Tensor]:
+    """P·φ(x), x = ρ(h - ĥ)/P, P = h + wd: φ = x²/2 up to |x| = 1, |x| - ½ beyond. The differences are used up."""
+    torch._foreach_mul_(differences, rate)
+    corrections = torch._foreach_mul(differences, differences)
+    torch._foreach_div_(corrections, precisions)
+    torch._foreach_mul_(corrections, 0.5)
+    halves = torch._foreach_mul(precisions, 0.5)
+    torch._foreach_abs_(differences)
+    torch._foreach_sub_(differences, halves)
+    torch._foreach_maximum_(differences, halves)
+    torch._foreach_minimum_(corrections, differences)
+    return list(corrections)
