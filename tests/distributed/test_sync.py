@@ -12,14 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.problems import STEPS, alternating, batches, record, refusal, replay, state_of
 from tests.distributed.ranks import Ranks
 from tests.optim import table
-from tests.optim.table import FAMILY, IVON, equal, loss_of, network, numbered, weights
+from tests.optim.table import FAMILY, FULLVON, IVON, KFACVON, equal, loss_of, network, numbered, weights
 
 pytestmark = pytest.mark.slow
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "gradsq": {"hess_approx": "gradsq"},
     "shared": {"shared_noise": True},
+    "warm-up": {"beta2_warmup": 1.5},
 }
+OF_SOME = {"gradsq": (IVON,), "warm-up": (IVON, FULLVON, KFACVON)}
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ def on_ranks(rank: int, number: int, setting: str, contexts: int, unused: bool) 
 
 @pytest.mark.parametrize(
     ("number", "setting"),
-    [(n, setting) for n in range(len(FAMILY)) for setting in SETTINGS if FAMILY[n] is IVON or setting != "gradsq"],
+    [(n, setting) for n in range(len(FAMILY)) for setting in SETTINGS if FAMILY[n] in OF_SOME.get(setting, FAMILY)],
     ids=str,
 )
 @pytest.mark.parametrize("contexts", [1, 2])

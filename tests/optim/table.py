@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,13 @@ class Entry:
     make: Callable[..., Any]
     bad: tuple[tuple[dict[str, Any], str], ...] = field(default=())
     # Settings that one parameter group may have beside another with the entry's own.
-    overrides: tuple[dict[str, Any], ...] = ({"lr": 0.02}, {"weight_decay": 0.1}, {"hess_init": 2.0}, {"ess": 30})
+    overrides: tuple[dict[str, Any], ...] = (
+        {"lr": 0.02},
+        {"weight_decay": 0.1},
+        {"hess_init": 2.0},
+        {"ess": 30},
+        {"beta2_warmup": 3.0},
+    )
     captures: bool = False  # the update rule needs a watched model in every loop
     probes: bool = False  # it takes random numbers in every backward pass, and needs to know the model's output
     dense: bool = False  # the state joins all parameters
@@ -59,7 +66,10 @@ IVON = Entry(
         ({"hess_init": 0.0}, "hess_init=0.0, but it must be positive: try 1, or 0.1 for short runs."),
         ({"beta1": 1.0}, "beta1=1.0, but it must be in [0, 1): try 0.9."),
         ({"beta2": 1.5}, "beta2=1.5, but it must be in [0, 1]: try 0.99999."),
-        ({"beta2_warmup": 0.5}, "beta2_warmup=0.5, but it must be a number of steps, at least 1: try 100."),
+        *(
+            ({"beta2_warmup": value}, f"beta2_warmup={value!r}, but it must be a number of steps, at least 1: try 100.")
+            for value in (0.5, -3, math.inf, math.nan, "long")
+        ),
         ({"weight_decay": -0.1}, "weight_decay=-0.1, but it must not be negative: try 1e-4."),
         ({"clip_radius": 0.0}, "clip_radius=0.0, but it must be positive: inf does not clip."),
         ({"mc_samples": 0}, "mc_samples=0, but it must be a whole number of draws: use 1."),

@@ -52,6 +52,13 @@ def test_a_compiled_step_equals_the_eager_one(settings: dict) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("settings", [{"beta2_warmup": 1.0}, {"beta2_warmup": 2.0, "beta2": 0.75, "hess_init": 30.0}])
+def test_a_compiled_step_of_the_warm_up_equals_the_eager_one(settings: dict) -> None:
+    """Relative errors: a momentum of 0 lets the Hessian follow a draw's noise into the millions."""
+    for a, b in zip(train(True, **settings), train(False, **settings), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
 def test_narrow_parameters_keep_their_master_mean_under_compilation() -> None:
     for a, b in zip(train(True, dtype=torch.bfloat16), train(False, dtype=torch.bfloat16), strict=True):
         torch.testing.assert_close(a, b)
@@ -68,6 +75,27 @@ def test_other_sizes_and_learning_rates_compile_nothing_anew() -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for size, lr in ((2**14, 0.1), (3 * 2**14 + 5, 0.02), (2**20 + 2**15, 0.3)):
             step(size, lr)
+
+
+@pytest.mark.parametrize("start", [1, 2.0, 30])
+def test_a_momentum_that_changes_with_every_step_compiles_nothing_anew(start: float) -> None:
+    """From 0, with which a warm-up of 1 begins, to the constant that it ends at."""
+    p = nn.Parameter(torch.ones(2**15))
+    optimizer = vlearn.IVON([p], lr=0.1, ess=100, compiled=True, beta2=0.9, beta2_warmup=7.5)
+
+    def step() -> None:
+        optimizer.train()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    optimizer.param_groups[0]["beta2_warmup"] = start
+    optimizer.state[p]["step"].zero_()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(12):
+            step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
 def drawn(count: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -23,14 +23,13 @@ from vlearn.optim.parameters.options import (
     check,
     common_rules,
     own_options,
-    positive_precision_rule,
+    positive_precision_rules,
     settings_of,
     with_shared_options,
 )
 from vlearn.optim.parameters.parameters import Group, Parameters
-from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
-from vlearn.optim.structures.dense import DenseStructure, check_size, cholesky, positions, rows_of, split
+from vlearn.optim.structures.dense import DenseStructure, check_size, cholesky, filled, positions, rows_of, split
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import (
@@ -57,6 +56,10 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         "von"   H ← β₂H + (1 - β₂)Ĥ, then m ← m - lr·S⁻¹(g/(1 - β₁ᵗ) + wd·m) with the new S
         "iblr"  m ← m - lr·S⁻¹(g/(1 - β₁ᵗ) + wd·m) with the old S, and
                 S ← ½(S + UᵀU), U = Lᵀ - (1 - β₂)L⁻¹(H - Ĥ), S = LLᵀ, which is at least S/2 whatever Ĥ is
+
+    With `beta2_warmup`, whose first 1 - β₂ are large, the second rule is bounded so that a burst of noise in Ĥ does not
+    blow S up: of the eigenvalues x of (1 - β₂)L⁻¹(H - Ĥ)L⁻ᵀ, those beyond 1 give ½ and those below -1 give ½ + 2|x|
+    in the place of 1 - x + x²/2, in S ← L(1 - x + x²/2)Lᵀ. "von" averages, so a burst counts with its weight.
 
     The posterior precision is num_data·S. Memory and time of a step grow with the square and the cube of the number of
     parameters.
@@ -126,7 +129,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
             raise
 
     def _check_group(self, group: Group) -> None:
-        check(group, [*common_rules(group), positive_precision_rule(group)])
+        check(group, [*common_rules(group), *positive_precision_rules(group)])
 
     def _new_structure(self, parameters: Parameters, processes: Processes) -> DenseStructure:
         return DenseStructure(parameters)
@@ -157,8 +160,11 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         hessian = old
         if updates[0].curvatures is not None:
             estimate = torch.cat([rows_of(c).to(old) for u in updates for c in u.curvatures or []])[:, at]
-            rate = torch.cat([old.new_full((g.numel(),), self._rate(group, piece)) for group, piece, g in rows])
-            hessian = dense_hessian_step(self.rule, old, (estimate + estimate.mT) / 2, at, rate, decay)
+            steps = [int(self.state[p]["step"]) for p in moving]
+            kept = [beta2_of_step(group, step + 1) for (group, _, _), step in zip(rows, steps, strict=True)]
+            rate = 1 - filled(kept, moving)
+            bounded = any(u.group.get("beta2_warmup") is not None for u in updates)
+            hessian = dense_hessian_step(self.rule, old, (estimate + estimate.mT) / 2, at, rate, decay, bounded)
         precision = (old if self.rule == "iblr" else hessian) + decay
         factor = cholesky(precision[at.unsqueeze(1), at])
         means = [piece.exact_mean(structure.parameters) for _, piece, _ in rows]
@@ -174,7 +180,3 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
             mean.sub_(step.reshape(mean.shape).to(mean), alpha=float(group["lr"]))
         if hessian is not old:
             structure.write_hessian(joint, hessian)
-
-    def _rate(self, group: Group, piece: ParameterSlice) -> float:
-        """1 - β₂ of the step that a parameter is about to take."""
-        return 1 - beta2_of_step(group, int(self.state[piece.parameter]["step"]) + 1)

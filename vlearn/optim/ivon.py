@@ -39,14 +39,19 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         h ← β₂h + (1 - β₂)ĥ + ½(1 - β₂)²(h - ĥ)²/(h + wd)
         m ← m - lr·(hess_init + wd)·(g/(1 - β₁ᵗ) + wd·m)/(h + wd)
 
-    so h + wd at least halves and stays positive. The posterior precision is num_data·(h + wd).
+    so h + wd at most halves in a step and stays positive. The posterior precision is num_data·(h + wd).
+
+    `beta2_warmup` makes 1 - β₂ large in the first steps, where the square lets one noisy ĥ blow h up. With it the last
+    term is (h + wd)·φ(x), x = (1 - β₂)(h - ĥ)/(h + wd), φ(x) = x²/2 for ``|x| <= 1`` and ``|x| - 1/2`` beyond (Huber's
+    function): h + wd takes the factor 1 - x + x²/2, or 1/2 for x > 1 and ``1/2 + 2|x|`` for x < -1. It still at most
+    halves, and grows by at most about twice what a plain average would.
 
     Args:
         params: a model, which is then watched (training forwards draw, `sensitivities()` works), or anything that
             torch.optim takes.
         lr: learning rate, 0.1 to 0.2 for small and medium networks.
         ess: effective sample size λ: the number of training examples, unless tempered.
-        hess_init: h at the start, per example. Its remaining weight after t steps is β₂ᵗ.
+        hess_init: h at the start, per example. Its remaining weight after t steps is β₂ᵗ, or what beta2_warmup says.
         beta1: momentum of the gradient.
         beta2: momentum of the Hessian; 1 - beta2 must be small, the estimate ĥ is noisy.
         weight_decay: wd = δ/N for a prior precision δ and N examples.
@@ -71,10 +76,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             supports clipping and GradScaler, which their own draws do not; one draw instead of one per process.
         batch_norm: "refuse" rows of examples that meet in a BatchNorm in train mode, or take the batch's statistics as
             "constant", an approximation: see `watch`.
-        beta2_warmup: t₀, in steps; then β₂ of step t, from 0, is min(beta2, 1 - 1/(t + t₀)): at first h is the mean of
-            hess_init, as if it were t₀ - 1 estimates, and of all estimates so far. Noise that moves h by more than
-            h + wd in a step then enters linearly: the last term of h's rule is (h + wd)·(|x| - ½) where
-            x = (1 - β₂)(h - ĥ)/(h + wd) is beyond ±1. Default None: the published rule.
+        beta2_warmup: t₀ in steps, at least 1: β₂ is min(beta2, 1 - 1/(t + t₀)) in step t, from 0, so that h is the mean
+            of hess_init, with the weight of t₀ - 1 steps, and of all ĥ so far, and from step 1/(1 - beta2) - t₀ on
+            their exponential average; see `vlearn.optim.SharedOptions`. None: β₂ is constant, as in ivon-opt.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -159,8 +163,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return PriceOrSquares()
 
     def _update_block(self, update: BlockUpdate) -> None:
-        for part, correction, step in split_by_step(self._structure, update):
-            ivon_step(*part, **self._settings(update.group, step), correction=correction)
+        for part, correction, beta2 in split_by_step(self._structure, update, beta2_of_step):
+            ivon_step(*part, **self._settings(update.group), correction=correction, beta2=beta2)
 
     def _update_compiled(self, draw: Draw, block: SliceBlock, keep: bool) -> bool:
         (group, slices), structure = block, self._structure
@@ -172,8 +176,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         if tensors is None:
             return False
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
-        settings = self._settings(group, int(self.state[piece.parameter]["step"]))
-        kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **settings, correction=correction)
+        beta2 = beta2_of_step(group, int(self.state[piece.parameter]["step"]))
+        settings = {**self._settings(group), "correction": correction, "beta2": beta2}
+        kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **settings)
         if keep:
             swap_in_means(slices)
         else:
@@ -181,14 +186,13 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return True
 
     @staticmethod
-    def _settings(group: Group, step: int) -> dict[str, Any]:
-        """What the update rule takes from a parameter group in a step, from 1."""
+    def _settings(group: Group) -> dict[str, Any]:
+        """What the update rule takes from a parameter group."""
         return {
             "price": group["curvature"] == "price",
-            "bounded": group["beta2_warmup"] is not None,
+            "bounded": group.get("beta2_warmup") is not None,
             "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
             "beta1": float(group["beta1"]),
-            "beta2": beta2_of_step(group, step),
             "weight_decay": float(group["weight_decay"]),
             "clip_radius": float(group["clip_radius"]),
             "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),

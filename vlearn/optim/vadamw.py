@@ -164,7 +164,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         group, estimate = update.group, self._estimate
         known = group["scale"] is not None
         for (means, momenta, hessians, gradients, statistics), correction, step in split_by_step(
-            self._structure, update
+            self._structure, update, lambda _, step: step
         ):
             if known:
                 prior = group["prior_precision"] / group["num_data"]

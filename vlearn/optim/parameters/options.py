@@ -18,12 +18,17 @@ class SharedOptions(TypedDict, total=False):
     """The settings that every optimizer of the family takes as keyword arguments, and may have by parameter group.
 
     Attributes:
-        hess_init: the Hessian at the start, per example, default 1. After t steps its remaining weight is β₂ᵗ.
+        hess_init: the Hessian at the start, per example, default 1. After t steps its remaining weight is β₂ᵗ, or what
+            beta2_warmup says.
         beta1: the momentum β₁ of the gradient, default 0.9.
         beta2: the momentum β₂ of the Hessian, default 0.99: estimates that carry little noise forget hess_init in
             500 steps; 0.999 is for long runs.
-        beta2_warmup: t₀, in steps; then β₂ of step t, from 0, is min(β₂, 1 - 1/(t + t₀)): at first the Hessian is the
-            mean of hess_init, as if it were t₀ - 1 estimates, and of all estimates so far. Default None: β₂ as it is.
+        beta2_warmup: t₀ in steps, at least 1: the momentum is min(β₂, 1 - 1/(t + t₀)) in step t, from 0, so that the
+            Hessian is the mean of hess_init, with the weight of t₀ - 1 steps, and of all estimates so far, and from
+            step 1/(1 - β₂) - t₀ on their exponential average; with beta2=1 it stays the mean. hess_init keeps a weight
+            of (t₀ - 1)/(t + t₀ - 1) after t steps of the mean, and 1 forgets it at the first. Each parameter has its
+            own t: the updates that it has had, also those without an estimate, which keep the Hessian. Default None:
+            β₂ is constant.
         weight_decay: wd = δ/N for a prior precision δ and N examples, default 1e-4.
         mc_samples: the number of draws per `step(closure)`, default 1.
         sync: average gradients and curvature over all processes at `step()`, without a DistributedDataParallel wrapper.
@@ -129,6 +134,41 @@ def tempered_ess_and_decay(group: dict[str, Any]) -> tuple[float, float]:
     )
 
 
+def _is_warmup(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and 1 <= value < math.inf)
+
+
+def beta2_of_step(group: dict[str, Any], step: int) -> float:
+    """β₂ of a parameter's step, from 1: constant, or min(β₂, 1 - 1/(step - 1 + t₀)) with a `beta2_warmup` t₀."""
+    beta2, warmup = float(group["beta2"]), group.get("beta2_warmup")
+    return beta2 if warmup is None else min(beta2, 1 - 1 / (step - 1 + warmup))
+
+
+def log_kept_weight(group: dict[str, Any], steps: int, last: Tensor) -> Tensor:
+    """log Π β₂ over the last of so many steps, β₂ as `beta2_of_step` has it.
+
+    Πₛ (1 - 1/(s + t₀)) of the steps s = i, ..., j - 1 of the warm-up is (i + t₀ - 1)/(j + t₀ - 1) = 1 - (j - i)/(...).
+
+    Args:
+        last: how many of them, a scalar.
+    """
+    beta2, warmup = float(group["beta2"]), group.get("beta2_warmup")
+    if beta2 == 0:
+        return torch.where(last > 0, -math.inf, 0.0)
+    if warmup is None:
+        return last * math.log(beta2)
+    end = steps if beta2 == 1 else min(steps, math.floor(1 / (1 - beta2) - warmup) + 1)  # of the warm-up
+    last = last.clamp_max(steps)
+    late = last.clamp_max(steps - max(end, 0))
+    early = last - late
+    return torch.log1p(-early / (steps - late + (warmup - 1)).clamp_min(1)) + late * math.log(beta2)
+
+
+def hess_init_weight(group: dict[str, Any], steps: int) -> float:
+    """What is left of hess_init in the Hessian of a parameter after so many steps that had an estimate."""
+    return float(log_kept_weight(group, steps, torch.tensor(float(steps), dtype=torch.float64)).exp())
+
+
 def check(group: dict[str, Any], rules: Iterable[SettingRule]) -> None:
     """Raise ValueError for the first rule that a parameter group's settings break."""
     for name, holds, rule in rules:
@@ -164,32 +204,14 @@ def common_rules(group: dict[str, Any]) -> list[SettingRule]:
     ]
 
 
-def positive_precision_rule(group: dict[str, Any]) -> SettingRule:
-    """The rule of an estimate that may be zero: a Hessian of the last estimate alone needs weight decay beside it."""
-    name, least = ("beta2_warmup", 1) if group.get("beta2_warmup") == 1 else ("beta2", 0)
-    lasts = group[name] > least or group["weight_decay"] > 0
-    rule = f"must be {'positive' if least == 0 else 'above 1'} without weight decay"
-    return name, lasts, f"{rule}: the precision of a flat direction would be zero"
-
-
-def _is_warmup(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and 1 <= value < math.inf)
-
-
-def beta2_of_step(group: dict[str, Any], step: int) -> float:
-    """β₂ of a parameter's step number `step`, from 1: see `SharedOptions.beta2_warmup`."""
-    beta2, warmup = float(group["beta2"]), group.get("beta2_warmup")
-    return beta2 if warmup is None else min(beta2, 1 - 1 / (step - 1 + warmup))
-
-
-def hess_init_weight(group: dict[str, Any], steps: int) -> float:
-    """What is left of hess_init in the Hessian after so many steps, the product of their β₂."""
-    beta2, warmup = float(group["beta2"]), group.get("beta2_warmup")
-    if warmup is None:
-        return beta2**steps
-    # 1 - 1/(t + t₀) is above β₂ from here on; before, the product telescopes.
-    warm = steps if beta2 >= 1 else min(steps, max(0, math.ceil(1 / (1 - beta2) - warmup)))
-    return (warmup - 1) / (warmup - 1 + warm) * beta2 ** (steps - warm) if warm else beta2**steps
+def positive_precision_rules(group: dict[str, Any]) -> list[SettingRule]:
+    """Rules of an estimate that may be zero: a Hessian of the last estimate alone needs weight decay beside it."""
+    decays, warmup = group["weight_decay"] > 0, group.get("beta2_warmup")
+    lasts = "without weight decay: the precision of a flat direction would be zero"
+    return [
+        ("beta2", decays or group["beta2"] > 0, f"must be positive {lasts}"),
+        ("beta2_warmup", decays or warmup is None or warmup > 1, f"must be above 1 {lasts}"),
+    ]
 
 
 def with_betas(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -81,8 +81,7 @@ class DenseStructure:
             ess, weight_decay = tempered_ess_and_decay(group)
             settings = {**group, "ess": ess, "weight_decay": weight_decay}
             values |= dict.fromkeys(group["params"], float(settings[setting]))
-        filled = [torch.full((p.numel(),), values[p], dtype=torch.float64, device=joint[0].device) for p in joint]
-        return torch.cat(filled)
+        return filled([values[p] for p in joint], joint)
 
     def precision_of(self, moving: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(S of some parameters ``[M, M]``, the positions of its rows in H)."""
@@ -171,6 +170,12 @@ def check_size(parameters: list[Tensor]) -> None:
         raise ValueError(
             f"{count} parameters, but a dense posterior takes at most {LARGEST}: use VON, or freeze all but a part."
         )
+
+
+def filled(values: list[float], parameters: list[Tensor]) -> Tensor:
+    """A number of each parameter for all its entries, in float64."""
+    device, pairs = parameters[0].device, zip(values, parameters, strict=True)
+    return torch.cat([torch.full((p.numel(),), value, dtype=torch.float64, device=device) for value, p in pairs])
 
 
 def rows_of(tensor: Tensor) -> Tensor:

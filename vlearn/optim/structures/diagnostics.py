@@ -23,8 +23,10 @@ class Diagnostics:
 
     Attributes:
         step: updates so far.
-        hess_init_weight: what is left of hess_init in the Hessian after T steps, β₂ᵀ, or with a warm-up of β₂ the
-            product of all; of the group where it is largest. Near 1, the posterior is what hess_init made it.
+        hess_init_weight: what is left of hess_init in the Hessian after T steps: β₂ᵀ, or with `beta2_warmup` the
+            product of the steps' β₂, (t₀ - 1)/(T + t₀ - 1) in the warm-up; of the parameter where it is largest. Near
+            1, the posterior is what hess_init made it. Every step of a parameter counts as if it had had an estimate:
+            where only each k-th has (`watch(every=k)`), more is left.
         hessian_min, hessian_median, hessian_max: of h, per example, without the weight decay.
         hessian_moved: share of entries of h that differ from hess_init by more than 1%.
         signal_to_noise: median of ``|m|/σ`` over the weights, σ the standard deviation of the draws.

@@ -5,7 +5,8 @@ with its bias as the last column. Then the state of its weight is
 
     out_factor, in_factor   running means of B ``[O, O]`` and A ``[I, I]``, or ``[O]``, ``[I]`` where diagonal
     out_age, in_age         steps since the last value of each
-    learned                 weight of the passes in those means that is not hess_init's, 1 - β₂ᵗ
+    learned                 weight of the passes in those means that is not hess_init's, 1 - β₂ᵗ, with a warm-up of
+                            β₂ 1 less the product of all
     out_basis, in_basis     Q_B, Q_A, missing where the factor is diagonal
     hessian                 s ``[O, I]`` in that basis, per example, without the weight decay wd
 

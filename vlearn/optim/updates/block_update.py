@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
+
+T = TypeVar("T")
 
 
 class BlockUpdate(NamedTuple):
@@ -28,23 +30,29 @@ class BlockUpdate(NamedTuple):
     curvatures: list[Tensor] | None
 
 
-def split_by_step(structure: DiagonalStructure, update: BlockUpdate) -> Iterator[tuple[list[list[Tensor]], float, int]]:
-    """What one call of an update function works on: (means, momenta, hessians, gradients, curvatures), 1 - β₁ᵗ, t.
+def split_by_step(
+    structure: DiagonalStructure, update: BlockUpdate, of_step: Callable[[Group, int], T]
+) -> Iterator[tuple[list[list[Tensor]], float, T]]:
+    """What one call of an update function works on: (means, momenta, hessians, gradients, curvatures), 1 - β₁ᵗ, number.
 
-    The steps are counted. Slices go in one call where multi-tensor operations are wanted and the numbers t of their
-    steps agree; these differ where parameters had no gradient in some steps.
+    The steps are counted. Slices go in one call where multi-tensor operations are wanted and the two numbers agree;
+    these differ where parameters had no gradient in some steps.
+
+    Args:
+        of_step: the number that a rule takes beside 1 - β₁ᵗ, from the group and a parameter's step t, from 1.
     """
     group, slices = update.group, update.slices
+    columns = [
+        [piece.exact_mean(structure.parameters) for piece in slices],
+        structure.state_of(slices, "momentum"),
+        structure.state_of(slices, "hessian"),
+        update.gradients,
+        update.curvatures or [],
+    ]
     corrections = [structure.count_step(group, piece) for piece in slices]
-    steps = [int(structure.parameters.state[piece.parameter]["step"]) for piece in slices]
-    together = use_foreach(group, slices) and len(set(steps)) == 1
-    for places in [range(len(slices))] if together else [[i] for i in range(len(slices))]:
-        part = [slices[i] for i in places]
-        columns = [
-            [piece.exact_mean(structure.parameters) for piece in part],
-            structure.state_of(part, "momentum"),
-            structure.state_of(part, "hessian"),
-            [update.gradients[i] for i in places],
-            [] if update.curvatures is None else [update.curvatures[i] for i in places],
-        ]
-        yield columns, corrections[places[0]], steps[places[0]]
+    own = [of_step(group, int(structure.parameters.state[piece.parameter]["step"])) for piece in slices]
+    if use_foreach(group, slices) and len(set(zip(corrections, own, strict=True))) == 1:
+        yield columns, corrections[0], own[0]
+        return
+    for i, correction in enumerate(corrections):
+        yield [[column[i]] if column else [] for column in columns], correction, own[i]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from vlearn.collectives import compute_on_one_rank
 from vlearn.gaussians.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 from vlearn.optim.distributed.factors import Key, averages
-from vlearn.optim.parameters.options import beta2_of_step, tempered_ess_and_decay
+from vlearn.optim.parameters.options import beta2_of_step, log_kept_weight, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import momentum_correction
@@ -47,8 +46,9 @@ def update_factors(
 ) -> None:
     """Move the running means of the gradient, of the factors, and of EK-FAC's squares.
 
-    A factor is a debiased running mean. A new value that comes k steps after the last is weighed by 1 - β₂ᵏ, as if it
-    had been seen at each of them.
+    A factor is a debiased running mean. A new value that comes k steps after the last is weighed by 1 - β₂ᵏ, β₂ᵏ the
+    product of the k last momenta where they change, as if it had been seen at each of them. The number of a layer's
+    step is the largest of its parameters'.
     """
     states, group = structure.parameters.state, structure.group_of(layer)
     state = states[layer.weight]
@@ -58,15 +58,15 @@ def update_factors(
             piece.of(states[p]["momentum"]).lerp_(gradient, 1 - beta1)
         if p in gradients:
             states[p]["step"] += 1
-    beta2 = beta2_of_step(group, max(1, int(states[layer.weight]["step"])))
+    steps = structure.num_updates(layer)
+    beta2 = beta2_of_step(group, steps)
     if not statistics or beta2 == 1:
         return
     learned = state["learned"].mul_(beta2).add_(1 - beta2)
-    rate = math.log(beta2) if beta2 > 0 else -math.inf
     for name, age in (("out_factor", state["out_age"]), ("in_factor", state["in_age"])):
         age += 1
         if name in statistics:
-            share = (-torch.expm1(age * rate) / learned).clamp_max_(1)  # 1 - β₂ᵃᵍᵉ
+            share = (-torch.expm1(log_kept_weight(group, steps, age)) / learned).clamp_max_(1)  # 1 - β₂ᵃᵍᵉ
             state[name].lerp_(statistics[name].to(state[name].dtype), share)
             age.zero_()
     if "squares" in statistics:

@@ -9,7 +9,7 @@ from vlearn.optim.parameters.options import (
     SettingRule,
     beta2_of_step,
     common_rules,
-    positive_precision_rule,
+    positive_precision_rules,
     tempered_ess_and_decay,
 )
 from vlearn.optim.parameters.parameters import Group
@@ -21,7 +21,7 @@ def newton_rules(group: Group) -> list[SettingRule]:
     """Rules of the settings of an online Newton step."""
     return [
         *common_rules(group),
-        positive_precision_rule(group),
+        *positive_precision_rules(group),
         ("damping", group["damping"] >= 0, "must not be negative: use 0"),
     ]
 
@@ -33,12 +33,12 @@ def apply_newton_step(structure: DiagonalStructure, update: BlockUpdate, signed:
         signed: estimates may be negative, see `newton_step`.
     """
     group = update.group
-    for part, correction, step in split_by_step(structure, update):
+    for part, correction, beta2 in split_by_step(structure, update, beta2_of_step):
         newton_step(
             *part,
             lr=float(group["lr"]),
             beta1=float(group["beta1"]),
-            beta2=beta2_of_step(group, step),
+            beta2=beta2,
             weight_decay=float(tempered_ess_and_decay(group)[1]),
             damping=float(group["damping"]),
             correction=correction,

@@ -40,11 +40,12 @@ def ivon_kernel(
     precision = hessian + weight_decay
     estimate = ess * precision * (sample - mean) * gradient if price else ess * gradient * gradient  # ĥ
     difference = hessian - estimate
-    fall = (1 - beta2) * difference
-    curved = 0.5 * fall * fall / precision
-    if bounded:
-        curved = torch.minimum(curved, torch.maximum(fall.abs() - 0.5 * precision, 0.5 * precision))
-    moved = hessian - fall + curved
+    if bounded:  # as in `move_bounded`
+        capped = ((1 - beta2) * difference / precision).clamp(max=1)
+        within = capped.clamp(min=-1)
+        moved = hessian + precision * (within * (0.5 * within - 1) - 2 * (capped - within))
+    else:
+        moved = hessian - (1 - beta2) * difference + 0.5 * (1 - beta2) ** 2 * difference * difference / precision
     averaged = beta1 * momentum + (1 - beta1) * gradient
     direction = (averaged / correction + weight_decay * mean) / (moved + weight_decay)
     if clip_radius < math.inf:
@@ -75,7 +76,7 @@ def ivon_step(
 
     Args:
         means: m, momenta: g, hessians: h, gradients: ĝ, statistics: mean of noise∘gradient, or of gradient².
-        bounded: the Riemannian correction grows linearly where the step of h is longer than h + wd.
+        bounded: the Riemannian term is bounded, see `move_bounded`.
         correction: c = 1 - β₁ᵗ.
     """
     precisions = torch._foreach_add(hessians, weight_decay)
@@ -83,10 +84,10 @@ def ivon_step(
         differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)  # h - ĥ
     else:
         differences = torch._foreach_sub(hessians, statistics, alpha=ess)
-    torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
     if bounded:
-        torch._foreach_add_(hessians, _bounded_corrections(differences, precisions, 1 - beta2))
+        move_bounded(hessians, differences, precisions, 1 - beta2)
     else:
+        torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
         torch._foreach_mul_(differences, differences)
         torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
@@ -106,15 +107,23 @@ def ivon_step(
         torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)
 
 
-def _bounded_corrections(differences: Tensors, precisions: Tensors, rate: float) -> list[Tensor]:
-    """P·φ(x), x = ρ(h - ĥ)/P, P = h + wd: φ = x²/2 up to |x| = 1, |x| - ½ beyond. The differences are used up."""
+def move_bounded(hessians: list[Tensor], differences: Tensors, precisions: Tensors, rate: float) -> None:
+    """h ← h + P(φ(x) - x), x = ρ(h - ĥ)/P, P = h + wd, in place, for rates ρ up to 1.
+
+    φ is Huber's function, x²/2 for |x| ≤ 1 and |x| - ½ beyond: the Riemannian rule where x is small. P takes the factor
+    1 - x + x²/2 for |x| ≤ 1, ½ for x > 1 and ½ + 2|x| for x < -1, where x²/2 would let a burst of noise blow it up.
+
+    Args:
+        differences: h - ĥ; destroyed.
+    """
     torch._foreach_mul_(differences, rate)
-    corrections = torch._foreach_mul(differences, differences)
-    torch._foreach_div_(corrections, precisions)
-    torch._foreach_mul_(corrections, 0.5)
-    halves = torch._foreach_mul(precisions, 0.5)
-    torch._foreach_abs_(differences)
-    torch._foreach_sub_(differences, halves)
-    torch._foreach_maximum_(differences, halves)
-    torch._foreach_minimum_(corrections, differences)
-    return list(corrections)
+    torch._foreach_div_(differences, precisions)
+    torch._foreach_clamp_max_(differences, 1)
+    # φ(x) - x = u(u/2 - 1) - 2·min(x + 1, 0), u = x in [-1, 1]: where x is huge, no difference of huge numbers.
+    within = torch._foreach_clamp_min(differences, -1)
+    torch._foreach_sub_(differences, within)
+    torch._foreach_mul_(differences, -2)
+    slopes = torch._foreach_mul(within, 0.5)
+    torch._foreach_sub_(slopes, 1)
+    torch._foreach_addcmul_(differences, within, slopes)
+    torch._foreach_addcmul_(hessians, precisions, differences)
