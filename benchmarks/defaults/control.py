@@ -35,6 +35,7 @@ class Control:
         import gymnasium
         from stable_baselines3 import PPO
         from stable_baselines3.common.evaluation import evaluate_policy
+        from stable_baselines3.common.monitor import Monitor
 
         def optimizer_of(parameters: Any, lr: float, **_: Any) -> Any:
             return method.make(list(parameters), lr, self)
@@ -55,6 +56,6 @@ class Control:
             return {"loss": math.inf}
         ppo.learn(self.steps)
         optimizer = ppo.policy.optimizer
-        mean, _ = evaluate_policy(ppo, gymnasium.make("CartPole-v1"), n_eval_episodes=50)
+        mean, _ = evaluate_policy(ppo, Monitor(gymnasium.make("CartPole-v1")), n_eval_episodes=50)
         finish(optimizer)
         return {"loss": MOST / float(mean), "return": float(mean), "seconds": time.perf_counter() - began}

@@ -22,7 +22,7 @@ from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagnostics import Diagnostics
 from vlearn.optim.structures.diagonal import DiagonalStructure
-from vlearn.optim.updates.adam import Scale, ScaleEstimate, adam_step
+from vlearn.optim.updates.adam import Scale, ScaleEstimate, adam_step, rate_of_step
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 
 
@@ -163,8 +163,8 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     def _update_block(self, update: BlockUpdate) -> None:
         group, estimate = update.group, self._estimate
         known = group["scale"] is not None
-        for (means, momenta, hessians, gradients, statistics), correction, step in split_by_step(
-            self._structure, update, lambda _, step: step
+        for (means, momenta, hessians, gradients, statistics), correction, rate in split_by_step(
+            self._structure, update, rate_of_step
         ):
             if known:
                 prior = group["prior_precision"] / group["num_data"]
@@ -179,11 +179,10 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
                 scale=group["scale"][0] if known else 1.0,
                 lr=float(group["lr"]),
                 beta1=float(group["beta1"]),
-                beta2=float(group["beta2"]),
+                rate=rate,
                 eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
                 correction=correction,
-                step=step,
             )
 
     def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:

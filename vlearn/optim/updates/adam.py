@@ -11,12 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.updates.curvature import NoiseTimesGradient
 
 FIRST_WIDTH = 1e-3  # of the first draws in multiples of the weights, both as root mean squares
 MEMORY = 4.0  # of the scale in multiples of v's: the curvature's scale changes more slowly than its shape
 RECENT = 0.1  # weight of one step in what is known of the noise
 DOUBT = 3.0  # the scale is not let fall below its largest trusted value over this: negative curvature is not trusted
+
+
+def rate_of_step(group: Group, step: int) -> float:
+    """The weight (1 - β₂)/(1 - β₂ᵗ) of the last squared gradient in v̂, in a parameter's step t, from 1."""
+    beta2 = float(group["beta2"])
+    return 1.0 if step == 1 or beta2 == 0 else (1 - beta2) / -math.expm1(step * math.log(beta2))
 
 
 def adam_step(
@@ -28,22 +35,20 @@ def adam_step(
     scale: float,
     lr: float,
     beta1: float,
-    beta2: float,
+    rate: float,
     eps: float,
     weight_decay: float,
     correction: float,
-    step: int,
 ) -> None:
     """v̂ and g move, then m ← (1 - lr·λ)m - lr·(g/c₁)/(√v̂ + eps), all in place; what is kept of v̂ is h = c·v̂.
 
     Args:
         means: m, momenta: g, hessians: h, gradients: ĝ.
         scale: c.
+        rate: weight of ĝ² in v̂, see `rate_of_step`.
         weight_decay: λ.
         correction: c₁ = 1 - β₁ᵗ.
-        step: t, from 1.
     """
-    rate = 1.0 if step == 1 else (1 - beta2) / -math.expm1(step * math.log(beta2)) if beta2 > 0 else 1.0
     torch._foreach_mul_(hessians, 1 - rate)
     torch._foreach_addcmul_(hessians, gradients, gradients, value=rate * scale)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
