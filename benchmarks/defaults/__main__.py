@@ -28,7 +28,7 @@ from benchmarks.report.terminal import progress
 
 def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(tasks(Path()))
+    names = list(tasks(Path(), Path()))
     options.add_argument("--tasks", nargs="+", choices=names, default=names)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--data-root", type=Path)
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--out", type=Path)
     options.add_argument("--smoke", action="store_true", help="a few seconds on digits, not written to results/")
     asked = options.parse_args(arguments)
-    known = {"digits": smoke_task} if asked.smoke else tasks(asked.data_root or default_root())
+    known = {"digits": smoke_task} if asked.smoke else tasks(asked.data_root or default_root(), asked.runs)
     out = asked.out or (asked.runs / "smoke" if asked.smoke else RESULTS / "defaults")
     seeds = 1 if asked.smoke else asked.seeds
     results = {}

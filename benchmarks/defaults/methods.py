@@ -32,7 +32,7 @@ class Method:
     rates: tuple[float, ...] = ()
 
 
-def of(model: Any) -> Any:
+def parameters_of(model: Any) -> Any:
     """The parameters, where a model is given."""
     return model.parameters() if isinstance(model, nn.Module) else model
 
@@ -40,12 +40,12 @@ def of(model: Any) -> Any:
 def _ivon_opt(model: Any, lr: float, task: Task | Control) -> Any:
     import ivon
 
-    return ivon.IVON(of(model), lr=lr, ess=task.num_data)
+    return ivon.IVON(parameters_of(model), lr=lr, ess=task.num_data)
 
 
 METHODS: dict[str, Method] = {
-    "AdamW": Method(1e-3, lambda model, lr, task: torch.optim.AdamW(of(model), lr=lr), ADAM_RATES),
-    "SGD": Method(1e-1, lambda model, lr, task: torch.optim.SGD(of(model), lr=lr, momentum=0.9), SGD_RATES),
+    "AdamW": Method(1e-3, lambda model, lr, task: torch.optim.AdamW(parameters_of(model), lr=lr), ADAM_RATES),
+    "SGD": Method(1e-1, lambda model, lr, task: torch.optim.SGD(parameters_of(model), lr=lr, momentum=0.9), SGD_RATES),
     "ivon-opt": Method(0.1, _ivon_opt),
     "VAdamW": Method(1e-3, lambda model, lr, task: vlearn.VAdamW(model, lr=lr, num_data=task.num_data), ADAM_RATES),
 }

@@ -12,11 +12,12 @@ from benchmarks.defaults.task import Task, class_loss
 from benchmarks.problems import images, networks
 
 
-def tasks(root: Path) -> dict[str, Callable[[], Any]]:
+def tasks(root: Path, runs: Path) -> dict[str, Callable[[], Any]]:
     """Functions that make each task, by name: those that a choice of settings may look at, then those it may not.
 
     Args:
         root: the folder of the data.
+        runs: the folder in which a network is kept that a task goes on from.
     """
     chosen_on = {
         "gpt": lambda: texts.gpt(root),
@@ -27,7 +28,7 @@ def tasks(root: Path) -> dict[str, Callable[[], Any]]:
         "ppo": Control,
     }
     unseen = {
-        "lora": lambda: texts.lora(root),
+        "lora": lambda: texts.lora(root, runs),
         "ft-transformer": lambda: tables.ft_transformer(root),
         "unet": lambda: pictures.unet(root),
         "gru": lambda: texts.gru(root),

@@ -68,14 +68,14 @@ def embedding(root: Path) -> Task:
     return Task(lambda: Encoder(WORDS, 64), *halves, contrastive_loss, batch=64, epochs=5, classifies=False)
 
 
-def lora(root: Path) -> Task:
+def lora(root: Path, runs: Path) -> Task:
     """Low-rank adapters of a GPT-2 that was trained on the text: to repeat a line in capitals."""
     vocabulary, halves = characters(root)
 
     def build() -> nn.Module:
         import peft
 
-        model = _pretrained(vocabulary, halves[0])
+        model = _pretrained(vocabulary, halves[0], runs / "pretrained.pt")
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
         return peft.get_peft_model(model, config)
 
@@ -131,8 +131,8 @@ def _capitals(root: Path) -> tuple[Tensor, Tensor]:
     return x[shuffled], y[shuffled]
 
 
-def _pretrained(vocabulary: int, encoded: Tensor) -> nn.Module:
-    """A GPT-2 of four layers of width 128 after 1,500 steps of AdamW on the characters."""
+def _pretrained(vocabulary: int, encoded: Tensor, file: Path) -> nn.Module:
+    """A GPT-2 of four layers of width 128 after 1,500 steps of AdamW on the characters, kept in a file."""
     import transformers
 
     model = transformers.GPT2LMHeadModel(
@@ -154,7 +154,7 @@ def _pretrained(vocabulary: int, encoded: Tensor) -> nn.Module:
                 schedule.step()
         return fresh.state_dict()
 
-    model.load_state_dict(kept(Path("runs") / "defaults" / "pretrained.pt", {"steps": PRETRAINING}, train))
+    model.load_state_dict(kept(file, {"steps": PRETRAINING}, train))
     return model
 
 

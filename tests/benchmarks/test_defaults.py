@@ -41,7 +41,7 @@ def test_the_smoke_run_writes_numbers_and_goes_on_from_what_was_kept(
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's use of transformers
-@pytest.mark.parametrize("name", list(tasks(Path())))
+@pytest.mark.parametrize("name", list(tasks(Path(), Path())))
 def test_every_task_trains_by_a_few_steps(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not (default_root() / "text").exists():
         pytest.skip("needs the data: set VLEARN_DATA")
@@ -50,9 +50,8 @@ def test_every_task_trains_by_a_few_steps(name: str, monkeypatch: pytest.MonkeyP
             pytest.importorskip(module)
     if name in ("bert", "lora"):
         pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("benchmarks.defaults.texts.PRETRAINING", 2)
-    whole = tasks(default_root())[name]()
+    whole = tasks(default_root(), tmp_path)[name]()
     if isinstance(whole, Control):
         pytest.importorskip("stable_baselines3")
         short = dataclasses.replace(whole, num_data=64, batch=32, epochs=2, steps=128)

@@ -170,7 +170,10 @@ VADAMW = Entry(
     _vadamw,
     bad=(
         ({"lr": -1.0}, "lr=-1.0, but it must not be negative: try 0.1."),
-        ({"ess": 0}, "ess=0, but it must be positive: use the number of training examples."),
+        (
+            {"ess": 0},
+            "ess=0, but it must be finite and positive, or left to draw_variance: use the number of training examples.",
+        ),
         ({"betas": (1.0, 0.999)}, "beta1=1.0, but it must be in [0, 1): try 0.9."),
         ({"betas": (0.9, 1.0)}, "beta2=1.0, but it must be below 1: try 0.999."),
         ({"eps": -1e-8}, "eps=-1e-08, but it must not be negative: try 1e-8."),
@@ -178,7 +181,12 @@ VADAMW = Entry(
         ({"num_data": None}, "num_data=None, but it must be given: use the number of training examples."),
         ({"num_data": -5}, "num_data=-5, but it must be positive: use the number of training examples."),
         ({"prior_precision": 0.0}, "prior_precision=0.0, but it must be positive: use 1."),
-        ({"draw_variance": 0.0}, "draw_variance=0.0, but it must be positive: try 0.02."),
+        ({"draw_variance": 0.0, "ess": None}, "draw_variance=0.0, but it must be positive: try 0.02."),
+        (
+            {"ess": math.inf},
+            "ess=inf, but it must be finite and positive, or left to draw_variance: use the number of training "
+            "examples.",
+        ),
     ),
     overrides=({"lr": 0.02}, {"weight_decay": 0.1}, {"prior_precision": 2.0}, {"ess": 30}),
     pooled=True,

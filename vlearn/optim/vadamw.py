@@ -25,6 +25,8 @@ from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.adam import Scale, ScaleEstimate, adam_step, rate_of_step
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 
+DRAW_VARIANCE = 0.02
+
 
 class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     r"""AdamW's steps, with AdamW's settings, around a posterior precision that is kept on the scale of the data.
@@ -37,14 +39,17 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
 
     The second moments of the minibatch gradient have the shape of the curvature, not its scale: c is measured. By
     Price's theorem E[ess·Σ(θ - m)∘∇ℓ̄(θ)] = Σ H/(h + wd), H the diagonal of the Hessian of ℓ̄, so one inner product of
-    noise and gradient a step tells by how much h is wrong on average. c is the mean of these estimates by their
-    precision, plus one standard deviation. The posterior precision is num_data·(h + wd) with wd = δ/num_data, δ the
-    prior precision.
+    noise and gradient a step tells by how much h is wrong on average. c is the root of squared mean and variance of
+    these estimates, weighed by their precision, see `vlearn.optim.updates.adam.Scale`. Its relative standard deviation
+    after t steps is about 1/√(ρt), .2 after a thousand at ρ = .02, and .1 at last: `diagnostics().scale_error`. Until
+    then c is a guess, and so is the width of the posterior.
+
+    The posterior precision is num_data·(h + wd) with wd = δ/num_data, δ the prior precision.
 
     The draws are narrower than the posterior, so that training is AdamW's: ess = n·c/ρ, n = Σ h/(h + wd) the effective
-    number of parameters. Then they add at most the share ρ to the variance of the minibatch's gradient, however the
-    weights are correlated: Σⱼ Hᵢⱼ²/(ess·hⱼ) ≤ hᵢ·n/ess = ρ·hᵢ/c = ρ·v̂ᵢ. They are never wider than the posterior. The
-    first step is taken at the mean.
+    number of parameters. Where h is the diagonal of a positive H, they add at most the share ρ to the variance of the
+    minibatch's gradient, however the weights are correlated: Σⱼ Hᵢⱼ²/(ess·(hⱼ + wd)) ≤ hᵢ·n/ess = ρ·hᵢ/c = ρ·v̂ᵢ. They
+    are never wider than the posterior. The first step is taken at the mean.
 
     Args:
         params: a model, which is then watched (training forwards draw, `sensitivities()` works), or anything that
@@ -54,17 +59,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         prior_precision: δ of the Gaussian prior N(0, 1/δ) that the posterior has beside the data.
         draw_variance: ρ, the share of the gradient's variance that the draws may add.
         ess: effective sample size of the draws in place of ρ; N draws from the posterior itself.
-        mc_samples: draws per `step(closure)`.
-        sync: average gradients and statistics over all processes at `step()`, without a DDP wrapper.
-        generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
-            their generators are alike.
-        foreach: multi-tensor operations; default wherever a block has several tensors.
-        nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
-            `nonfinite_count`, or "ignore": do not look.
-        shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
-            supports clipping and GradScaler, which their own draws do not; one draw instead of one per process.
-        batch_norm: "refuse" rows of examples that meet in a BatchNorm in train mode, or take the batch's statistics as
-            "constant", an approximation: see `watch`.
+        mc_samples, sync, generator, foreach, nonfinite, shared_noise, batch_norm: as `vlearn.IVON` has them.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -92,7 +87,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         *,
         num_data: float,
         prior_precision: float = 1.0,
-        draw_variance: float = 0.02,
+        draw_variance: float = DRAW_VARIANCE,
         ess: float | None = None,
         mc_samples: int = 1,
         sync: bool = False,
@@ -113,8 +108,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "decoupled_weight_decay": True,
             "num_data": num_data,
             "prior_precision": prior_precision,
-            "draw_variance": draw_variance if ess is None or draw_variance <= 0 else None,
-            "ess": math.inf if ess is None else ess,
+            **_width(ess, draw_variance),
             "scale": None,
             "hess_init": 0.0,
             "debias": True,
@@ -127,20 +121,24 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         super().__init__(params, defaults, generator, batch_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every optimizer's; a group with an `ess` of its own takes no `draw_variance`."""
-        if isinstance(param_group, dict) and "ess" in param_group:
-            param_group = {"draw_variance": None, **param_group}
+        """As every optimizer's; a group may have an `ess` or a `draw_variance` of its own."""
+        if isinstance(param_group, dict) and not {"ess", "draw_variance"}.isdisjoint(param_group):
+            width = _width(param_group.get("ess"), param_group.get("draw_variance", DRAW_VARIANCE))
+            param_group = {**param_group, **width}
         super().add_param_group(param_group)
 
     def _check_group(self, group: Group) -> None:
         rho = group["draw_variance"]
+        fixed = "must be finite and positive, or left to draw_variance: use the number of training examples"
         own = [
+            ("ess", rho is not None or 0 < group["ess"] < math.inf, fixed),
             ("num_data", group["num_data"] is not None, "must be given: use the number of training examples"),
             ("eps", group["eps"] >= 0, "must not be negative: try 1e-8"),
             ("beta2", group["beta2"] < 1, "must be below 1: try 0.999"),
             ("prior_precision", group["prior_precision"] > 0, "must be positive: use 1"),
             ("draw_variance", rho is None or rho > 0, "must be positive: try 0.02"),
         ]
+        # The Hessian starts from nothing.
         check(group, [*own, *(rule for rule in common_rules(group) if rule[0] != "hess_init")])
 
     def _new_structure(self, parameters: Parameters, processes: Processes) -> DiagonalStructure:
@@ -211,6 +209,12 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return {p: (h / scale[0]).sqrt() for p, h in hessians if int(self.state[p]["step"])}
 
     def diagnostics(self) -> Diagnostics:
-        """As every optimizer's; nothing of the Hessian is left from its start once the first step is done."""
-        found = super().diagnostics()
-        return dataclasses.replace(found, hess_init_weight=float(found.step == 0))
+        """As every optimizer's, with the scale's error; from the first step on no start is left in the Hessian."""
+        found, scale = super().diagnostics(), self.param_groups[0]["scale"]
+        error = 1.0 if scale is None else Scale(*scale).relative_error
+        return dataclasses.replace(found, hess_init_weight=float(found.step == 0), scale_error=error)
+
+
+def _width(ess: float | None, draw_variance: float | None) -> dict[str, float | None]:
+    """The settings of the draws' width: ess is given, or follows from draw_variance once the scale is known."""
+    return {"ess": math.inf, "draw_variance": draw_variance} if ess is None else {"ess": ess, "draw_variance": None}

@@ -53,10 +53,9 @@ def _keys(optimizer: Optimizer) -> tuple[str, ...]:
         return ("max_exp_avg_sq", "exp_avg_sq")
     if isinstance(optimizer, RMSprop):
         return ("square_avg",)
-    own = " It has a posterior of its own: optimizer.posterior()." if hasattr(optimizer, "posterior") else ""
     raise TypeError(
         f"{type(optimizer).__name__} is not among SGD, RMSprop, Adam and AdamW of torch.optim, whose state is known "
-        f"to give a posterior.{own}"
+        "to give a posterior."
     )
 
 

@@ -33,6 +33,8 @@ class Diagnostics:
         clipped: share of entries that clip_radius bounds in a step from the present state.
         nonfinite_count: steps skipped for a gradient that was not finite.
         decomposition_failures: eigendecompositions that failed, where an optimizer has any.
+        scale_error: relative standard deviation of the scale of h where that is measured, as VAdamW's is. Near 1, the
+            width of the posterior is a guess.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Diagnostics:
     clipped: float
     nonfinite_count: int
     decomposition_failures: int = 0
+    scale_error: float = 0.0
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ class Scale(NamedTuple):
 
     Attributes:
         scale: c.
-        weighted: Σ w r, over steps whose estimates r of c have the weight w = 1/Var r, forgotten as v is.
+        weighted: Σ w r, over steps whose estimates r of c have the weight w = 1/Var r. It is forgotten a quarter as
+            fast as v.
         information: Σ w.
         trusted: the largest mean Σ w r/Σ w that was above three standard deviations, forgotten likewise.
         excess: by how much the gradients of recent steps exceeded v̂ in the sum that makes Var r; None before the first.
@@ -92,6 +93,11 @@ class Scale(NamedTuple):
         scale = 1 / (width * math.sqrt(squared_gradient * count))
         return cls(scale, 0.0, scale**-2, reference=scale)
 
+    @property
+    def relative_error(self) -> float:
+        """Standard deviation of c over c."""
+        return self.information**-0.5 / self.scale
+
     def after(self, ratio: float, variance: float, excess: float, decay: float) -> Scale:
         """After one more step.
 
@@ -105,7 +111,7 @@ class Scale(NamedTuple):
         """
         if self.excess is None:
             return self._replace(excess=excess)
-        # beside the gradient's noise the product's own, Var δᵀHδ = 2 tr (HΣ)² ≤ 2 (tr HΣ)²
+        # Beside the gradient's noise there is the product's own, Var δᵀHδ = 2 tr (HΣ)² ≤ 2 (tr HΣ)²
         weight = 1 / (self.scale**2 * (variance * self.excess + 2))
         weighted = decay * self.weighted + weight * self.scale * ratio
         information = decay * self.information + weight
