@@ -14,7 +14,9 @@ from torch import Tensor
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.updates.curvature import NoiseTimesGradient
 
-FIRST_WIDTH = 1e-3  # of the first draws in multiples of the weights, both as root mean squares
+# Of the first draws in multiples of the weights, both as root mean squares. A guess that is too wide slows training (at
+# 1e-3 a U-Net and a BERT ended 6 and 8% above AdamW's loss), one that is too narrow learns the scale later.
+FIRST_WIDTH = 1e-4
 MEMORY = 4.0  # of the scale in multiples of v's: the curvature's scale changes more slowly than its shape
 RECENT = 0.1  # weight of one step in what is known of the noise
 DOUBT = 3.0  # the scale is not let fall below its largest trusted value over this: negative curvature is not trusted
