@@ -42,7 +42,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     noise and gradient a step tells by how much h is wrong on average. c is the root of squared mean and variance of
     these estimates, weighed by their precision, see `vlearn.optim.updates.adam.Scale`. Its relative standard deviation
     is `diagnostics().scale_error`: at ρ = .02 some tenths after a thousand steps, .1 at last. Until then c is a guess,
-    a large one, and the posterior narrower than the data say.
+    and so is the width of the posterior.
 
     The posterior precision is num_data·(h + wd) with wd = δ/num_data, δ the prior precision.
 
