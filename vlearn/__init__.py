@@ -1,13 +1,14 @@
 """vlearn: variational optimizers for PyTorch, and each training example's sensitivity read from their state."""
 
 from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
-from vlearn.optim import IVON, KFACVON, VOGN, VON, FullVON, VAdamW
+from vlearn.optim import EVON, IVON, KFACVON, VOGN, VON, FullVON, VAdamW
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
 from vlearn.sensitivity import IndexedDataset, check_removals, influence, leave_group_out, sweep
 
 __version__ = "0.1.0"
 __all__ = [
+    "EVON",
     "IVON",
     "KFACVON",
     "VOGN",

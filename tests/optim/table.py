@@ -34,6 +34,7 @@ class Entry:
     probes: bool = False  # it takes random numbers in every backward pass, and needs to know the model's output
     dense: bool = False  # the state joins all parameters
     kronecker: bool = False  # the state joins the parameters of a layer
+    rotated: bool = False  # the state of a matrix is in an eigenbasis of its own
     pooled: bool = False  # a number of the state is measured over all parameters
     rate: float = 0.01  # the learning rate that the documentation names for networks
     options: dict[str, Any] = field(default_factory=dict)  # that make the variant at its defaults
@@ -46,6 +47,8 @@ class Entry:
                 return p.numel() + 1  # and whose last column it is
             rows, columns = len(p), p.shape[1] + 1
             return p.numel() + rows * columns + 2 * (rows**2 + columns**2) + 3
+        if self.rotated and p.dim() > 1:
+            return 2 * p.numel() + 2 * (len(p) ** 2 + p.shape[1] ** 2)
         return p.numel() * (1 + (sum(q.numel() for q in model.parameters()) if self.dense else 1))
 
     @property
@@ -155,6 +158,32 @@ EKFACVON = Entry(
     options={"eigenvalue_correction": True},
     variant="EK-FAC",
 )
+AS_IVON = {  # in the place of EVON's own defaults
+    "lr": 0.1,
+    "hess_init": 0.5,
+    "beta2": 0.99,
+    "beta2_warmup": None,
+    "clip_radius": math.inf,
+    "rescale_lr": True,
+}
+EVON = Entry(
+    "EVON",
+    lambda params, **kwargs: vlearn.EVON(params, **{"ess": 50, "update_every": 2, **AS_IVON, **kwargs}),
+    bad=(
+        ({"lr": -1.0}, "lr=-1.0, but it must not be negative: try 0.1."),
+        ({"clip_radius": 0.0}, "clip_radius=0.0, but it must be positive: inf does not clip."),
+        ({"update_every": 0}, "update_every=0, but it must be a positive whole number of steps: use 10."),
+        ({"max_dim": -1}, "max_dim=-1, but it must be a whole number of rows: use 8192."),
+        ({"beta3": 1.0}, "beta3=1.0, but it must be in [0, 1): try 0.999."),
+        (
+            {"curvature": "ggn"},
+            "curvature='ggn', but for EVON it must be 'price' or 'empirical': use KFACVON or VON, which have the "
+            "others.",
+        ),
+    ),
+    rotated=True,
+    rate=2.0,
+)
 
 
 def _vadamw(
@@ -192,10 +221,10 @@ VADAMW = Entry(
     pooled=True,
     rate=1e-3,
 )
-FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON, VADAMW)
+FAMILY = (IVON, VOGN, VON, VON_PRICE, FULLVON, FULLVON_PRICE, KFACVON, EKFACVON, EVON, VADAMW)
 family = pytest.mark.parametrize("entry", FAMILY, ids=str)
 # The contract of interrupts and schedulers is the sampler's, not the update's: one entry of each structure shows it.
-REPRESENTATIVE = (IVON, FULLVON, KFACVON)
+REPRESENTATIVE = (IVON, FULLVON, KFACVON, EVON)
 representatives = pytest.mark.parametrize(
     "entry", [pytest.param(e, marks=() if e in REPRESENTATIVE else pytest.mark.slow) for e in FAMILY], ids=str
 )

@@ -39,7 +39,9 @@ TO = {"ACTIVE": (), "SUSPENDED": ("suspend",), "FINISHED": ("finish",), "DISCARD
 def drawn(calls: tuple[str, ...] = ()) -> tuple[Draw, Tensor]:
     """A draw of one parameter after some calls, and the parameter."""
     p = nn.Parameter(torch.full((3,), MEAN))
-    draw = Draw(Origin.TRAIN, Noise(None), [SliceBlock({}, slices) for slices in partition([p], {}, False)])
+    draw = Draw(
+        Origin.TRAIN, Noise(None), [SliceBlock({}, slices) for slices in partition([p], {}, False, lambda _: False)]
+    )
     for block in draw.blocks:
         keep_means(block.slices)
         for piece in block.slices:

@@ -217,7 +217,7 @@ def test_names_may_come_and_go_between_saving_and_loading(entry: Entry) -> None:
         again = entry.make(other.named_parameters() if load_named else other.parameters())
         again.load_state_dict(optimizer.state_dict())
         assert equal(states(again), states(optimizer))
-        assert list(again.posterior().mean) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        assert set(again.posterior().mean) == {"0.weight", "0.bias", "2.weight", "2.bias"}
         optimizer.unwatch()
 
 

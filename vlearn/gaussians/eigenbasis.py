@@ -33,6 +33,38 @@ def eigen(factor: Tensor, before: Tensor | None) -> Eigen | None:
     return values.clamp_min_(0), basis.contiguous()  # as another process gets it: by columns, products round otherwise
 
 
+def power_iteration(factor: Tensor, basis: Tensor) -> Tensor | None:
+    """An orthonormal basis nearer the eigenvectors, by one step of orthogonal iteration; None if it has none.
+
+    Columns come with falling Rayleigh quotients, so that those of large eigenvalues are not mixed with others.
+
+    Args:
+        basis: an orthonormal one that is near already.
+    """
+    image = factor @ basis
+    order = (basis * image).sum(0).argsort(descending=True, stable=True)
+    found, upper = torch.linalg.qr(image[:, order])
+    if not bool(found.isfinite().all()):
+        return None
+    return found.mul_(torch.where(upper.diagonal() < 0, -1.0, 1.0).to(found)).contiguous()
+
+
+def without_ties(factor: Tensor, share: float) -> Tensor | None:
+    """A factor over its mean eigenvalue, with a diagonal of different small entries added; None if it is zero.
+
+    Rounding alone chooses the eigenvectors of equal eigenvalues, as are those of a factor of few examples. So they are
+    chosen near the entries' own axes.
+
+    Args:
+        share: of the mean eigenvalue, the least added entry; the largest is twice that.
+    """
+    scale = factor.diagonal().mean()
+    if not bool(scale > 0) or not bool(scale.isfinite()):
+        return None
+    added = torch.linspace(2, 1, len(factor), dtype=factor.dtype, device=factor.device)
+    return (factor / scale).diagonal_scatter(factor.diagonal() / scale + share * added)
+
+
 def _eigh(factor: Tensor) -> tuple[Tensor, Tensor] | None:
     if not bool(factor.isfinite().all()):
         return None

@@ -1,5 +1,6 @@
 """Natural-gradient variational optimizers that drop into any torch.optim loop."""
 
+from vlearn.optim.evon import EVON
 from vlearn.optim.full_von import FullVON
 from vlearn.optim.ivon import IVON
 from vlearn.optim.kfac_von import KFACVON
@@ -8,4 +9,4 @@ from vlearn.optim.vadamw import VAdamW
 from vlearn.optim.vogn import VOGN
 from vlearn.optim.von import VON
 
-__all__ = ["FullVON", "IVON", "KFACVON", "SharedOptions", "VAdamW", "VOGN", "VON"]
+__all__ = ["EVON", "FullVON", "IVON", "KFACVON", "SharedOptions", "VAdamW", "VOGN", "VON"]

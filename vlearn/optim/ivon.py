@@ -11,20 +11,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlearn.gaussians import Diagonal
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import beta2_of_step, check, common_rules
-from vlearn.optim.parameters.parameters import Group, Parameters
-from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, swap_in_means
+from vlearn.optim.parameters.parameters import Parameters
+from vlearn.optim.sampling.blocks import SliceBlock, swap_in_means
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import DiagonalStructure
-from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
-from vlearn.optim.updates.curvature import NoiseTimesGradient, SquaredGradient, check_curvature
-from vlearn.optim.updates.riemannian import ivon_kernel, ivon_step
+from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.updates.curvature import PriceOrSquares, check_curvature
+from vlearn.optim.updates.riemannian import apply_ivon_step, ivon_kernel, ivon_settings
 
 _HESS_APPROX = {"price": "price", "gradsq": "empirical"}  # ivon-opt's names for the curvature
 
@@ -163,8 +163,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return PriceOrSquares()
 
     def _update_block(self, update: BlockUpdate) -> None:
-        for part, correction, beta2 in split_by_step(self._structure, update, beta2_of_step):
-            ivon_step(*part, **self._settings(update.group), correction=correction, beta2=beta2)
+        apply_ivon_step(self._structure, update)
 
     def _update_compiled(self, draw: Draw, block: SliceBlock, keep: bool) -> bool:
         (group, slices), structure = block, self._structure
@@ -177,39 +176,13 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             return False
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
         beta2 = beta2_of_step(group, int(self.state[piece.parameter]["step"]))
-        settings = {**self._settings(group), "correction": correction, "beta2": beta2}
+        settings = {**ivon_settings(group), "correction": correction, "beta2": beta2}
         kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **settings)
         if keep:
             swap_in_means(slices)
         else:
             piece.mean_in_weights = True
         return True
-
-    @staticmethod
-    def _settings(group: Group) -> dict[str, Any]:
-        """What the update rule takes from a parameter group."""
-        return {
-            "price": group["curvature"] == "price",
-            "bounded": group.get("beta2_warmup") is not None,
-            "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
-            "beta1": float(group["beta1"]),
-            "weight_decay": float(group["weight_decay"]),
-            "clip_radius": float(group["clip_radius"]),
-            "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
-        }
-
-
-class PriceOrSquares:
-    """The curvature that each parameter group names."""
-
-    needs_pass = False
-    _of = {"price": NoiseTimesGradient(), "empirical": SquaredGradient()}
-
-    def of_draw(
-        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
-    ) -> list[Tensor]:
-        """The estimate of one draw."""
-        return self._of[group["curvature"]].of_draw(draw, group, slices, noise, gradients)
 
 
 def _curvature_of(hess_approx: str) -> str:

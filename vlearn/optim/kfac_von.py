@@ -7,25 +7,31 @@ George et al., 2018, arXiv:1806.03884.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector
-from vlearn.gaussians import ProductPosterior
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
-from vlearn.optim.optimizer import VariationalOptimizer
-from vlearn.optim.parameters.options import SharedOptions, check, own_options, settings_of, with_shared_options
+from vlearn.optim.parameters.options import (
+    SharedOptions,
+    check,
+    own_options,
+    settings_of,
+    whole_number_rule,
+    with_shared_options,
+)
 from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.optim.rotated import RotatedOptimizer
 from vlearn.optim.sampling.draw import Draw
-from vlearn.optim.structures.diagnostics import Diagnostics
 from vlearn.optim.structures.kronecker import KroneckerStructure
+from vlearn.optim.updates.bases import refresh_bases
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature, check_curvature, check_likelihood
-from vlearn.optim.updates.kronecker import Gradients, averaged_statistics, move_mean, refresh_bases, update_factors
+from vlearn.optim.updates.kronecker import Gradients, averaged_statistics, decomposed, move_mean, update_factors
 from vlearn.optim.updates.newton import apply_newton_step, newton_rules
 from vlearn.per_example.kronecker_factors import CONVENTIONS, Layer
 
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @with_shared_options
-class KFACVON(VariationalOptimizer[KroneckerStructure, ProductPosterior]):
+class KFACVON(RotatedOptimizer[KroneckerStructure]):
     r"""A Gaussian with a Kronecker product for the precision of each layer: the curvature within it, not its diagonal.
 
     For a layer with weight M ``[O, I]``, its bias the last column, inputs a (1 appended), and gradients b of the output
@@ -125,13 +131,12 @@ class KFACVON(VariationalOptimizer[KroneckerStructure, ProductPosterior]):
         super().__init__(params, settings_of("KFACVON", lr, ess, shared, **own), *own_options(shared))
 
     def _check_group(self, group: Group) -> None:
-        whole = isinstance(group["update_every"], int) and group["update_every"] >= 1
         check(
             group,
             [
                 *newton_rules(group),
                 ("tempering", group["tempering"] > 0, "must be positive: use 1"),
-                ("update_every", whole, "must be a positive whole number of steps: use 10"),
+                whole_number_rule(group, "update_every", 1, "steps: use 10"),
             ],
         )
 
@@ -141,27 +146,12 @@ class KFACVON(VariationalOptimizer[KroneckerStructure, ProductPosterior]):
     def _new_curvature(self, structure: KroneckerStructure) -> PassCurvature:
         return PassCurvature(structure, self.curvature, self.likelihood, self.output)
 
-    @property
-    def decomposition_failures(self) -> int:
-        """The number of eigendecompositions that failed, where the last good basis stayed."""
-        return self._structure.decomposition_failures
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "decomposition_failures": self.decomposition_failures}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        failures = state.pop("decomposition_failures", None)
-        super().__setstate__(state)
-        if failures is not None:
-            self._structure.decomposition_failures = failures
-
     def _update_block(self, update: BlockUpdate) -> BlockUpdate | None:
         """Update the parameters that are in no layer."""
-        layer_of = self._structure.layer_of()
-        in_layer = [piece.parameter in layer_of for piece in update.slices]
-        if not all(in_layer):
-            apply_newton_step(self._structure.diagonal, _where(update, in_layer, False), signed=False)
-        return _where(update, in_layer, True) if any(in_layer) else None
+        alone, in_layers = update.parted(self._structure.layer_of())
+        if alone.slices:
+            apply_newton_step(self._structure.diagonal, alone, signed=False)
+        return in_layers if in_layers.slices else None
 
     def _prepare_update(self, draw: Draw, layer_statistics: dict[Any, list[Tensor]]) -> dict[Layer, dict[str, Tensor]]:
         """The statistics of each layer, averaged over draws and processes; those of new layers make them."""
@@ -181,19 +171,8 @@ class KFACVON(VariationalOptimizer[KroneckerStructure, ProductPosterior]):
         for layer in moving:
             update_factors(structure, layer, gradients, prepared.get(layer, {}))
         due = [layer for layer in moving if structure.is_due(layer, structure.num_updates(layer))]
-        structure.decomposition_failures += refresh_bases(structure, due, self.factored_damping)
+        learned = [layer for layer in due if bool(self.state[layer.weight]["learned"])]
+        refresh_bases(structure, learned, partial(decomposed, structure, self.factored_damping))
         for layer in moving:
             with torch.autocast(layer.weight.device.type, enabled=False):
                 move_mean(structure, layer, gradients)
-
-    def diagnostics(self) -> Diagnostics:
-        """See `VariationalOptimizer.diagnostics`; with the number of eigendecompositions that failed."""
-        return replace(super().diagnostics(), decomposition_failures=self.decomposition_failures)
-
-
-def _where(update: BlockUpdate, in_layer: list[bool], wanted: bool) -> BlockUpdate:
-    """The part of a block whose slices are in a layer, or in none."""
-    places = [i for i, flag in enumerate(in_layer) if flag is wanted]
-    curvatures = None if update.curvatures is None else [update.curvatures[i] for i in places]
-    slices = [update.slices[i] for i in places]
-    return BlockUpdate(update.group, slices, [update.gradients[i] for i in places], curvatures)

@@ -102,14 +102,14 @@ def own_options(shared: SharedOptions) -> tuple[torch.Generator | None, str]:
 Optimizer = TypeVar("Optimizer", bound=type)
 
 
-def with_shared_options(optimizer: Optimizer) -> Optimizer:
+def with_shared_options(optimizer: Optimizer, defaults: SharedOptions = DEFAULTS) -> Optimizer:
     """Class decorator: signature and docstring show the shared options where they say ``**shared``."""
     signature = inspect.signature(optimizer.__init__)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = inspect.get_annotations(SharedOptions)
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=options[name])
-        for name, default in DEFAULTS.items()
+        for name, default in defaults.items()
         if name not in signature.parameters
     ]
     setattr(optimizer.__init__, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
@@ -174,6 +174,16 @@ def check(group: dict[str, Any], rules: Iterable[SettingRule]) -> None:
     for name, holds, rule in rules:
         if not holds:
             raise ValueError(f"{name}={group[name]!r}, but it {rule}.")
+
+
+def whole_number_rule(group: dict[str, Any], name: str, least: int, remedy: str) -> SettingRule:
+    """The rule of a setting that counts something.
+
+    Args:
+        remedy: what it counts, and a value that works.
+    """
+    whole = isinstance(group[name], int) and group[name] >= least
+    return name, whole, f"must be {'a positive' if least else 'a'} whole number of {remedy}"
 
 
 def common_rules(group: dict[str, Any]) -> list[SettingRule]:

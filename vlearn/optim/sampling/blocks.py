@@ -6,7 +6,7 @@ they are one, and temporaries never outgrow a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ class ParameterSlice:
         weights: the rows of `parameter.data`, whatever storage that has; see `follow_storage`.
         mean_in_weights: where the mean is. It is set so that an interrupt after any copy of `swap_in_means` and
             `swap_in_draws` leaves the mean in the place it names and the draw in the other.
+        coordinates: draw - mean in the structure's basis, where it keeps that for the curvature estimate.
     """
 
     parameter: Tensor
@@ -39,6 +40,7 @@ class ParameterSlice:
     whole_buffer: Tensor
     rows: tuple[int, int] | None = None
     mean_in_weights: bool = True
+    coordinates: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._storage = self.parameter.data_ptr()
@@ -139,7 +141,7 @@ def _mark(slices: list[ParameterSlice], mean_in_weights: bool) -> None:
 
 
 def partition(
-    parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor], compiled: bool
+    parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor], compiled: bool, is_whole: Callable[[Tensor], bool]
 ) -> Iterator[list[ParameterSlice]]:
     """Slices of parameters, gathered into blocks of one device and dtype.
 
@@ -147,13 +149,15 @@ def partition(
         parameters: in the order of the blocks.
         buffers: scratch buffers to reuse, by parameter; matching ones are removed from the dict.
         compiled: give each slice that is large enough for a kernel of its own a block of its own.
+        is_whole: whether a parameter is never cut, however large it is.
     """
     open_block: list[ParameterSlice] = []
     filled = 0
     for parameter in parameters:
         on_cpu = parameter.device.type == "cpu"
         limit = CPU_BLOCK if on_cpu else ACCELERATOR_BLOCK
-        for piece in _slices(parameter, buffers.pop(parameter, None), limit):
+        whole = is_whole(parameter)
+        for piece in _slices(parameter, buffers.pop(parameter, None), parameter.numel() if whole else limit):
             size = piece.weights.numel()
             if compiled and size >= (SMALLEST if on_cpu else SMALLEST_ON_ACCELERATOR):
                 yield [piece]

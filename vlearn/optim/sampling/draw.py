@@ -186,6 +186,11 @@ class Draw:
         """A parameter that was written in place since the draw was put into it; None if there is none."""
         return next((p for p, version in self._written.items() if p._version != version), None)
 
+    def is_intact(self, p: Tensor) -> bool:
+        """Whether a parameter has not been written since the draw was put into it, as far as autograd knows."""
+        version = p._version if self.state is DrawState.ACTIVE else self._versions.get(p)
+        return version == self._written.get(p)
+
     def follow_storage(self) -> None:
         """Look for all weights where the parameters have them now.
 

@@ -44,6 +44,10 @@ class Structure(Protocol):
         """Give every trainable parameter that has none its state."""
         ...
 
+    def is_whole(self, p: Tensor) -> bool:
+        """Whether a parameter is drawn and updated in one piece, never in slices of its rows."""
+        ...
+
     def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """Write mean + noise into the weights of a block, in which parameters are independent of all others."""
         ...
@@ -63,6 +67,10 @@ class Structure(Protocol):
     def has_curvature(self, p: Tensor) -> bool:
         """Whether a curvature estimate says anything of a parameter alone; the same in all processes."""
         ...
+
+
+class PassStructure(Structure, Protocol):
+    """A structure that learns from recorded passes."""
 
     def hessian_rows(self, piece: ParameterSlice) -> Tensor | None:
         """The state tensor whose shape and dtype the curvature estimate of a slice takes; None where it has none."""

@@ -157,7 +157,7 @@ class Sampler:
         for group in self.parameters.groups:
             self.follow_gradients(group["params"])
             trainable = [p for p in group["params"] if p.requires_grad]
-            for slices in partition(trainable, self._buffers, group.get("compiled", False)):
+            for slices in partition(trainable, self._buffers, group.get("compiled", False), self._structure.is_whole):
                 yield SliceBlock(group, slices)
 
     def _reconcile_master_copy(self, piece: ParameterSlice) -> None:

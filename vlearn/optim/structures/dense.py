@@ -91,6 +91,10 @@ class DenseStructure:
         precision.diagonal().add_(self.by_entry(moving, "weight_decay"))
         return precision, at
 
+    def is_whole(self, p: Tensor) -> bool:
+        """See `Structure`."""
+        return False
+
     def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """See `Structure`; no parameter is independent of the others."""
 

@@ -44,16 +44,30 @@ class DiagonalStructure:
                 if p.requires_grad and not self.parameters.state[p]:
                     self.parameters.state[p] = initial_state(p, group["hess_init"])
 
+    def is_whole(self, p: Tensor) -> bool:
+        """See `Structure`."""
+        return False
+
     def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """Write m + ε/√(ess·(h + wd)) into the weights."""
-        group, slices = block
+        self.draw_slices(block.group, block.slices, noise)
+
+    def draw_slices(
+        self, group: Group, slices: list[ParameterSlice], noise: Noise, normals: list[Tensor] | None = None
+    ) -> None:
+        """As `draw_block` for some slices of a block.
+
+        Args:
+            normals: ε, in the shapes of the slices, if it has been drawn.
+        """
         low_precision = is_low_precision(slices[0].weights)  # then the draw is made around the master mean and rounded
         samples = [piece.exact_mean(self.parameters).clone() if low_precision else piece.weights for piece in slices]
         hessians = self.state_of(slices, "hessian")
         generator = noise.on(hessians[0].device)
         ess, weight_decay = tempered_ess_and_decay(group)
-        if not (group.get("compiled") and _draw_compiled(samples, hessians, generator, ess, weight_decay)):
-            columns = [samples, hessians, normal(hessians, generator)]
+        compiled = group.get("compiled") and normals is None
+        if not (compiled and _draw_compiled(samples, hessians, generator, ess, weight_decay)):
+            columns = [samples, hessians, normal(hessians, generator) if normals is None else normals]
             together = use_foreach(group, slices)
             for part in [columns] if together else [[[t] for t in row] for row in zip(*columns, strict=True)]:
                 draw_normal(*part, ess=ess, weight_decay=weight_decay)

@@ -22,21 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.gaussians import Kronecker, KroneckerFactors, ProductPosterior
-from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.parameters.options import tempered_ess_and_decay
-from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.optim.parameters.parameters import Parameters
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.noise import Noise
-from vlearn.optim.sampling.protocols import PosteriorContext
-from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.structures.rotated import RotatedStructure
 from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, layers_of
 from vlearn.per_example.recorded_pass import RecordedPass
 
 
-class KroneckerStructure:
+class KroneckerStructure(RotatedStructure):
     """A `Structure` with Kronecker factors for layers, and a diagonal Hessian of all other parameters.
 
     Args:
@@ -44,35 +41,16 @@ class KroneckerStructure:
         processes: those that train them; they average the statistics of all parameters of a layer, or of none.
         convention: "expand" or "reduce", see `vlearn.per_example.kronecker_factors`.
         eigenvalue_correction: whether s is learned in the eigenbasis, as EK-FAC does.
-
-    Attributes:
-        diagonal: the structure of the parameters that are in no layer.
-        decomposition_failures: eigendecompositions that failed, where the last good basis stayed.
     """
 
     def __init__(self, parameters: Parameters, processes: Processes, convention: str, eigenvalue_correction: bool):
-        self.parameters, self.processes = parameters, processes
-        self.decomposition_failures = 0
+        super().__init__(parameters, processes)
         self.convention, self.eigenvalue_correction = convention, eigenvalue_correction
-        self.diagonal = DiagonalStructure(parameters)
-        self._layer_of: dict[Tensor, Layer] = {}  # as the state had them at `_read_at` loads
-        self._read_at = -1
 
-    # -- layers ------------------------------------------------------------------------------------------
-
-    def layers(self) -> list[Layer]:
-        """The layers, in the order of the parameters."""
-        return list(dict.fromkeys(self.layer_of().values()))
-
-    def layer_of(self) -> dict[Tensor, Layer]:
-        """The layer of each parameter that is in one."""
-        if self._read_at != self.parameters.loads:
-            every, state = self.parameters.every(), self.parameters.state
-            biases = {every[int(state[p]["column_of"])]: p for p in every if "column_of" in state.get(p, {})}
-            layers = [Layer(p, biases.get(p)) for p in every if "in_factor" in state.get(p, {})]
-            self._layer_of = {p: layer for layer in layers for p in layer.parameters}
-            self._read_at = self.parameters.loads
-        return self._layer_of
+    def _layers_in_state(self) -> list[Layer]:
+        every, state = self.parameters.every(), self.parameters.state
+        biases = {every[int(state[p]["column_of"])]: p for p in every if "column_of" in state.get(p, {})}
+        return [Layer(p, biases.get(p)) for p in every if "in_factor" in state.get(p, {})]
 
     def add_layer(self, layer: Layer, out_factor: Tensor, in_factor: Tensor) -> None:
         """Replace the diagonal states of parameters that have not been updated yet by those of a layer."""
@@ -88,38 +66,6 @@ class KroneckerStructure:
             place = next(i for i, p in enumerate(every) if p is layer.weight)
             states[layer.bias]["column_of"] = torch.tensor(place, dtype=hessian.dtype, device=hessian.device)
         self._read_at = -1
-
-    def group_of(self, layer: Layer) -> Group:
-        """The parameter group that all of a layer's parameters are in."""
-        return self.parameters.group_of(layer.weight)
-
-    def basis(self, layer: Layer) -> Basis:
-        """(Q_B, Q_A) of a layer, None where its factor is diagonal."""
-        state = self.parameters.state[layer.weight]
-        return state.get("out_basis"), state.get("in_basis")
-
-    def block(self, layer: Layer, variances: Tensor) -> KroneckerBlock:
-        """Coordinates of a layer in its eigenbasis."""
-        return KroneckerBlock(*self.basis(layer), variances, [p.shape for p in layer.parameters])
-
-    def mean_of(self, p: Tensor) -> Tensor:
-        """The mean of a whole parameter in the precision of the state, while it is in the weights."""
-        master = self.parameters.master_copy(p)
-        return p.data if master is None else master
-
-    def num_updates(self, layer: Layer) -> int:
-        """The number of updates of a layer so far."""
-        return max(int(self.parameters.state[p]["step"]) for p in layer.parameters)
-
-    def is_due(self, layer: Layer, step: int) -> bool:
-        """Whether a layer's eigenbasis is made anew in a step, counted from 1."""
-        return (step - 1) % self.group_of(layer)["update_every"] == 0
-
-    # -- the structure -----------------------------------------------------------------------------------
-
-    def init_states(self) -> None:
-        """See `Structure`."""
-        self.diagonal.init_states()
 
     def draw_block(self, block: SliceBlock, noise: Noise) -> None:
         """Draw the parameters that are in no layer."""
@@ -147,40 +93,6 @@ class KroneckerStructure:
         for p, move in zip(layer.parameters, moves, strict=True):
             for piece in slices_of.get(p, ()):
                 piece.weights.copy_(piece.exact_mean(self.parameters) + piece.of(move))
-
-    def posterior(self, context: PosteriorContext) -> ProductPosterior:
-        """The posterior as a view of the state: a `Kronecker` of the layers, a `Diagonal` of all other parameters."""
-        names, layer_of, state = self.parameters.names(), self.layer_of(), self.parameters.state
-        alone = {name: p for p, name in names.items() if p in state and p not in layer_of}
-        parts: list[Any] = [self.diagonal.posterior_of(alone, context)]
-        if layer_of:
-            layers = {layer: tempered_ess_and_decay(self.group_of(layer)) for layer in self.layers()}
-            scales = {names[p]: scale for layer, scale in layers.items() for p in layer.parameters}
-            named = {names[p]: p for p in layer_of}
-            kronecker = Kronecker(
-                context.mean_of(named),
-                {
-                    tuple(names[p] for p in layer.parameters): KroneckerFactors(
-                        *self.basis(layer), state[layer.weight]["hessian"]
-                    )
-                    for layer in layers
-                },
-                {name: weight_decay for name, (_, weight_decay) in scales.items()},
-                {name: ess for name, (ess, _) in scales.items()},
-                self.parameters.num_data,
-                parameters=named,
-                check=context.check,
-            )
-            parts.insert(0, kronecker)
-        return ProductPosterior(parts, check=context.check, at_mean=context.at_mean)
-
-    def diagonal_hessian(self) -> dict[Tensor, Tensor]:
-        """See `Structure`."""
-        diagonals = {p: h for p, h in self.diagonal.diagonal_hessian().items() if p not in self.layer_of()}
-        for layer in self.layers():
-            entries = self.block(layer, self.parameters.state[layer.weight]["hessian"]).diagonal()
-            diagonals.update(zip(layer.parameters, entries, strict=True))
-        return diagonals
 
     def has_curvature(self, p: Tensor) -> bool:
         """See `Structure`; what layers learn from belongs to no parameter alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -28,6 +28,17 @@ class BlockUpdate(NamedTuple):
     slices: list[ParameterSlice]
     gradients: list[Tensor]
     curvatures: list[Tensor] | None
+
+    def parted(self, parameters: Container[Tensor]) -> tuple[BlockUpdate, BlockUpdate]:
+        """(the slices of other parameters, those of these)."""
+        inside = [piece.parameter in parameters for piece in self.slices]
+        return self._where(inside, False), self._where(inside, True)
+
+    def _where(self, flags: list[bool], wanted: bool) -> BlockUpdate:
+        places = [i for i, flag in enumerate(flags) if flag is wanted]
+        curvatures = None if self.curvatures is None else [self.curvatures[i] for i in places]
+        gradients = [self.gradients[i] for i in places]
+        return BlockUpdate(self.group, [self.slices[i] for i in places], gradients, curvatures)
 
 
 def split_by_step(

@@ -24,7 +24,7 @@ from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
-from vlearn.optim.sampling.protocols import Structure
+from vlearn.optim.sampling.protocols import PassStructure
 from vlearn.optim.structures.dense import DenseStructure
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.per_example.recorded_pass import RecordedPass
@@ -80,6 +80,19 @@ class SquaredGradient:
         return [gradient.square() for gradient in gradients]
 
 
+class PriceOrSquares:
+    """The curvature that each parameter group names, "price" or "empirical", but for the factor of `ivon_step`."""
+
+    needs_pass = False
+    _of = {"price": NoiseTimesGradient(), "empirical": SquaredGradient()}
+
+    def of_draw(
+        self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """The estimate of one draw."""
+        return self._of[group["curvature"]].of_draw(draw, group, slices, noise, gradients)
+
+
 class PriceCurvature:
     """Price's theorem in the coordinates of a structure; estimates may be negative.
 
@@ -112,7 +125,7 @@ class PassCurvature:
     needs_pass = True
 
     def __init__(
-        self, structure: Structure, kind: str, likelihood: Likelihood = "categorical", output: Selector = None
+        self, structure: PassStructure, kind: str, likelihood: Likelihood = "categorical", output: Selector = None
     ):
         self._structure = structure
         self.kind, self.likelihood, self.output = kind, likelihood, output

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from vlearn.collectives import compute_on_one_rank
 from vlearn.gaussians.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 from vlearn.optim.distributed.factors import Key, averages
 from vlearn.optim.parameters.options import beta2_of_step, log_kept_weight, tempered_ess_and_decay
@@ -73,40 +70,12 @@ def update_factors(
         state["hessian"].lerp_(statistics["squares"].to(state["hessian"].dtype), 1 - beta2)
 
 
-def refresh_bases(structure: KroneckerStructure, layers: list[Layer], factored_damping: bool) -> int:
-    """Make new eigenbases, with s in them; a layer keeps its own if the decomposition fails: the number that did.
+def decomposed(structure: KroneckerStructure, factored_damping: bool, layer: Layer) -> list[Tensor] | None:
+    """s in a new eigenbasis, and that; None if the decomposition fails.
 
     Args:
         factored_damping: s + wd is the product of two damped factors.
     """
-    states, failures = structure.parameters.state, 0
-    by_processes: dict[Any, list[Layer]] = {}
-    for layer in layers:
-        if bool(states[layer.weight]["learned"]):
-            by_processes.setdefault(structure.processes.group_over(layer.parameters), []).append(layer)
-    for processes, of_these in by_processes.items():
-        likes = [[tensor for _, tensor in _in_eigenbasis(structure, layer)] for layer in of_these]
-        tasks: list[Callable[[], list[Tensor] | None]] = [
-            partial(_decomposed, structure, layer, factored_damping) for layer in of_these
-        ]
-        for layer, result in zip(of_these, compute_on_one_rank(tasks, likes, processes), strict=True):
-            if result is None:
-                failures += 1
-            else:
-                names = [name for name, _ in _in_eigenbasis(structure, layer)]
-                states[layer.weight].update(zip(names, result, strict=True))
-    return failures
-
-
-def _in_eigenbasis(structure: KroneckerStructure, layer: Layer) -> list[tuple[str, Tensor]]:
-    """What `_decomposed` gives of a layer, by its name in the state, and tensors of that shape."""
-    state = structure.parameters.state[layer.weight]
-    factors = (("out_basis", state["out_factor"]), ("in_basis", state["in_factor"]))
-    return [("hessian", state["hessian"]), *((name, factor) for name, factor in factors if factor.dim() == 2)]
-
-
-def _decomposed(structure: KroneckerStructure, layer: Layer, factored_damping: bool) -> list[Tensor] | None:
-    """s in a new eigenbasis, and that; None if the decomposition fails."""
     group, state = structure.group_of(layer), structure.parameters.state[layer.weight]
     before = structure.basis(layer)
     with torch.autocast(layer.weight.device.type, enabled=False):

@@ -6,11 +6,36 @@ Shen et al., 2024, arXiv:2402.17641, Algorithm 1; Lin, Schmidt, Khan, 2020, arXi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlearn.optim.parameters.options import beta2_of_step
+from vlearn.optim.parameters.parameters import Group
+from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
+
 Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def ivon_settings(group: Group) -> dict[str, Any]:
+    """What `ivon_step` takes from a parameter group."""
+    return {
+        "price": group["curvature"] == "price",
+        "bounded": group.get("beta2_warmup") is not None,
+        "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
+        "beta1": float(group["beta1"]),
+        "weight_decay": float(group["weight_decay"]),
+        "clip_radius": float(group["clip_radius"]),
+        "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
+    }
+
+
+def apply_ivon_step(structure: DiagonalStructure, update: BlockUpdate) -> None:
+    """One update of a block of parameters."""
+    for part, correction, beta2 in split_by_step(structure, update, beta2_of_step):
+        ivon_step(*part, **ivon_settings(update.group), correction=correction, beta2=beta2)
 
 
 def ivon_kernel(
@@ -79,17 +104,7 @@ def ivon_step(
         bounded: the Riemannian term is bounded, see `move_bounded`.
         correction: c = 1 - β₁ᵗ.
     """
-    precisions = torch._foreach_add(hessians, weight_decay)
-    if price:
-        differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)  # h - ĥ
-    else:
-        differences = torch._foreach_sub(hessians, statistics, alpha=ess)
-    if bounded:
-        move_bounded(hessians, differences, precisions, 1 - beta2)
-    else:
-        torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
-        torch._foreach_mul_(differences, differences)
-        torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
+    move_hessians(hessians, statistics, price=price, bounded=bounded, ess=ess, beta2=beta2, weight_decay=weight_decay)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
     # Direction and step are c times too long and too short: a pass less.
     if len(means) == 1:
@@ -105,6 +120,30 @@ def ivon_step(
         torch._foreach_sub_(means, directions, alpha=lr / correction)
     else:
         torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)
+
+
+def move_hessians(
+    hessians: list[Tensor],
+    statistics: list[Tensor],
+    *,
+    price: bool,
+    bounded: bool,
+    ess: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    """The Hessians' part of `ivon_step`: h ← β₂h + (1 - β₂)ĥ + ½(1 - β₂)²(h - ĥ)²/(h + wd), in place."""
+    precisions = torch._foreach_add(hessians, weight_decay)
+    if price:
+        differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)  # h - ĥ
+    else:
+        differences = torch._foreach_sub(hessians, statistics, alpha=ess)
+    if bounded:
+        move_bounded(hessians, differences, precisions, 1 - beta2)
+    else:
+        torch._foreach_sub_(hessians, differences, alpha=1 - beta2)
+        torch._foreach_mul_(differences, differences)
+        torch._foreach_addcdiv_(hessians, differences, precisions, value=0.5 * (1 - beta2) ** 2)
 
 
 def move_bounded(hessians: list[Tensor], differences: Tensors, precisions: Tensors, rate: float) -> None:

@@ -1,0 +1,103 @@
+"""A diagonal Hessian in the eigenbasis of each matrix's gradients: the state, and the draws from it.
+
+A parameter ``[O, ...]`` is a matrix ``[O, I]`` of its rows. Its state is
+
+    hessian                 h ``[O, I]`` in the basis, per example, without the weight decay wd
+    momentum                of the gradient, in the parameter's own entries and shape
+    out_factor, in_factor   running sums of GGᵀ ``[O, O]`` and GᵀG ``[I, I]``, up to a factor; missing of a side that is
+                            not rotated
+    out_basis, in_basis     Q_L, Q_R; missing before the first step, which is the identity
+
+Vectors, complex parameters and matrices with two sides that are not rotated are diagonal in their own entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlearn.gaussians.covariance_blocks import KroneckerBlock
+from vlearn.optim.kernels.nonfinite import is_low_precision
+from vlearn.optim.parameters.options import tempered_ess_and_decay
+from vlearn.optim.parameters.parameters import Group, state_dtype
+from vlearn.optim.sampling.blocks import SliceBlock
+from vlearn.optim.sampling.noise import Noise
+from vlearn.optim.structures.diagonal import normal
+from vlearn.optim.structures.rotated import RotatedStructure
+from vlearn.per_example.kronecker_factors import Layer
+
+
+class EigenbasisStructure(RotatedStructure):
+    """A `Structure` in which every matrix has an eigenbasis, from the start and without recorded passes."""
+
+    def _layers_in_state(self) -> list[Layer]:
+        state = self.parameters.state
+        return [
+            Layer(p, None) for p in self.parameters.every() if {"out_factor", "in_factor"} & state.get(p, {}).keys()
+        ]
+
+    def init_states(self) -> None:
+        """See `Structure`."""
+        for group in self.parameters.groups:
+            for p in group["params"]:
+                sides = rotated_sides(p, group)
+                if p.requires_grad and sides and not self.parameters.state[p]:
+                    self.parameters.state[p] = _initial_state(p, float(group["hess_init"]), sides)
+                    self._read_at = -1
+        super().init_states()
+
+    def is_whole(self, p: Tensor) -> bool:
+        """See `Structure`; a matrix is rotated as a whole."""
+        return p in self.layer_of()
+
+    def draw_block(self, block: SliceBlock, noise: Noise) -> None:
+        """Write m + ε/√(ess·(h + wd)) into the weights, of matrices M + Q_L(E ∘ 1/√(ess·(h + wd)))Q_Rᵀ."""
+        layer_of, state = self.layer_of(), self.parameters.state
+        hessians = [piece.of(state[piece.parameter]["hessian"]) for piece in block.slices]
+        normals = normal(hessians, noise.on(hessians[0].device))
+        alone = [i for i, piece in enumerate(block.slices) if piece.parameter not in layer_of]
+        if alone:
+            slices = [block.slices[i] for i in alone]
+            self.diagonal.draw_slices(block.group, slices, noise, [normals[i] for i in alone])
+        ess, weight_decay = tempered_ess_and_decay(block.group)
+        for piece, hessian, coordinates in zip(block.slices, hessians, normals, strict=True):
+            layer = layer_of.get(piece.parameter)
+            if layer is not None:
+                coordinates.mul_(hessian.add(weight_decay).mul_(ess).rsqrt_())
+                piece.weights.copy_(piece.exact_mean(self.parameters) + self.from_basis(layer, coordinates))
+                if not is_low_precision(piece.weights):  # which the draw is rounded to
+                    piece.coordinates = coordinates
+
+    def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
+        """See `Structure`; all matrices are independent."""
+
+    def into_basis(self, layer: Layer, tensor: Tensor) -> Tensor:
+        """Q_Lᵀ G Q_R ``[O, I]`` of a tensor in the parameter's shape."""
+        with torch.autocast(tensor.device.type, enabled=False):
+            return self._rotation(layer).into_basis([tensor.unsqueeze(0)]).squeeze(0)
+
+    def from_basis(self, layer: Layer, coordinates: Tensor) -> Tensor:
+        """Q_L Z Q_Rᵀ in the parameter's shape."""
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return self._rotation(layer).from_basis(coordinates.unsqueeze(0))[0].squeeze(0)
+
+    def _rotation(self, layer: Layer) -> KroneckerBlock:
+        return self.block(layer, self.parameters.state[layer.weight]["hessian"])
+
+
+def rotated_sides(p: Tensor, group: Group) -> dict[str, int]:
+    """The sizes of a parameter's sides that have a basis, of the rows "out" and the columns "in"."""
+    if p.dim() < 2 or p.is_complex() or not p.numel():
+        return {}
+    sizes = {"out": len(p), "in": p.numel() // len(p)}
+    return {side: size for side, size in sizes.items() if 1 < size <= group["max_dim"]}
+
+
+def _initial_state(p: Tensor, hess_init: float, sides: dict[str, int]) -> dict[str, Tensor]:
+    dtype = state_dtype(p)
+    return {
+        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+        "momentum": torch.zeros_like(p.detach(), dtype=dtype),
+        "hessian": torch.full((len(p), p.numel() // len(p)), hess_init, dtype=dtype, device=p.device),
+        **{f"{side}_factor": torch.zeros(size, size, dtype=dtype, device=p.device) for side, size in sides.items()},
+    }
