@@ -24,9 +24,15 @@ from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 from vlearn.optim.updates.curvature import NoiseTimesGradient, SquaredGradient, check_curvature
+from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 from vlearn.optim.updates.riemannian import ivon_kernel, ivon_step
 
 _HESS_APPROX = {"price": "price", "gradsq": "empirical"}  # ivon-opt's names for the curvature
+
+SQUARES = (
+    "curvature='empirical' takes squared gradients times ess={ess:g} for the Hessian, which is not on the scale of "
+    "num_data={num_data:g}. Use VOGN, or ess=num_data."
+)
 
 
 class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
@@ -163,6 +169,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return PriceOrSquares()
 
     def _update_block(self, update: BlockUpdate) -> None:
+        group, slices, _, statistics = update
+        if statistics is not None and _measures_noise(group, slices, self._parameters):
+            add_noise(self._parameters, group, slices, statistics, group["ess"])
         for part, correction, beta2 in split_by_step(self._structure, update, beta2_of_step):
             ivon_step(*part, **self._settings(update.group), correction=correction, beta2=beta2)
 
@@ -175,6 +184,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         tensors = flat(piece.weights, piece.buffer, piece.of(gradient), *state)
         if tensors is None:
             return False
+        if _measures_noise(group, slices, self._parameters):
+            statistic = (tensors[0] - tensors[1]).mul_(tensors[2])  # but for its sign
+            add_noise(self._parameters, group, slices, [statistic], group["ess"])
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
         beta2 = beta2_of_step(group, int(self.state[piece.parameter]["step"]))
         settings = {**self._settings(group), "correction": correction, "beta2": beta2}
@@ -184,6 +196,11 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         else:
             piece.mean_in_weights = True
         return True
+
+    def _uncalibrated_reason(self) -> str | None:
+        groups = [g for g in self.param_groups if g["curvature"] == "empirical" and g["num_data"] is not None]
+        tempered = next((group for group in groups if group["ess"] != group["num_data"]), None)
+        return super()._uncalibrated_reason() if tempered is None else SQUARES.format(**tempered)
 
     @staticmethod
     def _settings(group: Group) -> dict[str, Any]:
@@ -210,6 +227,10 @@ class PriceOrSquares:
     ) -> list[Tensor]:
         """The estimate of one draw."""
         return self._of[group["curvature"]].of_draw(draw, group, slices, noise, gradients)
+
+
+def _measures_noise(group: Group, slices: list[ParameterSlice], parameters: Parameters) -> bool:
+    return group["curvature"] == "price" and is_measured(group, slices, parameters)
 
 
 def _curvature_of(hess_approx: str) -> str:

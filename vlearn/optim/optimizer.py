@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -45,6 +45,7 @@ from vlearn.optim.step_checks import check_first_gradients, check_passes, is_pri
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
+from vlearn.optim.updates.hessian_noise import LIMIT, NOISE, hessian_noise
 from vlearn.optim.watch.loss_scale import WatchOptions, check_batch_norm
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
@@ -516,6 +517,9 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     def posterior(self) -> P:
         """The posterior as a view of the optimizer's state: no copy, stale after the next step.
 
+        Where `diagnostics().hessian_noise` is above .5 its Σ has no size: it draws as the optimizer does, and refuses
+        leave-one-out losses, entropy and KL divergence.
+
         Raises:
             ValueError: if num_data is unclear, see `num_data`.
         """
@@ -523,7 +527,14 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         sampler.init_states()
         context = PosteriorContext(partial(MeanView, sampler), self._parameters.staleness(), sampler.at_mean)
         posterior: Any = self._structure.posterior(context)
+        posterior.uncalibrated_reason = self._uncalibrated_reason()
+        posterior.uncalibrated_draws = False
         return posterior
+
+    def _uncalibrated_reason(self) -> str | None:
+        """Why the Hessian is not that of the loss, if that is known."""
+        noise = hessian_noise(self._parameters)
+        return None if noise <= LIMIT else NOISE.format(noise=noise, limit=LIMIT, num_data=self.num_data)
 
     def diagnostics(self) -> Diagnostics:
         """Whether the posterior learns: range of its Hessian, how much of it is still hess_init, signal to noise.
@@ -533,7 +544,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         """
         self._sampler.init_states()
         means = MeanView(self._sampler, {name: p for p, name in self._parameters.names().items()})
-        return diagnose(self._parameters, means, self._structure.diagonal_hessian(), self.nonfinite_count)
+        found = diagnose(self._parameters, means, self._structure.diagonal_hessian(), self.nonfinite_count)
+        return replace(found, hessian_noise=hessian_noise(self._parameters))
 
     def watch(
         self,
@@ -663,7 +675,10 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 f"sensitivities() needs a watched model: use {name}(model, ...) or optimizer.watch(model)."
             )
         recorded = watch.last_pass("sensitivities are not defined for this step: ")
-        covariance = self.posterior().covariance({name: p for p, name in self._parameters.names().items()})
+        posterior = self.posterior()
+        if posterior.uncalibrated_reason:
+            warnings.warn(f"sensitivities() ranks the examples only: {posterior.uncalibrated_reason}", stacklevel=4)
+        covariance = posterior.covariance({name: p for p, name in self._parameters.names().items()})
         return live_sensitivities(recorded, covariance, watch.trace_step, deviation, output, examples)
 
 
