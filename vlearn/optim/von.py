@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from vlearn.capture.pytrees import Selector
@@ -27,7 +26,6 @@ from vlearn.optim.updates.curvature import (
     check_curvature,
     check_likelihood,
 )
-from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 from vlearn.optim.updates.newton import apply_newton_step, newton_rules
 
 if TYPE_CHECKING:
@@ -114,8 +112,4 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         return PassCurvature(structure, self.curvature, self.likelihood, self.output)
 
     def _update_block(self, update: BlockUpdate) -> None:
-        group, slices, _, estimates = update
-        if self.curvature == "price" and estimates is not None and is_measured(group, slices, self._parameters):
-            precisions = torch._foreach_add(self._structure.state_of(slices, "hessian"), group["weight_decay"])
-            add_noise(self._parameters, group, slices, list(torch._foreach_div(estimates, precisions)))
         apply_newton_step(self._structure, update, signed=self.curvature == "price")
