@@ -41,6 +41,7 @@ class Gaussian:
     Attributes:
         uncalibrated_reason: why the scale of Σ is arbitrary, if it is.
         uncalibrated_draws: whether that of draws and prior is then arbitrary too. An optimizer draws as it trains.
+        num_data_given: False where num_data is the ess of an optimizer that was not told the number of examples.
         prior_mean: μ by name; 0 where missing.
         training_time: how long the network was trained where Σ knows it, see `stopped_at`, the shortest of its
             parameters'; else infinite.
@@ -48,6 +49,7 @@ class Gaussian:
 
     uncalibrated_reason: str | None = None
     uncalibrated_draws: bool = True
+    num_data_given: bool = True
     prior_mean: Mapping[str, Tensor] = {}
     training_time: float = math.inf
 
@@ -170,6 +172,7 @@ class Gaussian:
             "prior_mean": dict(self.prior_mean),
             "uncalibrated_reason": self.uncalibrated_reason,
             "uncalibrated_draws": self.uncalibrated_draws,
+            "num_data_given": self.num_data_given,
             "training_time": self.training_time,
             **self.block_state(),
         }
@@ -195,6 +198,7 @@ class Gaussian:
         # What earlier files do not tell:
         posterior.training_time = state.get("training_time", math.inf)
         posterior.uncalibrated_draws = state.get("uncalibrated_draws", True)
+        posterior.num_data_given = state.get("num_data_given", True)
         return posterior
 
     @classmethod

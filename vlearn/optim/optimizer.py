@@ -529,12 +529,12 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         posterior: Any = self._structure.posterior(context)
         posterior.uncalibrated_reason = self._uncalibrated_reason()
         posterior.uncalibrated_draws = False
+        posterior.num_data_given = all(group["num_data"] is not None for group in self.param_groups)
         return posterior
 
     def _uncalibrated_reason(self) -> str | None:
         """Why the Hessian is not that of the loss, if that is known."""
-        noise = hessian_noise(self._parameters)
-        return None if noise <= LIMIT else NOISE.format(noise=noise, limit=LIMIT, num_data=self.num_data)
+        return None if hessian_noise(self._parameters) <= LIMIT else NOISE
 
     def diagnostics(self) -> Diagnostics:
         """Whether the posterior learns: range of its Hessian, how much of it is still hess_init, signal to noise.

@@ -23,10 +23,10 @@ KEY = "hessian_noise"  # ν in a parameter's state; only there once its group wa
 LIMIT = 0.5  # below it, self-influences differ by less than a quarter from those of a Hessian without noise
 
 NOISE = (
-    "its Hessian is mostly noise (hessian_noise={noise:.2g}, above {limit}), since its draws are narrower than "
-    "those of num_data={num_data:g}, so self-influence and deviation rank the examples (sweep(..., loo_loss=False)) "
-    "but have no size. Use VAdamW, fit a posterior to the trained model (vlearn.posterior.fit), or train with "
-    "ess=num_data."
+    "its Hessian was learned from draws narrower than the posterior, and is mostly their noise "
+    "(diagnostics().hessian_noise is above 0.5), so self-influence and deviation rank the examples "
+    "(sweep(..., loo_loss=False)) but have no size. Use VAdamW, fit a posterior to the trained model "
+    "(vlearn.posterior.fit), or train with ess=num_data."
 )
 
 
@@ -58,8 +58,9 @@ def add_noise(
 def hessian_noise(parameters: Parameters) -> float:
     """ν, the mean over all entries; 0 where it was not measured."""
     states = [state for p in parameters.every() if "momentum" in (state := parameters.state.get(p, {}))]
-    if not any(KEY in state for state in states):
+    measured = [state for state in states if KEY in state]
+    if not measured:
         return 0.0
-    counts = [state["momentum"].numel() for state in states]
-    noises = [float(state.get(KEY, 0.0)) for state in states]
-    return sum(noise * count for noise, count in zip(noises, counts, strict=True)) / sum(counts)
+    device = measured[0][KEY].device
+    sums = torch.stack([state[KEY].to(device) * state["momentum"].numel() for state in measured])
+    return sum(sums.tolist()) / sum(state["momentum"].numel() for state in states)
