@@ -38,27 +38,21 @@ def moment(t: int, beta2: float, t0: float | None) -> float:
     return beta2 if t0 is None else min(beta2, 1 - 1 / (t + t0))
 
 
-def run(
-    optimizer: Any, parameters: list[nn.Parameter], steps: int, draws: int = 1
-) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    """By step and parameter: (mean (θ - m)∘g, the precision h + wd, θ - m of the last draw) of each step."""
+def run(optimizer: Any, parameters: list[nn.Parameter], steps: int, draws: int = 1) -> list[list[Tensor]]:
+    """The mean (θ - m)∘g of each step and parameter."""
     history = []
     for _ in range(steps):
         means = [p.detach().clone() for p in parameters]
-        precisions = [v.reciprocal() / optimizer.num_data for v in optimizer.posterior().variance.values()]
         products = [torch.zeros_like(p) for p in parameters]
-        moves = products
         for _ in range(draws):
             with optimizer.sampled_params(train=True):
                 optimizer.zero_grad()
                 loss_of(parameters).backward()
-                moves = [p.detach() - mean for p, mean in zip(parameters, means, strict=True)]
-                products = [
-                    product + move * p.grad / draws
-                    for product, move, p in zip(products, moves, parameters, strict=True)
-                ]
+                for product, p, mean in zip(products, parameters, means, strict=True):
+                    assert p.grad is not None
+                    product.add_((p.detach() - mean) * p.grad / draws)
         optimizer.step()
-        history.append(list(zip(products, precisions, moves, strict=True)))
+        history.append(products)
     return history
 
 
@@ -72,7 +66,7 @@ def test_the_noise_is_that_of_the_written_formula(name: str, momenta: str, draws
     noises = [0.0] * len(parameters)
     for t, step in enumerate(run(optimizer, parameters, 12, draws)):
         keep = moment(t, settings["beta2"], settings.get("beta2_warmup"))
-        for i, (product, _, _) in enumerate(step):  # ĥ/(h + wd) = ess·(θ - m)∘g
+        for i, product in enumerate(step):  # ĥ/(h + wd) = ess·(θ - m)∘g
             noises[i] = keep * noises[i] + 0.5 * float(((1 - keep) * 4000 * product).square().mean())
     expected = (10 * noises[0] + 4 * noises[1]) / 14
     assert optimizer.diagnostics().hessian_noise == pytest.approx(expected, rel=1e-10)
@@ -183,7 +177,7 @@ def test_it_is_forgotten_as_the_hessian_forgets(name: str) -> None:
     before = optimizer.diagnostics().hessian_noise
     optimizer.param_groups[0]["ess"] = 10
     (step,) = run(optimizer, parameters, 1)
-    added = sum(float((0.1 * 10 * product).square().sum()) for product, _, _ in step) / 14 / 2
+    added = sum(float((0.1 * 10 * product).square().sum()) for product in step) / 14 / 2
     assert optimizer.diagnostics().hessian_noise == pytest.approx(0.9 * before + added, rel=1e-10)
 
 
@@ -244,7 +238,7 @@ def test_a_posterior_of_noise_draws_and_ranks_but_gives_no_sizes(name: str, tmp_
         with pytest.raises(RuntimeError, match="no loss without a group: .* Use VAdamW, fit a posterior to the"):
             vlearn.leave_group_out(model, posterior, loader, y, F.cross_entropy, progress=False)
         for size in (posterior.kl, posterior.entropy):
-            with pytest.raises(RuntimeError, match="is mostly their noise|are mostly their noise|mostly their noise"):
+            with pytest.raises(RuntimeError, match="and is mostly their noise"):
                 size()
         assert (
             vlearn.sweep(model, posterior, loader, F.cross_entropy, loo_loss=False, progress=False).index.numel() == 12
@@ -316,18 +310,17 @@ def test_an_ess_that_stands_for_many_more_examples_than_a_sweep_has_is_warned_of
     def sweep(posterior: Any, **settings: Any) -> None:
         vlearn.sweep(model, posterior, [(x, y)], F.cross_entropy, progress=False, **settings)
 
-    told = (
+    message = (
         "the loader has 12 of the 1e[+]06 training examples that the optimizer's ess stands for. Pass num_data to the"
     )
     tempered = vlearn.IVON(model.parameters(), lr=0.1, ess=1e6).posterior()
-    with pytest.warns(UserWarning, match=told) as found:
+    with pytest.warns(UserWarning, match=message) as found:
         vlearn.sweep(model, tempered, [(x, y)], F.cross_entropy, progress=False)
     assert found[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sweep(tempered, loo_loss=False)
         sweep(vlearn.IVON(model.parameters(), lr=0.1, ess=1e6, num_data=12).posterior())
-        sweep(
-            vlearn.IVON(model.parameters(), lr=0.1, ess=1e6, num_data=1e6).posterior()
-        )  # a part of them, by the user's word
-        sweep(vlearn.IVON(model.parameters(), lr=0.1, ess=100).posterior())
+        told = vlearn.IVON(model.parameters(), lr=0.1, ess=1e6, num_data=1e6)  # these are a part of them
+        sweep(told.posterior())
+        sweep(vlearn.IVON(model.parameters(), lr=0.1, ess=1200).posterior())

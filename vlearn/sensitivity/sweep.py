@@ -24,7 +24,7 @@ from vlearn.sensitivity.summary import row_norms, summarize
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
-PART = 10  # times the examples of a sweep: an ess beyond is hardly the number of training examples
+PART = 100  # times the examples of a sweep: an ess beyond is hardly the number of training examples
 
 
 @dataclass(frozen=True)
