@@ -69,7 +69,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         params: a model, which is then watched; or anything that torch.optim takes, with `watch(model)` before the
             first step.
         lr: learning rate, 0.03 to 0.1 for networks; 1 with beta1=0 is a Newton step.
-        ess: effective sample size: the number of training examples, unless tempered.
+        ess: effective sample size, the width of the draws, see `VON`.
         rule: "von" or "iblr", as above; "von" needs a Hessian estimate that is never negative.
         curvature: "ggn", "sampled", "empirical" or, with the rule "iblr", "price", see `VON`.
         likelihood: what the loss is the negative logarithm of, see `VON`.

@@ -56,7 +56,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         params: a model, which is then watched (training forwards draw, `sensitivities()` works), or anything that
             torch.optim takes.
         lr: learning rate, 0.1 to 0.2 for small and medium networks.
-        ess: effective sample size λ: the number of training examples, unless tempered.
+        ess: effective sample size λ, the width of the draws: the number of training examples. More makes them narrower
+            than the posterior, as large networks train with; then give num_data too. The noise of ĥ grows with √ess, so
+            little is learned of h, see `diagnostics().hessian_noise`. `vlearn.VAdamW` has a rule for the width.
         hess_init: h at the start, per example. Its remaining weight after t steps is β₂ᵗ, or what beta2_warmup says.
         beta1: momentum of the gradient.
         beta2: momentum of the Hessian; 1 - beta2 must be small, the estimate ĥ is noisy.
@@ -68,7 +70,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         debias: divide the momentum by 1 - β₁ᵗ.
         rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them.
         curvature: "price" (above) or "empirical", ĥ = ess·mean ĝ²; default what hess_approx says.
-        num_data: number of training examples N, the scale of sensitivities; default ess.
+        num_data: number of training examples N, the scale of posterior and sensitivities, whatever the draws'; default
+            ess.
         generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
             their generators are alike.
         foreach: multi-tensor operations; default wherever a block has several tensors.
