@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 
 import vlearn
 from tests.optim.table import equal, states
@@ -202,6 +203,24 @@ def test_a_resumed_run_goes_on_counting(name: str) -> None:
     assert optimizer.diagnostics().hessian_noise > 0
 
 
+@pytest.mark.parametrize("name", ["IVON", "VON", "FullVON"])
+def test_a_distributed_checkpoint_restores_it(name: str) -> None:
+    model, x, y = trained_model()
+    settings = {"lr": 0.01, "ess": 1e6, "num_data": 12, **NOISY[name]}
+    optimizer = getattr(vlearn, name)(model, **settings)
+    train(optimizer, model, x, y, 3)
+    saved: Any = get_state_dict(model, optimizer)
+    copied = trained_model()[0]
+    resumed = getattr(vlearn, name)(copied, **settings)
+    template: Any = get_optimizer_state_dict(copied, resumed)  # whose keys are those that are read from disk
+    assert {key for state in template["state"].values() for key in state} == {
+        key for state in saved[1]["state"].values() for key in state
+    }
+    assert resumed.diagnostics().hessian_noise == 0
+    set_state_dict(copied, resumed, model_state_dict=saved[0], optim_state_dict=saved[1])
+    assert resumed.diagnostics() == optimizer.diagnostics() and resumed.diagnostics().hessian_noise > 0
+
+
 def trained_model() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -220,6 +239,26 @@ NOISY = {
     "VON": {"curvature": "price", "beta2": 0.9},
     "FullVON": {"curvature": "price", "rule": "iblr", "beta2": 0.9},
 }
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_complex_parameters_count_both_of_their_reals(name: str) -> None:
+    if name == "FullVON":
+        pytest.skip("it takes none")
+    found = []
+    for complex_ in (False, True):
+        torch.manual_seed(0)
+        value = torch.randn(6, 2, dtype=torch.float64)
+        p = nn.Parameter(torch.view_as_complex(value) if complex_ else value)
+        generator = torch.Generator().manual_seed(3)
+        optimizer = getattr(vlearn, name)([p], lr=0.01, ess=1e4, num_data=12, generator=generator, **NOISY[name])
+        for _ in range(3):
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                (torch.view_as_real(p) if complex_ else p).pow(4).sum().backward()
+            optimizer.step()
+        found.append(optimizer.diagnostics().hessian_noise)
+    assert found[0] == pytest.approx(found[1], rel=1e-12) and found[0] > 0
 
 
 @pytest.mark.parametrize("name", NOISY)

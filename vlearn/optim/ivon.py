@@ -176,7 +176,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         if statistics is not None and _measures_noise(group, slices, self._parameters):
             add_noise(self._parameters, group, slices, statistics, group["ess"])
         for part, correction, beta2 in split_by_step(self._structure, update, beta2_of_step):
-            ivon_step(*part, **self._settings(update.group), correction=correction, beta2=beta2)
+            ivon_step(*part, **self._settings(group), correction=correction, beta2=beta2)
 
     def _update_compiled(self, draw: Draw, block: SliceBlock, keep: bool) -> bool:
         (group, slices), structure = block, self._structure

@@ -45,7 +45,7 @@ from vlearn.optim.step_checks import check_first_gradients, check_passes, is_pri
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
-from vlearn.optim.updates.hessian_noise import LIMIT, NOISE, hessian_noise
+from vlearn.optim.updates.hessian_noise import LIMIT, NOISE, hessian_noise, start_noise
 from vlearn.optim.watch.loss_scale import WatchOptions, check_batch_norm
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
@@ -358,6 +358,9 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             self._runtime.search.stop()
         if closure is None and is_primed(sampler):
             sampler.init_states()
+            for group in self.param_groups:
+                if group.get("curvature", getattr(self, "curvature", None)) == "price":
+                    start_noise(self._parameters, group)
             return None
         try:
             loss, finite = self._run_closure(closure) if closure is not None else (None, True)
@@ -527,8 +530,9 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         sampler.init_states()
         context = PosteriorContext(partial(MeanView, sampler), self._parameters.staleness(), sampler.at_mean)
         posterior: Any = self._structure.posterior(context)
-        posterior.uncalibrated_reason = self._uncalibrated_reason()
-        posterior.uncalibrated_draws = False
+        reason = self._uncalibrated_reason()
+        if reason is not None:
+            posterior.uncalibrated_reason, posterior.uncalibrated_draws = reason, False
         posterior.num_data_given = all(group["num_data"] is not None for group in self.param_groups)
         return posterior
 
@@ -651,7 +655,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     ) -> Sensitivities:
         """Each example's sensitivity, from the training step's own forward and backward pass.
 
-        Σ is the state at the call, the weights are the step's draw. Nothing is computed unless this is called.
+        Σ is the state at the call, the weights are the step's draw. Nothing is computed unless this is called. Where
+        `diagnostics().hessian_noise` is above .5 the rows rank the examples, but have no size: a warning says so.
 
         Args:
             deviation: also the change of the model's output if the example were removed, by one more

@@ -32,8 +32,26 @@ NOISE = (
 
 def is_measured(group: Group, slices: list[ParameterSlice], parameters: Parameters) -> bool:
     """Whether draws are narrower than the posterior, or have been while h was learned."""
-    tempered = group["num_data"] is not None and group["ess"] > group["num_data"]
-    return tempered or any(KEY in parameters.state[piece.parameter] for piece in slices)
+    return _is_tempered(group) or any(KEY in parameters.state[piece.parameter] for piece in slices)
+
+
+def _is_tempered(group: Group) -> bool:
+    return group["num_data"] is not None and group["ess"] > group["num_data"]
+
+
+def start_noise(parameters: Parameters, group: Group) -> None:
+    """Give a group's parameters that have a state the one in which noise is counted, if it will be."""
+    if _is_tempered(group):
+        for p in group["params"]:
+            if parameters.state[p]:
+                _noise_of(parameters, p)
+
+
+def _noise_of(parameters: Parameters, p: Tensor) -> Tensor:
+    state = parameters.state[p]
+    if KEY not in state:
+        state[KEY] = torch.zeros((), dtype=state_dtype(p), device=p.device)
+    return state[KEY]
 
 
 def add_noise(
@@ -46,10 +64,8 @@ def add_noise(
         scale: what they are to be multiplied with.
     """
     for piece, norm in zip(slices, torch._foreach_norm(relative), strict=True):
-        p = piece.parameter
-        state = parameters.state[p]
+        state, noise = parameters.state[piece.parameter], _noise_of(parameters, piece.parameter)
         keep = beta2_of_step(group, int(state["step"]) + piece.is_first)
-        noise = state.setdefault(KEY, torch.zeros((), dtype=state_dtype(p), device=p.device))
         if piece.is_first:
             noise.mul_(keep)
         noise.add_(((1 - keep) * scale * norm).square_(), alpha=0.5 / state["momentum"].numel())
