@@ -40,12 +40,16 @@ class Gaussian:
 
     Attributes:
         uncalibrated_reason: why the scale of Σ is arbitrary, if it is.
+        uncalibrated_draws: whether that of draws and prior is then arbitrary too. An optimizer draws as it trains.
+        num_data_given: False where num_data is the ess of an optimizer that was not told the number of examples.
         prior_mean: μ by name; 0 where missing.
         training_time: how long the network was trained where Σ knows it, see `stopped_at`, the shortest of its
             parameters'; else infinite.
     """
 
     uncalibrated_reason: str | None = None
+    uncalibrated_draws: bool = True
+    num_data_given: bool = True
     prior_mean: Mapping[str, Tensor] = {}
     training_time: float = math.inf
 
@@ -100,7 +104,8 @@ class Gaussian:
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw of every parameter by name, on the ess scale."""
-        self.require_calibrated("draws")
+        if self.uncalibrated_draws:
+            self.require_calibrated("draws")
         drawn: dict[str, Tensor] = {}
         for group in self._each_group():
             for name, move in zip(group, self.block(group).draw(generator), strict=True):
@@ -166,6 +171,8 @@ class Gaussian:
             "prior_precision": dict(self.prior_precision),
             "prior_mean": dict(self.prior_mean),
             "uncalibrated_reason": self.uncalibrated_reason,
+            "uncalibrated_draws": self.uncalibrated_draws,
+            "num_data_given": self.num_data_given,
             "training_time": self.training_time,
             **self.block_state(),
         }
@@ -188,7 +195,10 @@ class Gaussian:
             )
         posterior = kinds[state["kind"]].of_state(state)
         posterior.prior_mean, posterior.uncalibrated_reason = state["prior_mean"], state["uncalibrated_reason"]
-        posterior.training_time = state.get("training_time", math.inf)  # which earlier files do not tell
+        # What earlier files do not tell:
+        posterior.training_time = state.get("training_time", math.inf)
+        posterior.uncalibrated_draws = state.get("uncalibrated_draws", True)
+        posterior.num_data_given = state.get("num_data_given", True)
         return posterior
 
     @classmethod

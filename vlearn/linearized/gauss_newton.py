@@ -75,7 +75,8 @@ class GaussNewton:
     @staticmethod
     def check(posterior: Posterior) -> None:
         """Raise ValueError if a posterior has no H of its own."""
-        posterior.require_calibrated("prior for the curvature of the training data")
+        if getattr(posterior, "uncalibrated_draws", True):
+            posterior.require_calibrated("prior for the curvature of the training data")
         training_time = getattr(posterior, "training_time", math.inf)
         if math.isfinite(training_time):
             raise ValueError(

@@ -31,7 +31,7 @@ from vlearn.optim.updates.bases import refresh_bases
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import check_curvature
 from vlearn.optim.updates.eigenbasis import EigenbasisCurvature, move_matrix, turned
-from vlearn.optim.updates.riemannian import apply_ivon_step
+from vlearn.optim.updates.riemannian import apply_ivon_step, off_scale
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,6 +142,9 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
 
     def _new_curvature(self, structure: EigenbasisStructure) -> EigenbasisCurvature:
         return EigenbasisCurvature(structure)
+
+    def _uncalibrated_reason(self) -> str | None:
+        return off_scale(self.param_groups) or super()._uncalibrated_reason()
 
     def _update_block(self, update: BlockUpdate) -> BlockUpdate | None:
         structure = self._structure

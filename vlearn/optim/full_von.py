@@ -40,6 +40,7 @@ from vlearn.optim.updates.curvature import (
     check_likelihood,
 )
 from vlearn.optim.updates.dense import dense_hessian_step
+from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,7 +69,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         params: a model, which is then watched; or anything that torch.optim takes, with `watch(model)` before the
             first step.
         lr: learning rate, 0.03 to 0.1 for networks; 1 with beta1=0 is a Newton step.
-        ess: effective sample size: the number of training examples, unless tempered.
+        ess: effective sample size, the width of the draws, see `VON`.
         rule: "von" or "iblr", as above; "von" needs a Hessian estimate that is never negative.
         curvature: "ggn", "sampled", "empirical" or, with the rule "iblr", "price", see `VON`.
         likelihood: what the loss is the negative logarithm of, see `VON`.
@@ -163,6 +164,8 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
             steps = [int(self.state[p]["step"]) for p in moving]
             kept = [beta2_of_step(group, step + 1) for (group, _, _), step in zip(rows, steps, strict=True)]
             rate = 1 - filled(kept, moving)
+            if self.curvature == "price" and any(is_measured(u.group, u.slices, self._parameters) for u in updates):
+                self._add_noise(updates, estimate, (old + decay)[at.unsqueeze(1), at])
             bounded = any(u.group.get("beta2_warmup") is not None for u in updates)
             hessian = dense_hessian_step(self.rule, old, (estimate + estimate.mT) / 2, at, rate, decay, bounded)
         precision = (old if self.rule == "iblr" else hessian) + decay
@@ -180,3 +183,13 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
             mean.sub_(step.reshape(mean.shape).to(mean), alpha=float(group["lr"]))
         if hessian is not old:
             structure.write_hessian(joint, hessian)
+
+    def _add_noise(self, updates: list[BlockUpdate], estimate: Tensor, precision: Tensor) -> None:
+        """Count the noise of Ĥ ``[M, M]`` by the eigenvalues x of S^-½ Ĥ S^-½, which all parameters share."""
+        factor = cholesky(precision)
+        half = torch.linalg.solve_triangular(factor, (estimate + estimate.mT) / 2, upper=False)
+        relative = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+        mean_square = relative.square().sum() / len(relative)
+        for group, slices, gradients, _ in updates:
+            shared = [mean_square.sqrt().to(gradient).expand_as(gradient) for gradient in gradients]
+            add_noise(self._parameters, group, slices, shared)

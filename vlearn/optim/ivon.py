@@ -24,7 +24,8 @@ from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PriceOrSquares, check_curvature
-from vlearn.optim.updates.riemannian import apply_ivon_step, ivon_kernel, ivon_settings
+from vlearn.optim.updates.hessian_noise import add_noise
+from vlearn.optim.updates.riemannian import apply_ivon_step, ivon_kernel, ivon_settings, measures_noise, off_scale
 
 _HESS_APPROX = {"price": "price", "gradsq": "empirical"}  # ivon-opt's names for the curvature
 
@@ -50,7 +51,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         params: a model, which is then watched (training forwards draw, `sensitivities()` works), or anything that
             torch.optim takes.
         lr: learning rate, 0.1 to 0.2 for small and medium networks.
-        ess: effective sample size λ: the number of training examples, unless tempered.
+        ess: effective sample size λ, the width of the draws: the number of training examples. More makes them narrower
+            than the posterior, as large networks train with; then give num_data too. The noise of ĥ grows with √ess, so
+            little is learned of h, see `diagnostics().hessian_noise`. `vlearn.VAdamW` has a rule for the width.
         hess_init: h at the start, per example. Its remaining weight after t steps is β₂ᵗ, or what beta2_warmup says.
         beta1: momentum of the gradient.
         beta2: momentum of the Hessian; 1 - beta2 must be small, the estimate ĥ is noisy.
@@ -62,7 +65,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         debias: divide the momentum by 1 - β₁ᵗ.
         rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them.
         curvature: "price" (above) or "empirical", ĥ = ess·mean ĝ²; default what hess_approx says.
-        num_data: number of training examples N, the scale of sensitivities; default ess.
+        num_data: number of training examples N, the scale of posterior and sensitivities, whatever the draws'; default
+            ess.
         generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
             their generators are alike.
         foreach: multi-tensor operations; default wherever a block has several tensors.
@@ -174,6 +178,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         tensors = flat(piece.weights, piece.buffer, piece.of(gradient), *state)
         if tensors is None:
             return False
+        if measures_noise(structure, group, slices):
+            statistic = (tensors[0] - tensors[1]).mul_(tensors[2])  # but for its sign
+            add_noise(self._parameters, group, slices, [statistic], group["ess"])
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
         beta2 = beta2_of_step(group, int(self.state[piece.parameter]["step"]))
         settings = {**ivon_settings(group), "correction": correction, "beta2": beta2}
@@ -183,6 +190,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         else:
             piece.mean_in_weights = True
         return True
+
+    def _uncalibrated_reason(self) -> str | None:
+        return off_scale(self.param_groups) or super()._uncalibrated_reason()
 
 
 def _curvature_of(hess_approx: str) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -45,6 +45,7 @@ from vlearn.optim.step_checks import check_first_gradients, check_passes, is_pri
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
+from vlearn.optim.updates.hessian_noise import LIMIT, NOISE, hessian_noise, start_noise
 from vlearn.optim.watch.loss_scale import WatchOptions, check_batch_norm
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
@@ -357,6 +358,9 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             self._runtime.search.stop()
         if closure is None and is_primed(sampler):
             sampler.init_states()
+            for group in self.param_groups:
+                if group.get("curvature", getattr(self, "curvature", None)) == "price":
+                    start_noise(self._parameters, group)
             return None
         try:
             loss, finite = self._run_closure(closure) if closure is not None else (None, True)
@@ -516,6 +520,9 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     def posterior(self) -> P:
         """The posterior as a view of the optimizer's state: no copy, stale after the next step.
 
+        Where `diagnostics().hessian_noise` is above .5 its Σ has no size: it draws as the optimizer does, and refuses
+        leave-one-out losses, entropy and KL divergence.
+
         Raises:
             ValueError: if num_data is unclear, see `num_data`.
         """
@@ -523,7 +530,15 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         sampler.init_states()
         context = PosteriorContext(partial(MeanView, sampler), self._parameters.staleness(), sampler.at_mean)
         posterior: Any = self._structure.posterior(context)
+        reason = self._uncalibrated_reason()
+        if reason is not None:
+            posterior.uncalibrated_reason, posterior.uncalibrated_draws = reason, False
+        posterior.num_data_given = all(group["num_data"] is not None for group in self.param_groups)
         return posterior
+
+    def _uncalibrated_reason(self) -> str | None:
+        """Why the Hessian is not that of the loss, if that is known."""
+        return None if hessian_noise(self._parameters) <= LIMIT else NOISE
 
     def diagnostics(self) -> Diagnostics:
         """Whether the posterior learns: range of its Hessian, how much of it is still hess_init, signal to noise.
@@ -533,7 +548,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         """
         self._sampler.init_states()
         means = MeanView(self._sampler, {name: p for p, name in self._parameters.names().items()})
-        return diagnose(self._parameters, means, self._structure.diagonal_hessian(), self.nonfinite_count)
+        found = diagnose(self._parameters, means, self._structure.diagonal_hessian(), self.nonfinite_count)
+        return replace(found, hessian_noise=hessian_noise(self._parameters))
 
     def watch(
         self,
@@ -639,7 +655,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     ) -> Sensitivities:
         """Each example's sensitivity, from the training step's own forward and backward pass.
 
-        Σ is the state at the call, the weights are the step's draw. Nothing is computed unless this is called.
+        Σ is the state at the call, the weights are the step's draw. Nothing is computed unless this is called. Where
+        `diagnostics().hessian_noise` is above .5 the rows rank the examples, but have no size: a warning says so.
 
         Args:
             deviation: also the change of the model's output if the example were removed, by one more
@@ -663,7 +680,10 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 f"sensitivities() needs a watched model: use {name}(model, ...) or optimizer.watch(model)."
             )
         recorded = watch.last_pass("sensitivities are not defined for this step: ")
-        covariance = self.posterior().covariance({name: p for p, name in self._parameters.names().items()})
+        posterior = self.posterior()
+        if posterior.uncalibrated_reason:
+            warnings.warn(f"sensitivities() ranks the examples only: {posterior.uncalibrated_reason}", stacklevel=4)
+        covariance = posterior.covariance({name: p for p, name in self._parameters.names().items()})
         return live_sensitivities(recorded, covariance, watch.trace_step, deviation, output, examples)
 
 

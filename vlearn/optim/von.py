@@ -50,7 +50,8 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         params: a model, which is then watched; or anything that torch.optim takes, with `watch(model)` before the
             first step.
         lr: learning rate, 1e-2 for networks and less with a small Hessian; 1 with beta1=0 is a Newton step.
-        ess: effective sample size: the number of training examples, unless tempered.
+        ess: effective sample size, the width of the draws: the number of training examples. More makes them narrower;
+            then give num_data too. The noise of "price" grows with √ess, see `diagnostics().hessian_noise`.
         curvature: "ggn" (above, u = R z, RRᵀ = Λ, z random signs), "sampled" (u the residual of labels sampled from the
             model), "empirical" (the examples' own gradients, as in `VOGN`) or "price", ĥ = ess·(h + wd)·mean
             (θ - m)∘∇ℓ̄(θ), which needs no captures and no likelihood, and with which h + wd at most halves in a step.

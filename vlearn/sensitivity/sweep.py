@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -23,6 +24,7 @@ from vlearn.sensitivity.summary import row_norms, summarize
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
+PART = 100  # times the examples of a sweep: an ess beyond is hardly the number of training examples
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,14 @@ def sweep(
             del lin  # its graph goes before the next batch comes
     if not table.count:
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
+    given = getattr(posterior, "num_data_given", True)
+    if options.loo_loss and not given and posterior.num_data > PART * table.count:
+        warnings.warn(
+            f"the loader has {table.count} of the {posterior.num_data:g} training examples that the optimizer's ess "
+            "stands for. Pass num_data to the optimizer: where it is less than ess, leave-one-out losses are too near "
+            "the training loss.",
+            stacklevel=4,
+        )
     return table.rows()
 
 

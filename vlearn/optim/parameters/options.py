@@ -33,7 +33,8 @@ class SharedOptions(TypedDict, total=False):
         mc_samples: the number of draws per `step(closure)`, default 1.
         sync: average gradients and curvature over all processes at `step()`, without a DistributedDataParallel wrapper.
         debias: divide the momentum by 1 - β₁ᵗ, default True.
-        num_data: the number of training examples N, the scale of sensitivities; default ess.
+        num_data: the number of training examples N, the scale of posterior and sensitivities, whatever the draws';
+            default ess, so give it where ess is not N.
         generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
             their generators are alike.
         shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this

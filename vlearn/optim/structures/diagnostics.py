@@ -35,6 +35,9 @@ class Diagnostics:
         decomposition_failures: eigendecompositions that failed, where an optimizer has any.
         scale_error: relative standard deviation of the scale of h where that is measured, as VAdamW's is. Near 1, the
             width of the posterior is a guess.
+        hessian_noise: what the noise of Price's estimates has added to the posterior precision, in multiples of it,
+            where draws are narrower than the posterior (curvature="price" and ess above num_data); else 0. Above .5
+            the Hessian is mostly noise, and the posterior refuses leave-one-out losses.
     """
 
     step: int
@@ -48,6 +51,7 @@ class Diagnostics:
     nonfinite_count: int
     decomposition_failures: int = 0
     scale_error: float = 0.0
+    hessian_noise: float = 0.0
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.eigenbasis import EigenbasisStructure
 from vlearn.optim.updates.curvature import PriceOrSquares
-from vlearn.optim.updates.riemannian import ivon_settings, move_hessians
+from vlearn.optim.updates.hessian_noise import add_noise
+from vlearn.optim.updates.riemannian import ivon_settings, measures_noise, move_hessians
 from vlearn.per_example.kronecker_factors import Layer
 
 TIES = 1e-3  # of the mean eigenvalue: directions with less keep near the entries' own axes
@@ -63,6 +64,8 @@ def move_matrix(
     """
     group, state = structure.group_of(layer), structure.parameters.state[layer.weight]
     settings = ivon_settings(group)
+    if measures_noise(structure, group, [piece]):
+        add_noise(structure.parameters, group, [piece], [statistic], group["ess"])
     state["step"] += 1
     hessian, momentum = state["hessian"], state["momentum"]
     move_hessians(

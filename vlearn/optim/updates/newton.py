@@ -15,6 +15,7 @@ from vlearn.optim.parameters.options import (
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
+from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 
 
 def newton_rules(group: Group) -> list[SettingRule]:
@@ -32,7 +33,12 @@ def apply_newton_step(structure: DiagonalStructure, update: BlockUpdate, signed:
     Args:
         signed: estimates may be negative, see `newton_step`.
     """
-    group = update.group
+    group, slices, _, estimates = update
+    if signed and estimates and is_measured(group, slices, structure.parameters):
+        relative = torch._foreach_add(structure.state_of(slices, "hessian"), group["weight_decay"])
+        torch._foreach_reciprocal_(relative)
+        torch._foreach_mul_(relative, estimates)
+        add_noise(structure.parameters, group, slices, list(relative))
     for part, correction, beta2 in split_by_step(structure, update, beta2_of_step):
         newton_step(
             *part,

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from vlearn.optim.parameters.options import beta2_of_step
 from vlearn.optim.parameters.parameters import Group
+from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.structures.eigenbasis import EigenbasisStructure
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
+from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -32,10 +35,31 @@ def ivon_settings(group: Group) -> dict[str, Any]:
     }
 
 
+def measures_noise(
+    structure: DiagonalStructure | EigenbasisStructure, group: Group, slices: list[ParameterSlice]
+) -> bool:
+    """Whether the noise of Price's estimate is counted, see `hessian_noise`."""
+    return group["curvature"] == "price" and is_measured(group, slices, structure.parameters)
+
+
+def off_scale(groups: list[Group]) -> str | None:
+    """Why a Hessian of squared gradients is not on the scale of num_data, of the first group where it is not."""
+    for group in groups:
+        if group["curvature"] == "empirical" and group["num_data"] is not None and group["ess"] != group["num_data"]:
+            return (
+                f"curvature='empirical' takes squared gradients times ess={group['ess']:g} for the Hessian, which is "
+                f"not on the scale of num_data={group['num_data']:g}. Use VOGN, or ess=num_data."
+            )
+    return None
+
+
 def apply_ivon_step(structure: DiagonalStructure, update: BlockUpdate) -> None:
     """One update of a block of parameters."""
+    group, slices, _, statistics = update
+    if statistics and measures_noise(structure, group, slices):
+        add_noise(structure.parameters, group, slices, statistics, group["ess"])
     for part, correction, beta2 in split_by_step(structure, update, beta2_of_step):
-        ivon_step(*part, **ivon_settings(update.group), correction=correction, beta2=beta2)
+        ivon_step(*part, **ivon_settings(group), correction=correction, beta2=beta2)
 
 
 def ivon_kernel(
