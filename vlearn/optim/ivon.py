@@ -178,7 +178,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         tensors = flat(piece.weights, piece.buffer, piece.of(gradient), *state)
         if tensors is None:
             return False
-        if measures_noise(structure, group, slices):
+        if measures_noise(group, slices, self._parameters):
             statistic = (tensors[0] - tensors[1]).mul_(tensors[2])  # but for its sign
             add_noise(self._parameters, group, slices, [statistic], group["ess"])
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)

@@ -64,7 +64,7 @@ def move_matrix(
     """
     group, state = structure.group_of(layer), structure.parameters.state[layer.weight]
     settings = ivon_settings(group)
-    if measures_noise(structure, group, [piece]):
+    if measures_noise(group, [piece], structure.parameters):
         add_noise(structure.parameters, group, [piece], [statistic], group["ess"])
     state["step"] += 1
     hessian, momentum = state["hessian"], state["momentum"]

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.parameters.options import beta2_of_step
-from vlearn.optim.parameters.parameters import Group
+from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import DiagonalStructure
-from vlearn.optim.structures.eigenbasis import EigenbasisStructure
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 
@@ -35,11 +34,9 @@ def ivon_settings(group: Group) -> dict[str, Any]:
     }
 
 
-def measures_noise(
-    structure: DiagonalStructure | EigenbasisStructure, group: Group, slices: list[ParameterSlice]
-) -> bool:
+def measures_noise(group: Group, slices: list[ParameterSlice], parameters: Parameters) -> bool:
     """Whether the noise of Price's estimate is counted, see `hessian_noise`."""
-    return group["curvature"] == "price" and is_measured(group, slices, structure.parameters)
+    return group["curvature"] == "price" and is_measured(group, slices, parameters)
 
 
 def off_scale(groups: list[Group]) -> str | None:
@@ -56,7 +53,7 @@ def off_scale(groups: list[Group]) -> str | None:
 def apply_ivon_step(structure: DiagonalStructure, update: BlockUpdate) -> None:
     """One update of a block of parameters."""
     group, slices, _, statistics = update
-    if statistics and measures_noise(structure, group, slices):
+    if statistics and measures_noise(group, slices, structure.parameters):
         add_noise(structure.parameters, group, slices, statistics, group["ess"])
     for part, correction, beta2 in split_by_step(structure, update, beta2_of_step):
         ivon_step(*part, **ivon_settings(group), correction=correction, beta2=beta2)
