@@ -18,9 +18,16 @@ STEPS = 3
 
 @dataclass
 class Drawn:
-    """What a draw took random numbers for: the weights of each slot, and the probe of each backward pass under it."""
+    """What a draw took random numbers for.
+
+    Attributes:
+        weights: of each slot.
+        coordinates: the noise of each slot in its eigenbasis, where the structure keeps that.
+        probes: of each backward pass under the draw.
+    """
 
     weights: list[Tensor]
+    coordinates: list[Tensor | None] = field(default_factory=list)
     probes: list[Tensor] = field(default_factory=list)
 
 
@@ -42,7 +49,9 @@ def record(optimizer: Any) -> Draws:
 
     def drawing(blocks: list[Any], noise: Any) -> None:
         jointly(blocks, noise)
-        draws.append(Drawn([piece.weights.clone() for block in blocks for piece in block.slices]))
+        slices = [piece for block in blocks for piece in block.slices]
+        kept = [None if piece.coordinates is None else piece.coordinates.clone() for piece in slices]
+        draws.append(Drawn([piece.weights.clone() for piece in slices], kept))
 
     def probing(*args: Any) -> Tensor:
         draws[-1].probes.append(cotangent(*args))
@@ -61,8 +70,9 @@ def replay(optimizer: Any, draws: Draws) -> None:
         drawn = next(given)
         probes = iter(drawn.probes)
         slices = [piece for block in blocks for piece in block.slices]
-        for piece, weights in zip(slices, drawn.weights, strict=True):
+        for piece, weights, coordinates in zip(slices, drawn.weights, drawn.coordinates, strict=True):
             piece.weights.copy_(weights)
+            piece.coordinates = None if coordinates is None else coordinates.clone()
 
     structure, curvature = optimizer._structure, optimizer._runtime.curvature
     structure.draw_block, structure.draw_jointly = lambda *_: None, drawing
@@ -103,7 +113,8 @@ def train(loop: str, optimizer: Any, wrapper: DistributedDataParallel, micro: li
 def together(first: Drawn, second: Drawn) -> Drawn:
     """One draw of two ranks, with the probes of all their micro-batches, in one pass."""
     assert not any(torch.equal(a, b) for a, b in zip(first.probes, second.probes, strict=True))
-    return Drawn(first.weights, [torch.cat(first.probes + second.probes)] if first.probes else [])
+    probes = [torch.cat(first.probes + second.probes)] if first.probes else []
+    return Drawn(first.weights, first.coordinates, probes)
 
 
 def with_all_draws(

@@ -81,7 +81,7 @@ def test_two_ranks_are_one_process_with_the_whole_batch(
     assert equal(state, other)
     whole = [together(a, b) for a, b in zip(first, second, strict=True)]
     for a, b in zip(state, on_one(number, loop, how, whole), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(a, b, **FAMILY[number].rounding(1e-12))
     if "clipped" in how:
         assert not equal(state, on_one(number, loop, "as it is", whole))
 
