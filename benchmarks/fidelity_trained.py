@@ -1,12 +1,17 @@
-"""What KFACVON's own state says of removals, after training from scratch at its defaults.
+"""What an optimizer's own state says of removals, after training from scratch.
 
     python -m benchmarks.fidelity_trained [--seeds 3] [--out FILE]
 
 The digits and the network of `benchmarks.fidelity`, but Σ is the optimizer's own. Residuals and Jacobians are those at
 its mean, where the mean leave-one-out loss is to predict the test loss, and those at the minimum that L-BFGS in float64
-reaches from there, where 80 removals are retrained; see the slope of the truth over the prediction. The mean is not
-that minimum: it fits the training examples better the longer it is trained, since they are fitted under noise. Beside
-it stands the same structure made from the minimum itself, which bounds what the state can say there.
+reaches from there, where 80 removals are retrained; see Pearson's correlation with them, and the slope of the truth
+over the prediction. The mean is not that minimum: it fits the training examples better the longer it is trained, since
+they are fitted under noise. Beside it stands the same structure made from the minimum itself, which bounds what the
+state can say there: the diagonal of the Gauss-Newton matrix, its K-FAC, or its EK-FAC, which has the best diagonal that
+a Kronecker basis can have.
+
+KFACVON and EVON have their defaults. IVON, whose default `beta2` keeps hess_init for 100,000 steps, has the settings of
+`benchmarks.digits`.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,7 @@ from torch import nn
 import vlearn
 from benchmarks.problems.digits import Digits, Settings
 from benchmarks.problems.networks import mlp
-from benchmarks.reference.gauss_newton import layers_of
+from benchmarks.reference.gauss_newton import gauss_newton, layers_of
 from benchmarks.reference.kronecker_factors import ekfac_of, kfac_of
 from benchmarks.reference.removals import Retraining
 from benchmarks.report import tracking
@@ -36,27 +42,49 @@ from benchmarks.report.terminal import Advance, print_table, progress
 from benchmarks.training.digits import epochs, sweep
 from benchmarks.training.digits_minimum import PRIOR_PRECISIONS
 from benchmarks.training.estimates import change, evenly_ranked
-from vlearn.posterior import Kronecker
+from vlearn.posterior import Diagonal, Kronecker
 from vlearn.sensitivity.sweep import SensitivityTable
 
-SETTINGS = Settings(lr=0.01, retrained=80)  # 100 epochs
-METHODS = {"K-FAC": False, "EK-FAC": True}
+SETTINGS = Settings(retrained=80)  # 100 epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One optimizer.
+
+    Attributes:
+        make: (model, and what all have) -> optimizer.
+        structure: of Σ at the minimum.
+    """
+
+    make: Callable[..., Any]
+    structure: str
+
+
+METHODS = {
+    "IVON": Method(
+        lambda model, **shared: vlearn.IVON(model, lr=0.2, hess_init=0.1, beta2=0.9995, **shared), "diagonal"
+    ),
+    "EVON": Method(lambda model, **shared: vlearn.EVON(model, lr=2.0, **shared), "EK-FAC"),
+    "K-FAC": Method(lambda model, **shared: vlearn.KFACVON(model, lr=0.01, **shared), "K-FAC"),
+    "EK-FAC": Method(
+        lambda model, **shared: vlearn.KFACVON(model, lr=0.01, eigenvalue_correction=True, **shared), "EK-FAC"
+    ),
+}
 BOUND = "minimum, Σ made there"
 PLACES = ("mean", "minimum", BOUND)
 EPOCHS = (100, 300)
 NUMBERS = ("train_loss", "test_loss", "loo_loss", "pearson", "slope")
 
 
-def train(settings: Settings, data: Digits, eigenvalue_correction: bool) -> tuple[nn.Module, vlearn.KFACVON]:
-    """The network at KFACVON's mean, after training at its defaults with a cosine schedule."""
+def train(settings: Settings, data: Digits, method: str) -> tuple[nn.Module, Any]:
+    """The network at the optimizer's mean, after training with a cosine schedule."""
     torch.manual_seed(settings.seed)
     model = mlp(64, 16, 10)
-    optimizer = vlearn.KFACVON(
+    optimizer = METHODS[method].make(
         model,
-        lr=settings.lr,
         ess=settings.num_data,
         weight_decay=settings.weight_decay,
-        eigenvalue_correction=eigenvalue_correction,
         generator=torch.Generator().manual_seed(settings.seed),
     )
     for _ in epochs(model, optimizer, settings, data):
@@ -67,7 +95,7 @@ def train(settings: Settings, data: Digits, eigenvalue_correction: bool) -> tupl
 
 def compare(settings: Settings, data: Digits, method: str, say: Advance = lambda text: None) -> dict[str, Any]:
     """Train, predict every removal from the state, retrain some."""
-    model, optimizer = train(settings, data, METHODS[method])
+    model, optimizer = train(settings, data, method)
     problem = Retraining(model, data.x, data.y, settings.prior_precision)
     minimum = problem.from_weights_of(model)
     tables, losses = {}, {}
@@ -110,10 +138,17 @@ def compare(settings: Settings, data: Digits, method: str, say: Advance = lambda
 
 
 def sweep_of_structure(model: nn.Module, data: Digits, settings: Settings, method: str) -> SensitivityTable:
-    """All examples by the K-FAC or EK-FAC of the float64 model's own Gauss-Newton matrix."""
-    layers = layers_of(model, data.x.double())
-    factors = ekfac_of(layers) if METHODS[method] else kfac_of(layers)
+    """All examples by the structure of the float64 model's own Gauss-Newton matrix."""
+    layers, structure = layers_of(model, data.x.double()), METHODS[method].structure
     mean = {name: p.detach() for name, p in model.named_parameters()}
+    if structure == "diagonal":
+        entries = (
+            gauss_newton(layers).diagonal().add(settings.prior_precision).split([p.numel() for p in mean.values()])
+        )
+        precision = {name: part.reshape(p.shape) for (name, p), part in zip(mean.items(), entries, strict=True)}
+        posterior = Diagonal.from_precision(mean, precision, settings.num_data, settings.prior_precision)
+        return sweep(model, posterior, data, leverage=None)
+    factors = ekfac_of(layers) if structure == "EK-FAC" else kfac_of(layers)
     decay, ess = dict.fromkeys(mean, settings.weight_decay), dict.fromkeys(mean, float(settings.num_data))
     return sweep(model, Kronecker(mean, factors, decay, ess, settings.num_data), data, leverage=None)
 
@@ -138,7 +173,7 @@ def print_results(table: dict[str, Any]) -> None:
         )
         for title, row in table.items()
     ]
-    print_table("KFACVON trained from scratch", ("", "train", "test", "LOO", "Pearson", "slope"), rows)
+    print_table("Trained from scratch", ("", "train", "test", "LOO", "Pearson", "slope"), rows)
 
 
 def main(argv: list[str] | None = None) -> int:

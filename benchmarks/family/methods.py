@@ -1,7 +1,8 @@
 """The optimizers that `benchmarks.family` compares: how each is made, stepped, and read as a posterior.
 
 Every one has the same grid of factors around a learning rate of its own, and the same prior. The rates are what each
-documentation recommends, for runs as short as here at its upper end. AdamW keeps its own decoupled weight decay.
+documentation recommends, for runs as short as here at its upper end. AdamW and VAdamW keep their own decoupled weight
+decay.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vlearn.posterior import Diagonal, from_optimizer
 GRID = (1 / 3, 1.0, 3.0)  # times each method's own rate; where the best is at an end, the grid goes on
 MOST = 5  # rates that are tried
 IVON_OPT = "ivon-opt"
+EVON_TAKES = ("ess", "weight_decay", "generator")  # hess_init is soon forgotten, as its own beta2_warmup has it
 FORGETFUL = "VON, default beta2"  # without hess_init within hundreds of steps
 
 
@@ -84,6 +86,19 @@ METHODS: dict[str, Method] = {
     "AdamW": Method(3e-3, lambda model, lr, problem: torch.optim.AdamW(model.parameters(), lr=lr), is_posterior=False),
     IVON_OPT: Method(0.2, _ivon_opt),
     "IVON": Method(0.2, lambda model, lr, p: vlearn.IVON(model, lr=lr, **p.vlearn())),
+    "EVON": Method(
+        2.0, lambda model, lr, p: vlearn.EVON(model, lr=lr, **{key: p.vlearn()[key] for key in EVON_TAKES})
+    ),
+    "VAdamW": Method(
+        3e-3,
+        lambda model, lr, p: vlearn.VAdamW(
+            model,
+            lr=lr,
+            num_data=p.num_data,
+            prior_precision=p.prior_precision,
+            generator=torch.Generator().manual_seed(p.seed),
+        ),
+    ),
     "VON": Method(0.03, lambda model, lr, p: vlearn.VON(model, lr=lr, **p.vlearn())),
     FORGETFUL: Method(
         0.03, lambda model, lr, p: vlearn.VON(model, lr=lr, **{**p.vlearn(), "hess_init": 1.0, "beta2": 0.99})
