@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from vlearn.optim.distributed.processes import Processes
@@ -30,7 +29,7 @@ from vlearn.optim.structures.eigenbasis import EigenbasisStructure
 from vlearn.optim.updates.bases import refresh_bases
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import check_curvature
-from vlearn.optim.updates.eigenbasis import EigenbasisCurvature, move_matrix, turned
+from vlearn.optim.updates.eigenbasis import EigenbasisCurvature, move_matrices, turned
 from vlearn.optim.updates.riemannian import apply_ivon_step, off_scale
 
 if TYPE_CHECKING:
@@ -151,10 +150,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
         alone, matrices = update.parted(structure.layer_of())
         if alone.slices:
             apply_ivon_step(structure.diagonal, alone)
-        estimates = matrices.curvatures or []
-        for piece, gradient, statistic in zip(matrices.slices, matrices.gradients, estimates, strict=True):
-            with torch.autocast(gradient.device.type, enabled=False):
-                move_matrix(structure, structure.layer_of()[piece.parameter], piece, gradient, statistic)
+        move_matrices(structure, matrices)
         return matrices._replace(curvatures=None) if matrices.slices else None
 
     def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:

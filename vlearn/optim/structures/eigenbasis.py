@@ -40,8 +40,7 @@ class EigenbasisStructure(RotatedStructure):
         """See `Structure`."""
         for group in self.parameters.groups:
             for p in group["params"]:
-                sides = rotated_sides(p, group)
-                if p.requires_grad and sides and not self.parameters.state[p]:
+                if p.requires_grad and not self.parameters.state[p] and (sides := _rotated_sides(p, group)):
                     self.parameters.state[p] = _initial_state(p, float(group["hess_init"]), sides)
                     self._read_at = -1
         super().init_states()
@@ -85,7 +84,7 @@ class EigenbasisStructure(RotatedStructure):
         return self.block(layer, self.parameters.state[layer.weight]["hessian"])
 
 
-def rotated_sides(p: Tensor, group: Group) -> dict[str, int]:
+def _rotated_sides(p: Tensor, group: Group) -> dict[str, int]:
     """The sizes of a parameter's sides that have a basis, of the rows "out" and the columns "in"."""
     if p.dim() < 2 or p.is_complex() or not p.numel():
         return {}

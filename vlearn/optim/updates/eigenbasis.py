@@ -7,6 +7,7 @@ Vyas et al., 2024, "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.eigenbasis import EigenbasisStructure
+from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PriceOrSquares
 from vlearn.optim.updates.hessian_noise import add_noise
 from vlearn.optim.updates.riemannian import ivon_settings, measures_noise, move_hessians
@@ -53,17 +55,24 @@ class EigenbasisCurvature(PriceOrSquares):
         return super().of_draw(draw, group, slices, noise, gradients)
 
 
-def move_matrix(
-    structure: EigenbasisStructure, layer: Layer, piece: ParameterSlice, gradient: Tensor, statistic: Tensor
-) -> None:
-    """`ivon_step` with the Hessian and the preconditioner in the basis; then the factors move.
+def move_matrices(structure: EigenbasisStructure, update: BlockUpdate) -> None:
+    """`ivon_step` of matrices, with Hessian and preconditioner in the basis; then the factors move."""
+    layer_of, settings = structure.layer_of(), ivon_settings(update.group)
+    for piece, gradient, statistic in zip(update.slices, update.gradients, update.curvatures or [], strict=True):
+        with torch.autocast(gradient.device.type, enabled=False):
+            _move_matrix(structure, layer_of[piece.parameter], update.group, piece, gradient, statistic, settings)
 
-    Args:
-        gradient: ĝ, in the parameter's shape.
-        statistic: what `EigenbasisCurvature` gave, averaged.
-    """
-    group, state = structure.group_of(layer), structure.parameters.state[layer.weight]
-    settings = ivon_settings(group)
+
+def _move_matrix(
+    structure: EigenbasisStructure,
+    layer: Layer,
+    group: Group,
+    piece: ParameterSlice,
+    gradient: Tensor,
+    statistic: Tensor,
+    settings: dict[str, Any],
+) -> None:
+    state = structure.parameters.state[layer.weight]
     if measures_noise(group, [piece], structure.parameters):
         add_noise(structure.parameters, group, [piece], [statistic], group["ess"])
     state["step"] += 1
