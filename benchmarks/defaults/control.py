@@ -35,6 +35,7 @@ class Control:
         import gymnasium
         from stable_baselines3 import PPO
         from stable_baselines3.common.evaluation import evaluate_policy
+        from stable_baselines3.common.logger import Logger
         from stable_baselines3.common.monitor import Monitor
 
         def optimizer_of(parameters: Any, lr: float, **_: Any) -> Any:
@@ -54,6 +55,7 @@ class Control:
         )
         if ppo.policy.optimizer.__module__.startswith("ivon"):
             return {"loss": math.inf}
+        ppo.set_logger(Logger(folder=None, output_formats=[]))  # its own leaves a folder behind
         ppo.learn(self.steps)
         optimizer = ppo.policy.optimizer
         mean, _ = evaluate_policy(ppo, Monitor(gymnasium.make("CartPole-v1")), n_eval_episodes=50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ from tests.oracles.per_example import relative_error
 pytest.importorskip("stable_baselines3", reason=EXTRA)
 import gymnasium  # noqa: E402
 from stable_baselines3 import A2C, DQN, PPO  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `learn` leaves a folder for its log."""
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path))
 
 
 class Signs(gymnasium.Env):
