@@ -86,9 +86,7 @@ METHODS: dict[str, Method] = {
     "AdamW": Method(3e-3, lambda model, lr, problem: torch.optim.AdamW(model.parameters(), lr=lr), is_posterior=False),
     IVON_OPT: Method(0.2, _ivon_opt),
     "IVON": Method(0.2, lambda model, lr, p: vlearn.IVON(model, lr=lr, **p.vlearn())),
-    "EVON": Method(
-        2.0, lambda model, lr, p: vlearn.EVON(model, lr=lr, **{key: p.vlearn()[key] for key in EVON_TAKES})
-    ),
+    "EVON": Method(2.0, lambda model, lr, p: vlearn.EVON(model, lr=lr, **{key: p.vlearn()[key] for key in EVON_TAKES})),
     "VAdamW": Method(
         3e-3,
         lambda model, lr, p: vlearn.VAdamW(

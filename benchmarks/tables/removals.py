@@ -92,19 +92,28 @@ def _retraining(labels: dict[str, str], cases: dict[str, str]) -> str:
 
 
 def from_scratch() -> str:
-    """KFACVON's own state after 100 epochs from scratch."""
+    """Each optimizer's own state after 100 epochs from scratch."""
     numbers = read("fidelity_trained")["table"]
     rows = []
-    for method in ("K-FAC", "EK-FAC"):
+    for method, label in {"IVON": "IVON", "EVON": "EVON", "K-FAC": "KFACVON", "EK-FAC": "KFACVON, EK-FAC"}.items():
         for delta in (1, 5):
             run = f"{method}, 100 epochs, δ = {delta}"
             mean = numbers[f"{run}, mean"]["mean"]
-            slopes = [
-                f"{each['mean']['slope']:.2f} ± {each['deviation']['slope']:.2f}"
+            found = [
+                f"{each['mean'][quantity]:.2f} ± {each['deviation'][quantity]:.2f}"
+                for quantity in ("pearson", "slope")
                 for each in (numbers[f"{run}, minimum"], numbers[f"{run}, minimum, Σ made there"])
             ]
-            rows.append((method, str(delta), f"{mean['loo_loss']:.3f} / {mean['test_loss']:.3f}", *slopes))
-    header = ("", "δ", "LOO / test loss at the mean", "slope: its state", "slope: Σ made there")
+            rows.append((label, str(delta), f"{mean['loo_loss']:.3f} / {mean['test_loss']:.3f}", *found))
+    header = (
+        "",
+        "δ",
+        "LOO / test loss at the mean",
+        "Pearson: its state",
+        "Σ made there",
+        "slope: its state",
+        "Σ made there",
+    )
     return table(header, rows)
 
 
