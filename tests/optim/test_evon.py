@@ -262,6 +262,26 @@ def test_a_basis_moves_every_so_many_steps_and_the_hessian_with_it() -> None:
     assert moved == [False, False, True, False, False, True]
 
 
+def test_the_bases_can_be_made_the_eigenvectors_at_once() -> None:
+    model = network()
+    optimizer = vlearn.EVON(model, lr=0.1, ess=50, update_every=10**6)
+    steps(optimizer, model, 5)
+    p, posterior = model[0].weight, optimizer.posterior()
+    trace, mean = optimizer.state[p]["hessian"].sum(), p.detach().clone()
+    optimizer.train()  # a draw that waits
+    optimizer.refresh_bases()
+    basis = optimizer.state[p]["in_basis"]
+    factor = without_ties(optimizer.state[p]["in_factor"], 1e-3)
+    assert factor is not None
+    rotated = basis.mT @ factor @ basis
+    torch.testing.assert_close(rotated, rotated.diagonal().diag(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(optimizer.state[p]["hessian"].sum(), trace)
+    assert torch.equal(p, mean)
+    with pytest.raises(RuntimeError, match="stale"):
+        posterior.kl()
+    steps(optimizer, model, 1)
+
+
 SHAPES = {
     "linear": (nn.Linear(6, 4), {"weight": (4, 6)}),
     "convolution": (nn.Conv2d(2, 3, 3), {"weight": (3, 18)}),

@@ -123,6 +123,16 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
         given.update(shared)
         super().__init__(params, settings_of("EVON", lr, ess, given, **own), *own_options(shared))
 
+    def refresh_bases(self) -> None:
+        """Turn every basis to the eigenvectors of L and R at once, and the Hessian with it; all processes must call it.
+
+        A draw that waits is dropped, and a posterior that was read before is stale.
+        """
+        self._sampler.discard()
+        structure = self._structure
+        refresh_bases(structure, structure.layers(), partial(turned, structure, wholly=True))
+        self._parameters.count_change()
+
     def _check_group(self, group: Group) -> None:
         check(
             group,

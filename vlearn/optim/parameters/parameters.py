@@ -99,6 +99,10 @@ class Parameters:
         self.updates += 1
         self._steps = None if self._steps is None else self._steps + 1
 
+    def count_change(self) -> None:
+        """The state has changed without a step."""
+        self.updates += 1
+
     def count_load(self) -> None:
         """Another state is being loaded."""
         self.updates += 1

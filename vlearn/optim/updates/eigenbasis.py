@@ -98,13 +98,17 @@ def _move_matrix(
             state[name].addmm_(side, side.mT, beta=beta, alpha=1 - beta)
 
 
-def turned(structure: EigenbasisStructure, layer: Layer) -> list[Tensor] | None:
-    """h in a new basis, and that: eigenvectors at first, then one power iteration from the last; None if it fails."""
+def turned(structure: EigenbasisStructure, layer: Layer, wholly: bool = False) -> list[Tensor] | None:
+    """h in a new basis, and that; None if it fails.
+
+    Args:
+        wholly: to the eigenvectors, as at first; else by one power iteration from the last basis.
+    """
     state, before = structure.parameters.state[layer.weight], structure.basis(layer)
     after: list[Tensor | None] = []
     with torch.autocast(layer.weight.device.type, enabled=False):
         for name, basis in zip(("out_factor", "in_factor"), before, strict=True):
-            after.append(_nearer(state[name], basis) if name in state else None)
+            after.append(_nearer(state[name], None if wholly else basis) if name in state else None)
             if name in state and after[-1] is None:
                 return None
         hessian = rotate_diagonal(state["hessian"], before, (after[0], after[1]))
