@@ -95,6 +95,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
     """
 
     _takes_complex = True
+    _takes_prior = True
 
     def __init__(
         self,
