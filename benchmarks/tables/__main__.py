@@ -24,6 +24,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "family-fashion-mnist": optimizers.fashion_mnist,
     "family-digits": optimizers.digits,
     "family-cost": optimizers.cost,
+    "continual": optimizers.continual,
+    "merging": optimizers.merging,
     "step-cost": costs.step,
     "step-cost-gpu": costs.step_on_a_gpu,
     "sensitivity-cost": costs.sensitivities,

@@ -98,3 +98,26 @@ def _gap(row: dict[str, Any]) -> str:
     if "loo_gap" not in row["mean"]:
         return ""
     return f"{short(row['mean']['loo_gap'], 3, sign=True)} ± {short(row['deviation']['loo_gap'], 3)}"
+
+
+def continual() -> str:
+    """Test accuracies on split digits, and of merging."""
+    found = read("continual")
+
+    def cell(result: dict[str, float] | None) -> str:
+        return "" if result is None else f"{100 * result['mean']:.1f} ± {100 * result['error']:.1f}"
+
+    ways = ("without", "with prior", "at once")
+    titles = [f"{problem}: {way}" for problem in found["continual"] for way in ways]
+    names = list(next(iter(found["continual"].values())))
+    rows = [
+        (name, *(cell(each[name].get(way)) for each in found["continual"].values() for way in ways)) for name in names
+    ]
+    return table(("test accuracy in %", *titles), rows)
+
+
+def merging() -> str:
+    """Test accuracies of two sites, averaged and merged."""
+    merging = read("continual")["merging"]
+    cells = [f"{100 * result['mean']:.1f} ± {100 * result['error']:.1f}" for result in merging.values()]
+    return table(("two sites", *merging), [("test accuracy in %", *cells)])

@@ -26,6 +26,7 @@ from tests.distributed.problems import (
 from tests.distributed.ranks import Ranks
 from tests.optim import table
 from tests.optim.table import FAMILY, IVON, LOOPS, Entry, data, equal, loss_of, network, numbered, plain, weights
+from tests.optim.test_prior import random_prior
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,20 @@ def test_two_ranks_are_one_process_with_both_draws(
     ranks: Ranks, number: int, loop: str, parts: int, no_sync: bool
 ) -> None:
     assert_two_are_one(ranks, number, loop, parts, no_sync)
+
+
+def own_draws_with_prior(rank: int, number: int) -> Any:
+    return own_draws(rank, number, "plain", 1, False, {}, {"prior": random_prior(network())})
+
+
+@numbered
+def test_two_ranks_with_a_prior_are_one_process_with_both_draws(ranks: Ranks, number: int) -> None:
+    (first, state), (second, other) = ranks(own_draws_with_prior, number)
+    model = network()
+    prior = random_prior(model)
+    prior.belong_to(dict(model.named_parameters()))  # it is made from parameters without names
+    one = with_all_draws(FAMILY[number], model, [first, second], 1, prior=prior)
+    assert equal(state, other) and equal(state, state_of(one))
 
 
 @numbered

@@ -47,6 +47,11 @@ class Block:
         """The variance of each entry, Σ_k U_ik² v_k, by parameter in its shape."""
         raise NotImplementedError
 
+    def diagonal_precision(self) -> list[Tensor]:
+        """The diagonal of Σ⁻¹, by parameter in its shape."""
+        parts = self.precision().diagonal().split([shape.numel() for shape in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
     def log_volume(self) -> Tensor | float:
         """log |det U|."""
         return 0.0
@@ -58,6 +63,13 @@ class Block:
     def solve(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Σ⁻¹g."""
         return self.from_basis(self.into_basis(tensors) / self.variances)
+
+    def precision(self) -> Tensor:
+        """Σ⁻¹ ``[P, P]`` over the entries of all parameters, in their order."""
+        sizes = [shape.numel() for shape in self.shapes]
+        unit = torch.eye(sum(sizes), dtype=self.variances.dtype, device=self.variances.device)
+        columns = [part.reshape(-1, *shape) for part, shape in zip(unit.split(sizes, 1), self.shapes, strict=True)]
+        return torch.cat([rows.flatten(1) for rows in self.solve(columns)], 1)
 
     def quadratic(self, tensors: Sequence[Tensor]) -> Tensor:
         """gᵀΣg ``[n]``."""
@@ -95,6 +107,10 @@ class DiagonalBlock(Block):
         """See `Block`; v itself."""
         return [self.variances]
 
+    def diagonal_precision(self) -> list[Tensor]:
+        """See `Block`."""
+        return [self.variances.reciprocal()]
+
 
 class KroneckerBlock(Block):
     """Columns [weight, bias] of one layer, rotated on either side.
@@ -131,7 +147,14 @@ class KroneckerBlock(Block):
 
     def diagonal(self) -> list[Tensor]:
         """See `Block`; (Q_B∘Q_B) v (Q_A∘Q_A)ᵀ."""
-        matrix = self.variances if self.out_basis is None else self.out_basis.square() @ self.variances
+        return self._diagonal_of(self.variances)
+
+    def diagonal_precision(self) -> list[Tensor]:
+        """See `Block`; (Q_B∘Q_B) v⁻¹ (Q_A∘Q_A)ᵀ."""
+        return self._diagonal_of(self.variances.reciprocal())
+
+    def _diagonal_of(self, values: Tensor) -> list[Tensor]:
+        matrix = values if self.out_basis is None else self.out_basis.square() @ values
         matrix = matrix if self.in_basis is None else matrix @ self.in_basis.square().mT
         return [part.squeeze(0) for part in self._by_parameter(matrix.unsqueeze(0))]
 
@@ -164,9 +187,17 @@ class DenseBlock(Block):
         """See `Block`; L Lᵀ g."""
         return self._by_parameter(self.factor @ (self.factor.mT @ self._as_columns(tensors)))  # U⁻¹ = Lᵀ
 
+    def precision(self) -> Tensor:
+        """See `Block`; L Lᵀ."""
+        return self.factor @ self.factor.mT
+
     def diagonal(self) -> list[Tensor]:
         """See `Block`; the diagonal of (L Lᵀ)⁻¹."""
         return [part.squeeze(0) for part in self._by_parameter(self._variance_of_entries.unsqueeze(1))]
+
+    def diagonal_precision(self) -> list[Tensor]:
+        """See `Block`; the diagonal of L Lᵀ."""
+        return [part.squeeze(0) for part in self._by_parameter(self.factor.square().sum(1, keepdim=True))]
 
     def log_volume(self) -> Tensor:
         """See `Block`; -log det L."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import DiagonalBlock
-from vlearn.gaussians.gaussian import Gaussian, LazyByName
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.stopped_training import stopped
 
 if TYPE_CHECKING:
@@ -94,10 +94,33 @@ class Diagonal(Gaussian):
         hessian = {name: tensor / num_data - weight_decay for name, tensor in precision.items()}
         return cls(mean, hessian, dict.fromkeys(mean, weight_decay), dict.fromkeys(mean, num_data), num_data)
 
-    @property
-    def precision(self) -> Mapping[str, Tensor]:
-        """Diagonal of Σ⁻¹ by parameter name, summed over num_data, prior included."""
-        return LazyByName(self, self._precision)
+    @classmethod
+    def nearest(cls, posterior: Gaussian) -> Diagonal:
+        """The Gaussian q of independent entries with the least KL(q ‖ p) to a posterior p.
+
+        It has the mean of p and the diagonal of its Σ⁻¹; likewise of its prior.
+
+        Args:
+            posterior: p, of any structure.
+        Returns:
+            A copy, which belongs to the same model.
+        """
+        kept, num_data = posterior.clone(), posterior.num_data
+        prior: Mapping[str, float | Tensor] = kept.prior_precision if kept.prior is None else kept.prior.precision
+        decay = {name: prior[name] / num_data if name in prior else 0.0 for name in kept.names}
+        nearest = cls(
+            {name: kept.mean[name] for name in kept.names},
+            {name: kept.precision[name] / num_data - decay[name] for name in kept.names},
+            decay,
+            {name: kept.ess.get(name, num_data) for name in kept.names},
+            num_data,
+            parameters=kept.parameters,
+            at_mean=kept.at_mean,
+        )
+        nearest.prior_mean, nearest.training_time = dict(kept.prior_mean), kept.training_time
+        nearest.uncalibrated_reason, nearest.uncalibrated_draws = kept.uncalibrated_reason, kept.uncalibrated_draws
+        nearest.num_data_given = kept.num_data_given
+        return nearest
 
     def _precision(self, name: str) -> Tensor:
         """N(h + wd) in one pass over h."""

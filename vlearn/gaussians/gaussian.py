@@ -43,6 +43,7 @@ class Gaussian:
         uncalibrated_draws: whether that of draws and prior is then arbitrary too. An optimizer draws as it trains.
         num_data_given: False where num_data is the ess of an optimizer that was not told the number of examples.
         prior_mean: μ by name; 0 where missing.
+        prior: the prior over the same blocks, where its entries are correlated and no prior_precision tells it.
         training_time: how long the network was trained where Σ knows it, see `stopped_at`, the shortest of its
             parameters'; else infinite.
     """
@@ -51,6 +52,7 @@ class Gaussian:
     uncalibrated_draws: bool = True
     num_data_given: bool = True
     prior_mean: Mapping[str, Tensor] = {}
+    prior: Gaussian | None = None
     training_time: float = math.inf
 
     def __init__(
@@ -98,6 +100,11 @@ class Gaussian:
         return LazyByName(self, self._variance)
 
     @property
+    def precision(self) -> Mapping[str, Tensor]:
+        """Diagonal of Σ⁻¹ by parameter name, summed over num_data, prior included."""
+        return LazyByName(self, self._precision)
+
+    @property
     def draw_variance(self) -> Mapping[str, Tensor]:
         """Variance of the draws by parameter name, on the ess scale."""
         return LazyByName(self, lambda name: self._variance(name) * self._tempering(name))
@@ -120,12 +127,14 @@ class Gaussian:
         return 0.5 * (count * math.log(2 * math.pi * math.e) + self._log_determinant())
 
     def kl(self) -> float:
-        """KL(q ‖ prior) in nats, ½ Σ [δ(σ² + (m - μ)²) - 1 - log δ] - ½ log det Σ; the prior is N(μ, 1/δ).
+        """KL(q ‖ prior) in nats, ½ Σ [δ(σ² + (m - μ)²) - 1 - log δ] - ½ log det Σ; the prior is N(μ, 1/δ), or `prior`.
 
         Raises:
             ValueError: if a prior precision is unknown, or zero: the prior is then improper, the divergence infinite.
         """
         self.require_calibrated("KL divergence")
+        if self.prior is not None:
+            return self._kl_to(self.prior)
         total = -self._log_determinant()
         for name in self.names:
             if name not in self.prior_precision:
@@ -139,6 +148,20 @@ class Gaussian:
                 )
             distance = mean - self.prior_mean[name].double() if name in self.prior_mean else mean
             total += float((prior * (variance + distance.square()) - 1 - prior.log()).sum())
+        return 0.5 * total
+
+    def _kl_to(self, other: Gaussian) -> float:
+        """KL(q ‖ p), ½ [tr PΣ + (m - μ)ᵀP(m - μ) - dim - log det PΣ], of p = N(μ, P⁻¹) over the same blocks."""
+        total = other._log_determinant() - self._log_determinant()
+        for group in self._each_group():
+            own, prior = self.block(group), other.block(group)
+            entries = own.variances.numel()
+            scales = torch.diag(own.variances.flatten().sqrt()).reshape(entries, *own.variances.shape)
+            roots = own.from_basis(scales)  # the columns of U√v
+            distance = [(self.mean[name] - other.mean[name]).unsqueeze(0) for name in group]
+            for vectors in (roots, distance):
+                total += sum(float((v * p).sum()) for v, p in zip(vectors, prior.solve(vectors), strict=True))
+            total -= entries
         return 0.5 * total
 
     def clone(self) -> Self:
@@ -170,6 +193,7 @@ class Gaussian:
             "ess": {name: float(value) for name, value in self.ess.items()},
             "prior_precision": dict(self.prior_precision),
             "prior_mean": dict(self.prior_mean),
+            "prior": None if self.prior is None else self.prior.state(),
             "uncalibrated_reason": self.uncalibrated_reason,
             "uncalibrated_draws": self.uncalibrated_draws,
             "num_data_given": self.num_data_given,
@@ -199,6 +223,7 @@ class Gaussian:
         posterior.training_time = state.get("training_time", math.inf)
         posterior.uncalibrated_draws = state.get("uncalibrated_draws", True)
         posterior.num_data_given = state.get("num_data_given", True)
+        posterior.prior = None if state.get("prior") is None else Gaussian.from_state(state["prior"])
         return posterior
 
     @classmethod
@@ -271,6 +296,10 @@ class Gaussian:
     def _variance(self, name: str) -> Tensor:
         group = self.groups[name]
         return self.block(group).diagonal()[group.index(name)]
+
+    def _precision(self, name: str) -> Tensor:
+        group = self.groups[name]
+        return self.block(group).diagonal_precision()[group.index(name)]
 
     def _tempering(self, name: str) -> float:
         return self.num_data / self.ess.get(name, self.num_data)

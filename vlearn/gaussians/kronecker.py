@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,11 +36,13 @@ class KroneckerFactors:
         out_basis: Q_B ``[O, O]``; None is the identity.
         in_basis: Q_A ``[I, I]``; None is the identity.
         hessian: s ``[O, I]``, per example, without the weight decay.
+        prior: ``[O, I]`` in the place of wd in that basis, per example, where the entries have priors of their own.
     """
 
     out_basis: Tensor | None
     in_basis: Tensor | None
     hessian: Tensor
+    prior: Tensor | None = None
 
     @classmethod
     def from_covariances(cls, inputs: Tensor, gradients: Tensor) -> KroneckerFactors:
@@ -62,7 +64,8 @@ class Kronecker(Gaussian):
         mean: posterior mean of each parameter by name.
         factors: of each layer, by the names of its parameters, whose columns one after another are those of s:
             ``("0.weight", "0.bias")`` together, or ``("0.weight",)`` and ``("0.bias",)`` each for itself.
-        weight_decay: wd by name, per example, the same for all names of a layer.
+        weight_decay: wd by name, per example, the same for all names of a layer; of each entry where the layer's
+            factors have a `prior`, which stands for it in their basis.
         ess: effective sample size of the draws by name, the same for all names of a layer.
         num_data: number of training examples N.
         parameters: the model's parameters by name, where the posterior belongs to a model.
@@ -77,7 +80,7 @@ class Kronecker(Gaussian):
         self,
         mean: Mapping[str, Tensor],
         factors: Mapping[tuple[str, ...], KroneckerFactors],
-        weight_decay: Mapping[str, float],
+        weight_decay: Mapping[str, float | Tensor],
         ess: Mapping[str, float],
         num_data: float,
         *,
@@ -96,12 +99,15 @@ class Kronecker(Gaussian):
             at_mean=at_mean,
         )
         self._factors = dict(factors)
-        self._weight_decay = {layer: weight_decay[layer[0]] for layer in factors}
+        self._weight_decay = {
+            layer: weight_decay[layer[0]] if each.prior is None else each.prior for layer, each in factors.items()
+        }
         self._shapes = {layer: [mean[name].shape for name in layer] for layer in factors}
         for layer, shapes in self._shapes.items():
             _check_shapes(layer, shapes, factors[layer])
             for what, by_name in (("weight_decay", weight_decay), ("ess", ess)):
-                if len({float(by_name[name]) for name in layer}) > 1:
+                by_entry = what == "weight_decay" and factors[layer].prior is not None
+                if not by_entry and len({float(by_name[name]) for name in layer}) > 1:
                     raise ValueError(
                         f"{what} differs between {' and '.join(layer)}, but a layer has one: give both the same, or "
                         "each its own factors."
@@ -116,7 +122,7 @@ class Kronecker(Gaussian):
     def block_state(self) -> dict[str, Any]:
         """See `Gaussian`."""
         factors = [
-            {"names": list(layer), "out_basis": f.out_basis, "in_basis": f.in_basis, "hessian": f.hessian}
+            {"names": list(layer), **{field.name: getattr(f, field.name) for field in fields(f)}}
             for layer, f in self._factors.items()
         ]
         return {"factors": factors}
@@ -125,7 +131,7 @@ class Kronecker(Gaussian):
     def of_state(cls, state: Mapping[str, Any]) -> Self:
         """See `Gaussian`."""
         factors = {
-            tuple(each["names"]): KroneckerFactors(each["out_basis"], each["in_basis"], each["hessian"])
+            tuple(each["names"]): KroneckerFactors(**{name: t for name, t in each.items() if name != "names"})
             for each in state["factors"]
         }
         decay = {name: prior / state["num_data"] for name, prior in state["prior_precision"].items()}
@@ -163,6 +169,7 @@ def _check_shapes(layer: tuple[str, ...], shapes: list[torch.Size], factors: Kro
         ("hessian", factors.hessian, (rows, columns)),
         ("out_basis", factors.out_basis, (rows, rows)),
         ("in_basis", factors.in_basis, (columns, columns)),
+        ("prior", factors.prior, (rows, columns)),
     ):
         if tensor is not None and tensor.shape != expected:
             raise ValueError(

@@ -61,6 +61,7 @@ class ProductPosterior(Gaussian):
             at_mean=at_mean,
         )
         self._parts = list(parts)
+        self.prior_mean = {name: mean for part in parts for name, mean in part.prior_mean.items()}
         self.training_time = min(part.training_time for part in parts)
 
     def block(self, group: tuple[str, ...]) -> Block:

@@ -59,7 +59,7 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     same = {id(p): name for name, p in posterior.parameters.items()}
     matched = {same[id(p)]: p for p in own.values() if id(p) in same}
     if not matched:
-        matched = _of_same_name(model, posterior.names)
+        matched: Any = of_same_name(dict(named_parameters(model)), posterior.names)
         for name, p in matched.items():
             if posterior.mean[name].shape != p.shape:
                 raise ValueError(
@@ -74,8 +74,8 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     return matched
 
 
-def _of_same_name(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    named: Any = dict(named_parameters(model))
+def of_same_name(named: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters that have these names, by them; or have them but for wrappers that hold the model."""
     found = {name: named[name] for name in names if name in named}
     if found:
         return found

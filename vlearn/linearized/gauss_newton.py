@@ -67,8 +67,11 @@ class GaussNewton:
         self._losses, self._output = losses, output
         self._num_data = posterior.num_data
         self.check(posterior)
+        named: dict[str, Tensor] = dict(match(model, posterior))
+        joint: Posterior | None = getattr(posterior, "prior", None)
+        self._joint_prior = None if joint is None else joint.covariance(named)
         known = getattr(posterior, "prior_precision", {})
-        self._prior: dict[Tensor, float | Tensor] = {p: known[name] for name, p in match(model, posterior).items()}
+        self._prior: dict[Tensor, float | Tensor] = {p: known[name] for name, p in named.items() if name in known}
         self._count: int | None = None
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
 
@@ -83,6 +86,8 @@ class GaussNewton:
                 f"the posterior is that of a network that has trained for a time of {training_time:g}, whose "
                 "response is not the inverse of its curvature: refine the posterior without the training time."
             )
+        if getattr(posterior, "prior", None) is not None:
+            return
         known = getattr(posterior, "prior_precision", {})
         for name in posterior.names:
             if name not in known or not bool((torch.as_tensor(known[name]) > 0).all()):
@@ -140,10 +145,12 @@ class GaussNewton:
                 "pass a loader that gives the same each time, not an iterator."
             )
         self._count = count
+        joint = {} if self._joint_prior is None else self._joint_prior.solve(chosen)
         products = {}
         for p, v in vectors.items():
             products[p] = torch.zeros_like(v)
-            products[p][active] = total[p] * (self._num_data / count) + self._prior[p] * chosen[p]
+            prior = joint[p] if p in joint else self._prior[p] * chosen[p]
+            products[p][active] = total[p] * (self._num_data / count) + prior
         return products
 
 

@@ -59,7 +59,8 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
     of the basis that its noise was made in. The posterior precision is num_data·Q(h + wd)Qᵀ, Q = Q_L ⊗ Q_R. Where the
     bases are the identity this is `IVON` with the same settings; the defaults are others: β₂ is a running average of
     all estimates first (`beta2_warmup`), so that hess_init is soon forgotten, and steps are bounded by lr·ξ as those of
-    Adam are by its learning rate.
+    Adam are by its learning rate. A `prior` with a precision P₀ of each entry pulls M exactly, and adds its diagonal in
+    the basis, of Qᵀ(P₀/N)Q, to h.
 
     Args:
         params: a model, which is then watched; or anything that torch.optim takes.
@@ -94,6 +95,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
     """
 
     _takes_complex = True
+    _takes_prior = True
 
     def __init__(
         self,

@@ -91,6 +91,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
     """
 
     _copied = ("rule", "curvature", "likelihood", "output")
+    _takes_prior = True
 
     def __init__(
         self,
@@ -126,7 +127,8 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         try:
             check_size(self._parameters.trainable())
         except ValueError:
-            self.param_groups.pop()
+            for p in self.param_groups.pop()["params"]:
+                self.state.pop(p, None)  # its prior
             raise
 
     def _check_group(self, group: Group) -> None:
@@ -157,7 +159,8 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         moving = [piece.parameter for _, piece, _ in rows]
         at = positions(moving, joint).to(joint[0].device)
         old = structure.hessian(joint)
-        decay = structure.by_entry(joint, "weight_decay").diag()
+        decay = structure.prior(joint)
+        pull = structure.pull_of_prior(joint, decay)[at]
         hessian = old
         if updates[0].curvatures is not None:
             estimate = torch.cat([rows_of(c).to(old) for u in updates for c in u.curvatures or []])[:, at]
@@ -172,13 +175,13 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
         factor = cholesky(precision[at.unsqueeze(1), at])
         means = [piece.exact_mean(structure.parameters) for _, piece, _ in rows]
         directions = []
-        for (group, piece, gradient), mean in zip(rows, means, strict=True):
+        for group, piece, gradient in rows:
             state = self.state[piece.parameter]
             state["step"] += 1
             momentum = state["momentum"].lerp_(gradient, 1 - float(group["beta1"]))
             correction = momentum_correction(group, state["step"])
-            directions.append((momentum / correction + group["weight_decay"] * mean).reshape(-1).to(old))
-        steps = torch.cholesky_solve(torch.cat(directions).unsqueeze(1), factor).squeeze(1)
+            directions.append((momentum / correction).reshape(-1).to(old))
+        steps = torch.cholesky_solve((torch.cat(directions) + pull).unsqueeze(1), factor).squeeze(1)
         for (group, _, _), mean, step in zip(rows, means, split(steps, moving), strict=True):
             mean.sub_(step.reshape(mean.shape).to(mean), alpha=float(group["lr"]))
         if hessian is not old:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vlearn.gaussians import Diagonal
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.optimizer import VariationalOptimizer
@@ -58,12 +59,15 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         beta1: momentum of the gradient.
         beta2: momentum of the Hessian; 1 - beta2 must be small, the estimate ĥ is noisy.
         weight_decay: wd = δ/N for a prior precision δ and N examples.
+        prior: a posterior, whose mean m₀ and precision P₀ stand for 0 and N·wd, entry by entry; see
+            `vlearn.optim.SharedOptions`.
         mc_samples: draws per `step(closure)`.
         hess_approx: ivon-opt's name for `curvature`: "price", or "gradsq" for "empirical".
         clip_radius: ξ, bound on each entry of the preconditioned gradient.
         sync: average gradients and statistics over all processes at `step()`, without a DDP wrapper.
         debias: divide the momentum by 1 - β₁ᵗ.
-        rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them.
+        rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them; also where a prior stands
+            for wd.
         curvature: "price" (above) or "empirical", ĥ = ess·mean ĝ²; default what hess_approx says.
         num_data: number of training examples N, the scale of posterior and sensitivities, whatever the draws'; default
             ess.
@@ -73,7 +77,8 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         compiled: one kernel of torch.compile for each large tensor (on accelerators, of four million entries and
             more); the first step compiles it, for up to a minute, and later processes find it in torch's cache.
             Float32 noise is made in the kernel, from a key that `generator` gives: samples follow the same
-            distribution but differ from those of compiled=False for the same seed.
+            distribution but differ from those of compiled=False for the same seed. Tensors with a prior take the
+            path of compiled=False.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
@@ -99,6 +104,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     """
 
     _takes_complex = True
+    _takes_prior = True
 
     def __init__(
         self,
@@ -117,6 +123,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         rescale_lr: bool = True,
         *,
         curvature: str | None = None,
+        prior: Gaussian | None = None,
         num_data: float | None = None,
         generator: torch.Generator | None = None,
         foreach: bool | None = None,
@@ -135,6 +142,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "betas": (beta1, beta2),
             "beta2_warmup": beta2_warmup,
             "weight_decay": weight_decay,
+            "prior": prior,
             "mc_samples": mc_samples,
             "curvature": curvature or _curvature_of(hess_approx),
             "clip_radius": clip_radius,
@@ -172,7 +180,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     def _update_compiled(self, draw: Draw, block: SliceBlock, keep: bool) -> bool:
         (group, slices), structure = block, self._structure
         piece, gradient = slices[0], draw.gradient_of(slices[0].parameter)
-        if len(slices) > 1 or gradient is None:
+        if len(slices) > 1 or gradient is None or self._parameters.has_prior(piece.parameter):
             return False
         state = (*structure.state_of(slices, "momentum"), *structure.state_of(slices, "hessian"))
         tensors = flat(piece.weights, piece.buffer, piece.of(gradient), *state)
@@ -184,6 +192,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         mean_in_weights, correction = piece.mean_in_weights, structure.count_step(group, piece)
         beta2 = beta2_of_step(group, int(self.state[piece.parameter]["step"]))
         settings = {**ivon_settings(group), "correction": correction, "beta2": beta2}
+        settings["weight_decay"] = float(group["weight_decay"])
         kernel(ivon_kernel)(*tensors, mean_in_weights, keep, **settings)
         if keep:
             swap_in_means(slices)

@@ -53,7 +53,9 @@ class KFACVON(RotatedOptimizer[KroneckerStructure]):
         M ← M - lr·Q_B[Q_Bᵀ(g/(1 - β₁ᵗ) + wd·M)Q_A / (s + wd + damping)]Q_Aᵀ
 
     Running means start at their first value and weigh older ones by β₂. The posterior precision is
-    num_data·Q(s + wd)Qᵀ, Q = Q_B ⊗ Q_A: the damping by wd is exact, and is the prior. Layers are linear layers,
+    num_data·Q(s + wd)Qᵀ, Q = Q_B ⊗ Q_A: the damping by wd is exact, and is the prior. A `prior` with a precision P₀ of
+    each entry pulls M exactly, and adds its diagonal in the basis, of Qᵀ(P₀/N)Q, to s: of all Gaussians with this basis
+    that is the nearest. Layers are linear layers,
     convolutions of one group and embeddings, also user-registered ones that are matrix products; a bias in another
     parameter group than its weight, layers with more than 8192 inputs or outputs, and all other parameters are
     diagonal, as in `VON`. Where positions share a weight, A takes the inputs of every `update_every`-th step alone.
@@ -96,6 +98,7 @@ class KFACVON(RotatedOptimizer[KroneckerStructure]):
     """
 
     _copied = ("curvature", "likelihood", "output", "kfac_approx", "eigenvalue_correction", "factored_damping")
+    _takes_prior = True
 
     def __init__(
         self,
@@ -139,6 +142,13 @@ class KFACVON(RotatedOptimizer[KroneckerStructure]):
                 whole_number_rule(group, "update_every", 1, "steps: use 10"),
             ],
         )
+
+    def _take_prior(self, prior: Any, candidates: list[Tensor], whole: bool) -> None:
+        if self.factored_damping:
+            raise ValueError(
+                "factored_damping=True with a prior, but it damps by one weight decay: use factored_damping=False."
+            )
+        super()._take_prior(prior, candidates, whole)
 
     def _new_structure(self, parameters: Parameters, processes: Processes) -> KroneckerStructure:
         return KroneckerStructure(parameters, processes, self.kfac_approx, self.eigenvalue_correction)

@@ -43,6 +43,7 @@ from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structu
 from vlearn.optim.sampling.sampler import Context, MeanView, Sampler
 from vlearn.optim.step_checks import check_first_gradients, check_passes, is_primed, waiting_draw
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
+from vlearn.optim.structures.prior import parameters_of_prior
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
 from vlearn.optim.updates.hessian_noise import LIMIT, NOISE, hessian_noise, start_noise
@@ -90,6 +91,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
 
     _copied: tuple[str, ...] = ()  # attributes of a subclass that copies have too
     _takes_complex = False  # parameters, as pairs of reals
+    _takes_prior = False  # its update has `Decay` in the place of weight_decay
 
     def __init__(
         self,
@@ -98,12 +100,19 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         generator: torch.Generator | None,
         batch_norm: str = "refuse",
     ):
+        prior = defaults.pop("prior", None)
         self._check_group(defaults)
         check_batch_norm(batch_norm)
         self._batch_norm = batch_norm
         self._runtime = self._new_runtime(generator)
         model = params if isinstance(params, nn.Module) else None
         super().__init__(named_parameters(model) if model is not None else params, defaults)  # pyright: ignore
+        if prior is not None:
+            try:
+                self._take_prior(prior, self._parameters.every(), whole=True)
+            except Exception:
+                self._runtime.search.stop()
+                raise
         if model is not None:
             self.watch(model)
 
@@ -204,11 +213,15 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch: settings that are missing are the optimizer's defaults. A draw that waits is dropped.
 
+        A `prior` in the group is that of its own parameters; the optimizer's `prior=` is not one of the defaults.
+
         Raises:
             ValueError, TypeError: if a setting breaks its rule, or a parameter is complex or sharded.
         """
+        prior = None
         if isinstance(param_group, dict):
             param_group = with_betas(param_group, self.defaults)
+            prior = param_group.pop("prior", None)
             self._check_group({**self.defaults, **param_group})
         self._parameters.attach(self.param_groups, self.state)
         self._sampler.discard()
@@ -218,12 +231,30 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             for p in group["params"]:
                 self._check_parameter(p)
             self._parameters.num_data  # noqa: B018  differing ess without num_data
-        except (TypeError, ValueError):
+            if prior is not None:
+                self._take_prior(prior, group["params"], whole=False)
+        except Exception:
             self.param_groups.pop()
             raise
         self._runtime.betas[len(self.param_groups) - 1] = group["betas"]
         self._sampler.follow_gradients(group["params"])
         self._runtime.search.start(group["params"])
+
+    def _take_prior(self, prior: Any, candidates: list[Tensor], whole: bool) -> None:
+        """Put a prior into the state of parameters that have none yet.
+
+        Args:
+            candidates: the parameters that may be meant.
+            whole: all that the prior knows must be among them.
+        Raises:
+            TypeError, ValueError, RuntimeError: if it cannot be used; nothing has changed then.
+        """
+        if not self._takes_prior:
+            raise TypeError(f"{type(self).__name__} takes no prior but that of its weight_decay: use IVON or VON.")
+        found = parameters_of_prior(self._parameters, prior, candidates, whole)
+        named = {name: p for name, p in found.items() if not self._parameters.has_prior(p)}
+        for p, state in self._structure.take_prior(prior, named).items():
+            self.state[p].update(state)
 
     def _check_parameter(self, p: Tensor) -> None:
         if p.is_complex() and not self._takes_complex:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.gaussians import Diagonal
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import check, common_rules
@@ -22,6 +23,7 @@ from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagnostics import Diagnostics
 from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.structures.prior import Decay
 from vlearn.optim.updates.adam import Scale, ScaleEstimate, adam_step, rate_of_step
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 
@@ -57,6 +59,10 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         lr, betas, eps, weight_decay: AdamW's; weight_decay λ acts on the weights alone and is not the prior.
         num_data: number of training examples N, the scale of the posterior.
         prior_precision: δ of the Gaussian prior N(0, 1/δ) that the posterior has beside the data.
+        prior: a posterior, N(m₀, P₀⁻¹), in the place of both N(0, 1/δ) and the weight decay of the parameters that it
+            has, see `vlearn.optim.SharedOptions`. Unlike λ it acts on the weights by its own strength: after AdamW's
+            step with λ = 0, m ← m - r(m - m₀), r = lr·w/(√v̂ + eps + lr·w), w = P₀/num_data, a proximal step, which is
+            stable however large P₀ is and rests where ∇ℓ̄ + w(m - m₀) = 0.
         draw_variance: ρ, the share of the gradient's variance that the draws may add.
         ess: effective sample size of the draws in place of ρ; N draws from the posterior itself.
         mc_samples, sync, generator, foreach, nonfinite, shared_noise, batch_norm: as `vlearn.IVON` has them.
@@ -76,6 +82,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     """
 
     _takes_complex = True
+    _takes_prior = True
 
     def __init__(
         self,
@@ -87,6 +94,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         *,
         num_data: float,
         prior_precision: float = 1.0,
+        prior: Gaussian | None = None,
         draw_variance: float = DRAW_VARIANCE,
         ess: float | None = None,
         mc_samples: int = 1,
@@ -108,6 +116,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "decoupled_weight_decay": True,
             "num_data": num_data,
             "prior_precision": prior_precision,
+            "prior": prior,
             **_width(ess, draw_variance),
             "scale": None,
             "hess_init": 0.0,
@@ -161,12 +170,11 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     def _update_block(self, update: BlockUpdate) -> None:
         group, estimate = update.group, self._estimate
         known = group["scale"] is not None
-        for (means, momenta, hessians, gradients, statistics), correction, rate in split_by_step(
+        for (means, momenta, hessians, gradients, statistics), decay, correction, rate in split_by_step(
             self._structure, update, rate_of_step
         ):
             if known:
-                prior = group["prior_precision"] / group["num_data"]
-                estimate.add(hessians, gradients, statistics, group["ess"], prior)
+                estimate.add(hessians, gradients, statistics, group["ess"], decay.rate)
             else:
                 estimate.add_first(means, gradients)
             adam_step(
@@ -179,7 +187,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
                 beta1=float(group["beta1"]),
                 rate=rate,
                 eps=float(group["eps"]),
-                weight_decay=float(group["weight_decay"]),
+                decay=decay if isinstance(decay.rate, list) else Decay(float(group["weight_decay"])),
                 correction=correction,
             )
 

@@ -69,6 +69,8 @@ class VOGN(VariationalOptimizer[DiagonalStructure, Diagonal]):
         torch.Size([1, 2])
     """
 
+    _takes_prior = True
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],

@@ -80,6 +80,7 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     """
 
     _copied = ("curvature", "likelihood", "output")
+    _takes_prior = True
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from vlearn.gaussians.diagonal import Diagonal
 from vlearn.gaussians.full import Full
 from vlearn.gaussians.kronecker import Kronecker, KroneckerFactors
+from vlearn.gaussians.merge import merge
 from vlearn.gaussians.product import ProductPosterior
 from vlearn.posterior.fit import fit
 from vlearn.posterior.from_laplace import from_laplace
@@ -24,6 +25,7 @@ __all__ = [
     "from_optimizer",
     "load",
     "measured_scale",
+    "merge",
     "predict",
     "training_time",
 ]

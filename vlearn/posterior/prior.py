@@ -59,6 +59,12 @@ def _of_optimizer(optimizer: Optimizer, named: Mapping[str, Tensor], num_data: f
     missing = [name for name, p in named.items() if p not in groups]
     if missing:
         raise ValueError(f"the optimizer does not train {missing[0]!r}: give prior_precision by name.")
+    own = [name for name, p in named.items() if "prior_precision" in optimizer.state.get(p, {})]
+    if own:
+        raise ValueError(
+            f"{type(optimizer).__name__} has learned {own[0]!r} from a prior that is no weight decay: take "
+            "optimizer.posterior(), or give prior_precision by name."
+        )
     penalty = {name: float(groups[p].get("weight_decay", 0.0)) for name, p in named.items()}
     decoupled = [name for name, p in named.items() if decouples_weight_decay(optimizer, groups[p])]
     roots = root_second_moments(optimizer) if decoupled else {}

@@ -30,6 +30,11 @@ class SharedOptions(TypedDict, total=False):
             own t: the updates that it has had, also those without an estimate, which keep the Hessian. Default None:
             β₂ is constant.
         weight_decay: wd = δ/N for a prior precision δ and N examples, default 1e-4.
+        prior: a posterior N(m₀, P₀⁻¹) of vlearn's, to learn on from: P₀/N stands for wd and m - m₀ for m, entry by
+            entry, for each parameter that it has, the same tensor or else one of the same name. Others keep
+            weight_decay. P₀ is its Σ⁻¹ on the scale of its num_data, whatever the tempering of its draws. FullVON takes
+            all of P₀, the others its diagonal. A parameter group may have a prior of its own, which may know other
+            parameters too. It is copied into the state: a run that is resumed has it, and loading a state replaces it.
         mc_samples: the number of draws per `step(closure)`, default 1.
         sync: average gradients and curvature over all processes at `step()`, without a DistributedDataParallel wrapper.
         debias: divide the momentum by 1 - β₁ᵗ, default True.
@@ -50,6 +55,7 @@ class SharedOptions(TypedDict, total=False):
     beta2: float
     beta2_warmup: float | None
     weight_decay: float
+    prior: Any
     mc_samples: int
     sync: bool
     debias: bool
@@ -66,6 +72,7 @@ DEFAULTS = SharedOptions(
     beta2=0.99,
     beta2_warmup=None,
     weight_decay=1e-4,
+    prior=None,
     mc_samples=1,
     sync=False,
     debias=True,
@@ -121,6 +128,11 @@ def with_shared_options(optimizer: Optimizer, defaults: SharedOptions = DEFAULTS
     return optimizer
 
 
+def tempering_of(group: dict[str, Any]) -> float:
+    """τ/ρ, which the prior of a parameter group counts with; 1 unless the optimizer has one of the two settings."""
+    return group.get("tempering", 1.0) / group.get("augmentation", 1.0)
+
+
 def tempered_ess_and_decay(group: dict[str, Any]) -> tuple[float, float]:
     """(effective sample size of the draws, weight decay) of a parameter group, after tempering and augmentation.
 
@@ -129,7 +141,7 @@ def tempered_ess_and_decay(group: dict[str, Any]) -> tuple[float, float]:
     """
     if "prior_precision" in group:
         return group["ess"], group["prior_precision"] / group["num_data"]
-    ratio = group.get("tempering", 1.0) / group.get("augmentation", 1.0)
+    ratio = tempering_of(group)
     return (
         (group["ess"], group["weight_decay"]) if ratio == 1 else (group["ess"] / ratio, group["weight_decay"] * ratio)
     )

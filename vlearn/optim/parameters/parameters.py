@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlearn.capture.names import uncompiled_name
+from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.kernels.nonfinite import is_low_precision
 
 Group = dict[str, Any]  # a parameter group as torch has it: "params" and settings
@@ -49,6 +50,19 @@ class Parameters:
     def trainable(self) -> list[Tensor]:
         """The parameters that are drawn and updated: those that require grad."""
         return [p for p in self.every() if p.requires_grad]
+
+    def has_state(self, p: Tensor) -> bool:
+        """Whether a parameter has been drawn; a prior alone does not count."""
+        return "step" in self.state.get(p, {})
+
+    def has_prior(self, p: Tensor) -> bool:
+        """Whether a parameter has a prior of its own in the place of weight decay."""
+        return "prior_precision" in self.state.get(p, {})
+
+    def mean_of(self, p: Tensor) -> Tensor:
+        """The mean of a whole parameter in the precision of the state, while it is in the weights."""
+        master = self.master_copy(p)
+        return as_real(p.data) if master is None else master
 
     def group_of(self, p: Tensor) -> Group:
         """The group that a parameter is in."""

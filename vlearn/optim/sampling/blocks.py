@@ -86,7 +86,7 @@ class ParameterSlice:
 
 
 class SliceBlock(NamedTuple):
-    """Slices of one parameter group, device and dtype, with the settings of the group."""
+    """Slices of one parameter group, device and dtype, with the settings of the group; all have a prior, or none."""
 
     group: Group
     slices: list[ParameterSlice]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.protocol import Posterior
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
@@ -46,6 +47,14 @@ class Structure(Protocol):
 
     def is_whole(self, p: Tensor) -> bool:
         """Whether a parameter is drawn and updated in one piece, never in slices of its rows."""
+        ...
+
+    def take_prior(self, prior: Gaussian, named: dict[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """What a prior puts into the states of parameters, which it knows by these names: all that can be used of it.
+
+        Raises:
+            ValueError: if the structure cannot use it.
+        """
         ...
 
     def draw_block(self, block: SliceBlock, noise: Noise) -> None:

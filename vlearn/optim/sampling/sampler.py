@@ -156,9 +156,13 @@ class Sampler:
     def _partition(self) -> Iterator[SliceBlock]:
         for group in self.parameters.groups:
             self.follow_gradients(group["params"])
-            trainable = [p for p in group["params"] if p.requires_grad]
-            for slices in partition(trainable, self._buffers, group.get("compiled", False), self._structure.is_whole):
-                yield SliceBlock(group, slices)
+            compiled = group.get("compiled", False)
+            for with_prior in (False, True):
+                trainable = [
+                    p for p in group["params"] if p.requires_grad and self.parameters.has_prior(p) is with_prior
+                ]
+                for slices in partition(trainable, self._buffers, compiled, self._structure.is_whole):
+                    yield SliceBlock(group, slices)
 
     def _reconcile_master_copy(self, piece: ParameterSlice) -> None:
         """User edits of the weights override the float32 master copy."""

@@ -1,25 +1,27 @@
 """A dense precision over all entries of all parameters: its state, the draws from it, the posterior.
 
 The Hessian H of the mean loss, ``[P, P]`` over all entries of all parameters, without the weight decay wd, is kept as
-its rows by parameter, ``[*shape, P]``, so that a state dict holds it as any state. The posterior precision is
-num_data·S, S = H + wd; draws have ess·S. Factors are made in float64.
+its rows by parameter, ``[*shape, P]``, so that a state dict holds it as any state; likewise a prior with correlations.
+The posterior precision is num_data·S, S = H + wd, or H + P₀/N; draws have ess·S. Factors are made in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlearn.gaussians import Full
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import PosteriorContext
+from vlearn.optim.structures.prior import diagonal_prior, prior_means, rate_of
 from vlearn.per_example.gradients import sums_of_products
 from vlearn.per_example.recorded_pass import RecordedPass
 
@@ -38,13 +40,14 @@ class DenseStructure:
 
     def joint(self) -> list[Tensor]:
         """The parameters in the order of the Hessian's rows: those that have a state."""
-        return [p for p in self.parameters.every() if self.parameters.state.get(p)]
+        return [p for p in self.parameters.every() if self.parameters.has_state(p)]
 
     def init_states(self) -> None:
         """Rows of H by parameter; those of new parameters start as hess_init times the identity."""
         with torch.no_grad():
             old = self.joint()
-            joint = [p for p in self.parameters.every() if p.requires_grad or self.parameters.state.get(p)]
+            kept = {*old, *self._joined_by_prior()}
+            joint = [p for p in self.parameters.every() if p.requires_grad or p in kept]
             if len(joint) == len(old):
                 return
             hessian = torch.block_diag(*(self._initial(p) for p in joint)).to(joint[0].device)
@@ -52,12 +55,68 @@ class DenseStructure:
                 at = positions(old, joint).to(hessian.device)
                 hessian[at.unsqueeze(1), at] = self.hessian(old)
             for p in joint:
-                if not self.parameters.state[p]:
-                    self.parameters.state[p] = {
-                        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
-                        "momentum": torch.zeros_like(p, dtype=state_dtype(p)),
-                    }
+                if not self.parameters.has_state(p):
+                    self.parameters.state[p].update(
+                        step=torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+                        momentum=torch.zeros_like(p, dtype=state_dtype(p)),
+                    )
             self.write_hessian(joint, hessian)
+
+    def take_prior(self, prior: Gaussian, named: dict[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """See `Structure`; beside the diagonal of its precision the rows, ``[*shape, Q]`` over all that it joins."""
+        states = diagonal_prior(prior, named)
+        groups = [group for group in dict.fromkeys(prior.groups.values()) if any(name in named for name in group)]
+        blocks = {group: block for group in groups if not (block := prior.block(group)).is_elementwise}
+        if not blocks:
+            return states
+        for name in (name for group in blocks for name in group):
+            if name not in named or not named[name].requires_grad:
+                raise ValueError(
+                    f"the prior has correlations of {name!r}, which is frozen or in another parameter group: unfreeze "
+                    "it, or take vlearn.posterior.Diagonal.nearest(prior)."
+                )
+        check_size(list(named.values()))
+        before = self._joined_by_prior()
+        listed = [*before, *(named[name] for group in blocks for name in group)]
+        device, members = listed[0].device, set(listed)
+        parts = ([self._prior_rows(before)] if before else []) + [block.precision() for block in blocks.values()]
+        joined = [p for p in self.parameters.every() if p in members]
+        at = positions(joined, listed).to(device)
+        precision = torch.block_diag(*(part.to(device, torch.float64) for part in parts))[at.unsqueeze(1), at]
+        for p, rows in zip(joined, split(precision, joined), strict=True):
+            rows = rows.reshape(*p.shape, len(precision)).to(p.device, state_dtype(p))
+            states.setdefault(p, {})["prior_rows"] = rows
+        return states
+
+    def _joined_by_prior(self) -> list[Tensor]:
+        """The parameters whose priors have correlations, in the order of its rows."""
+        return [p for p in self.parameters.every() if "prior_rows" in self.parameters.state.get(p, {})]
+
+    def _prior_rows(self, joined: list[Tensor]) -> Tensor:
+        device = joined[0].device
+        rows = (rows_of(self.parameters.state[p]["prior_rows"]) for p in joined)
+        return torch.cat([part.to(device, torch.float64) for part in rows])
+
+    def prior(self, joint: list[Tensor]) -> Tensor:
+        """The precision of the prior, wd or P₀/N, ``[P, P]`` in float64."""
+        joined = self._joined_by_prior()
+        members, groups = set(joined), self._groups()
+        rates = [0.0 if p in members else rate_of(self.parameters, groups[p], p) for p in joint]
+        matrix = filled(rates, joint).diag()
+        if joined:
+            at = positions(joined, joint).to(matrix.device)
+            matrix[at.unsqueeze(1), at] = self._prior_rows(joined) / self.parameters.num_data
+        return matrix
+
+    def pull_of_prior(self, joint: list[Tensor], prior: Tensor) -> Tensor:
+        """The gradient of the prior at the means, which are in the weights: P₀/N (m - m₀), or wd·m, ``[P]``."""
+        return prior @ torch.cat([(self.parameters.mean_of(p).double() - self._center(p)).reshape(-1) for p in joint])
+
+    def _center(self, p: Tensor) -> Tensor | float:
+        return self.parameters.state[p]["prior_mean"] if self.parameters.has_prior(p) else 0.0
+
+    def _groups(self) -> dict[Tensor, Group]:
+        return {p: group for group in self.parameters.groups for p in group["params"]}
 
     def _initial(self, p: Tensor) -> Tensor:
         hess_init = self.parameters.group_of(p)["hess_init"]
@@ -74,22 +133,17 @@ class DenseStructure:
         for p, rows in zip(joint, split(hessian, joint), strict=True):
             self.parameters.state[p]["hessian"] = rows.reshape(*p.shape, len(hessian)).to(p.device, state_dtype(p))
 
-    def by_entry(self, joint: list[Tensor], setting: str) -> Tensor:
-        """A setting of the parameter groups for each row ``[P]``, in float64."""
-        values: dict[Tensor, float] = {}
-        for group in self.parameters.groups:
-            ess, weight_decay = tempered_ess_and_decay(group)
-            settings = {**group, "ess": ess, "weight_decay": weight_decay}
-            values |= dict.fromkeys(group["params"], float(settings[setting]))
-        return filled([values[p] for p in joint], joint)
+    def ess_by_entry(self, joint: list[Tensor]) -> Tensor:
+        """The effective sample size of each row ``[P]``, in float64."""
+        groups = self._groups()
+        return filled([float(tempered_ess_and_decay(groups[p])[0]) for p in joint], joint)
 
     def precision_of(self, moving: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(S of some parameters ``[M, M]``, the positions of its rows in H)."""
         joint = self.joint()
         at = positions(moving, joint).to(joint[0].device)
-        precision = self.hessian(joint)[at.unsqueeze(1), at]
-        precision.diagonal().add_(self.by_entry(moving, "weight_decay"))
-        return precision, at
+        precision = self.hessian(joint).add_(self.prior(joint))
+        return precision[at.unsqueeze(1), at], at
 
     def is_whole(self, p: Tensor) -> bool:
         """See `Structure`."""
@@ -108,7 +162,7 @@ class DenseStructure:
         epsilon = torch.cat([_normal(piece, noise).reshape(-1) for piece in slices])
         # S = L Lᵀ, so L⁻ᵀ z has covariance S⁻¹
         moves = torch.linalg.solve_triangular(factor.mT, epsilon.to(factor).unsqueeze(1), upper=True).squeeze(1)
-        moves /= self.by_entry(moving, "ess").sqrt()
+        moves /= self.ess_by_entry(moving).sqrt()
         for piece, move in zip(slices, split(moves, moving), strict=True):
             mean = piece.exact_mean(self.parameters)
             piece.weights.copy_(mean + move.reshape(mean.shape).to(mean))
@@ -118,20 +172,27 @@ class DenseStructure:
         joint, names, num_data = self.joint(), self.parameters.names(), self.parameters.num_data
         if not joint:
             raise ValueError("no parameter has a state, so there is no posterior: give some that require grad.")
-        precision = num_data * (self.hessian(joint) + self.by_entry(joint, "weight_decay").diag())
-        scales = {p: tempered_ess_and_decay(group) for group in self.parameters.groups for p in group["params"]}
+        prior, groups = num_data * self.prior(joint), self._groups()
+        precision = num_data * self.hessian(joint) + prior
         wide = any(state_dtype(p) == torch.float64 for p in joint)
         named = {names[p]: p for p in joint}
-        return Full(
+        correlated = bool(self._joined_by_prior())
+        rates = {} if correlated else {name: rate_of(self.parameters, groups[p], p) for name, p in named.items()}
+        posterior = Full(
             context.mean_of(named),
             precision if wide else precision.float(),
             num_data,
-            ess={name: scales[p][0] for name, p in named.items()},
-            prior_precision={name: num_data * scales[p][1] for name, p in named.items()},
+            ess={name: tempered_ess_and_decay(groups[p])[0] for name, p in named.items()},
+            prior_precision={name: num_data * rate for name, rate in rates.items()},
             parameters=named,
             check=context.check,
             at_mean=context.at_mean,
         )
+        posterior.prior_mean = prior_means(self.parameters, named)
+        if correlated and bool((prior.diagonal() > 0).all()):
+            centers = {name: torch.zeros_like(p, dtype=state_dtype(p)) + self._center(p) for name, p in named.items()}
+            posterior.prior = Full(centers, prior, num_data)
+        return posterior
 
     def diagonal_hessian(self) -> dict[Tensor, Tensor]:
         """See `Structure`."""
@@ -160,7 +221,7 @@ class DenseStructure:
     ) -> list[Tensor]:
         """∇ℓ (ess·S(θ - m))ᵀ by rows, whose mean is the Hessian by Price's theorem; symmetric once averaged."""
         precision, at = self.precision_of(draw.parameters)
-        root = self.by_entry(draw.parameters, "ess").sqrt()
+        root = self.ess_by_entry(draw.parameters).sqrt()
         moves = [piece.draw - piece.exact_mean(self.parameters) for piece in draw.slices]
         score = precision.new_zeros(sum(p.numel() for p in self.joint()))
         score[at] = root * (precision @ (root * torch.cat([move.reshape(-1).to(precision) for move in moves])))
@@ -176,10 +237,11 @@ def check_size(parameters: list[Tensor]) -> None:
         )
 
 
-def filled(values: list[float], parameters: list[Tensor]) -> Tensor:
-    """A number of each parameter for all its entries, in float64."""
+def filled(values: Sequence[float | Tensor], parameters: list[Tensor]) -> Tensor:
+    """A number of each parameter for all its entries, or one of each entry, in float64."""
     device, pairs = parameters[0].device, zip(values, parameters, strict=True)
-    return torch.cat([torch.full((p.numel(),), value, dtype=torch.float64, device=device) for value, p in pairs])
+    tensors = [(torch.as_tensor(value, dtype=torch.float64, device=device), p) for value, p in pairs]
+    return torch.cat([tensor.expand(p.shape).reshape(-1) for tensor, p in tensors])
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlearn.optim.parameters.options import hess_init_weight, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.structures.diagonal import momentum_correction
+from vlearn.optim.structures.prior import rate_of
 
 SUBSAMPLE = 1_000_000  # entries that the medians and shares are taken over, at most
 MOVED = 0.01  # relative change of the Hessian that counts as moved
@@ -77,7 +78,7 @@ def diagnose(
     for group in parameters.groups:
         for p in group["params"]:
             if p in hessians:
-                columns.append(_columns(group, means[names[p]], hessians[p], parameters.state[p], stride))
+                columns.append(_columns(parameters, group, p, means[names[p]], hessians[p], stride))
                 weights.append(hess_init_weight(group, int(parameters.state[p]["step"])))
     hessian, moved, ratio, clipped = (torch.cat(column).double() for column in zip(*columns, strict=True))
     lowest, highest = zip(*(hessian.aminmax() for hessian in hessians.values()), strict=True)
@@ -94,14 +95,18 @@ def diagnose(
     )
 
 
-def _columns(group: Group, mean: Tensor, hessian: Tensor, state: dict[str, Tensor], stride: int) -> tuple[Tensor, ...]:
+def _columns(
+    parameters: Parameters, group: Group, p: Tensor, mean: Tensor, hessian: Tensor, stride: int
+) -> tuple[Tensor, ...]:
     """(h, moved or not, |m|/σ, clipped or not) of every `stride`-th entry, on the CPU."""
-    ess, weight_decay = tempered_ess_and_decay(group)
+    ess, state, rate = tempered_ess_and_decay(group)[0], parameters.state[p], rate_of(parameters, group, p)
     mean, momentum, hessian = (t.reshape(-1)[::stride] for t in (mean, state["momentum"], hessian))
-    precision = hessian + weight_decay
+    distance = mean - state["prior_mean"].reshape(-1)[::stride] if parameters.has_prior(p) else mean
+    rate = rate.reshape(-1)[::stride] if isinstance(rate, Tensor) else rate
+    precision = hessian + rate
     moved = (hessian - group["hess_init"]).abs() > MOVED * group["hess_init"]
     ratio = mean.abs() * (ess * precision).sqrt()
     correction = momentum_correction(group, state["step"]) if int(state["step"]) else 1.0
-    direction = (momentum / correction + weight_decay * mean) / precision
+    direction = (momentum / correction + rate * distance) / precision
     clipped = direction.abs() > group.get("clip_radius", math.inf)
     return hessian.cpu(), moved.cpu(), ratio.cpu(), clipped.cpu()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlearn.gaussians import Diagonal
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.kernels.complex_pairs import as_real
 from vlearn.optim.kernels.nonfinite import is_low_precision
@@ -23,6 +24,7 @@ from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import PosteriorContext
+from vlearn.optim.structures.prior import decay_of, diagonal_prior, prior_means, rate_of
 from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.recorded_pass import RecordedPass
 
@@ -41,8 +43,12 @@ class DiagonalStructure:
         """See `Structure`."""
         for group in self.parameters.groups:
             for p in group["params"]:
-                if p.requires_grad and not self.parameters.state[p]:
-                    self.parameters.state[p] = initial_state(p, group["hess_init"])
+                if p.requires_grad and not self.parameters.has_state(p):
+                    self.parameters.state[p].update(initial_state(p, group["hess_init"]))
+
+    def take_prior(self, prior: Gaussian, named: dict[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """See `Structure`; the diagonal of its precision."""
+        return diagonal_prior(prior, named)
 
     def is_whole(self, p: Tensor) -> bool:
         """See `Structure`."""
@@ -64,13 +70,15 @@ class DiagonalStructure:
         samples = [piece.exact_mean(self.parameters).clone() if low_precision else piece.weights for piece in slices]
         hessians = self.state_of(slices, "hessian")
         generator = noise.on(hessians[0].device)
-        ess, weight_decay = tempered_ess_and_decay(group)
+        ess, decay = tempered_ess_and_decay(group)[0], decay_of(self.parameters, group, slices)
         compiled = group.get("compiled") and normals is None
-        if not (compiled and _draw_compiled(samples, hessians, generator, ess, weight_decay)):
+        if not (compiled and _draw_compiled(samples, hessians, generator, ess, decay.rate)):
             columns = [samples, hessians, normal(hessians, generator) if normals is None else normals]
-            together = use_foreach(group, slices)
-            for part in [columns] if together else [[[t] for t in row] for row in zip(*columns, strict=True)]:
-                draw_normal(*part, ess=ess, weight_decay=weight_decay)
+            if use_foreach(group, slices):
+                draw_normal(*columns, ess=ess, weight_decay=decay.rate)
+            else:
+                for i, row in enumerate(zip(*columns, strict=True)):
+                    draw_normal(*([t] for t in row), ess=ess, weight_decay=decay.of(i).rate)
         if low_precision:
             for piece, sample in zip(slices, samples, strict=True):
                 piece.weights.copy_(sample)
@@ -80,22 +88,24 @@ class DiagonalStructure:
 
     def posterior(self, context: PosteriorContext) -> Diagonal:
         """The posterior N(m, 1/(num_data·(h + wd))) as a view of the state."""
-        named = {name: p for p, name in self.parameters.names().items() if p in self.parameters.state}
+        named = {name: p for p, name in self.parameters.names().items() if self.parameters.has_state(p)}
         return self.posterior_of(named, context)
 
     def posterior_of(self, named: dict[str, Tensor], context: PosteriorContext) -> Diagonal:
         """The posterior of some parameters, by name."""
-        scales = {p: tempered_ess_and_decay(g) for g in self.parameters.groups for p in g["params"]}
-        return Diagonal(
+        groups = {p: group for group in self.parameters.groups for p in group["params"]}
+        posterior = Diagonal(
             context.mean_of(named),
             {name: self.parameters.state[p]["hessian"] for name, p in named.items()},
-            {name: scales[p][1] for name, p in named.items()},
-            {name: scales[p][0] for name, p in named.items()},
+            {name: rate_of(self.parameters, groups[p], p) for name, p in named.items()},
+            {name: tempered_ess_and_decay(groups[p])[0] for name, p in named.items()},
             self.parameters.num_data,
             parameters=named,
             check=context.check,
             at_mean=context.at_mean,
         )
+        posterior.prior_mean = prior_means(self.parameters, named)
+        return posterior
 
     def diagonal_hessian(self) -> dict[Tensor, Tensor]:
         """See `Structure`."""
@@ -117,9 +127,9 @@ class DiagonalStructure:
         self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
         """ess·(h + wd)·(θ - m)∘∇ℓ, the diagonal of Price's estimate."""
-        ess, weight_decay = tempered_ess_and_decay(group)
-        precisions = torch._foreach_add(self.state_of(slices, "hessian"), weight_decay)
-        torch._foreach_mul_(precisions, ess)
+        rate = decay_of(self.parameters, group, slices).rate
+        precisions = torch._foreach_add(self.state_of(slices, "hessian"), rate)
+        torch._foreach_mul_(precisions, tempered_ess_and_decay(group)[0])
         torch._foreach_mul_(noise, gradients)
         return list(torch._foreach_mul(precisions, noise))
 
@@ -169,15 +179,20 @@ def _draw_compiled(
     hessians: list[Tensor],
     generator: torch.Generator | None,
     ess: float,
-    weight_decay: float,
+    weight_decay: float | list[Tensor],
 ) -> bool:
     """As `draw_normal` for one large tensor, in a kernel that makes the noise too; False if the block is not one."""
-    if len(weights) > 1 or weights[0].dtype != torch.float32 or weights[0].numel() % 2:
+    if (
+        len(weights) > 1
+        or weights[0].dtype != torch.float32
+        or weights[0].numel() % 2
+        or isinstance(weight_decay, list)
+    ):
         return False
     tensors = flat(weights[0], hessians[0])
     if tensors is None:
         return False
-    kernel(_draw)(*tensors, new_key(generator, weights[0].device), float(ess), float(weight_decay))
+    kernel(_draw)(*tensors, new_key(generator, weights[0].device), float(ess), weight_decay)
     return True
 
 
@@ -189,7 +204,12 @@ def _draw(weights: Tensor, hessian: Tensor, key: Tensor, ess: float, weight_deca
 
 
 def draw_normal(
-    weights: list[Tensor], hessians: list[Tensor], noise: list[Tensor], *, ess: float, weight_decay: float
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    noise: list[Tensor],
+    *,
+    ess: float,
+    weight_decay: float | list[Tensor],
 ) -> None:
     """Mean to draw, in place: weights ← weights + noise/√(ess·(h + wd)), of several tensors."""
     scales = torch._foreach_add(hessians, weight_decay)

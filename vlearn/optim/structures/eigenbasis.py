@@ -40,8 +40,8 @@ class EigenbasisStructure(RotatedStructure):
         """See `Structure`."""
         for group in self.parameters.groups:
             for p in group["params"]:
-                if p.requires_grad and not self.parameters.state[p] and (sides := _rotated_sides(p, group)):
-                    self.parameters.state[p] = _initial_state(p, float(group["hess_init"]), sides)
+                if p.requires_grad and not self.parameters.has_state(p) and (sides := _rotated_sides(p, group)):
+                    self.parameters.state[p].update(_initial_state(p, float(group["hess_init"]), sides))
                     self._read_at = -1
         super().init_states()
 
@@ -58,11 +58,11 @@ class EigenbasisStructure(RotatedStructure):
         if alone:
             slices = [block.slices[i] for i in alone]
             self.diagonal.draw_slices(block.group, slices, noise, [normals[i] for i in alone])
-        ess, weight_decay = tempered_ess_and_decay(block.group)
+        ess = tempered_ess_and_decay(block.group)[0]
         for piece, hessian, coordinates in zip(block.slices, hessians, normals, strict=True):
             layer = layer_of.get(piece.parameter)
             if layer is not None:
-                coordinates.mul_(hessian.add(weight_decay).mul_(ess).rsqrt_())
+                coordinates.mul_(hessian.add(self.rate_of(layer)).mul_(ess).rsqrt_())
                 piece.weights.copy_(piece.exact_mean(self.parameters) + self.from_basis(layer, coordinates))
                 if not is_low_precision(piece.weights):  # which the draw is rounded to
                     piece.coordinates = coordinates

@@ -85,9 +85,8 @@ class KroneckerStructure(RotatedStructure):
 
     def _draw_layer(self, layer: Layer, slices_of: dict[Tensor, list[ParameterSlice]], noise: Noise) -> None:
         """M + Q_B(E ∘ 1/√(ess·(s + wd)))Q_Aᵀ; a frozen part of it stays at the mean."""
-        ess, weight_decay = tempered_ess_and_decay(self.group_of(layer))
-        hessian = self.parameters.state[layer.weight]["hessian"]
-        block = self.block(layer, hessian.add(weight_decay).mul_(ess).reciprocal_())
+        ess, hessian = tempered_ess_and_decay(self.group_of(layer))[0], self.parameters.state[layer.weight]["hessian"]
+        block = self.block(layer, hessian.add(self.rate_of(layer)).mul_(ess).reciprocal_())
         with torch.autocast(hessian.device.type, enabled=False):
             moves = block.draw(noise.on(hessian.device))
         for p, move in zip(layer.parameters, moves, strict=True):

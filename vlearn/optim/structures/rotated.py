@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlearn.gaussians import Kronecker, KroneckerFactors, ProductPosterior
 from vlearn.gaussians.covariance_blocks import KroneckerBlock
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
@@ -20,6 +21,7 @@ from vlearn.optim.sampling.blocks import SliceBlock
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.structures.prior import diagonal_prior, prior_means, rate_of, rate_of_layer
 from vlearn.per_example.kronecker_factors import Basis, Layer
 
 
@@ -70,10 +72,9 @@ class RotatedStructure:
         """Coordinates of a layer in its eigenbasis."""
         return KroneckerBlock(*self.basis(layer), variances, [p.shape for p in layer.parameters])
 
-    def mean_of(self, p: Tensor) -> Tensor:
-        """The mean of a whole parameter in the precision of the state, while it is in the weights."""
-        master = self.parameters.master_copy(p)
-        return p.data if master is None else master
+    def rate_of(self, layer: Layer) -> float | Tensor:
+        """The weight decay of a layer; of priors in its place their diagonal ``[O, I]`` in the eigenbasis."""
+        return rate_of_layer(self.parameters, self.group_of(layer), layer, self.basis(layer))
 
     def num_updates(self, layer: Layer) -> int:
         """The number of updates of a layer so far."""
@@ -86,6 +87,10 @@ class RotatedStructure:
     def init_states(self) -> None:
         """See `Structure`; a parameter is in no layer unless a subclass makes it one."""
         self.diagonal.init_states()
+
+    def take_prior(self, prior: Gaussian, named: dict[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """See `Structure`; the diagonal of its precision."""
+        return diagonal_prior(prior, named)
 
     def is_whole(self, p: Tensor) -> bool:
         """See `Structure`."""
@@ -106,26 +111,27 @@ class RotatedStructure:
     def posterior(self, context: PosteriorContext) -> ProductPosterior:
         """The posterior as a view of the state: a `Kronecker` of the layers, a `Diagonal` of all other parameters."""
         names, layer_of, state = self.parameters.names(), self.layer_of(), self.parameters.state
-        alone = {name: p for p, name in names.items() if p in state and p not in layer_of}
+        alone = {name: p for p, name in names.items() if self.parameters.has_state(p) and p not in layer_of}
         parts: list[Any] = [self.diagonal.posterior_of(alone, context)]
         if layer_of:
-            layers = {layer: tempered_ess_and_decay(self.group_of(layer)) for layer in self.layers()}
-            scales = {names[p]: scale for layer, scale in layers.items() for p in layer.parameters}
+            groups = {p: self.group_of(layer) for p, layer in layer_of.items()}
+            rates = {layer: self.rate_of(layer) for layer in self.layers()}
             named = {names[p]: p for p in layer_of}
             kronecker = Kronecker(
                 context.mean_of(named),
                 {
                     tuple(names[p] for p in layer.parameters): KroneckerFactors(
-                        *self.basis(layer), state[layer.weight]["hessian"]
+                        *self.basis(layer), state[layer.weight]["hessian"], rate if isinstance(rate, Tensor) else None
                     )
-                    for layer in layers
+                    for layer, rate in rates.items()
                 },
-                {name: weight_decay for name, (_, weight_decay) in scales.items()},
-                {name: ess for name, (ess, _) in scales.items()},
+                {name: rate_of(self.parameters, groups[p], p) for name, p in named.items()},
+                {name: tempered_ess_and_decay(groups[p])[0] for name, p in named.items()},
                 self.parameters.num_data,
                 parameters=named,
                 check=context.check,
             )
+            kronecker.prior_mean = prior_means(self.parameters, named)
             parts.insert(0, kronecker)
         return ProductPosterior(parts, check=context.check, at_mean=context.at_mean)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.parameters.parameters import Group
+from vlearn.optim.structures.prior import Decay
 from vlearn.optim.updates.curvature import NoiseTimesGradient
 
 # Of the first draws in multiples of the weights, both as root mean squares. A guess that is too wide slows training (at
@@ -39,16 +40,19 @@ def adam_step(
     beta1: float,
     rate: float,
     eps: float,
-    weight_decay: float,
+    decay: Decay,
     correction: float,
 ) -> None:
     """v̂ and g move, then m ← (1 - lr·λ)m - lr·(g/c₁)/(√v̂ + eps), all in place; what is kept of v̂ is h = c·v̂.
+
+    With a prior in the place of λ, m ← m' - lr·w(m' - m₀)/(√v̂ + eps + lr·w) of the m' that λ = 0 gives: the minimum of
+    ½w(m - m₀)² + ½(√v̂ + eps)(m - m')²/lr.
 
     Args:
         means: m, momenta: g, hessians: h, gradients: ĝ.
         scale: c.
         rate: weight of ĝ² in v̂, see `rate_of_step`.
-        weight_decay: λ.
+        decay: λ, or w and m₀ of a prior.
         correction: c₁ = 1 - β₁ᵗ.
     """
     torch._foreach_mul_(hessians, 1 - rate)
@@ -56,8 +60,14 @@ def adam_step(
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
     roots = torch._foreach_sqrt(hessians)  # √c times too large, as is eps
     torch._foreach_add_(roots, eps * math.sqrt(scale))
-    torch._foreach_mul_(means, 1 - lr * weight_decay)
+    if not isinstance(decay.rate, list):
+        torch._foreach_mul_(means, 1 - lr * decay.rate)
     torch._foreach_addcdiv_(means, momenta, roots, value=-lr * math.sqrt(scale) / correction)
+    if isinstance(decay.rate, list):
+        pulls = decay.pull(means, lr)
+        torch._foreach_div_(roots, math.sqrt(scale))
+        torch._foreach_add_(roots, torch._foreach_mul(decay.rate, lr))
+        torch._foreach_addcdiv_(means, pulls, roots, value=-1)
 
 
 class Scale(NamedTuple):
@@ -158,7 +168,12 @@ class ScaleEstimate(NoiseTimesGradient):
             self.count += mean.numel()
 
     def add(
-        self, hessians: list[Tensor], gradients: list[Tensor], statistics: list[Tensor], ess: float, prior: float
+        self,
+        hessians: list[Tensor],
+        gradients: list[Tensor],
+        statistics: list[Tensor],
+        ess: float,
+        prior: float | list[Tensor],
     ) -> None:
         """Take some parameters: h that the draw was made with, ∇ℓ̄ and δ∘∇ℓ̄; their ess, and wd."""
         variances = torch._foreach_add(hessians, prior)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
+from vlearn.optim.structures.prior import Decay, decay_of
 
 T = TypeVar("T")
 
@@ -43,8 +44,10 @@ class BlockUpdate(NamedTuple):
 
 def split_by_step(
     structure: DiagonalStructure, update: BlockUpdate, of_step: Callable[[Group, int], T]
-) -> Iterator[tuple[list[list[Tensor]], float, T]]:
-    """What one call of an update function works on: (means, momenta, hessians, gradients, curvatures), 1 - β₁ᵗ, number.
+) -> Iterator[tuple[list[list[Tensor]], Decay, float, T]]:
+    """What one call of an update function works on, and with.
+
+    That is (means, momenta, hessians, gradients, curvatures), their weight decay, 1 - β₁ᵗ, and a number.
 
     The steps are counted. Slices go in one call where multi-tensor operations are wanted and the two numbers agree;
     these differ where parameters had no gradient in some steps.
@@ -62,8 +65,9 @@ def split_by_step(
     ]
     corrections = [structure.count_step(group, piece) for piece in slices]
     own = [of_step(group, int(structure.parameters.state[piece.parameter]["step"])) for piece in slices]
+    decay = decay_of(structure.parameters, group, slices)
     if use_foreach(group, slices) and len(set(zip(corrections, own, strict=True))) == 1:
-        yield columns, corrections[0], own[0]
+        yield columns, decay, corrections[0], own[0]
         return
     for i, correction in enumerate(corrections):
-        yield [[column[i]] if column else [] for column in columns], correction, own[i]
+        yield [[column[i]] if column else [] for column in columns], decay.of(i), correction, own[i]

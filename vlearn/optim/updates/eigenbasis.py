@@ -19,6 +19,7 @@ from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.eigenbasis import EigenbasisStructure
+from vlearn.optim.structures.prior import decay_of
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PriceOrSquares
 from vlearn.optim.updates.hessian_noise import add_noise
@@ -76,18 +77,23 @@ def _move_matrix(
     if measures_noise(group, [piece], structure.parameters):
         add_noise(structure.parameters, group, [piece], [statistic], group["ess"])
     state["step"] += 1
-    hessian, momentum = state["hessian"], state["momentum"]
+    hessian, momentum, rate = state["hessian"], state["momentum"], structure.rate_of(layer)
     move_hessians(
         [hessian],
         [statistic.reshape_as(hessian)],
         beta2=beta2_of_step(group, int(state["step"])),
-        **{name: settings[name] for name in ("price", "bounded", "ess", "weight_decay")},
+        decay=[rate] if isinstance(rate, Tensor) else rate,
+        **{name: settings[name] for name in ("price", "bounded", "ess")},
     )
     momentum.lerp_(gradient, 1 - settings["beta1"])
     correction = momentum_correction(group, state["step"])
     mean = piece.exact_mean(structure.parameters)
-    direction = momentum.add(mean, alpha=settings["weight_decay"] * correction)
-    coordinates = structure.into_basis(layer, direction).div_(hessian + settings["weight_decay"])
+    decay = decay_of(structure.parameters, group, [piece])
+    if isinstance(decay.rate, float):
+        direction = momentum.add(mean, alpha=decay.rate * correction)
+    else:
+        direction = decay.pull([mean], correction)[0].add_(momentum)
+    coordinates = structure.into_basis(layer, direction).div_(hessian + rate)
     if settings["clip_radius"] < math.inf:
         bound = settings["clip_radius"] * correction
         coordinates.clamp_(-bound, bound)

@@ -43,7 +43,7 @@ def start_noise(parameters: Parameters, group: Group) -> None:
     """Give a group's parameters that have a state the one in which noise is counted, if it will be."""
     if _is_tempered(group):
         for p in group["params"]:
-            if parameters.state[p]:
+            if parameters.has_state(p):
                 _noise_of(parameters, p)
 
 

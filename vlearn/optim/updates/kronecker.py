@@ -14,6 +14,7 @@ from vlearn.optim.parameters.parameters import state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.kronecker import KroneckerStructure
+from vlearn.optim.structures.prior import decay_of_whole
 from vlearn.per_example.kronecker_factors import Layer
 
 Gradients = dict[Tensor, list[tuple[ParameterSlice, Tensor]]]  # by parameter: its slices with their gradients
@@ -99,14 +100,18 @@ def decomposed(structure: KroneckerStructure, factored_damping: bool, layer: Lay
 def move_mean(structure: KroneckerStructure, layer: Layer, gradients: Gradients) -> None:
     """m ← m - lr·Q_B[(Q_Bᵀ(g/(1 - β₁ᵗ) + wd·M)Q_A)/(s + wd + γ)]Q_Aᵀ; a parameter without a gradient stays."""
     states, group = structure.parameters.state, structure.group_of(layer)
-    weight_decay = float(tempered_ess_and_decay(group)[1])
     directions = []
     for p in layer.parameters:
-        mean = structure.mean_of(p)
+        mean, decay = structure.parameters.mean_of(p), decay_of_whole(structure.parameters, group, p)
         momentum = states[p]["momentum"] / momentum_correction(group, states[p]["step"])
-        directions.append(torch.add(momentum, mean, alpha=weight_decay) if p in gradients else torch.zeros_like(mean))
-    precision = states[layer.weight]["hessian"] + (weight_decay + float(group["damping"]))
+        if p not in gradients:
+            directions.append(torch.zeros_like(mean))
+        elif isinstance(decay.rate, float):
+            directions.append(torch.add(momentum, mean, alpha=decay.rate))
+        else:
+            directions.append(decay.pull([mean])[0].add_(momentum))
+    precision = states[layer.weight]["hessian"] + (structure.rate_of(layer) + float(group["damping"]))
     moves = structure.block(layer, precision.reciprocal_()).multiply([d.unsqueeze(0) for d in directions])
     for p, move in zip(layer.parameters, moves, strict=True):
         if p in gradients:
-            structure.mean_of(p).sub_(move.squeeze(0), alpha=float(group["lr"]))
+            structure.parameters.mean_of(p).sub_(move.squeeze(0), alpha=float(group["lr"]))

@@ -10,10 +10,10 @@ from vlearn.optim.parameters.options import (
     beta2_of_step,
     common_rules,
     positive_precision_rules,
-    tempered_ess_and_decay,
 )
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.structures.prior import Decay, decay_of
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 
@@ -35,17 +35,18 @@ def apply_newton_step(structure: DiagonalStructure, update: BlockUpdate, signed:
     """
     group, slices, _, estimates = update
     if signed and estimates and is_measured(group, slices, structure.parameters):
-        relative = torch._foreach_add(structure.state_of(slices, "hessian"), group["weight_decay"])
+        rate = decay_of(structure.parameters, group, slices).rate
+        relative = torch._foreach_add(structure.state_of(slices, "hessian"), rate)
         torch._foreach_reciprocal_(relative)
         torch._foreach_mul_(relative, estimates)
         add_noise(structure.parameters, group, slices, list(relative))
-    for part, correction, beta2 in split_by_step(structure, update, beta2_of_step):
+    for part, decay, correction, beta2 in split_by_step(structure, update, beta2_of_step):
         newton_step(
             *part,
             lr=float(group["lr"]),
             beta1=float(group["beta1"]),
             beta2=beta2,
-            weight_decay=float(tempered_ess_and_decay(group)[1]),
+            decay=decay,
             damping=float(group["damping"]),
             correction=correction,
             signed=signed,
@@ -62,7 +63,7 @@ def newton_step(
     lr: float,
     beta1: float,
     beta2: float,
-    weight_decay: float,
+    decay: Decay,
     damping: float,
     correction: float,
     signed: bool,
@@ -71,18 +72,19 @@ def newton_step(
 
     Args:
         means: m, momenta: g, hessians: h, gradients: ĝ, estimates: ĥ; without any h stays.
+        decay: wd, or a prior in its place.
         correction: c = 1 - β₁ᵗ.
         signed: estimates may be negative; then h + wd at most halves, so it stays positive.
     """
     if estimates:
-        floors = torch._foreach_sub(hessians, weight_decay) if signed else []
+        floors = torch._foreach_sub(hessians, decay.rate) if signed else []
         torch._foreach_lerp_(hessians, estimates, 1 - beta2)
         if signed:
             torch._foreach_mul_(floors, 0.5)  # (h + wd)/2 - wd
             torch._foreach_maximum_(hessians, floors)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
     # Direction and step are c times too long and too short: a pass less.
-    directions = torch._foreach_mul(means, weight_decay * correction)
+    directions = decay.pull(means, correction)
     torch._foreach_add_(directions, momenta)
-    precisions = torch._foreach_add(hessians, weight_decay + damping)
+    precisions = torch._foreach_add(hessians, decay.damped(damping))
     torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)

@@ -15,6 +15,7 @@ from vlearn.optim.parameters.options import beta2_of_step
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import DiagonalStructure
+from vlearn.optim.structures.prior import Decay
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 from vlearn.optim.updates.hessian_noise import add_noise, is_measured
 
@@ -22,13 +23,12 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def ivon_settings(group: Group) -> dict[str, Any]:
-    """What `ivon_step` takes from a parameter group."""
+    """What `ivon_step` takes from a parameter group, beside its weight decay."""
     return {
         "price": group["curvature"] == "price",
         "bounded": group.get("beta2_warmup") is not None,
         "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
         "beta1": float(group["beta1"]),
-        "weight_decay": float(group["weight_decay"]),
         "clip_radius": float(group["clip_radius"]),
         "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
     }
@@ -55,8 +55,8 @@ def apply_ivon_step(structure: DiagonalStructure, update: BlockUpdate) -> None:
     group, slices, _, statistics = update
     if statistics and measures_noise(group, slices, structure.parameters):
         add_noise(structure.parameters, group, slices, statistics, group["ess"])
-    for part, correction, beta2 in split_by_step(structure, update, beta2_of_step):
-        ivon_step(*part, **ivon_settings(group), correction=correction, beta2=beta2)
+    for part, decay, correction, beta2 in split_by_step(structure, update, beta2_of_step):
+        ivon_step(*part, **ivon_settings(group), decay=decay, correction=correction, beta2=beta2)
 
 
 def ivon_kernel(
@@ -113,7 +113,7 @@ def ivon_step(
     ess: float,
     beta1: float,
     beta2: float,
-    weight_decay: float,
+    decay: Decay,
     clip_radius: float,
     lr: float,
     correction: float,
@@ -123,17 +123,18 @@ def ivon_step(
     Args:
         means: m, momenta: g, hessians: h, gradients: ĝ, statistics: mean of noise∘gradient, or of gradient².
         bounded: the Riemannian term is bounded, see `move_bounded`.
+        decay: wd, or a prior in its place.
         correction: c = 1 - β₁ᵗ.
     """
-    move_hessians(hessians, statistics, price=price, bounded=bounded, ess=ess, beta2=beta2, weight_decay=weight_decay)
+    move_hessians(hessians, statistics, price=price, bounded=bounded, ess=ess, beta2=beta2, decay=decay.rate)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
     # Direction and step are c times too long and too short: a pass less.
-    if len(means) == 1:
-        directions = torch._foreach_add(momenta, means, alpha=weight_decay * correction)
+    if len(means) == 1 and isinstance(decay.rate, float):
+        directions = torch._foreach_add(momenta, means, alpha=decay.rate * correction)
     else:  # rounded twice, as in the runs on record
-        directions = torch._foreach_mul(means, weight_decay * correction)
+        directions = decay.pull(means, correction)
         torch._foreach_add_(directions, momenta)
-    precisions = torch._foreach_add(hessians, weight_decay)
+    precisions = torch._foreach_add(hessians, decay.rate)
     if clip_radius < math.inf:
         torch._foreach_div_(directions, precisions)
         torch._foreach_clamp_max_(directions, clip_radius * correction)
@@ -151,10 +152,14 @@ def move_hessians(
     bounded: bool,
     ess: float,
     beta2: float,
-    weight_decay: float,
+    decay: float | list[Tensor],
 ) -> None:
-    """The Hessians' part of `ivon_step`: h ← β₂h + (1 - β₂)ĥ + ½(1 - β₂)²(h - ĥ)²/(h + wd), in place."""
-    precisions = torch._foreach_add(hessians, weight_decay)
+    """The Hessians' part of `ivon_step`: h ← β₂h + (1 - β₂)ĥ + ½(1 - β₂)²(h - ĥ)²/(h + wd), in place.
+
+    Args:
+        decay: wd, or P₀/N of each.
+    """
+    precisions = torch._foreach_add(hessians, decay)
     if price:
         differences = torch._foreach_addcmul(hessians, statistics, precisions, value=-ess)  # h - ĥ
     else:
