@@ -89,7 +89,7 @@ def live(deviation: bool | None, subject: Subject, examples: int) -> Call:
 def sweep(leverage: str | None, subject: Subject, examples: int) -> Call:
     """A sweep at the mean, with or without the leverage."""
     model, batches = subject.model(), subject.batches(examples)
-    posterior = vlearn.IVON(model.named_parameters(), lr=0.1, ess=60_000, hess_init=0.1).posterior()
+    posterior = vlearn.IVON(model.named_parameters(), lr=0.1, ess=60_000, num_data=60_000, hess_init=0.1).posterior()
     return lambda: vlearn.sweep(model, posterior, batches, subject.loss, leverage=leverage, progress=False)
 
 
