@@ -50,7 +50,7 @@ def power_iteration(factor: Tensor, basis: Tensor) -> Tensor | None:
 
 
 def without_ties(factor: Tensor, share: float) -> Tensor | None:
-    """A factor over its mean eigenvalue, with a diagonal of different small entries added; None if it is zero.
+    """A factor over its mean eigenvalue, with a diagonal of different small entries added; None if it is not finite.
 
     Rounding alone chooses the eigenvectors of equal eigenvalues, as are those of a factor of few examples. So they are
     chosen near the entries' own axes.
@@ -59,10 +59,11 @@ def without_ties(factor: Tensor, share: float) -> Tensor | None:
         share: of the mean eigenvalue, the least added entry; the largest is twice that.
     """
     scale = factor.diagonal().mean()
-    if not bool(scale > 0) or not bool(scale.isfinite()):
+    if not bool(scale.isfinite()):
         return None
-    added = torch.linspace(2, 1, len(factor), dtype=factor.dtype, device=factor.device)
-    return (factor / scale).diagonal_scatter(factor.diagonal() / scale + share * added)
+    scaled = factor / torch.where(scale > 0, scale, 1)  # one that is zero says nothing
+    scaled.diagonal().add_(torch.linspace(2, 1, len(factor), dtype=factor.dtype, device=factor.device), alpha=share)
+    return scaled
 
 
 def _eigh(factor: Tensor) -> tuple[Tensor, Tensor] | None:
