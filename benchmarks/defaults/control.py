@@ -27,6 +27,11 @@ class Control:
     epochs: int = 10
     steps: int = 40_960
 
+    @property
+    def num_terms(self) -> int:
+        """Of the loss over the data of one update."""
+        return self.num_data
+
     def run(self, method: Any, lr: float, seed: int) -> dict[str, float]:
         """Train, and let the policy's mean play; the loss is the best return there is over the mean return.
 

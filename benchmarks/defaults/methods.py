@@ -14,6 +14,7 @@ from benchmarks.defaults.control import Control
 from benchmarks.defaults.task import Task
 
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+EVON_RATES = (0.3, 1.0, 3.0, 10.0, 30.0)  # times clip_radius, 1e-3, what an entry moves in a step at most
 SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -47,5 +48,10 @@ METHODS: dict[str, Method] = {
     "AdamW": Method(1e-3, lambda model, lr, task: torch.optim.AdamW(parameters_of(model), lr=lr), ADAM_RATES),
     "SGD": Method(1e-1, lambda model, lr, task: torch.optim.SGD(parameters_of(model), lr=lr, momentum=0.9), SGD_RATES),
     "ivon-opt": Method(0.1, _ivon_opt),
+    "EVON": Method(
+        2.0,
+        lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=task.num_terms, num_data=task.num_data),
+        EVON_RATES,
+    ),
     "VAdamW": Method(1e-3, lambda model, lr, task: vlearn.VAdamW(model, lr=lr, num_data=task.num_data), ADAM_RATES),
 }

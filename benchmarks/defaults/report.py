@@ -10,33 +10,35 @@ from benchmarks.report.terminal import print_table
 WITHIN, WORST = 0.02, 0.05  # of tuned AdamW's loss; of AdamW's at its default
 
 
+OURS = ("VAdamW", "EVON")
+COLUMNS = [("AdamW", "line"), ("AdamW", "tuned"), ("SGD", "tuned"), ("ivon-opt", "line")]
+COLUMNS += [(method, which) for method in OURS for which in ("line", "tuned")]
+
+
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """Print each task's validation losses, and on how many tasks one line does as well as AdamW."""
-    rows = [[name, *losses(result)] for name, result in results.items()]
-    header = ["task", "AdamW, line", "tuned", "SGD, tuned", "ivon-opt", "VAdamW, line", "tuned"]
-    close = sum(ratio(result, "tuned", "tuned") <= 1 + WITHIN for result in results.values())
-    safe = sum(ratio(result, "line", "line") <= 1 + WORST for result in results.values())
-    notes = [
-        f"VAdamW tuned is within {WITHIN:.0%} of AdamW tuned on {close} of {len(results)} tasks.",
-        f"VAdamW's line is within {WORST:.0%} of AdamW's line on {safe} of {len(results)} tasks.",
+    """Print each task's validation losses, and on how many tasks ours do as well as AdamW."""
+    rows = [[name, *(number(loss_of(result, *column)) for column in COLUMNS)] for name, result in results.items()]
+    header = ["task", *(f"{method}\n{which}" for method, which in COLUMNS)]
+    print_table("Validation loss of the mean", header, rows, [note for ours in OURS for note in notes(results, ours)])
+
+
+def notes(results: dict[str, dict[str, Any]], ours: str) -> list[str]:
+    """On how many tasks a method's loss is near AdamW's."""
+
+    def near(which: str, margin: float) -> int:
+        pairs = ((loss_of(result, ours, which), loss_of(result, "AdamW", which)) for result in results.values())
+        return sum(loss <= (1 + margin) * reference < math.inf for loss, reference in pairs)
+
+    return [
+        f"{ours} tuned is within {WITHIN:.0%} of AdamW tuned on {near('tuned', WITHIN)} of {len(results)} tasks.",
+        f"{ours}'s line is within {WORST:.0%} of AdamW's line on {near('line', WORST)} of {len(results)} tasks.",
     ]
-    print_table("Validation loss of the mean", header, rows, notes)
-
-
-def losses(result: dict[str, Any]) -> list[str]:
-    """Those of the table's columns."""
-    cells = (("AdamW", "line"), ("AdamW", "tuned"), ("SGD", "tuned"), ("ivon-opt", "line"), ("VAdamW", "line"))
-    return [number(loss_of(result, *cell)) for cell in (*cells, ("VAdamW", "tuned"))]
 
 
 def loss_of(result: dict[str, Any], method: str, which: str) -> float:
+    """A method's loss, of its one line or tuned."""
     loss = result["methods"][method][which]["mean"]["loss"]
     return math.inf if loss is None else loss
-
-
-def ratio(result: dict[str, Any], ours: str, theirs: str) -> float:
-    """VAdamW's loss over AdamW's, of the line or tuned."""
-    return loss_of(result, "VAdamW", ours) / loss_of(result, "AdamW", theirs)
 
 
 def number(loss: float) -> str:

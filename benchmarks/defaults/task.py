@@ -41,6 +41,11 @@ class Task:
         return len(self.x)
 
     @property
+    def num_terms(self) -> int:
+        """Of the loss over all data: examples, or the positions in them that have a class of their own."""
+        return int((self.y != IGNORED).sum()) if self.classifies else self.num_data
+
+    @property
     def steps(self) -> int:
         """Of the whole run; the last batch of an epoch is left out if it is not whole."""
         return self.epochs * (self.num_data // self.batch)

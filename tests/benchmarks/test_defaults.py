@@ -86,6 +86,14 @@ def test_the_rate_rises_and_falls_and_divergence_is_told(capsys: pytest.CaptureF
     line = {"mean": {"loss": 1.0}}
     methods = {"AdamW": {"line": line, "tuned": line}, "SGD": {"tuned": line}, "ivon-opt": {"line": diverged}}
     methods["VAdamW"] = {"line": {"mean": {"loss": 1.04}}, "tuned": {"mean": {"loss": 1.03}}}
+    methods["EVON"] = {"line": diverged, "tuned": line}
     show({"task": {"methods": methods}})
-    said = capsys.readouterr().out
-    assert "diverged" in said and "on 0 of 1" in said and "on 1 of 1" in said
+    said = " ".join(capsys.readouterr().out.split())
+    assert "diverged" in said
+    for sentence in (
+        "VAdamW tuned is within 2% of AdamW tuned on 0 of 1 tasks.",
+        "VAdamW's line is within 5% of AdamW's line on 1 of 1 tasks.",
+        "EVON tuned is within 2% of AdamW tuned on 1 of 1 tasks.",
+        "EVON's line is within 5% of AdamW's line on 0 of 1 tasks.",
+    ):
+        assert sentence in said
