@@ -1,11 +1,11 @@
 """Whether one changed line trains other people's networks as well as AdamW, on twelve small tasks.
 
-    python -m benchmarks.defaults                      # every task, three seeds, in about seven hours on one thread
+    python -m benchmarks.defaults                      # every task, three seeds, in about eight hours on one thread
     python -m benchmarks.defaults --tasks gpt lenet    # some of them
     python -m benchmarks.defaults --smoke              # seconds, on digits
 
 Every method gets the same network, minibatches and schedule: the rate rises over a twentieth of the steps and falls to
-zero along a cosine. AdamW, SGD, VAdamW and EVON are run as their documentation's line has them, and at the best of five
+zero along a cosine. AdamW, SGD, SOAP, VAdamW and EVON are run as their documentation's line has them, and at the best of five
 rates by the validation loss of the first seed. Runs are kept, so the same command goes on after an interrupt.
 
 Needs `pip install 'vlearn[defaults]'`; the data are those of the other benchmarks, see `benchmarks/problems/images.py`.

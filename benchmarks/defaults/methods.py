@@ -44,9 +44,16 @@ def _ivon_opt(model: Any, lr: float, task: Task | Control) -> Any:
     return ivon.IVON(parameters_of(model), lr=lr, ess=task.num_data)
 
 
+def _soap(model: Any, lr: float, task: Task | Control) -> Any:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(parameters_of(model), lr=lr)
+
+
 METHODS: dict[str, Method] = {
     "AdamW": Method(1e-3, lambda model, lr, task: torch.optim.AdamW(parameters_of(model), lr=lr), ADAM_RATES),
     "SGD": Method(1e-1, lambda model, lr, task: torch.optim.SGD(parameters_of(model), lr=lr, momentum=0.9), SGD_RATES),
+    "SOAP": Method(3e-3, _soap, ADAM_RATES),
     "ivon-opt": Method(0.1, _ivon_opt),
     "EVON": Method(
         2.0,

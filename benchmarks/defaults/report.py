@@ -11,7 +11,7 @@ WITHIN, WORST = 0.02, 0.05  # of tuned AdamW's loss; of AdamW's at its default
 
 
 OURS = ("VAdamW", "EVON")
-COLUMNS = [("AdamW", "line"), ("AdamW", "tuned"), ("SGD", "tuned"), ("ivon-opt", "line")]
+COLUMNS = [("AdamW", "line"), ("AdamW", "tuned"), ("SGD", "tuned"), ("SOAP", "tuned"), ("ivon-opt", "line")]
 COLUMNS += [(method, which) for method in OURS for which in ("line", "tuned")]
 
 

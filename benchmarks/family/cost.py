@@ -1,8 +1,8 @@
 """What a step of each optimizer costs: seconds as multiples of SGD's, and peak memory.
 
 Time: forward and backward pass and step of LeNet-5 on a batch of 256, medians over interleaved rounds in one process. A
-round is ten steps, so that what KFACVON does every tenth step is in each. Memory: each optimizer in a process of its
-own, the peak of its steps over what is there before the first, the model and the batch.
+round is ten steps, so that what KFACVON, EVON and SOAP do every tenth step is in each. Memory: each optimizer in a
+process of its own, the peak of its steps over what is there before the first, the model and the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.cost.memory import MIB, in_fresh_process, peak, start_of_peak
 from benchmarks.cost.timing import medians, synchronised
-from benchmarks.family.methods import FORGETFUL, METHODS, Problem
+from benchmarks.family.methods import FORGETFUL, METHODS, Method, Problem, soap
 from benchmarks.problems.networks import lenet5
 from benchmarks.report.provenance import provenance
 from benchmarks.report.records import write_json
@@ -26,18 +26,21 @@ from benchmarks.report.terminal import print_table
 from benchmarks.training.loop import training_step
 
 BATCH, STEPS = 256, 10
-NAMES = [name for name in METHODS if name != FORGETFUL]  # whose steps are those of VON
+# Whose steps are not those of another; and EVON's peer.
+COMPARED = {name: method for name, method in METHODS.items() if name != FORGETFUL}
+COMPARED["SOAP"] = Method(3e-3, lambda model, lr, problem: soap(model, lr), is_posterior=False)
+NAMES = list(COMPARED)
 # Multiples of SGD's step that each optimizer is to stay below.
-GOALS = {"IVON": 1.6, "VON": 2.0, "VOGN": 2.0, "KFACVON": 2.2}
+GOALS = {"IVON": 1.6, "EVON": 1.5, "VON": 2.0, "VOGN": 2.0, "KFACVON": 2.2}
 PROBLEM = Problem(num_data=60_000, prior_precision=60.0, seed=0, hess_init=0.1, beta2=0.9995)
 
 
 def subject(name: str, device: str, batch: int = BATCH) -> tuple[nn.Module, Callable[[], torch.Tensor], Any]:
-    """The model, its loss and what makes its optimizer; KFACVON has its default update_every, 10."""
+    """The model, its loss and what makes its optimizer; KFACVON and EVON have their default update_every, 10."""
     torch.manual_seed(0)
     model = lenet5().to(device)
     x, y = torch.randn(batch, 1, 28, 28, device=device), torch.randint(10, (batch,), device=device)
-    return model, lambda: F.cross_entropy(model(x), y), lambda: METHODS[name].make(model, 1e-4, PROBLEM)
+    return model, lambda: F.cross_entropy(model(x), y), lambda: COMPARED[name].make(model, 1e-4, PROBLEM)
 
 
 def steps_of(name: str, device: str, batch: int = BATCH) -> Callable[[], None]:

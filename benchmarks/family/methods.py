@@ -107,6 +107,13 @@ METHODS: dict[str, Method] = {
 }
 
 
+def soap(model: Any, lr: float) -> Any:
+    """The peer of EVON, whose basis it has, on a model's parameters."""
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr=lr)
+
+
 def posterior_of(optimizer: Any, model: nn.Module, problem: Problem) -> Posterior | None:
     """The posterior that an optimizer's state is, or implies; None of SGD, whose scale is arbitrary."""
     if isinstance(optimizer, torch.optim.SGD):

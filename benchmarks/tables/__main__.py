@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prior-precision": losses.prior_precision,
     "fidelity": removals.structures,
     "fidelity-trained": removals.from_scratch,
+    "group-removal": removals.groups,
     "retraining-digits": removals.digits,
     "retraining-images": removals.images,
     "class-removal-mlp": removals.classes_mlp,

@@ -117,6 +117,16 @@ def from_scratch() -> str:
     return table(header, rows)
 
 
+def groups() -> str:
+    """Each optimizer's own state of LeNet-5, against groups of images left out at once."""
+    rows = []
+    for method, row in read("group_removal/fashion-mnist-5k")["table"].items():
+        mean, deviation = row["mean"], row["deviation"]
+        cells = [f"{mean[name]:.2f} ± {deviation[name]:.2f}" for name in ("pearson", "slope", "mean_ratio")]
+        rows.append((method, f"{mean['loo_loss']:.3f} / {mean['test_loss']:.3f}", *cells))
+    return table(("", "LOO / test loss", "Pearson", "slope", "ratio of the means"), rows)
+
+
 def classes_mlp() -> str:
     """Whole classes left out of an MLP."""
     return _classes("mlp-10000")

@@ -24,6 +24,7 @@ from benchmarks.problems.images import default_root
 def test_the_smoke_run_writes_numbers_and_goes_on_from_what_was_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("pytorch_optimizer")
     arguments = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     first = json.loads((tmp_path / "out" / "digits.json").read_text())
@@ -86,6 +87,7 @@ def test_the_rate_rises_and_falls_and_divergence_is_told(capsys: pytest.CaptureF
     line = {"mean": {"loss": 1.0}}
     methods = {"AdamW": {"line": line, "tuned": line}, "SGD": {"tuned": line}, "ivon-opt": {"line": diverged}}
     methods["VAdamW"] = {"line": {"mean": {"loss": 1.04}}, "tuned": {"mean": {"loss": 1.03}}}
+    methods["SOAP"] = {"tuned": line}
     methods["EVON"] = {"line": diverged, "tuned": line}
     show({"task": {"methods": methods}})
     said = " ".join(capsys.readouterr().out.split())

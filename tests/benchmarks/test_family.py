@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("ivon")
 pytest.importorskip("laplace")
+pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
