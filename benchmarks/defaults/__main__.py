@@ -5,8 +5,8 @@
     python -m benchmarks.defaults --smoke              # seconds, on digits
 
 Every method gets the same network, minibatches and schedule: the rate rises over a twentieth of the steps and falls to
-zero along a cosine. AdamW, SGD, SOAP, VAdamW and EVON are run as their documentation's line has them, and at the best of
-five rates by the validation loss of the first seed. Runs are kept, so the same command goes on after an interrupt.
+zero along a cosine. AdamW, SGD, SOAP, VAdamW and EVON are run as their documentation's line has them, and at the best
+of five rates by the validation loss of the first seed. Runs are kept, so the same command goes on after an interrupt.
 
 Needs `pip install 'vlearn[defaults]'`; the data are those of the other benchmarks, see `benchmarks/problems/images.py`.
 """
