@@ -18,7 +18,9 @@ def fashion_mnist() -> str:
         DIAGONAL: DIAGONAL,
         "AdamW": "AdamW, √v̂ as its posterior",
         "ivon-opt": "ivon-opt",
+        "VAdamW": "`vlearn.VAdamW`",
         "IVON": "`vlearn.IVON`",
+        "EVON": "`vlearn.EVON`",
         "VON": "`vlearn.VON`",
         "VOGN": "`vlearn.VOGN`",
         "KFACVON": "`vlearn.KFACVON`",
@@ -71,7 +73,7 @@ def digits() -> str:
 
 def cost() -> str:
     """A training step in multiples of SGD's, by the number of threads."""
-    names = ("AdamW", "ivon-opt", "IVON", "VOGN", "VON", "KFACVON", "EK-FAC")
+    names = ("AdamW", "ivon-opt", "IVON", "VAdamW", "SOAP", "EVON", "VOGN", "VON", "KFACVON", "EK-FAC")
     steps = read("family/cost")["steps"]
     rows = [
         (threads.removeprefix("threads="), *(f"{by_name[name]['of SGD']:.2f}" for name in names))
