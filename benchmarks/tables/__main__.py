@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "family-fashion-mnist": optimizers.fashion_mnist,
     "family-digits": optimizers.digits,
     "family-cost": optimizers.cost,
+    "defaults": optimizers.defaults,
     "continual": optimizers.continual,
     "merging": optimizers.merging,
     "step-cost": costs.step,

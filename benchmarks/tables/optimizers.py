@@ -71,6 +71,25 @@ def digits() -> str:
     )
 
 
+def defaults() -> str:
+    """One line in other people's networks: validation losses of the tasks that are recorded."""
+    labels = {
+        "mlp": "power plant, MLP",
+        "lenet": "Fashion-MNIST, LeNet-5",
+        "gpt": "tinyshakespeare, GPT",
+        "gru": "tinyshakespeare, GRU",
+        "embedding": "embeddings of passages (InfoNCE)",
+        "ft-transformer": "kin8nm, FT-Transformer",
+    }
+    columns = [("AdamW", "line"), ("VAdamW", "line"), ("AdamW", "tuned"), ("VAdamW", "tuned")]
+    columns += [("SGD", "tuned"), ("ivon-opt", "line")]
+    rows = []
+    for name, label in labels.items():
+        methods = read(f"defaults/{name}")["methods"]
+        rows.append((label, *(short(methods[method][which]["mean"]["loss"], 3) for method, which in columns)))
+    return table(("", *(f"{method}, {which}" for method, which in columns)), rows)
+
+
 def cost() -> str:
     """A training step in multiples of SGD's, by the number of threads."""
     names = ("AdamW", "ivon-opt", "IVON", "VAdamW", "SOAP", "EVON", "VOGN", "VON", "KFACVON", "EK-FAC")
