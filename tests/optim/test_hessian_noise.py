@@ -300,17 +300,40 @@ def test_live_sensitivities_of_noise_are_warned_of_where_they_are_asked_for() ->
     assert rows.self_influence.shape == (12,) and found[0].filename == __file__
 
 
-@pytest.mark.parametrize("ess", [100, 5.0])
-def test_squared_gradients_times_another_ess_than_num_data_have_no_size(ess: float) -> None:
+@pytest.mark.parametrize("make", [vlearn.IVON, vlearn.EVON])
+@pytest.mark.parametrize(("ess", "num_data"), [(100, 12), (5.0, 12), (12, 12), (12, None)])
+def test_squared_gradients_of_minibatches_have_no_size(make: Any, ess: float, num_data: int | None) -> None:
     model, x, y = trained_model()
-    optimizer = vlearn.IVON(model, lr=0.01, ess=ess, num_data=12, curvature="empirical")
+    optimizer = make(model, lr=0.01, ess=ess, num_data=num_data, curvature="empirical")
     train(optimizer, model, x, y, 2)
-    with pytest.raises(RuntimeError, match=f"squared gradients times ess={ess:g} for the Hessian, .* num_data=12. Use"):
-        vlearn.sweep(model, optimizer.posterior(), [(x, y)], F.cross_entropy, progress=False)
-    optimizer.unwatch()
-    optimizer = vlearn.IVON(model, lr=0.01, ess=12, num_data=12, curvature="empirical")
-    train(optimizer, model, x, y, 2)
-    vlearn.sweep(model, optimizer.posterior(), [(x, y)], F.cross_entropy, progress=False)
+    posterior = optimizer.posterior()
+    with pytest.raises(RuntimeError, match=f"squared gradient times ess={ess:g} for the Hessian, .* Use VOGN"):
+        vlearn.sweep(model, posterior, [(x, y)], F.cross_entropy, progress=False)
+    rows = vlearn.sweep(model, posterior, [(x, y)], F.cross_entropy, loo_loss=False, progress=False)
+    assert rows.self_influence.shape == (12,)
+
+
+def test_squared_gradients_are_too_large_by_ess_over_the_batch() -> None:
+    """What the refusal says: at a minimum, by the mean square of the examples' own gradients."""
+    torch.manual_seed(0)
+    model, examples = nn.Linear(4, 1).double(), 2000
+    x = torch.randn(examples, 4, dtype=torch.float64)
+    y = x.sum(1, keepdim=True) + torch.randn(examples, 1, dtype=torch.float64)
+    solution = torch.linalg.lstsq(torch.cat([x, x.new_ones(examples, 1)], 1), y).solution
+    model.weight.data, model.bias.data = solution[:4].mT.contiguous(), solution[4]
+    squares = ((model(x) - y).detach() * x).square().mean(0)
+    for batch in (10, 50):
+        optimizer = vlearn.IVON(
+            model.parameters(), lr=0.0, ess=1e8, num_data=examples, beta2=1.0, beta2_warmup=1.0, curvature="empirical"
+        )
+        for _ in range(2000):
+            index = torch.randint(examples, (batch,))
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                ((model(x[index]) - y[index]).square().mean() / 2).backward()
+            optimizer.step()
+        ratio = optimizer.state[model.weight]["hessian"] / squares
+        torch.testing.assert_close(ratio, torch.full_like(ratio, 1e8 / batch), rtol=0.2, atol=0)
 
 
 CURVATURES = [

@@ -68,7 +68,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
         ess: effective sample size: the number of training examples, unless tempered.
         clip_radius: ξ, bound on each entry of the preconditioned gradient, in the basis; inf does not clip.
         rescale_lr: multiply lr by hess_init + wd, as IVON does, where no entry is clipped.
-        curvature: "price" (above) or "empirical", ĥ = ess·mean (Q_LᵀĜQ_R)².
+        curvature: "price" (above) or "empirical", ĥ = ess·mean (Q_LᵀĜQ_R)², which has no scale, see `IVON`.
         update_every: steps from one change of the bases to the next.
         beta3: momentum β₃ of L and R; SOAP's 0.95 follows faster, of a mean of many the posterior says more.
         max_dim: sides of a matrix with more rows, or columns, keep their own entries as basis: of an embedding the

@@ -68,7 +68,9 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         debias: divide the momentum by 1 - β₁ᵗ.
         rescale_lr: multiply lr by hess_init + wd, so that its scale does not depend on them; also where a prior stands
             for wd.
-        curvature: "price" (above) or "empirical", ĥ = ess·mean ĝ²; default what hess_approx says.
+        curvature: "price" (above) or "empirical", ĥ = ess·mean ĝ², which is ess/B times too large for minibatches of B
+            examples, so that the posterior ranks examples but refuses leave-one-out losses; default what hess_approx
+            says.
         num_data: number of training examples N, the scale of posterior and sensitivities, whatever the draws'; default
             ess.
         generator: of the noise; default torch's global one. Of several processes each has its own noise, also if

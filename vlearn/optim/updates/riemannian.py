@@ -40,12 +40,16 @@ def measures_noise(group: Group, slices: list[ParameterSlice], parameters: Param
 
 
 def off_scale(groups: list[Group]) -> str | None:
-    """Why a Hessian of squared gradients is not on the scale of num_data, of the first group where it is not."""
+    """Why a Hessian of squared minibatch gradients has no scale, of the first group that has one.
+
+    Near the end of training the square of the mean of B examples' gradients is about 1/B of their mean square, so times
+    ess it is ess/B times the curvature.
+    """
     for group in groups:
-        if group["curvature"] == "empirical" and group["num_data"] is not None and group["ess"] != group["num_data"]:
+        if group["curvature"] == "empirical":
             return (
-                f"curvature='empirical' takes squared gradients times ess={group['ess']:g} for the Hessian, which is "
-                f"not on the scale of num_data={group['num_data']:g}. Use VOGN, or ess=num_data."
+                f"curvature='empirical' takes the minibatch's squared gradient times ess={group['ess']:g} for the "
+                "Hessian, which of B examples is about ess/B times too large. Use VOGN, or curvature='price'."
             )
     return None
 
