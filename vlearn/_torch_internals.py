@@ -138,6 +138,18 @@ def lets_processes_stop_early(wrapper: DistributedDataParallel) -> bool:
     return wrapper._join_config.enable
 
 
+def is_flattened(p: Tensor) -> bool:
+    """Whether a parameter is part of one that the first FSDP has flattened."""
+    return getattr(p, "_fsdp_flattened", False)
+
+
 def is_sharded(p: Tensor) -> bool:
     """Whether this process has only a part of a parameter: a DTensor, or one that the first FSDP has flattened."""
-    return getattr(p, "device_mesh", None) is not None or getattr(p, "_fsdp_flattened", False)
+    return getattr(p, "device_mesh", None) is not None or is_flattened(p)
+
+
+def global_offset(p: Tensor) -> tuple[int, ...]:
+    """Where the part of a distributed tensor that this process has begins, on each axis of the whole tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1]  # pyright: ignore

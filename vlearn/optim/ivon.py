@@ -106,6 +106,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     """
 
     _takes_complex = True
+    _takes_shards = True
     _takes_prior = True
 
     def __init__(

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlearn._torch_internals import is_sharded
+from vlearn._torch_internals import is_flattened
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
 from vlearn.collectives import averaged
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.options import follow_betas, with_betas
 from vlearn.optim.parameters.parameters import Parameters, state_dtype
@@ -46,7 +47,7 @@ from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.structures.prior import parameters_of_prior
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
-from vlearn.optim.updates.hessian_noise import LIMIT, NOISE, hessian_noise, start_noise
+from vlearn.optim.updates.hessian_noise import LIMIT, NOISE, add_noise_of_shards, hessian_noise, start_noise
 from vlearn.optim.watch.loss_scale import WatchOptions, check_batch_norm
 from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
@@ -92,6 +93,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     _copied: tuple[str, ...] = ()  # attributes of a subclass that copies have too
     _takes_complex = False  # parameters, as pairs of reals
     _takes_prior = False  # its update has `Decay` in the place of weight_decay
+    _takes_shards = False  # parameters of which each process has a part
 
     def __init__(
         self,
@@ -262,11 +264,26 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 f"{type(self).__name__} learns from gradients of single examples, which complex parameters do not have "
                 'here: use IVON or VON(curvature="price"), or hold them as pairs of reals (torch.view_as_real).'
             )
-        if is_sharded(p):
+        if is_flattened(p):
             raise TypeError(
-                f"{type(self).__name__} draws whole parameters, but one of shape {tuple(p.shape)} is sharded over "
-                "processes (FSDP, tensor parallelism): use DistributedDataParallel."
+                "a parameter is part of what FullyShardedDataParallel has flattened, in which parameters cannot be "
+                "told apart: use fully_shard (FSDP2)."
             )
+        if is_dtensor(p):
+            self._check_sharded(p)
+
+    def _check_sharded(self, p: Tensor) -> None:
+        name = type(self).__name__
+        if not self._takes_shards:
+            raise TypeError(
+                f"{name} learns from whole gradients, or those of single examples, but a parameter of shape "
+                f"{tuple(p.shape)} is sharded over processes (fully_shard, tensor parallelism): use IVON, VAdamW or "
+                'VON(curvature="price"), or DistributedDataParallel.'
+            )
+        if p.is_complex():
+            raise TypeError(f"{name} takes no complex parameter that is sharded: hold it as pairs of reals.")
+        if any(placement.is_partial() for placement in p.placements):  # pyright: ignore
+            raise TypeError(f"a parameter of shape {tuple(p.shape)} is the sum of Partial ones: redistribute it.")
 
     @property
     def num_data(self) -> float:
@@ -499,6 +516,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             self._update_jointly(joint, prepared)
             for update in joint:
                 self._write_means(update.slices)
+            if self._parameters.noise_of_shards:
+                add_noise_of_shards(self._parameters, sampler.processes.mesh)
         finally:
             sampler.consume(draw, keep)
             self._parameters.count_step()

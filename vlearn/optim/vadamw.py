@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from vlearn.gaussians import Diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.distributed.shards import share
+from vlearn.optim.kernels.entries import shard
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import check, common_rules
 from vlearn.optim.parameters.parameters import Group, Parameters
@@ -82,6 +84,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     """
 
     _takes_complex = True
+    _takes_shards = True
     _takes_prior = True
 
     def __init__(
@@ -170,13 +173,14 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     def _update_block(self, update: BlockUpdate) -> None:
         group, estimate = update.group, self._estimate
         known = group["scale"] is not None
+        counts = share(update.slices[0].parameter, self._sampler.processes.mesh)
         for (means, momenta, hessians, gradients, statistics), decay, correction, rate in split_by_step(
             self._structure, update, rate_of_step
         ):
             if known:
-                estimate.add(hessians, gradients, statistics, group["ess"], decay.rate)
+                estimate.add(hessians, gradients, statistics, group["ess"], decay.rate, counts)
             else:
-                estimate.add_first(means, gradients)
+                estimate.add_first(means, gradients, counts)
             adam_step(
                 means,
                 momenta,
@@ -194,6 +198,8 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:
         """Move the scale, and with it the Hessians and the width of the draws."""
         estimate, before = self._estimate, self.param_groups[0]["scale"]
+        if (mesh := self._sampler.processes.mesh) is not None:
+            estimate.sum_over(mesh)
         if before is None:
             scale = Scale.first(estimate.squared_gradient, estimate.squared_weight, estimate.count)
         else:
@@ -201,7 +207,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         if scale is None:
             return
         factor = scale.scale / (1.0 if before is None else before[0])
-        torch._foreach_mul_(list(self._structure.diagonal_hessian().values()), factor)
+        torch._foreach_mul_([shard(h) for h in self._structure.diagonal_hessian().values()], factor)
         effective = estimate.effective or estimate.count
         for group in self.param_groups:
             group["scale"] = tuple(scale)

@@ -98,7 +98,7 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         check_curvature("VON", curvature, CURVATURES)
         check_likelihood(likelihood)
         self.curvature, self.likelihood, self.output = curvature, likelihood, output
-        self._takes_complex = curvature == "price"
+        self._takes_complex = self._takes_shards = curvature == "price"
         defaults = settings_of("VON", lr, ess, shared, damping=damping, foreach=foreach)
         super().__init__(params, defaults, *own_options(shared))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vlearn.optim.kernels.complex_pairs import as_real
+from vlearn.optim.kernels.entries import own_entries
 
 
 def is_low_precision(tensor: Tensor) -> bool:
@@ -18,7 +18,7 @@ def is_low_precision(tensor: Tensor) -> bool:
 
 def first_nonfinite(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The first parameter whose gradient has an infinite or NaN entry, from pairs of both."""
-    given = [(p, as_real(g)) for p, g in gradients if g is not None]
+    given = [(p, own_entries(g)) for p, g in gradients if g is not None]
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for _, g in given:
         alike.setdefault((g.device, g.dtype), []).append(g)

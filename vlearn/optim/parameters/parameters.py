@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlearn.capture.names import uncompiled_name
-from vlearn.optim.kernels.complex_pairs import as_real
+from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.kernels.nonfinite import is_low_precision
 
 Group = dict[str, Any]  # a parameter group as torch has it: "params" and settings
@@ -24,6 +24,7 @@ class Parameters:
     Attributes:
         groups, state: those of the optimizer.
         names_in_model: the name of each parameter in the watched model, if there is one.
+        noise_of_shards: this process's part of what a step adds to the `hessian_noise` of sharded parameters.
         updates: how often the state has changed, by steps and by loading: what a posterior view was read at.
         loads: how often it has been replaced as a whole.
     """
@@ -33,6 +34,7 @@ class Parameters:
         self.groups: list[Group] = []
         self.state: MutableMapping[Tensor, dict[str, Any]] = {}
         self.names_in_model: dict[Tensor, str] = {}
+        self.noise_of_shards: dict[Tensor, Any] = {}
         self.updates = self.loads = 0
         self._steps: int | None = None  # taken so far; None: to be read from the state
 

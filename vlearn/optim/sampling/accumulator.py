@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlearn.collectives import gathered
-from vlearn.optim.kernels.complex_pairs import as_real
+from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.sampling.blocks import ParameterSlice
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.kernels.compiled import SMALLEST, SMALLEST_ON_ACCELERATOR
-from vlearn.optim.kernels.complex_pairs import as_real
+from vlearn.optim.kernels.entries import own_entries, placement, shard
 from vlearn.optim.parameters.parameters import Group, Parameters
 
 # Entries. On one thread 2**18 is a tenth faster, but on several every operation waits for all of them: where other
@@ -28,7 +28,7 @@ class ParameterSlice:
     """Some rows of one parameter: its weights, and the buffer that holds the mean while the draw is in the weights.
 
     Attributes:
-        weights: the rows of `parameter.data`, whatever storage that has; see `follow_storage`.
+        weights: the rows of this process's part of `parameter.data`, whatever storage that has; see `follow_storage`.
         mean_in_weights: where the mean is. It is set so that an interrupt after any copy of `swap_in_means` and
             `swap_in_draws` leaves the mean in the place it names and the draw in the other.
         coordinates: draw - mean in the structure's basis, where it keeps that for the curvature estimate.
@@ -43,21 +43,21 @@ class ParameterSlice:
     coordinates: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._storage = self.parameter.data_ptr()
+        self._storage = shard(self.parameter.data).data_ptr()
 
     def follow_storage(self) -> None:
         """Look for the rows where the parameter has them now: the user may have replaced `p.data` since.
 
         A tensor of another shape is left alone, as nothing of this draw fits it.
         """
-        storage = self.parameter.data_ptr()
+        storage = shard(self.parameter.data).data_ptr()
         if storage != self._storage and self.has_shape:
-            self.weights, self._storage = self.of(as_real(self.parameter.data)), storage
+            self.weights, self._storage = self.of(self.parameter.data), storage
 
     @property
     def has_shape(self) -> bool:
         """Whether the parameter has the shape that it had."""
-        return as_real(self.parameter.data).shape == self.whole_buffer.shape
+        return own_entries(self.parameter.data).shape == self.whole_buffer.shape
 
     @property
     def mean(self) -> Tensor:
@@ -75,8 +75,8 @@ class ParameterSlice:
         return self.rows is None or self.rows[0] == 0
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same rows of a tensor of the parameter's shape, as a view; a complex one comes as a pair of reals."""
-        tensor = as_real(tensor)
+        """The same rows of a tensor of the parameter's shape, as a view; of a complex one as pairs of reals."""
+        tensor = own_entries(tensor)
         return tensor if self.rows is None else tensor.narrow(0, *self.rows)
 
     def exact_mean(self, parameters: Parameters) -> Tensor:
@@ -86,7 +86,7 @@ class ParameterSlice:
 
 
 class SliceBlock(NamedTuple):
-    """Slices of one parameter group, device and dtype, with the settings of the group; all have a prior, or none."""
+    """Slices of one group, with its settings, of one device, dtype and sharding; all have a prior, or none."""
 
     group: Group
     slices: list[ParameterSlice]
@@ -143,7 +143,7 @@ def _mark(slices: list[ParameterSlice], mean_in_weights: bool) -> None:
 def partition(
     parameters: Iterable[Tensor], buffers: dict[Tensor, Tensor], compiled: bool, is_whole: Callable[[Tensor], bool]
 ) -> Iterator[list[ParameterSlice]]:
-    """Slices of parameters, gathered into blocks of one device and dtype.
+    """Slices of parameters, gathered into blocks of one device and dtype, and alike in how they are sharded.
 
     Args:
         parameters: in the order of the blocks.
@@ -162,7 +162,7 @@ def partition(
             if compiled and size >= (SMALLEST if on_cpu else SMALLEST_ON_ACCELERATOR):
                 yield [piece]
                 continue
-            if open_block and (filled + size > limit or not _alike(open_block[0].weights, piece.weights)):
+            if open_block and (filled + size > limit or not _fits(open_block[0], piece)):
                 yield open_block
                 open_block, filled = [], 0
             open_block.append(piece)
@@ -172,17 +172,21 @@ def partition(
 
 
 def _slices(parameter: Tensor, buffer: Tensor | None, limit: int) -> Iterator[ParameterSlice]:
-    data = as_real(parameter.data)
+    data = own_entries(parameter.data)
     if buffer is None or buffer.shape != data.shape or buffer.stride() != data.stride() or not _alike(buffer, data):
         buffer = torch.empty_like(data)
-    if parameter.numel() <= limit or parameter.dim() == 0:
+    if data.numel() <= limit or data.dim() == 0:
         yield ParameterSlice(parameter, data, buffer, buffer)
         return
-    count = parameter.shape[0]
-    step = max(1, limit // (parameter.numel() // count))
+    count = data.shape[0]
+    step = max(1, limit // (data.numel() // count))
     for start in range(0, count, step):
         rows = (start, min(step, count - start))
         yield ParameterSlice(parameter, data.narrow(0, *rows), buffer.narrow(0, *rows), buffer, rows)
+
+
+def _fits(first: ParameterSlice, piece: ParameterSlice) -> bool:
+    return _alike(first.weights, piece.weights) and placement(first.parameter) == placement(piece.parameter)
 
 
 def _alike(left: Tensor, right: Tensor) -> bool:

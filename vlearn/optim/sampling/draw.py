@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 from vlearn._torch_internals import set_versions
 from vlearn.optim.distributed.local_gradients import LocalGradients
-from vlearn.optim.kernels.complex_pairs import like
+from vlearn.optim.kernels.entries import like
 from vlearn.optim.sampling.accumulator import PassSums
 from vlearn.optim.sampling.blocks import (
     ParameterSlice,

@@ -14,7 +14,7 @@ from vlearn._torch_internals import next_sequence_number
 from vlearn.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
-from vlearn.optim.kernels.complex_pairs import as_real
+from vlearn.optim.kernels.entries import as_real, whole
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.parameters import Parameters, reconciled
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
@@ -171,17 +171,26 @@ class Sampler:
             piece.of(master).copy_(reconciled(piece.of(master), piece.buffer))
 
     def _new_noise(self, origin: Origin) -> Noise:
-        """Where a draw's noise comes from; an ensemble's never from another process, which may not draw."""
-        if process_count() == 1:
-            return Noise(self.generator)
-        parameters, ddp = self.parameters.trainable(), self.processes.ddp
-        shared = origin is not Origin.ENSEMBLE and self.processes.several_with("shared_noise")
-        if shared and not ddp.searched and ddp.group_of(parameters) is None:
+        """Where a draw's noise comes from; an ensemble's from another process only if all draw, for a sharded model."""
+        parameters, processes = self.parameters.trainable(), self.processes
+        mesh, ddp, several = processes.mesh, processes.ddp, process_count() > 1
+        if mesh is not None and self.parameters.any_group_has("sync"):
+            raise RuntimeError(
+                "sync=True averages whole gradients over processes, but the parameters are sharded (fully_shard, "
+                "tensor parallelism), which averages them itself: drop sync=True."
+            )
+        shared = parameters and processes.share_draw and (mesh is not None or origin is not Origin.ENSEMBLE)
+        if several and shared and not ddp.searched and ddp.group_of(parameters) is None:
             ddp.search(parameters)
-        ddp.check_running(parameters)
-        if shared and parameters:
-            return Noise.shared(self.generator, parameters[0].device, ddp.group_of(parameters))
-        return Noise.own(self.generator)
+        if several:
+            ddp.check_running(parameters)
+        if shared:
+            wrapped = several and (mesh is None or ddp.first(parameters) is not None)
+            groups = [] if mesh is None else mesh.get_all_groups()
+            groups += [ddp.group_of(parameters)] if wrapped else []
+            device = parameters[0].device if mesh is None else torch.device(mesh.device_type)
+            return Noise.shared(self.generator, self.parameters.every(), device, groups)
+        return Noise.own(self.generator) if several else Noise(self.generator)
 
     def _keep_local_gradients(self, draw: Draw) -> None:
         """With draws of their own, processes must keep their own gradients."""
@@ -442,7 +451,10 @@ class Sampler:
 
 
 class MeanView(Mapping[str, Tensor]):
-    """The posterior mean by parameter name, wherever it waits while a draw is in the weights; pairs of complex ones."""
+    """The posterior mean by parameter name, wherever it waits while a draw is in the weights; pairs of complex ones.
+
+    That of a sharded parameter is whole: all processes must read it.
+    """
 
     def __init__(self, sampler: Sampler, named: dict[str, Tensor]):
         self._sampler, self._named = sampler, named
@@ -451,7 +463,7 @@ class MeanView(Mapping[str, Tensor]):
         p, draw = self._named[name], self._sampler.draw
         master = self._sampler.parameters.master_copy(p)
         mean = as_real(p.data if draw is None else draw.means().get(p, p.data))
-        return mean if master is None else reconciled(master, mean)
+        return whole(mean if master is None else reconciled(master, mean))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._named)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlearn.optim.kernels.entries import whole
 from vlearn.optim.parameters.options import hess_init_weight, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.structures.diagonal import momentum_correction
@@ -81,7 +82,7 @@ def diagnose(
                 columns.append(_columns(parameters, group, p, means[names[p]], hessians[p], stride))
                 weights.append(hess_init_weight(group, int(parameters.state[p]["step"])))
     hessian, moved, ratio, clipped = (torch.cat(column).double() for column in zip(*columns, strict=True))
-    lowest, highest = zip(*(hessian.aminmax() for hessian in hessians.values()), strict=True)
+    lowest, highest = zip(*(whole(hessian).aminmax() for hessian in hessians.values()), strict=True)
     return Diagnostics(
         step=max(int(parameters.state[p]["step"]) for p in hessians),
         hess_init_weight=max(weights),
@@ -100,8 +101,8 @@ def _columns(
 ) -> tuple[Tensor, ...]:
     """(h, moved or not, |m|/σ, clipped or not) of every `stride`-th entry, on the CPU."""
     ess, state, rate = tempered_ess_and_decay(group)[0], parameters.state[p], rate_of(parameters, group, p)
-    mean, momentum, hessian = (t.reshape(-1)[::stride] for t in (mean, state["momentum"], hessian))
-    distance = mean - state["prior_mean"].reshape(-1)[::stride] if parameters.has_prior(p) else mean
+    mean, momentum, hessian = (whole(t).reshape(-1)[::stride] for t in (mean, state["momentum"], hessian))
+    distance = mean - whole(state["prior_mean"]).reshape(-1)[::stride] if parameters.has_prior(p) else mean
     rate = rate.reshape(-1)[::stride] if isinstance(rate, Tensor) else rate
     precision = hessian + rate
     moved = (hessian - group["hess_init"]).abs() > MOVED * group["hess_init"]

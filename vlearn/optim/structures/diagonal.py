@@ -6,7 +6,7 @@ momentum of the gradient; the posterior precision is num_data·(h + wd), draws h
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from vlearn.gaussians import Diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.kernels.compiled import flat, kernel
-from vlearn.optim.kernels.complex_pairs import as_real
+from vlearn.optim.kernels.entries import as_real, whole
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.kernels.threefry import new_key, normals
 from vlearn.optim.parameters.options import tempered_ess_and_decay
@@ -69,11 +69,10 @@ class DiagonalStructure:
         low_precision = is_low_precision(slices[0].weights)  # then the draw is made around the master mean and rounded
         samples = [piece.exact_mean(self.parameters).clone() if low_precision else piece.weights for piece in slices]
         hessians = self.state_of(slices, "hessian")
-        generator = noise.on(hessians[0].device)
         ess, decay = tempered_ess_and_decay(group)[0], decay_of(self.parameters, group, slices)
-        compiled = group.get("compiled") and normals is None
-        if not (compiled and _draw_compiled(samples, hessians, generator, ess, decay.rate)):
-            columns = [samples, hessians, normal(hessians, generator) if normals is None else normals]
+        compiled = group.get("compiled") and normals is None and not noise.is_by_place
+        if not (compiled and _draw_compiled(samples, hessians, noise.on(hessians[0].device), ess, decay.rate)):
+            columns = [samples, hessians, noise.normal(slices, hessians) if normals is None else normals]
             if use_foreach(group, slices):
                 draw_normal(*columns, ess=ess, weight_decay=decay.rate)
             else:
@@ -96,7 +95,7 @@ class DiagonalStructure:
         groups = {p: group for group in self.parameters.groups for p in group["params"]}
         posterior = Diagonal(
             context.mean_of(named),
-            {name: self.parameters.state[p]["hessian"] for name, p in named.items()},
+            WholeHessians(self.parameters, named),
             {name: rate_of(self.parameters, groups[p], p) for name, p in named.items()},
             {name: tempered_ess_and_decay(groups[p])[0] for name, p in named.items()},
             self.parameters.num_data,
@@ -145,6 +144,22 @@ class DiagonalStructure:
         return momentum_correction(group, step)
 
 
+class WholeHessians(Mapping[str, Tensor]):
+    """The diagonal Hessians by name; that of a sharded parameter is gathered whenever all of its processes read it."""
+
+    def __init__(self, parameters: Parameters, named: dict[str, Tensor]):
+        self._parameters, self._named = parameters, named
+
+    def __getitem__(self, name: str) -> Tensor:
+        return whole(self._parameters.state[self._named[name]]["hessian"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+
 def initial_state(p: Tensor, hess_init: float) -> dict[str, Tensor]:
     """The state of a parameter with a diagonal Hessian."""
     dtype, real = state_dtype(p), as_real(p.detach())
@@ -163,15 +178,6 @@ def momentum_correction(group: Group, step: Tensor) -> float:
 def use_foreach(group: Group, slices: list[ParameterSlice]) -> bool:
     """Whether to work through a block by multi-tensor operations."""
     return len(slices) > 1 if group["foreach"] is None else group["foreach"]
-
-
-def normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Standard normal noise in the shapes of a block, drawn at once."""
-    first = like[0]
-    count = sum(tensor.numel() for tensor in like)
-    noise = torch.randn(count, dtype=first.dtype, device=first.device, generator=generator)
-    parts = noise.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _draw_compiled(

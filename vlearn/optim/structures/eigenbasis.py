@@ -22,7 +22,6 @@ from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, state_dtype
 from vlearn.optim.sampling.blocks import SliceBlock
 from vlearn.optim.sampling.noise import Noise
-from vlearn.optim.structures.diagonal import normal
 from vlearn.optim.structures.rotated import RotatedStructure
 from vlearn.per_example.kronecker_factors import Layer
 
@@ -53,7 +52,7 @@ class EigenbasisStructure(RotatedStructure):
         """Write m + ε/√(ess·(h + wd)) into the weights, of matrices M + Q_L(E ∘ 1/√(ess·(h + wd)))Q_Rᵀ."""
         layer_of, state = self.layer_of(), self.parameters.state
         hessians = [piece.of(state[piece.parameter]["hessian"]) for piece in block.slices]
-        normals = normal(hessians, noise.on(hessians[0].device))
+        normals = noise.normal(block.slices, hessians)
         alone = [i for i, piece in enumerate(block.slices) if piece.parameter not in layer_of]
         if alone:
             slices = [block.slices[i] for i in alone]

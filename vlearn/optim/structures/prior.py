@@ -18,7 +18,7 @@ from torch import Tensor
 from vlearn.gaussians.eigenbasis import rotate_diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.protocol import of_same_name
-from vlearn.optim.kernels.complex_pairs import as_real
+from vlearn.optim.kernels.entries import as_real, sharded_as, whole
 from vlearn.optim.parameters.options import tempered_ess_and_decay, tempering_of
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
@@ -78,7 +78,7 @@ def decay_of_whole(parameters: Parameters, group: Group, p: Tensor) -> Decay:
 def rate_of(parameters: Parameters, group: Group, p: Tensor) -> float | Tensor:
     """wd of a whole parameter, or P₀/N in its shape."""
     rate = decay_of_whole(parameters, group, p).rate
-    return rate[0] if isinstance(rate, list) else rate
+    return whole(rate[0]) if isinstance(rate, list) else rate
 
 
 def rate_of_layer(parameters: Parameters, group: Group, layer: Layer, basis: Basis) -> float | Tensor:
@@ -94,7 +94,7 @@ def rate_of_layer(parameters: Parameters, group: Group, layer: Layer, basis: Bas
 
 def prior_means(parameters: Parameters, named: dict[str, Tensor]) -> dict[str, Tensor]:
     """m₀ of those parameters that have one, by name."""
-    return {name: parameters.state[p]["prior_mean"] for name, p in named.items() if parameters.has_prior(p)}
+    return {name: whole(parameters.state[p]["prior_mean"]) for name, p in named.items() if parameters.has_prior(p)}
 
 
 def parameters_of_prior(parameters: Parameters, prior: Any, candidates: list[Tensor], whole: bool) -> dict[str, Tensor]:
@@ -149,4 +149,4 @@ def diagonal_prior(prior: Gaussian, named: dict[str, Tensor]) -> dict[Tensor, di
 
 
 def _in_state(tensor: Tensor, p: Tensor) -> Tensor:
-    return tensor.detach().to(p.device, state_dtype(p), copy=True)
+    return sharded_as(p, tensor.detach().to(p.device, state_dtype(p), copy=True))

@@ -6,11 +6,12 @@ Kingma, Ba, 2015, arXiv:1412.6980; Loshchilov, Hutter, 2019, arXiv:1711.05101; K
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlearn.optim.distributed.shards import sum_over
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.structures.prior import Decay
 from vlearn.optim.updates.curvature import NoiseTimesGradient
@@ -93,7 +94,7 @@ class Scale(NamedTuple):
     reference: float = 0.0
 
     @classmethod
-    def first(cls, squared_gradient: float, squared_weight: float, count: int) -> Scale | None:
+    def first(cls, squared_gradient: float, squared_weight: float, count: float) -> Scale | None:
         """A guess that makes the first draws narrow, which counts as one standard deviation; None without gradient.
 
         Args:
@@ -158,14 +159,18 @@ class ScaleEstimate(NoiseTimesGradient):
         """Forget the sums of the last step."""
         self.product = self.effective = self.noise = self.expected = 0.0
         self.squared_gradient = self.squared_weight = 0.0
-        self.count = 0
+        self.count = 0.0
 
-    def add_first(self, means: list[Tensor], gradients: list[Tensor]) -> None:
-        """Take what the first guess of the scale is made from."""
+    def add_first(self, means: list[Tensor], gradients: list[Tensor], share: float) -> None:
+        """Take what the first guess of the scale is made from.
+
+        Args:
+            share: what their sums count here, where other processes have the same entries.
+        """
         for mean, gradient in zip(means, gradients, strict=True):
-            self.squared_weight += float(mean.double().square().sum())
-            self.squared_gradient += float(gradient.double().square().sum())
-            self.count += mean.numel()
+            self.squared_weight += share * float(mean.double().square().sum())
+            self.squared_gradient += share * float(gradient.double().square().sum())
+            self.count += share * mean.numel()
 
     def add(
         self,
@@ -174,19 +179,27 @@ class ScaleEstimate(NoiseTimesGradient):
         statistics: list[Tensor],
         ess: float,
         prior: float | list[Tensor],
+        share: float,
     ) -> None:
-        """Take some parameters: h that the draw was made with, ∇ℓ̄ and δ∘∇ℓ̄; their ess, and wd."""
+        """Take some parameters: h that the draw was made with, ∇ℓ̄ and δ∘∇ℓ̄; their ess, and wd; share as before."""
         variances = torch._foreach_add(hessians, prior)
         torch._foreach_reciprocal_(variances)
         effective = torch._foreach_mul(variances, hessians)
         torch._foreach_mul_(variances, gradients)
         torch._foreach_mul_(variances, gradients)
         sums = torch.stack([torch.stack([t.sum() for t in ts]) for ts in (statistics, effective, variances)])
-        product, count, noise = sums.double().sum(1).tolist()
+        product, count, noise = sums.double().sum(1).mul_(share).tolist()
         self.product += ess * product
         self.effective += count
         self.noise += ess * noise
         self.expected += ess * count
+
+    def sum_over(self, mesh: Any) -> None:
+        """Add the sums of the other processes of a mesh, which have other parts of the parameters."""
+        names = ("product", "effective", "noise", "expected", "squared_gradient", "squared_weight", "count")
+        own = torch.tensor([getattr(self, name) for name in names], dtype=torch.float64, device=mesh.device_type)
+        for name, total in zip(names, sum_over(mesh, own).tolist(), strict=True):
+            setattr(self, name, total)
 
     def next(self, scale: Scale, beta2: float) -> Scale:
         """What is known of the scale after this step."""

@@ -12,9 +12,13 @@ minibatches of B examples of a fitted network, where B·g² is about H, it comes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from vlearn.optim.distributed.shards import share, sum_over
+from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.parameters.options import beta2_of_step
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
@@ -64,11 +68,29 @@ def add_noise(
         scale: what they are to be multiplied with.
     """
     for piece, norm in zip(slices, torch._foreach_norm(relative), strict=True):
-        state, noise = parameters.state[piece.parameter], _noise_of(parameters, piece.parameter)
+        p = piece.parameter
+        state, noise = parameters.state[p], _noise_of(parameters, p)
         keep = beta2_of_step(group, int(state["step"]) + piece.is_first)
         if piece.is_first:
             noise.mul_(keep)
-        noise.add_(((1 - keep) * scale * norm).square_(), alpha=0.5 / state["momentum"].numel())
+        added = ((1 - keep) * scale * norm).square_().mul_(0.5 / state["momentum"].numel())
+        if is_dtensor(p):
+            parameters.noise_of_shards[p] = parameters.noise_of_shards.get(p, 0.0) + added
+        else:
+            noise.add_(added)
+
+
+def add_noise_of_shards(parameters: Parameters, mesh: Any) -> None:
+    """Count what `add_noise` has found of parameters of which other processes have parts too, in one message.
+
+    Args:
+        mesh: of these processes.
+    """
+    sharded, parameters.noise_of_shards = parameters.noise_of_shards, {}
+    if sharded:
+        own = torch.stack([added.double() * share(p, mesh) for p, added in sharded.items()])
+        for p, added in zip(sharded, sum_over(mesh, own), strict=True):
+            _noise_of(parameters, p).add_(added)
 
 
 def hessian_noise(parameters: Parameters) -> float:

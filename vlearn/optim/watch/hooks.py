@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vlearn.optim.kernels.entries import is_same_memory
 from vlearn.optim.sampling.draw import Draw
 
 
@@ -84,7 +85,7 @@ class Link:
             return Link, ()
         means = draw.means()
         own = {p: means[p] for p in module._parameters.values() if p is not None and p in means}
-        return _link_at_mean, ([(p, mean) for p, mean in own.items() if mean.data_ptr() != p.data_ptr()],)
+        return _link_at_mean, ([(p, mean) for p, mean in own.items() if not is_same_memory(p, mean)],)
 
 
 def _link_at_mean(means: list[tuple[Tensor, Tensor]]) -> Link:
@@ -156,7 +157,7 @@ class MeanCopies:
         for name, p in module._parameters.items():
             slices = draw.slices_of.get(p, []) if p is not None else []
             entry = state_dict.get(prefix + name)
-            if p is None or entry is None or entry.data_ptr() != p.data_ptr():
+            if p is None or entry is None or not is_same_memory(p, entry):
                 continue
             if all(piece.mean_in_weights for piece in slices):
                 continue

@@ -358,8 +358,8 @@ class Watch:
         return self.trace is not None
 
     def records(self, step: int) -> bool:
-        """Whether the passes of a step are recorded."""
-        return (step - 1) % self.options.every == 0
+        """Whether the passes of a step are recorded; those of a sharded model never, whose layers use other tensors."""
+        return (step - 1) % self.options.every == 0 and self.sampler.processes.mesh is None
 
     def _begin_backward(self) -> None:
         if self.trace is not None:  # else of a pass that is not wanted any more
@@ -391,6 +391,12 @@ class Watch:
             RuntimeError: if there is none, or its examples have no gradients of their own.
         """
         trace, sampler = self.trace, self.sampler
+        if sampler.processes.mesh is not None:
+            raise RuntimeError(
+                f"{prefix}the model is sharded over processes (fully_shard, tensor parallelism), and no process has "
+                "the weights of a whole layer: sweep a model that is not, with a copy of optimizer.posterior(), see "
+                "Gaussian.belong_to."
+            )
         if trace is None:
             last = f"; the last captured step is {self.trace_step}" if self.trace_step else ""
             raise RuntimeError(

@@ -1,0 +1,35 @@
+"""Sums over the entries of parameters of which each process has a part."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlearn.optim.kernels.entries import is_dtensor
+
+
+def share(parameter: Tensor, mesh: Any) -> float:
+    """What the sum over this process's entries of a parameter counts in a sum over all processes of a mesh.
+
+    It is one over the number of processes that have the same entries: all, if the parameter is not sharded.
+    """
+    if mesh is None:
+        return 1.0
+    if not is_dtensor(parameter):
+        return 1 / mesh.size()
+    copies = (
+        size
+        for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True)  # pyright: ignore
+        if placement.is_replicate()
+    )
+    return parameter.device_mesh.size() / mesh.size() / math.prod(copies)  # pyright: ignore
+
+
+def sum_over(mesh: Any, own: Tensor) -> Tensor:
+    """Sums of this process's own numbers, each times its `share`, over all processes of a mesh, in place."""
+    for group in mesh.get_all_groups() if mesh is not None else ():
+        torch.distributed.all_reduce(own, group=group)
+    return own
