@@ -12,3 +12,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     both = Ranks(tmp_path_factory.mktemp("ranks"))
     yield both
     both.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    four = Ranks(tmp_path_factory.mktemp("four_ranks"), 4)
+    yield four
+    four.stop()

@@ -121,7 +121,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "prior_precision": prior_precision,
             "prior": prior,
             **_width(ess, draw_variance),
-            "scale": None,
+            "scale": tuple(Scale()),
             "hess_init": 0.0,
             "debias": True,
             "mc_samples": mc_samples,
@@ -165,6 +165,10 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         assert isinstance(curvature, ScaleEstimate)
         return curvature
 
+    @property
+    def _scale(self) -> Scale:
+        return Scale(*self.param_groups[0]["scale"])
+
     def _prepare_update(self, draw: Draw, layer_statistics: dict[Any, Any]) -> None:
         self._estimate.start_step()
         for group in self.param_groups:  # one that was added later
@@ -172,7 +176,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
 
     def _update_block(self, update: BlockUpdate) -> None:
         group, estimate = update.group, self._estimate
-        known = group["scale"] is not None
+        known = Scale(*group["scale"]).scale
         counts = share(update.slices[0].parameter, self._sampler.processes.mesh)
         for (means, momenta, hessians, gradients, statistics), decay, correction, rate in split_by_step(
             self._structure, update, rate_of_step
@@ -186,7 +190,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
                 momenta,
                 hessians,
                 gradients,
-                scale=group["scale"][0] if known else 1.0,
+                scale=known or 1.0,
                 lr=float(group["lr"]),
                 beta1=float(group["beta1"]),
                 rate=rate,
@@ -197,16 +201,16 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
 
     def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:
         """Move the scale, and with it the Hessians and the width of the draws."""
-        estimate, before = self._estimate, self.param_groups[0]["scale"]
+        estimate, before = self._estimate, self._scale
         if (mesh := self._sampler.processes.mesh) is not None:
             estimate.sum_over(mesh)
-        if before is None:
+        if not before.scale:
             scale = Scale.first(estimate.squared_gradient, estimate.squared_weight, estimate.count)
         else:
-            scale = estimate.next(Scale(*before), float(self.param_groups[0]["beta2"]))
-        if scale is None:
+            scale = estimate.next(before, float(self.param_groups[0]["beta2"]))
+        if not scale.scale:
             return
-        factor = scale.scale / (1.0 if before is None else before[0])
+        factor = scale.scale / (before.scale or 1.0)
         torch._foreach_mul_([shard(h) for h in self._structure.diagonal_hessian().values()], factor)
         effective = estimate.effective or estimate.count
         for group in self.param_groups:
@@ -216,17 +220,18 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
 
     def root_second_moments(self) -> dict[Tensor, Tensor]:
         """√v̂ of each parameter that has been moved, as `vlearn.posterior.training_time` wants it."""
-        scale = self.param_groups[0]["scale"]
-        if scale is None:
+        scale = self._scale.scale
+        if not scale:
             return {}
         hessians = self._structure.diagonal_hessian().items()
-        return {p: (h / scale[0]).sqrt() for p, h in hessians if int(self.state[p]["step"])}
+        return {p: (h / scale).sqrt() for p, h in hessians if int(self.state[p]["step"])}
 
     def diagnostics(self) -> Diagnostics:
         """As every optimizer's, with the scale's error; from the first step on no start is left in the Hessian."""
-        found, scale = super().diagnostics(), self.param_groups[0]["scale"]
-        error = 1.0 if scale is None else Scale(*scale).relative_error
-        return dataclasses.replace(found, hess_init_weight=float(found.step == 0), scale_error=error)
+        found = super().diagnostics()
+        return dataclasses.replace(
+            found, hess_init_weight=float(found.step == 0), scale_error=self._scale.relative_error
+        )
 
 
 def _width(ess: float | None, draw_variance: float | None) -> dict[str, float | None]:

@@ -179,7 +179,8 @@ class Sampler:
                 "sync=True averages whole gradients over processes, but the parameters are sharded (fully_shard, "
                 "tensor parallelism), which averages them itself: drop sync=True."
             )
-        shared = parameters and processes.share_draw and (mesh is not None or origin is not Origin.ENSEMBLE)
+        all_draw = mesh is not None or not several or origin is not Origin.ENSEMBLE
+        shared = parameters and processes.share_draw and all_draw
         if several and shared and not ddp.searched and ddp.group_of(parameters) is None:
             ddp.search(parameters)
         if several:

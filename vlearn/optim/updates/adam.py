@@ -72,43 +72,45 @@ def adam_step(
 
 
 class Scale(NamedTuple):
-    """What is known of the scale c; plain numbers, as parameter groups keep them.
+    """What is known of the scale c; plain numbers, as many before the first step: checkpoints keep them one by one.
 
     Attributes:
-        scale: c.
+        scale: c; 0 while nothing is known.
         weighted: Σ w r, over steps whose estimates r of c have the weight w = 1/Var r. It is forgotten a quarter as
             fast as v.
         information: Σ w.
         trusted: the largest mean Σ w r/Σ w that was above three standard deviations, forgotten likewise.
-        excess: by how much the gradients of recent steps exceeded v̂ in the sum that makes Var r; None before the first.
+        excess: by how much the gradients of recent steps exceeded v̂ in the sum that makes Var r; -1 before the first.
         reference: the least c since it last had doubled. Weights are large where c was small, so when it has doubled
             beyond doubt, what was learned before counts as one standard deviation: a first guess that was far too small
             is not believed for long.
     """
 
-    scale: float
-    weighted: float
-    information: float
+    scale: float = 0.0
+    weighted: float = 0.0
+    information: float = 0.0
     trusted: float = 0.0
-    excess: float | None = None
+    excess: float = -1.0
     reference: float = 0.0
 
     @classmethod
-    def first(cls, squared_gradient: float, squared_weight: float, count: float) -> Scale | None:
-        """A guess that makes the first draws narrow, which counts as one standard deviation; None without gradient.
+    def first(cls, squared_gradient: float, squared_weight: float, count: float) -> Scale:
+        """A guess that makes the first draws narrow, which counts as one standard deviation; none without gradient.
 
         Args:
             squared_gradient, squared_weight: sums over all `count` entries.
         """
         if squared_gradient == 0:
-            return None
+            return cls()
         width = FIRST_WIDTH * math.sqrt(squared_weight / count or 1.0)
         scale = 1 / (width * math.sqrt(squared_gradient * count))
         return cls(scale, 0.0, scale**-2, reference=scale)
 
     @property
     def relative_error(self) -> float:
-        """Standard deviation of c over c."""
+        """Standard deviation of c over c; 1 while nothing is known."""
+        if not self.scale:
+            return 1.0
         return self.information**-0.5 / self.scale
 
     def after(self, ratio: float, variance: float, excess: float, decay: float) -> Scale:
@@ -122,7 +124,7 @@ class Scale(NamedTuple):
             excess: by how much this step's exceed that.
             decay: weight that earlier steps keep.
         """
-        if self.excess is None:
+        if self.excess < 0:
             return self._replace(excess=excess)
         # Beside the gradient's noise there is the product's own, Var δᵀHδ = 2 tr (HΣ)² ≤ 2 (tr HΣ)²
         weight = 1 / (self.scale**2 * (variance * self.excess + 2))

@@ -1,0 +1,106 @@
+"""Models that processes hold in shards: the steps of one process, bit for bit, however they are sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.distributed.ranks import Ranks
+from tests.distributed.sharded import (
+    MAKERS,
+    assert_equal,
+    batch,
+    loss_of,
+    make,
+    new_model,
+    results,
+    sharded,
+    train,
+    whole,
+)
+
+kinds = pytest.mark.parametrize("kind", ["mlp", "transformer"])
+optimizers = pytest.mark.parametrize("maker", list(MAKERS))
+
+
+def trained(rank: int, kind: str, maker: str, how: str) -> dict[str, dict[str, Tensor]]:
+    model = sharded(new_model(kind), how)
+    optimizer = make(model, maker)
+    train(model, optimizer, kind)
+    return results(model, optimizer)
+
+
+def alone(kind: str, maker: str) -> dict[str, dict[str, Tensor]]:
+    return trained(0, kind, maker, "plain")
+
+
+def assert_same(found: Any, expected: Any, maker: str) -> None:
+    if maker == "VAdamW":  # its scale is a sum over all entries, which processes add in another order
+        for name, tensors in expected.items():
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(found[name][key], tensor, rtol=1e-9, atol=1e-12)
+    else:
+        assert_equal(found, expected)
+
+
+@kinds
+@optimizers
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+def test_two_ranks_make_the_steps_of_one_process(ranks: Ranks, kind: str, maker: str, how: str) -> None:
+    for found in ranks(trained, kind, maker, how):
+        assert_same(found, alone(kind, maker), maker)
+
+
+@kinds
+@optimizers
+@pytest.mark.parametrize("how", ["fsdp", "hsdp"])
+def test_four_ranks_make_the_steps_of_one_process(four_ranks: Ranks, kind: str, maker: str, how: str) -> None:
+    for found in four_ranks(trained, kind, maker, how):
+        assert_same(found, alone(kind, maker), maker)
+
+
+# -- tensor parallelism --------------------------------------------------------------------------------------------
+
+
+def beside_a_whole_model(rank: int, maker: str, shape: tuple[int, ...]) -> bool:
+    """Train by tensor parallelism, and a whole model by the gathered gradients: their steps must be the same."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def layers() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "model")[-len(shape) :])
+    model = parallelize_module(layers(), mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    if len(shape) == 2:
+        fully_shard(model, mesh=mesh["data"])
+    other = layers()
+    optimizer, of_other = make(model, maker), make(other, maker)
+    for step in range(8):
+        optimizer.zero_grad()
+        loss_of(model, *batch("mlp", step)).backward()
+        drawn = [whole(p) for p in model.parameters()]
+        with of_other.sampled_params(train=True):
+            for p, q, weights in zip(model.parameters(), other.parameters(), drawn, strict=True):
+                assert torch.equal(weights, q), "the draws differ"
+                assert p.grad is not None
+                q.grad = whole(p.grad)
+        optimizer.step()
+        of_other.step()
+    assert_same(results(model, optimizer), results(other, of_other), maker)
+    return True
+
+
+@optimizers
+def test_tensor_parallelism_makes_the_steps_of_a_whole_model(ranks: Ranks, maker: str) -> None:
+    assert all(ranks(beside_a_whole_model, maker, (2,)))
+
+
+@optimizers
+def test_tensor_parallelism_inside_fsdp_makes_the_steps_of_a_whole_model(four_ranks: Ranks, maker: str) -> None:
+    assert all(four_ranks(beside_a_whole_model, maker, (2, 2)))
