@@ -148,6 +148,23 @@ def is_sharded(p: Tensor) -> bool:
     return getattr(p, "device_mesh", None) is not None or is_flattened(p)
 
 
+def let_go_of_gathered_weights(module: Any) -> None:
+    """Free the whole weights that a module of `fully_shard` keeps, whose shards have changed.
+
+    Its `reshard()` keeps them in a forward pass that has begun, where they are gathered again here.
+    """
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # one alone in earlier versions
+    for group in [state._fsdp_param_group] if groups is None else groups:
+        if group is None or (group.is_sharded and group._all_gather_result is None):
+            continue
+        group.wait_for_unshard()
+        group._to_sharded()
+        if group._training_state.name == "FORWARD":
+            group.unshard()
+            group.wait_for_unshard()
+
+
 def global_offset(p: Tensor) -> tuple[int, ...]:
     """Where the part of a distributed tensor that this process has begins, on each axis of the whole tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import vlearn
@@ -125,6 +125,9 @@ def whole(tensor: Tensor) -> Tensor:
 def results(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor]]:
     """Mean, momentum and Hessian by name, whole."""
     found = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the outermost has whole weights after a forward pass without a backward
+            module.reshard()
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         tensors = {"mean": p, **{key: state[key] for key in ("momentum", "hessian")}}

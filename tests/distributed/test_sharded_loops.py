@@ -14,6 +14,7 @@ import vlearn
 from tests.distributed.ranks import Ranks
 from tests.distributed.sharded import assert_equal, batch, loss_of, make, mlp, new_model, results, sharded, train, whole
 
+KIND = {"stale": "transformer"}
 Loop = Callable[[nn.Module, Any], None]
 
 
@@ -57,6 +58,31 @@ def evaluate_between(model: nn.Module, optimizer: Any) -> None:
 def at_mean(optimizer: Any, model: nn.Module, x: Tensor) -> Tensor:
     mean = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
     return torch.func.functional_call(mlp().double(), mean, (x,))
+
+
+def stale(model: nn.Module, optimizer: Any) -> None:
+    """The outermost module of `fully_shard` keeps what it gathers in an eval forward, and until backward."""
+    tokens = batch("transformer", 100)[0]
+    for step in range(5):
+        model.eval()
+        with torch.no_grad():
+            model(tokens)
+        model.train()
+        optimizer.zero_grad()
+        loss = loss_of(model, *batch("transformer", step))
+        model.eval()
+        with torch.no_grad():
+            seen = model(tokens)
+        model.train()
+        loss.backward()
+        optimizer.step()
+        mean = {name: whole(p) for name, p in model.named_parameters()}
+        model.eval()
+        with torch.no_grad():
+            assert not torch.equal(model(tokens), seen)
+            expected = torch.func.functional_call(new_model("transformer"), mean, (tokens,))
+            torch.testing.assert_close(model(tokens), expected)
+        model.train()
 
 
 def contexts(model: nn.Module, optimizer: Any) -> None:
@@ -121,6 +147,7 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
     "clip": (clip, {}),
     "accumulate": (accumulate, {}),
     "eval": (evaluate_between, {}),
+    "stale": (stale, {}),
     "contexts": (contexts, {}),
     "closure": (closure, {"mc_samples": 2}),
     "modes": (modes, {}),
@@ -130,9 +157,15 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
 
 
 def looped(rank: int, name: str, how: str) -> dict[str, dict[str, Tensor]]:
-    loop, options = LOOPS[name]
-    model = sharded(new_model("mlp"), how)
-    optimizer = make(model, "IVON", **options)
+    (loop, options), kind = LOOPS[name], KIND.get(name, "mlp")
+    model = new_model(kind)
+    late = how == "late"
+    optimizer = make(model, "IVON", **options) if late else None
+    model = sharded(model, "fsdp" if late else how)
+    if late:  # as Accelerate does
+        optimizer.param_groups[0]["params"] = list(model.parameters())  # pyright: ignore
+    else:
+        optimizer = make(model, "IVON", **options)
     loop(model, optimizer)
     return results(model, optimizer)
 
@@ -147,6 +180,13 @@ def test_loops_are_those_of_one_process(ranks: Ranks, name: str) -> None:
                     torch.testing.assert_close(found[each][key], tensor, rtol=1e-12, atol=1e-14)
         else:
             assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["accumulate", "eval", "stale", "contexts"])
+def test_a_model_may_be_sharded_after_its_optimizer_was_made(ranks: Ranks, name: str) -> None:
+    expected = looped(0, name, "plain")
+    for found in ranks(looped, name, "late"):
+        assert_equal(found, expected)
 
 
 def raised(rank: int) -> list[str]:

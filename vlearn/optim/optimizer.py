@@ -177,7 +177,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             if optimizer is not None:
                 optimizer._watch_found(module, args, kwargs)
 
-        return _Runtime(parameters, structure, curvature, sampler, ModelSearch(is_open, found))
+        return _Runtime(parameters, structure, curvature, sampler, ModelSearch(is_open, parameters.every, found))
 
     @property
     def _parameters(self) -> Parameters:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlearn._torch_internals import lets_processes_stop_early
 from vlearn.collectives import process_count
 from vlearn.optim.distributed.ddp import DDPRegistry
+from vlearn.optim.distributed.fsdp import FSDPRegistry
 from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.parameters.parameters import Parameters
 
@@ -31,6 +32,7 @@ class Processes:
         self._parameters = parameters
         self.average_passes = False
         self.ddp = DDPRegistry()
+        self._fsdp = FSDPRegistry()
 
     def several_with(self, setting: str) -> bool:
         """Whether there are several processes and any group has `sync` or `shared_noise`."""
@@ -41,6 +43,12 @@ class Processes:
         """The mesh of processes that hold shards of the parameters, the largest of several; None if none is sharded."""
         meshes = [p.device_mesh for p in self._parameters.every() if is_dtensor(p)]  # pyright: ignore
         return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+    def weights_changed(self, parameters: list[Tensor]) -> None:
+        """Weights were written: copies of them, cast by autocast or gathered by `fully_shard`, are old."""
+        torch.clear_autocast_cache()
+        if self.mesh is not None:
+            self._fsdp.shards_changed(parameters)
 
     @property
     def share_draw(self) -> bool:

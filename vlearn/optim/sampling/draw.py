@@ -7,13 +7,12 @@ mean m; while the mean is in the weights the buffer holds θ. The mean is copied
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -71,6 +70,7 @@ class Draw:
         gradients: what `p.grad` and its version were when the draw was finished by leaving its context.
         local_gradients: this process's own gradients, where several processes have draws of their own.
         pass_sums: what the curvature estimate has taken from the passes under this draw, if it wants any.
+        weights_changed: called when draw or mean have been written into the weights of these parameters.
         first_node: the number of the first node of an autograd graph that can have read the draw; None where no graph
             can have been begun before it.
     """
@@ -83,6 +83,7 @@ class Draw:
     gradients: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
     local_gradients: LocalGradients | None = None
     pass_sums: PassSums | None = None
+    weights_changed: Callable[[list[Tensor]], None] = lambda parameters: None
     first_node: int | None = None
     _versions: dict[Tensor, int] = field(default_factory=dict)  # of the parameters, before the mean was swapped in
     _written: dict[Tensor, int] = field(default_factory=dict)  # their versions when the draw was put into them
@@ -114,19 +115,19 @@ class Draw:
         """Put the mean into the weights and keep the draw in the buffers."""
         if self.state in (DrawState.ACTIVE, DrawState.SUSPENDED):
             self.suspend()
-            mark_changed(self.parameters)
+            self.mark_changed()
             self._enter(DrawState.FINISHED)
 
     def resume(self) -> None:
         """Put the draw back into the weights."""
         if self.state is DrawState.FINISHED:
-            mark_changed(self.parameters)
+            self.mark_changed()
             self._enter(DrawState.SUSPENDED)
         self.restore()
 
     def discard(self) -> None:
         """Put the mean into the weights; the draw is not needed any more. Safe at any time."""
-        changed = self.parameters if self.state in (DrawState.ACTIVE, DrawState.SUSPENDED) else []
+        was_active = self.state in (DrawState.ACTIVE, DrawState.SUSPENDED)
         self._enter(DrawState.DISCARDED)
         try:
             self._discard_slices()
@@ -134,7 +135,8 @@ class Draw:
             self._discard_slices()
             raise
         finally:
-            mark_changed(changed)
+            if was_active:
+                self.mark_changed()
             if self.local_gradients is not None:
                 self.local_gradients.remove()
 
@@ -164,19 +166,30 @@ class Draw:
             increment_version(self.parameters)
         for block in self.blocks:
             swap_in_means(block.slices)
-        torch.clear_autocast_cache()
+        self.weights_changed(self.parameters)
 
     def restore(self) -> None:
         """Put a suspended draw back, with the version counters that the training graph knows."""
         if self.state is DrawState.SUSPENDED:
             for block in self.blocks:
                 swap_in_draws(block.slices)
-            torch.clear_autocast_cache()
+            self.weights_changed(self.parameters)
             _take_back(self._versions)
             self._enter(DrawState.ACTIVE)
             for p, version in self._versions.items():
                 if self._written.get(p) == version:  # what has been written since was vlearn's own
                     self._written[p] = p._version
+
+    def mark_changed(self) -> None:
+        """Tell autograd that weights were written through `.data`.
+
+        A graph that was built on the old weights then refuses to run backward instead of giving the
+        gradient at the wrong place; and copies of the weights are made anew.
+        """
+        parameters = self.parameters
+        if parameters:
+            increment_version(parameters)
+            self.weights_changed(parameters)
 
     def note_versions(self) -> None:
         """Remember how often each parameter has been written, now that the draw is in them."""
@@ -234,18 +247,6 @@ class Draw:
         if state not in TRANSITIONS[self.state]:
             raise AssertionError(f"a draw cannot go from {self.state.name} to {state.name}")
         self.state = state
-
-
-def mark_changed(parameters: Iterable[Tensor]) -> None:
-    """Tell autograd that weights were written through `.data`.
-
-    A graph that was built on the old weights then refuses to run backward instead of giving the
-    gradient at the wrong place; and autocast casts the weights anew.
-    """
-    parameters = list(parameters)
-    if parameters:
-        increment_version(parameters)
-        torch.clear_autocast_cache()
 
 
 def _take_back(versions: dict[Tensor, int]) -> None:

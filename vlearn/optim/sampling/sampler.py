@@ -19,7 +19,7 @@ from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.parameters import Parameters, reconciled
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, keep_means, partition
-from vlearn.optim.sampling.draw import Draw, DrawState, Origin, mark_changed
+from vlearn.optim.sampling.draw import Draw, DrawState, Origin
 from vlearn.optim.sampling.gradient_origin import GradientOrigin
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import Curvature, PassListener, Structure
@@ -130,6 +130,7 @@ class Sampler:
             origin,
             self._new_noise(origin),
             pass_sums=PassSums() if uses_passes else None,
+            weights_changed=self.processes.weights_changed,
             first_node=first_node if first_node != self._node_at_end else None,
         )
         try:
@@ -149,7 +150,7 @@ class Sampler:
             if draw.local_gradients is not None:
                 draw.local_gradients.remove()
             raise
-        mark_changed(draw.parameters)
+        draw.mark_changed()
         draw.note_versions()
         return draw
 
@@ -272,7 +273,7 @@ class Sampler:
             keep: the draw is wanted afterwards, in the buffers.
         """
         draw.discard()
-        mark_changed(draw.parameters)
+        draw.mark_changed()
         self._node_at_end = next_sequence_number()
         self.draw, self.average, self.previous = None, DrawAverage(), draw if keep else None
         if not keep:

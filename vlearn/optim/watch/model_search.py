@@ -26,11 +26,12 @@ class ModelSearch:
 
     Args:
         is_open: whether a forward pass now may be one of the training loop that needs a watch.
+        current: the optimizer's parameters. Others take their places where a model is sharded after it was made.
         found: called with each module that is found and with the arguments of the call that is about to run.
     """
 
-    def __init__(self, is_open: Callable[[], bool], found: Found):
-        self._is_open, self._found = is_open, found
+    def __init__(self, is_open: Callable[[], bool], current: Callable[[], list[Tensor]], found: Found):
+        self._is_open, self._current, self._found = is_open, current, found
         self._missing: set[Tensor] = set()
         self._rejected: WeakSet[nn.Module] = WeakSet()
         self._is_over = False
@@ -60,6 +61,8 @@ class ModelSearch:
         """
         if module in self._rejected or not self._is_open():
             return
+        if not self._missing.issubset(current := self._current()):
+            self._missing = set(current)
         trains = self._missing.intersection(module.parameters())
         if not trains or isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             self._rejected.add(module)
