@@ -148,15 +148,26 @@ def is_sharded(p: Tensor) -> bool:
     return getattr(p, "device_mesh", None) is not None or is_flattened(p)
 
 
+def sharded_parameters(module: Any) -> list[Tensor]:
+    """The parameters that a module of `fully_shard` has shards of, also while its submodules have the whole ones."""
+    return [each.sharded_param for group in _groups_of(module) for each in group.fsdp_params]
+
+
+def _groups_of(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # one at most in earlier versions
+        return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return groups
+
+
 def let_go_of_gathered_weights(module: Any) -> None:
     """Free the whole weights that a module of `fully_shard` keeps, whose shards have changed.
 
     Its `reshard()` keeps them in a forward pass that has begun, where they are gathered again here.
     """
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # one alone in earlier versions
-    for group in [state._fsdp_param_group] if groups is None else groups:
-        if group is None or (group.is_sharded and group._all_gather_result is None):
+    for group in _groups_of(module):
+        if group.is_sharded and group._all_gather_result is None:
             continue
         group.wait_for_unshard()
         group._to_sharded()

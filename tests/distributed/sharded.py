@@ -89,7 +89,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def sharded(model: nn.Module, how: str, **options: Any) -> nn.Module:
-    """The model, sharded by `fully_shard` or wrapped."""
+    """The model, sharded by `fully_shard` ("whole": in one piece) or wrapped."""
     if how == "plain":
         return model
     if how == "ddp":
@@ -98,7 +98,7 @@ def sharded(model: nn.Module, how: str, **options: Any) -> nn.Module:
     shape, names = ((2, count // 2), ("copies", "shards")) if how == "hsdp" else ((count,), ("shards",))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     parts = model.blocks if isinstance(model, Transformer) else [m for m in model.children() if list(m.parameters())]
-    for part in parts:  # pyright: ignore
+    for part in parts if how != "whole" else ():  # pyright: ignore
         fully_shard(part, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 

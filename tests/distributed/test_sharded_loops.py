@@ -156,37 +156,30 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
 }
 
 
-def looped(rank: int, name: str, how: str) -> dict[str, dict[str, Tensor]]:
-    (loop, options), kind = LOOPS[name], KIND.get(name, "mlp")
-    model = new_model(kind)
-    late = how == "late"
-    optimizer = make(model, "IVON", **options) if late else None
-    model = sharded(model, "fsdp" if late else how)
+def looped(rank: int, name: str, how: str, late: bool = False) -> dict[str, dict[str, Tensor]]:
+    loop, options = LOOPS[name]
+    model = new_model(KIND.get(name, "mlp"))
     if late:  # as Accelerate does
-        optimizer.param_groups[0]["params"] = list(model.parameters())  # pyright: ignore
+        optimizer = make(model, "IVON", **options)
+        model = sharded(model, how)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
     else:
+        model = sharded(model, how)
         optimizer = make(model, "IVON", **options)
     loop(model, optimizer)
     return results(model, optimizer)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["", "sharded after the optimizer was made"])
+@pytest.mark.parametrize("how", ["fsdp", "whole"])
 @pytest.mark.parametrize("name", list(LOOPS))
-def test_loops_are_those_of_one_process(ranks: Ranks, name: str) -> None:
+def test_loops_are_those_of_one_process(ranks: Ranks, name: str, how: str, late: bool) -> None:
     expected = looped(0, name, "plain")
-    for found in ranks(looped, name, "fsdp"):
+    for found in ranks(looped, name, how, late):
         if name == "clip":  # the norm adds the shards' in another order
-            for each, tensors in expected.items():
-                for key, tensor in tensors.items():
-                    torch.testing.assert_close(found[each][key], tensor, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
         else:
             assert_equal(found, expected)
-
-
-@pytest.mark.parametrize("name", ["accumulate", "eval", "stale", "contexts"])
-def test_a_model_may_be_sharded_after_its_optimizer_was_made(ranks: Ranks, name: str) -> None:
-    expected = looped(0, name, "plain")
-    for found in ranks(looped, name, "late"):
-        assert_equal(found, expected)
 
 
 def raised(rank: int) -> list[str]:

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from vlearn._torch_internals import let_go_of_gathered_weights
+from vlearn._torch_internals import let_go_of_gathered_weights, sharded_parameters
 from vlearn.optim.kernels.entries import is_dtensor
 
 
@@ -43,6 +43,5 @@ class FSDPRegistry:
 
         for each in gc.get_objects():
             # Not isinstance, which asks proxies for their __class__.
-            if issubclass(type(each), FSDPModule):
-                if any(p in self._searched for p in each.parameters()):
-                    self._modules.add(each)
+            if issubclass(type(each), FSDPModule) and any(p in self._searched for p in sharded_parameters(each)):
+                self._modules.add(each)
