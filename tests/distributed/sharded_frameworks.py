@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import vlearn
 
@@ -69,6 +69,9 @@ class Classifier(lightning.LightningModule):
         self.made = new_optimizer(self.net)
         return self.made
 
+    def train_dataloader(self) -> DataLoader[Any]:  # Lightning's own sampler would shuffle
+        return DataLoader(dataset(), batch_size=8, sampler=DistributedSampler(dataset(), shuffle=False))
+
 
 def by_lightning() -> dict[str, Tensor]:
     module = Classifier()
@@ -80,9 +83,10 @@ def by_lightning() -> dict[str, Tensor]:
         max_epochs=2,
         gradient_clip_val=0.1,
         accumulate_grad_batches=ACCUMULATED,
+        use_distributed_sampler=False,
         **dict.fromkeys(off, False),
     )
-    trainer.fit(module, DataLoader(dataset(), batch_size=8))
+    trainer.fit(module)
     return state(module.made)
 
 
