@@ -148,9 +148,21 @@ def is_sharded(p: Tensor) -> bool:
     return getattr(p, "device_mesh", None) is not None or is_flattened(p)
 
 
-def sharded_parameters(module: Any) -> list[Tensor]:
-    """The parameters that a module of `fully_shard` has shards of, also while its submodules have the whole ones."""
-    return [each.sharded_param for group in _groups_of(module) for each in group.fsdp_params]
+def sharded_parameters(module: Any, also_otherwise: bool = True) -> list[Tensor]:
+    """The parameters that a module of `fully_shard` has shards of, also while its submodules have the whole ones.
+
+    Args:
+        also_otherwise: those too that were sharded before, by tensor parallelism.
+    """
+    parameters = (each for group in _groups_of(module) for each in group.fsdp_params)
+    return [each.sharded_param for each in parameters if also_otherwise or not each.is_dtensor]
+
+
+def unsharded_class(module: nn.Module) -> type:
+    """The class that a module had before `fully_shard` gave it another."""
+    mro = type(module).__mro__
+    index = getattr(type(module), "_orig_cls_mro_index", 2)
+    return mro[index] if any(each.__name__ == "FSDPModule" for each in mro) else mro[0]
 
 
 def _groups_of(module: Any) -> list[Any]:

@@ -56,10 +56,12 @@ class Recorder:
 
     Args:
         trace: new, for one forward pass.
+        root_only: record what the root was called with and what it returned, for a pass that will be made again.
     """
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace, root_only: bool = False):
         self.trace = trace
+        self._root_only = root_only
         self._ends: dict[LayerCall, tuple[list[Node], list[Node]]] = {}  # the nodes of its inputs and outputs
         self._frames: list[_Frame] = []
         self._given_up = False
@@ -76,7 +78,7 @@ class Recorder:
 
     def _unless_given_up(self, record: Callable[..., None], module: nn.Module, *call: Any) -> None:
         """What cannot be recorded is a reason for no sensitivities, and none against the user's pass."""
-        if self._given_up:
+        if self._given_up or (self._root_only and self.trace.root not in (None, module)):
             return
         try:
             record(module, *call)
@@ -122,6 +124,10 @@ class Recorder:
         if not self._frames:
             return
         frame = self._frames.pop()
+        if self._root_only:
+            if not self._frames:
+                self.trace.keep_output(output)
+            return
         if self._frames:
             self._frames[-1].called |= {module, *frame.called}
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and _uses_batch_statistics(module):

@@ -733,7 +733,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         posterior = self.posterior()
         if posterior.uncalibrated_reason:
             warnings.warn(f"sensitivities() ranks the examples only: {posterior.uncalibrated_reason}", stacklevel=4)
-        covariance = posterior.covariance({name: p for p, name in self._parameters.names().items()})
+        named = {name: recorded.stands_for.get(p, p) for p, name in self._parameters.names().items()}
+        covariance = posterior.covariance(named)
         return live_sensitivities(recorded, covariance, watch.trace_step, deviation, output, examples)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ class RecordedPass:
         weights: the value of each tracked parameter during the pass.
         scale: the gradient of an example's own loss over the gradient that the backward pass brought: the denominator
             of a mean loss, divided by what the loss was multiplied with.
+        stands_for: the parameter that the pass has in the place of one of the model's, where it has another.
     """
 
     trace: Trace
     weights: Weights
     scale: float = 1.0
+    stands_for: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
     @classmethod
     def validated(cls, trace: Trace, weights: Weights, scale: float = 1.0) -> RecordedPass:

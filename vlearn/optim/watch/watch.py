@@ -32,6 +32,7 @@ from vlearn.optim.watch import other_optimizers
 from vlearn.optim.watch.constant_statistics import with_constant_statistics
 from vlearn.optim.watch.hooks import Link, MeanCopies, hook
 from vlearn.optim.watch.loss_scale import LossScale, WatchOptions
+from vlearn.optim.watch.sharded_pass import with_whole_weights
 from vlearn.per_example.measured_rows import told_rows
 from vlearn.per_example.recorded_pass import RecordedPass
 
@@ -257,7 +258,7 @@ class Watch:
             if self.records(step):
                 self.trace, self.trace_step = self._new_trace(sampler), step
                 self._collected = False
-                self._recorder = Recorder(self.trace)
+                self._recorder = Recorder(self.trace, root_only=sampler.processes.mesh is not None)
         elif sampler.context is Context.NONE and sampler.draw is not None:
             if sampler.draw.state in (DrawState.ACTIVE, DrawState.SUSPENDED):
                 self._check_not_overwritten(sampler.draw)
@@ -358,8 +359,8 @@ class Watch:
         return self.trace is not None
 
     def records(self, step: int) -> bool:
-        """Whether the passes of a step are recorded; those of a sharded model never, whose layers use other tensors."""
-        return (step - 1) % self.options.every == 0 and self.sampler.processes.mesh is None
+        """Whether the passes of a step are recorded."""
+        return (step - 1) % self.options.every == 0
 
     def _begin_backward(self) -> None:
         if self.trace is not None:  # else of a pass that is not wanted any more
@@ -391,12 +392,6 @@ class Watch:
             RuntimeError: if there is none, or its examples have no gradients of their own.
         """
         trace, sampler = self.trace, self.sampler
-        if sampler.processes.mesh is not None:
-            raise RuntimeError(
-                f"{prefix}the model is sharded over processes (fully_shard, tensor parallelism), and no process has "
-                "the weights of a whole layer: sweep a model that is not, with a copy of optimizer.posterior(), see "
-                "Gaussian.belong_to."
-            )
         if trace is None:
             last = f"; the last captured step is {self.trace_step}" if self.trace_step else ""
             raise RuntimeError(
@@ -422,6 +417,8 @@ class Watch:
         samples = draw.samples() if draw is not None else {}
         weights = {p: samples.get(p, p.data) for p in trace.tracked}
         scale = 1.0 if as_probed else self._scale.of_own_loss(trace)
+        if sampler.processes.mesh is not None:
+            return with_whole_weights(self.model, trace, weights, scale)
         if trace.batch_norms:
             trace.with_constants = trace.with_constants or with_constant_statistics(trace, weights)
             trace = trace.with_constants

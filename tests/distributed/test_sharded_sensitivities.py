@@ -1,0 +1,121 @@
+"""Sensitivities of sharded models: each process's own examples, equal to those of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from tests.distributed.ranks import Ranks
+from tests.distributed.sharded import batch, loss_of, make, new_model, sharded
+
+
+def live(rank: int, kind: str, how: str, maker: str, count: int) -> list[tuple[Tensor, ...]]:
+    """Rows of this rank's part of the batch, between backward and step and after it."""
+    model = sharded(new_model(kind), how)
+    optimizer = make(model, maker)
+    found = []
+    for step in range(3):
+        x, y = batch(kind, step, count=8)
+        if count > 1:
+            x, y = x.chunk(count)[rank], y.chunk(count)[rank]
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        rows = optimizer.sensitivities(deviation=True)
+        found.append((rows.self_influence, rows.residual, rows.deviation, rows.prediction_error))
+        optimizer.step()
+        found.append((optimizer.sensitivities(examples=[1, 2]).self_influence,))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+@pytest.mark.parametrize("how", ["fsdp", "whole"])
+@pytest.mark.parametrize("maker", ["IVON", "VAdamW"])
+def test_each_process_has_the_rows_of_its_own_examples(ranks: Ranks, kind: str, how: str, maker: str) -> None:
+    expected = live(0, kind, "plain", maker, 1)
+    found = ranks(live, kind, how, maker, 2)
+    for step in range(3):
+        for place, rows in enumerate(expected[2 * step]):
+            both = torch.cat([each[2 * step][place] for each in found])
+            torch.testing.assert_close(both, rows, rtol=1e-9, atol=1e-14)
+    assert float(expected[0][0].min()) > 0
+    assert all(len(each[1][0]) == 2 for each in found)
+
+
+def with_dropout(rank: int, how: str) -> Tensor:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Dropout(0.5), torch.nn.Linear(9, 3)).double()
+    model = sharded(model, how)
+    optimizer = make(model, "IVON")
+    torch.manual_seed(3)
+    loss_of(model, *batch("mlp", 0)).backward()
+    before = torch.get_rng_state()
+    rows = optimizer.sensitivities().self_influence
+    assert torch.equal(torch.get_rng_state(), before)
+    loss_of(model, *batch("mlp", 1)).backward()  # the pass that was made again has left nothing behind
+    optimizer.step()
+    return rows
+
+
+def test_the_pass_is_made_again_with_its_random_numbers(ranks: Ranks) -> None:
+    expected = with_dropout(0, "plain")
+    for found in ranks(with_dropout, "fsdp"):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+
+
+def unchanged(rank: int, asks: bool) -> list[Tensor]:
+    model = sharded(new_model("transformer"), "fsdp")
+    optimizer = make(model, "IVON")
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, *batch("transformer", step)).backward()
+        if asks:
+            optimizer.sensitivities()
+        optimizer.step()
+        if asks:
+            optimizer.sensitivities()
+    return [p.full_tensor().detach() for p in model.parameters()]  # pyright: ignore
+
+
+def test_training_goes_on_as_if_nobody_had_asked(ranks: Ranks) -> None:
+    for asked, not_asked in zip(ranks(unchanged, True), ranks(unchanged, False), strict=True):
+        assert all(map(torch.equal, asked, not_asked))
+
+
+def in_low_precision(rank: int, how: str) -> Tensor:
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if how == "fsdp" else {}
+    model = sharded(new_model("mlp", torch.float32), how, **policy)
+    optimizer = make(model, "IVON")
+    x, y = batch("mlp", 0, dtype=torch.float32)
+    loss_of(model, x, y).backward()
+    return optimizer.sensitivities().self_influence.float()
+
+
+def test_rows_of_layers_in_bfloat16(ranks: Ranks) -> None:
+    expected = in_low_precision(0, "plain")
+    for found in ranks(in_low_precision, "fsdp"):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
+
+
+def by_tensor_parallelism(rank: int) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model: Any = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    plan: Any = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    optimizer = make(model, "IVON")
+    loss_of(model, *batch("mlp", 0)).backward()
+    try:
+        optimizer.sensitivities()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_tensor_parallelism_has_no_rows(ranks: Ranks) -> None:
+    for message in ranks(by_tensor_parallelism):
+        assert "tensor parallelism computes on parts of the weights" in message
