@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,21 @@ def test_a_checkpoint_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     for words in ("trained for 2 steps", "without a test set", "Of the first 2,", "test image"):
         assert words in printed
+
+
+@pytest.mark.slow
+def test_processes_shard_a_model_and_go_on_in_other_numbers(tmp_path: Path) -> None:
+    losses = {}
+    for name, counts in {"one": (1, 1), "several": (2, 1)}.items():
+        (tmp_path / name).mkdir()
+        for count in counts:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            arguments = [str(ROOT / "sharded.py"), "--folder", str(tmp_path / name), "--steps", "3"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)}
+            ran = subprocess.run(
+                [*command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180
+            )
+            assert ran.returncode == 0, ran.stderr
+            assert ran.stdout.count("passages it remembers") == count
+        losses[name] = next(line for line in ran.stdout.splitlines() if line.startswith("step 6: loss"))
+    assert losses["one"] == losses["several"]

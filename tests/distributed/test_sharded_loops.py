@@ -199,10 +199,6 @@ def raised(rank: int) -> list[str]:
     loss_of(model, *batch("mlp", 0)).backward()
     optimizer.zero_grad()
     train(model, optimizer, "mlp", range(1))
-    try:
-        optimizer.sensitivities()
-    except RuntimeError as error:
-        messages.append(str(error))
     for bad in (lambda: make(model, "IVON", sync=True), lambda: vlearn.KFACVON(model, lr=0.1, ess=10.0)):
         try:
             train(model, bad(), "mlp", range(1))

@@ -83,8 +83,10 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             path of compiled=False.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
-        shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
-            supports clipping and GradScaler, which their own draws do not; one draw instead of one per process.
+        shared_noise: all processes take one draw, that of rank 0's generator. It depends on seed, parameter and place
+            of an entry alone, so that any number of processes, one too, make the same steps. Under
+            DistributedDataParallel it supports clipping and GradScaler, which their own draws do not; but it is one
+            draw instead of one per process. Sharded parameters (`fully_shard`, tensor parallelism) always share it.
         batch_norm: "refuse" rows of examples that meet in a BatchNorm in train mode, or take the batch's statistics as
             "constant", an approximation: see `watch`.
         beta2_warmup: t₀ in steps, at least 1: β₂ is min(beta2, 1 - 1/(t + t₀)) in step t, from 0, so that h is the mean

@@ -42,8 +42,10 @@ class SharedOptions(TypedDict, total=False):
             default ess, so give it where ess is not N.
         generator: of the noise; default torch's global one. Of several processes each has its own noise, also if
             their generators are alike.
-        shared_noise: all processes take one draw, that of rank 0's generator. Under DistributedDataParallel this
-            supports clipping and GradScaler, which draws of their own do not; one draw instead of one per process.
+        shared_noise: all processes take one draw, that of rank 0's generator. It depends on seed, parameter and place
+            of an entry alone, so that any number of processes, one too, make the same steps. Under
+            DistributedDataParallel it supports clipping and GradScaler, which draws of their own do not; but it is one
+            draw instead of one per process. Sharded parameters (`fully_shard`, tensor parallelism) always share it.
         nonfinite: "raise" (default) FloatingPointError at a gradient that is not finite, "skip" the step and count it
             in `nonfinite_count`, or "ignore": do not look.
         batch_norm: "refuse" (default) rows of examples that meet in a BatchNorm in train mode, or take the batch's
