@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/sharded.py --folder /tmp/run
 
-trains a character model of a sentence on CPUs, prints the loss, what each process holds of the optimizer's state and the
-passage of its last minibatch that it remembers most, and writes a checkpoint with torch.distributed.checkpoint. The same
-command goes on from it, on any number of processes: with --nproc-per-node 1 or 4 the steps are the same.
+trains a character model of a sentence on CPUs, prints the loss, what each process holds of the optimizer's state and
+the passage of its last minibatch that it remembers most, and writes a checkpoint with torch.distributed.checkpoint. The
+same command goes on from it, on any number of processes: with --nproc-per-node 1 or 4 the steps are the same.
 """
 
 from __future__ import annotations
