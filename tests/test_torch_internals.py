@@ -26,15 +26,21 @@ from vlearn._torch_internals import (
     current_node,
     forward_pre_hooks,
     frame_of_call,
+    fsdp_groups,
+    global_offset,
     graph_task_id,
     has_compiled,
     in_functorch_transform,
+    is_flattened,
     is_sharded,
+    let_go_of_gathered_weights,
     lets_processes_stop_early,
     next_sequence_number,
     saved_axis,
     sequence_number,
     set_versions,
+    sharded_parameters,
+    unsharded_class,
     view_base,
     without_onednn,
 )
@@ -294,3 +300,29 @@ def test_a_part_of_a_parameter_is_seen(group, kind):
     else:
         model = FullyShardedDataParallel(model, use_orig_params=kind == "original", device_id=torch.device("cpu"))
     assert all(map(is_sharded, model.parameters()))
+    assert all(is_flattened(p) is (kind != "fully_shard") for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6
+def test_the_part_of_a_parameter_has_a_place(group):
+    weight = distribute_tensor(torch.zeros(3, 4), init_device_mesh("cpu", (1, 1)), [Shard(0), Shard(1)])
+    assert tuple(global_offset(weight)) == (0, 0)  # in several processes: tests/distributed/test_sharded.py
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6
+def test_a_module_of_fully_shard_shows_what_it_gathers(group):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    fully_shard(model[0])
+    assert unsharded_class(model[0]) is nn.Linear and unsharded_class(model[1]) is nn.Linear
+    fully_shard(model)
+    assert len(fsdp_groups(model)) == len(fsdp_groups(model[0])) == 1
+    sharded = list(model[1].parameters())
+    assert all(p is q for p, q in zip(sharded_parameters(model), sharded, strict=True))
+    assert sharded_parameters(model, also_otherwise=False) == sharded_parameters(model)
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 2))
+    assert not any(map(is_sharded, model[1].parameters()))  # the outermost module keeps what it gathers
+    assert all(p is q for p, q in zip(sharded_parameters(model), sharded, strict=True))
+    let_go_of_gathered_weights(model)
+    assert all(p is q for p, q in zip(model[1].parameters(), sharded, strict=True))

@@ -154,7 +154,7 @@ def sharded_parameters(module: Any, also_otherwise: bool = True) -> list[Tensor]
     Args:
         also_otherwise: those too that were sharded before, by tensor parallelism.
     """
-    parameters = (each for group in _groups_of(module) for each in group.fsdp_params)
+    parameters = (each for group in fsdp_groups(module) for each in group.fsdp_params)
     return [each.sharded_param for each in parameters if also_otherwise or not each.is_dtensor]
 
 
@@ -165,7 +165,8 @@ def unsharded_class(module: nn.Module) -> type:
     return mro[index] if any(each.__name__ == "FSDPModule" for each in mro) else mro[0]
 
 
-def _groups_of(module: Any) -> list[Any]:
+def fsdp_groups(module: Any) -> list[Any]:
+    """What a module of `fully_shard` gathers together: one group of parameters, or none, or several."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # one at most in earlier versions
@@ -178,7 +179,7 @@ def let_go_of_gathered_weights(module: Any) -> None:
 
     Its `reshard()` keeps them in a forward pass that has begun, where they are gathered again here.
     """
-    for group in _groups_of(module):
+    for group in fsdp_groups(module):
         if group.is_sharded and group._all_gather_result is None:
             continue
         group.wait_for_unshard()
