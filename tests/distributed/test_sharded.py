@@ -73,7 +73,7 @@ def beside_a_whole_model(rank: int, maker: str, shape: tuple[int, ...]) -> bool:
 
     def layers() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        return nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "model")[-len(shape) :])
     model = parallelize_module(layers(), mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
