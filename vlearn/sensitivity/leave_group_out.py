@@ -22,7 +22,7 @@ from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
 from vlearn.sensitivity.refined import check_threshold
-from vlearn.sensitivity.sweep import not_kept
+from vlearn.sensitivity.table import not_kept
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
 

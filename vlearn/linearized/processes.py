@@ -1,0 +1,221 @@
+"""The processes that go through one data set together, each through its own share of it.
+
+Each goes through its own batches, however many it has, and then all say how it went: a process that has met an error
+says so there, in the place of leaving the others waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vlearn._torch_internals import is_sharded
+from vlearn.capture.names import named_parameters
+from vlearn.collectives import process_count, told_by_all
+from vlearn.gaussians.covariance import Covariance
+from vlearn.per_example.replay import placed
+
+T = TypeVar("T")
+Kind = tuple[torch.Size, torch.dtype]
+
+
+class Processes:
+    """The processes that do one thing together.
+
+    Args:
+        model: the network, as it was given.
+        sync: whether there may be others than this one.
+        what: they do together, as "fit".
+
+    Attributes:
+        model: the network without DistributedDataParallel, which would talk to the others in every forward pass.
+        group: their group; None for this process alone.
+    """
+
+    def __init__(self, model: nn.Module, sync: bool, what: str):
+        wrapper = model if isinstance(model, DistributedDataParallel) else None
+        self.model: nn.Module = model if wrapper is None else wrapper.module
+        self.group: Any = None
+        if sync and process_count() > 1:
+            self.group = distributed.group.WORLD if wrapper is None else wrapper.process_group
+        self._shares_buffers = wrapper is not None and wrapper.broadcast_buffers
+        self._what = what
+        self._known_error: BaseException | None = None  # of which all have been told
+
+    @property
+    def rank(self) -> int:
+        """This one's place among them."""
+        return 0 if self.group is None else distributed.get_rank(self.group)
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return 1 if self.group is None else distributed.get_world_size(self.group)
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What a piece of work gives in each process, in their order; it is pickled.
+
+        Raises:
+            RuntimeError: if it fails in another process; where it fails, its own error.
+        """
+        if self.group is None:
+            return [work()]
+        return self._told(work, lambda result: result)[1]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What a piece of work gives in this process, once it has been done in all; raises as `each`.
+
+        It may itself contain such pieces, as many in each process.
+        """
+        return work() if self.group is None else self._told(work, lambda result: None)[0]
+
+    def _told(self, work: Callable[[], T], share: Callable[[T], Any]) -> tuple[T, list[Any]]:
+        """(this process's result, what each has shared of its own)."""
+        error, result = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            if raised is self._known_error:  # told from inside the work
+                raise
+            error = raised
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        told = told_by_all((message, None if error is not None else share(result)), self.group)  # pyright: ignore
+        failed = [(rank, message) for rank, (message, _) in enumerate(told) if message is not None]
+        if failed and error is None:
+            rank, message = failed[0]
+            error = RuntimeError(f"the {self._what} ends here because it failed in process {rank}, by {message}")
+        if error is not None:
+            self._known_error = error
+            raise error
+        return result, [result for _, result in told]  # pyright: ignore
+
+    @contextmanager
+    def alike(self, settings: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """Nothing but the data differs between the processes inside.
+
+        Buffers do where DistributedDataParallel has trained them: it gives all processes the first one's in every
+        forward pass, and so they have them inside.
+
+        Args:
+            settings: checks the arguments, and gives those that must agree.
+        Raises:
+            ValueError: if something differs, in all processes.
+        """
+        if self.group is None:
+            settings()
+            yield
+            return
+        buffers = dict(self.model.named_buffers())
+
+        def own() -> list[dict[str, Any]]:
+            if any(isinstance(module, DistributedDataParallel) for module in self.model.modules()):
+                raise ValueError(
+                    "a DistributedDataParallel module inside the model would talk to the other processes in every "
+                    "forward pass: pass that module itself, or the one inside it."
+                )
+            parameters = {name: (p.requires_grad, *_fingerprint(p)) for name, p in named_parameters(self.model)}
+            return [parameters, {name: _fingerprint(buffer) for name, buffer in buffers.items()}, dict(settings())]
+
+        told = self.each(own)
+        for values, check in zip(zip(*told, strict=True), (_parameter, self._buffer, self._argument), strict=True):
+            for name in dict.fromkeys(name for each in values for name in each):
+                check(name, [each.get(name) for each in values])
+        of_first = {buffer: buffer.detach().clone() for buffer in buffers.values() if self._shares_buffers}
+        for copied in of_first.values():
+            distributed.broadcast(copied, distributed.get_global_rank(self.group, 0), group=self.group)
+        with placed(of_first):
+            yield
+
+    def _argument(self, name: str, values: list[Any]) -> None:
+        if _differ(values):
+            raise ValueError(
+                f"{name} is {', '.join(map(repr, values))} in the processes: call {self._what} with the same arguments "
+                "in all."
+            )
+
+    def _buffer(self, name: str, values: list[Any]) -> None:
+        """Check the buffers of a name of all processes, None where there is none."""
+        kinds = [None if value is None else value[0] for value in values]
+        if _differ(kinds if self._shares_buffers else values):
+            raise ValueError(
+                f"the buffer {name!r} differs between the processes: load the same checkpoint in all, or pass the "
+                "DistributedDataParallel module itself, which takes the first one's."
+            )
+
+    def own_generator(self, given: torch.Generator | None, device: torch.device) -> torch.Generator | None:
+        """Of random numbers that no other process has, also where all are seeded alike."""
+        if self.group is None:
+            return given
+        source = torch.device("cpu") if given is None else given.device
+        seeds = torch.randint(2**62, (distributed.get_world_size(self.group),), generator=given, device=source)
+        return torch.Generator(device).manual_seed(int(seeds[self.rank]))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells two networks and their posteriors apart.
+
+    Attributes:
+        weights: a hash of the values of all parameters and buffers.
+        scales: 1ᵀΣ1 of each block of Σ, which rounding may change a little.
+    """
+
+    weights: str
+    scales: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, covariance: Covariance) -> Fingerprint:
+        """That of a model which is at the mean."""
+        digest = hashlib.sha256()
+        for _, tensor in (*named_parameters(model), *model.named_buffers()):
+            digest.update(_fingerprint(tensor)[1].encode())
+        ones = [[torch.ones_like(p).unsqueeze(0) for p in parameters] for parameters, _ in covariance.blocks]
+        blocks = [block for _, block in covariance.blocks]
+        scales = (float(block.quadratic(each)) for block, each in zip(blocks, ones, strict=True))
+        return cls(digest.hexdigest(), tuple(scales))
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """What differs, None if nothing does."""
+        if self.weights != other.weights:
+            return "their weights or buffers"
+        alike = len(self.scales) == len(other.scales) and all(map(_is_close, self.scales, other.scales))
+        return None if alike else "their posteriors' variances"
+
+
+def _is_close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4)
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Kind, str]:
+    """What two tensors share if they are equal, bit for bit: shape and dtype, and a hash of the values.
+
+    Raises:
+        ValueError: of a part of a parameter.
+    """
+    if is_sharded(tensor):
+        raise ValueError(
+            "the parameters are sharded over processes (FSDP, tensor parallelism), but each needs the whole network: "
+            "pass one that is not."
+        )
+    values = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return (tensor.shape, tensor.dtype), hashlib.sha256(values.data).hexdigest()
+
+
+def _parameter(name: str, values: list[Any]) -> None:
+    if _differ(values):
+        raise ValueError(
+            f"the parameter {name!r} differs between the processes, which would look at different networks: load the "
+            "same checkpoint in all, and freeze the same parameters."
+        )
+
+
+def _differ(values: list[Any]) -> bool:
+    return any(value != values[0] for value in values)
