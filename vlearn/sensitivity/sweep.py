@@ -238,15 +238,12 @@ def _sweep_to_disk(
     def in_first(work: Callable[[], None]) -> None:
         processes.agreed(work if processes.rank == 0 else lambda: None)
 
-    def go() -> None:
-        table = TableOnDisk(record, processes.rank)
-        try:
-            go_through(table)
-        finally:
-            table.close()
-
     in_first(begin)
-    processes.agreed(go)
+    table = processes.agreed(lambda: TableOnDisk(record, processes.rank))  # all have read before any writes
+    try:
+        processes.agreed(partial(go_through, table))
+    finally:
+        table.close()
     in_first(record.complete)
 
 
