@@ -18,7 +18,7 @@ from vlearn.capture.pytrees import Selector
 from vlearn.collectives import process_count
 from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, device_of, with_progress_bar
-from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.linearized.linearization import Linearization, OutputTooLargeError, at_mean, linearize
 from vlearn.linearized.processes import Fingerprint, Processes
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
@@ -31,6 +31,7 @@ from vlearn.sensitivity.table import COLUMNS, GrowingTable, SensitivityTable, Ta
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
+OUTPUT_ENTRIES = 2**24  # of a batch's output, beyond which it is swept in parts of fewer examples: 64 MiB of float32
 PART = 100  # times the examples of a sweep: an ess beyond is hardly the number of training examples
 
 
@@ -166,9 +167,13 @@ def sweep(
         generator = processes.own_generator(generator, device_of(model)) if leverage == "probe" else generator
         progress = progress if progress is not None or processes.rank == 0 else False
 
+        parts = _Parts(
+            partial(linearize, model, covariance, losses=losses, output=output, second_order=options.second_order)
+        )
+
         def rows_of(batch: Batch) -> Iterator[SensitivityTable]:
-            lin = linearize(model, covariance, batch, losses, output, options.second_order)
-            yield from (_rows_of if per == "example" else _token_rows_of)(lin, options, generator)
+            for lin in parts(batch):
+                yield from (_rows_of if per == "example" else _token_rows_of)(lin, options, generator)
 
         def go_through(table: GrowingTable | TableOnDisk) -> None:
             given = batches(loader, model, example_index)
@@ -212,6 +217,45 @@ def _sweep_into(
             table.add(rows_of(batch))
     if not count and not may_be_empty:
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
+
+
+class _Parts:
+    """Batches linearized in parts, where the output of all examples would take too much memory.
+
+    Beside the output itself its size is held by residuals, their graph, tangents and probes: some ten times.
+
+    Args:
+        linearize: a batch, with `largest` as for `vlearn.linearized.linearization.linearize`.
+    """
+
+    def __init__(self, linearize: Callable[..., Linearization]):
+        self._linearize = linearize
+        self._entries = 0  # of the largest output of an example so far, where one was too large
+
+    def __call__(self, batch: Batch) -> Iterator[Linearization]:
+        """The batch, or one part after the other; none is held."""
+        if not batch.example_rows and len(batch.index) * self._entries > OUTPUT_ENTRIES and len(batch.index) > 1:
+            yield from self._cut(batch)
+            return
+        try:
+            lin = self._linearize(batch=batch, largest=OUTPUT_ENTRIES)
+        except OutputTooLargeError as too_large:
+            whole = too_large
+        else:
+            yield lin
+            return
+        self._entries = max(self._entries, whole.entries)
+        yield from self._cut(batch, whole)
+
+    def _cut(self, batch: Batch, whole: OutputTooLargeError | None = None) -> Iterator[Linearization]:
+        size = max(1, OUTPUT_ENTRIES // self._entries)
+        for rows in torch.arange(len(batch.index), device="cpu").split(size):
+            lin = self._linearize(batch=batch.rows(rows))
+            if whole is not None:
+                whole.check_part(lin)
+            whole = None
+            yield lin
+            del lin  # its graph goes before the next part comes
 
 
 def _sweep_to_disk(
@@ -282,28 +326,31 @@ def _rows_of(
         lin.check_one_output("refined=True")
         change, used_first_order, leverage, largest = refine(lin, change, options.threshold)
         changes = lin.changes_of_chosen(change)
+
+    def kept(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.detach().cpu()
+
     loo = lin.loss_at(changes)
+    deviation = kept(change if lin.position is not None else _kept(change, options))
+    norm = kept(row_norms(change))
+    del changes, change  # as large as the output, which the leverage needs several of
     if options.leverage is None:
         leverage = None
     elif leverage is None:
         leverage = _leverage(lin, options.leverage, generator)
     if options.variance:
         variance = function_variance(lin)
-
-    def kept(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.detach().cpu()
-
     yield SensitivityTable(
         index=lin.batch.index,
         loss=kept(lin.loss),
         loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),
-        deviation=kept(change if lin.position is not None else _kept(change, options)),
+        deviation=deviation,
         self_influence=kept(self_influence),
         leverage=kept(leverage),
         prediction_error=kept(prediction_error(lin.residual)),
         function_variance=kept(variance),
         used_first_order=kept(used_first_order),
-        deviation_norm=kept(row_norms(change)),
+        deviation_norm=norm,
         largest_eigenvalue=kept(largest),
     )
 
