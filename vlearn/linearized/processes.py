@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlearn._torch_internals import is_sharded
 from vlearn.capture.names import named_parameters
-from vlearn.collectives import process_count, told_by_all
+from vlearn.collectives import process_count, summed, told_by_all
 from vlearn.gaussians.covariance import Covariance
 from vlearn.per_example.replay import placed
 
@@ -49,6 +49,7 @@ class Processes:
         self._shares_buffers = wrapper is not None and wrapper.broadcast_buffers
         self._what = what
         self._known_error: BaseException | None = None  # of which all have been told
+        self._depth = 0  # of pieces of work inside one another
 
     @property
     def rank(self) -> int:
@@ -79,23 +80,54 @@ class Processes:
 
     def _told(self, work: Callable[[], T], share: Callable[[T], Any]) -> tuple[T, list[Any]]:
         """(this process's result, what each has shared of its own)."""
-        error, result = None, None
+        error, result, depth = None, None, self._depth
+        self._depth += 1
         try:
             result = work()
         except Exception as raised:
             if raised is self._known_error:  # told from inside the work
                 raise
             error = raised
+        finally:
+            self._depth = depth
         message = None if error is None else f"{type(error).__name__}: {error}"
-        told = told_by_all((message, None if error is not None else share(result)), self.group)  # pyright: ignore
-        failed = [(rank, message) for rank, (message, _) in enumerate(told) if message is not None]
+        told = told_by_all((depth, message, None if error is not None else share(result)), self.group)  # pyright: ignore
+        failed = [(rank, message) for rank, (_, message, _) in enumerate(told) if message is not None]
         if failed and error is None:
             rank, message = failed[0]
             error = RuntimeError(f"the {self._what} ends here because it failed in process {rank}, by {message}")
+        elif error is None and _differ([depth for depth, _, _ in told]):
+            error = RuntimeError(
+                f"the {self._what} ends here because the processes have gone through the data in different ways: give "
+                "all of them the same arguments."
+            )
         if error is not None:
             self._known_error = error
             raise error
-        return result, [result for _, result in told]  # pyright: ignore
+        return result, [result for _, _, result in told]  # pyright: ignore
+
+    def total(self, own: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The sums over all processes of what each has of every parameter, on the parameters' devices."""
+        if self.group is None:
+            return dict(own)
+        return {p: summed([value], self.group)[0] for p, value in own.items()}
+
+    def of_first(self, own: Tensor) -> Tensor:
+        """The first process's values, by which all decide alike, whatever their rounding."""
+        if self.group is None:
+            return own
+        values = own.clone()
+        distributed.broadcast(values, distributed.get_global_rank(self.group, 0), group=self.group)
+        return values
+
+    def check_posterior(self, covariance: Covariance) -> None:
+        """Raise ValueError in all if their posteriors differ in more than rounding."""
+        networks = self.each(lambda: Fingerprint.of(self.model, covariance)) if self.group else []
+        if any(networks[0].difference(network) for network in networks):
+            raise ValueError(
+                "the posteriors differ between the processes: load the same one in all, or fit it to the data of all "
+                "by posterior.fit(..., sync=True)."
+            )
 
     @contextmanager
     def alike(self, settings: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -188,6 +220,26 @@ class Fingerprint:
             return "their weights or buffers"
         alike = len(self.scales) == len(other.scales) and all(map(_is_close, self.scales, other.scales))
         return None if alike else "their posteriors' variances"
+
+
+def same_network(told: list[Fingerprint | None], what: str) -> Fingerprint | None:
+    """The network that all processes have; None where none is known.
+
+    Args:
+        told: by each, None where it does not know.
+        what: they have done, as "swept".
+    Raises:
+        ValueError: if they differ.
+    """
+    known = [network for network in told if network is not None]
+    different = [difference for network in known if (difference := known[0].difference(network))]
+    if different:
+        raise ValueError(
+            f"the processes have {what} different networks ({different[0]} differ): load the same checkpoint and the "
+            "same posterior in all (posterior.fit(..., sync=True)), or pass the DistributedDataParallel module with "
+            "sync=True, by which all have the first one's buffers."
+        )
+    return known[0] if known else None
 
 
 def _is_close(one: float, other: float) -> bool:

@@ -173,7 +173,10 @@ def sweep(
 
         def rows_of(batch: Batch) -> Iterator[SensitivityTable]:
             for lin in parts(batch):
-                yield from (_rows_of if per == "example" else _token_rows_of)(lin, options, generator)
+                if per == "token":
+                    yield from _token_rows_of(lin, options, generator)
+                else:
+                    yield _rows_of(lin, options, generator)
 
         def go_through(table: GrowingTable | TableOnDisk) -> None:
             given = batches(loader, model, example_index)
@@ -297,7 +300,7 @@ def _token_rows_of(
     """Rows of the tokens that count, position by position."""
     axis, counts = token_axis(lin), kept_tokens(lin).cpu()
     for of_position, position in by_position(lin):
-        (rows,) = _rows_of(of_position, options, generator)
+        rows = _rows_of(of_position, options, generator)
         columns: dict[str, Any] = {name: getattr(rows, name) for name in COLUMNS}
         columns["position"] = torch.full_like(rows.index, position)
         columns["deviation"] = _kept(rows.deviation.select(axis, position), options)
@@ -313,10 +316,7 @@ def _kept(deviation: Tensor, options: SweepOptions) -> Tensor:
     return deviation if keeps else not_kept(deviation)
 
 
-def _rows_of(
-    lin: Linearization, options: SweepOptions, generator: torch.Generator | None
-) -> Iterator[SensitivityTable]:
-    """The rows of a batch, at once."""
+def _rows_of(lin: Linearization, options: SweepOptions, generator: torch.Generator | None) -> SensitivityTable:
     more = options.second_order or options.variance
     self_influence, changes = lin.self_influence_and_deviation(deviation=True, last=not more)
     assert changes is not None  # asked for
@@ -340,7 +340,7 @@ def _rows_of(
         leverage = _leverage(lin, options.leverage, generator)
     if options.variance:
         variance = function_variance(lin)
-    yield SensitivityTable(
+    return SensitivityTable(
         index=lin.batch.index,
         loss=kept(lin.loss),
         loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),

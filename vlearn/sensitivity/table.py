@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlearn.collectives import joined_rows, process_count, told_by_all
-from vlearn.linearized.processes import Fingerprint
+from vlearn.linearized.processes import Fingerprint, same_network
 from vlearn.record.example_order import example_order
 from vlearn.record.row_record import RowRecord
 from vlearn.sensitivity.summary import row_norms, summarize
@@ -103,7 +103,7 @@ class SensitivityTable:
         if process_count() > 1:
             told = told_by_all((len(self), self.network, _kinds(columns)), group)
             counts = [count for count, _, _ in told]
-            network = _same_network([network for count, network, _ in told if count])
+            network = same_network([network for count, network, _ in told if count], "swept")
             kinds = _same_kinds([kinds for count, _, kinds in told if count])
             columns = {name: _joined(columns[name], kinds[name], counts, len(self), group) for name in COLUMNS}
             names = [f"process {rank}" for rank in range(len(told))]
@@ -350,18 +350,6 @@ def _unlike_variances(first: int, second: int) -> ValueError:
         f"variance=True over batches whose outputs have {first} and {second} entries for each example: leave it out, "
         "or pad all batches to one length."
     )
-
-
-def _same_network(told: list[Fingerprint | None]) -> Fingerprint | None:
-    known = [network for network in told if network is not None]
-    different = [what for network in known if (what := known[0].difference(network))]
-    if different:
-        raise ValueError(
-            f"the processes have swept different networks ({different[0]} differ): load the same checkpoint and the "
-            "same posterior in all (posterior.fit(..., sync=True)), or pass the DistributedDataParallel module and "
-            "sync=True to sweep, by which all have the first one's buffers."
-        )
-    return known[0] if known else None
 
 
 def _joined(column: Tensor | None, kind: Any, counts: list[int], own: int, group: Any) -> Tensor | None:
