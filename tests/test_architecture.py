@@ -36,7 +36,7 @@ RIGHT_BELOW = {
     "optim.updates": ("optim.structures", "losses"),
     "optim": ("optim.updates", "optim.watch", "sensitivity"),
     "conjugate": (),
-    "record": (),
+    "record": ("collectives",),
     "plot": ("record", "_extras"),
     "integrations": ("optim", "plot", "conjugate", "posterior"),
     "__init__": ("integrations",),

@@ -3,67 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import vlearn
 from tests.distributed.problems import refusal
 from tests.distributed.ranks import Ranks
-from vlearn.posterior import Diagonal
+from tests.distributed.shares import CLASSES, LENGTH, Failing, dataset, loader_of, network, of_tokens, posterior_of
 from vlearn.sensitivity import SensitivityTable
 from vlearn.sensitivity.table import COLUMNS
 
 pytestmark = pytest.mark.slow
-CLASSES, LENGTH = 3, 4
-
-
-@pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    four = Ranks(tmp_path_factory.mktemp("four"), count=4)
-    yield four
-    four.stop()
-
-
-def dataset(count: int = 11, tokens: bool = False) -> TensorDataset:
-    random = torch.Generator().manual_seed(3)
-    shape, labels = ((count, LENGTH, 4), (count, LENGTH)) if tokens else ((count, 4), (count,))
-    x = torch.randn(shape, generator=random, dtype=torch.float64)
-    return TensorDataset(x, torch.randint(CLASSES, labels, generator=random))
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
-
-
-def posterior_of(model: nn.Module, factor: float = 1.0) -> Diagonal:
-    mean: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
-    precision = {name: factor * (11 + p.square()) for name, p in mean.items()}
-    return Diagonal.from_precision(mean, precision, num_data=11)
-
-
-def of_tokens(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output.mT, target, reduction="none")
-
-
-def loader_of(data: TensorDataset, how: str = "sampler") -> DataLoader[Any]:
-    """A process's share of the data."""
-    sampler = vlearn.UnrepeatedDistributedSampler(data)
-    if how == "repeated":
-        sampler = DistributedSampler(data, shuffle=True, seed=4)
-    if how == "batches":
-        return DataLoader(data, batch_sampler=BatchSampler(sampler, 3, drop_last=False))
-    if how == "indexed":
-        return DataLoader(vlearn.IndexedDataset(data), batch_size=3, sampler=sampler)
-    return DataLoader(data, batch_size=3, sampler=sampler)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -173,13 +130,6 @@ def test_batch_norm_has_the_statistics_of_the_first_process(ranks: Ranks) -> Non
     model, data = with_batch_norm(), dataset()
     model.load_state_dict(own)
     assert_equal(table, swept(model, data, DataLoader(data, batch_size=3)))
-
-
-class Failing(TensorDataset):
-    def __getitem__(self, index: int) -> Any:
-        if index == 7:
-            raise OSError("no such file")
-        return super().__getitem__(index)
 
 
 def unlike(rank: int, how: str) -> tuple[str, str, bool]:

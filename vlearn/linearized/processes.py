@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,15 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlearn._torch_internals import is_sharded
 from vlearn.capture.names import named_parameters
-from vlearn.collectives import process_count, summed, told_by_all
+from vlearn.collectives import Together, process_count
 from vlearn.gaussians.covariance import Covariance
 from vlearn.per_example.replay import placed
 
-T = TypeVar("T")
 Kind = tuple[torch.Size, torch.dtype]
 
 
-class Processes:
+class Processes(Together):
     """The processes that do one thing together.
 
     Args:
@@ -37,88 +36,16 @@ class Processes:
 
     Attributes:
         model: the network without DistributedDataParallel, which would talk to the others in every forward pass.
-        group: their group; None for this process alone.
     """
 
     def __init__(self, model: nn.Module, sync: bool, what: str):
         wrapper = model if isinstance(model, DistributedDataParallel) else None
         self.model: nn.Module = model if wrapper is None else wrapper.module
-        self.group: Any = None
+        group = None
         if sync and process_count() > 1:
-            self.group = distributed.group.WORLD if wrapper is None else wrapper.process_group
+            group = distributed.group.WORLD if wrapper is None else wrapper.process_group
+        super().__init__(group, what)
         self._shares_buffers = wrapper is not None and wrapper.broadcast_buffers
-        self._what = what
-        self._known_error: BaseException | None = None  # of which all have been told
-        self._depth = 0  # of pieces of work inside one another
-
-    @property
-    def rank(self) -> int:
-        """This one's place among them."""
-        return 0 if self.group is None else distributed.get_rank(self.group)
-
-    @property
-    def count(self) -> int:
-        """How many they are."""
-        return 1 if self.group is None else distributed.get_world_size(self.group)
-
-    def each(self, work: Callable[[], T]) -> list[T]:
-        """What a piece of work gives in each process, in their order; it is pickled.
-
-        Raises:
-            RuntimeError: if it fails in another process; where it fails, its own error.
-        """
-        if self.group is None:
-            return [work()]
-        return self._told(work, lambda result: result)[1]
-
-    def agreed(self, work: Callable[[], T]) -> T:
-        """What a piece of work gives in this process, once it has been done in all; raises as `each`.
-
-        It may itself contain such pieces, as many in each process.
-        """
-        return work() if self.group is None else self._told(work, lambda result: None)[0]
-
-    def _told(self, work: Callable[[], T], share: Callable[[T], Any]) -> tuple[T, list[Any]]:
-        """(this process's result, what each has shared of its own)."""
-        error, result, depth = None, None, self._depth
-        self._depth += 1
-        try:
-            result = work()
-        except Exception as raised:
-            if raised is self._known_error:  # told from inside the work
-                raise
-            error = raised
-        finally:
-            self._depth = depth
-        message = None if error is None else f"{type(error).__name__}: {error}"
-        told = told_by_all((depth, message, None if error is not None else share(result)), self.group)  # pyright: ignore
-        failed = [(rank, message) for rank, (_, message, _) in enumerate(told) if message is not None]
-        if failed and error is None:
-            rank, message = failed[0]
-            error = RuntimeError(f"the {self._what} ends here because it failed in process {rank}, by {message}")
-        elif error is None and _differ([depth for depth, _, _ in told]):
-            error = RuntimeError(
-                f"the {self._what} ends here because the processes have gone through the data in different ways: give "
-                "all of them the same arguments."
-            )
-        if error is not None:
-            self._known_error = error
-            raise error
-        return result, [result for _, _, result in told]  # pyright: ignore
-
-    def total(self, own: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The sums over all processes of what each has of every parameter, on the parameters' devices."""
-        if self.group is None:
-            return dict(own)
-        return {p: summed([value], self.group)[0] for p, value in own.items()}
-
-    def of_first(self, own: Tensor) -> Tensor:
-        """The first process's values, by which all decide alike, whatever their rounding."""
-        if self.group is None:
-            return own
-        values = own.clone()
-        distributed.broadcast(values, distributed.get_global_rank(self.group, 0), group=self.group)
-        return values
 
     def check_posterior(self, covariance: Covariance) -> None:
         """Raise ValueError in all if their posteriors differ in more than rounding."""
@@ -169,7 +96,7 @@ class Processes:
     def _argument(self, name: str, values: list[Any]) -> None:
         if _differ(values):
             raise ValueError(
-                f"{name} is {', '.join(map(repr, values))} in the processes: call {self._what} with the same arguments "
+                f"{name} is {', '.join(map(repr, values))} in the processes: call {self.what} with the same arguments "
                 "in all."
             )
 

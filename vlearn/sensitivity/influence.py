@@ -347,6 +347,8 @@ class _Pass:
             self.losses[i] = value
 
     def check_same(self, first: _Pass) -> _Pass:
+        if not (first.losses or self.losses):  # of a process without training examples
+            return first
         same = self.losses.keys() == first.losses.keys()
         values = torch.tensor(
             [[first.losses[i], self.losses[i]] for i in first.losses] if same else [[0.0, 1.0]], device="cpu"
@@ -432,9 +434,9 @@ def _gathered(own: Influence, group: Any) -> Influence:
         )
     network = same_network([network for _, _, network in told], "gone through")
     seen, repeated = _once([losses for _, losses, _ in told])
-    is_repeated = torch.isin(own.train_index, torch.tensor(
-        repeated[distributed.get_rank(group)], dtype=torch.long, device="cpu"
-    ))
+    is_repeated = torch.isin(
+        own.train_index, torch.tensor(repeated[distributed.get_rank(group)], dtype=torch.long, device="cpu")
+    )
     labels = own.train_index.unsqueeze(-1)
     labels = labels if own.position is None else torch.stack([own.train_index, own.position], -1)
     rows = torch.stack([own.values, *(own.parts or {}).values()], 1)  # [N, 1 + groups, M]
