@@ -21,6 +21,7 @@ from vlearn._torch_internals import is_sharded
 from vlearn.capture.names import named_parameters
 from vlearn.collectives import Together, process_count
 from vlearn.gaussians.covariance import Covariance
+from vlearn.gaussians.covariance_blocks import Block
 from vlearn.per_example.replay import placed
 
 Kind = tuple[torch.Size, torch.dtype]
@@ -136,9 +137,12 @@ class Fingerprint:
         digest = hashlib.sha256()
         for _, tensor in (*named_parameters(model), *model.named_buffers()):
             digest.update(_fingerprint(tensor)[1].encode())
-        ones = [[torch.ones_like(p).unsqueeze(0) for p in parameters] for parameters, _ in covariance.blocks]
-        blocks = [block for _, block in covariance.blocks]
-        scales = (float(block.quadratic(each)) for block, each in zip(blocks, ones, strict=True))
+
+        def scale(block: Block) -> float:
+            ones = [block.variances.new_ones(1, *shape) for shape in block.shapes]
+            return float(block.quadratic(ones))
+
+        scales = [scale(block) for _, block in covariance.blocks]
         return cls(digest.hexdigest(), tuple(scales))
 
     def difference(self, other: Fingerprint) -> str | None:
