@@ -70,7 +70,6 @@ def test_lightning_and_accelerate_train_with_several_processes(tmp_path: Path) -
             assert torch.equal(state, second[how]) and bool(state.isfinite().all()), how
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("how", ["lightning", "accelerate", "trainer"])
 def test_frameworks_shard_the_model(tmp_path: Path, how: str) -> None:
     """Two of them after the optimizer was made, and all as one process would train with all examples."""
@@ -83,7 +82,8 @@ def test_frameworks_shard_the_model(tmp_path: Path, how: str) -> None:
         assert torch.equal(tensor, second[name]) and bool(tensor.isfinite().all()), name
     if how != "trainer":
         torch.testing.assert_close(first, alone(), rtol=1e-4, atol=1e-6)
-=======
+
+
 def test_a_sweep_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
     assert run("sweep.py", tmp_path).returncode != 0
     record = RowRecord(tmp_path / "sweep")
@@ -101,4 +101,3 @@ def test_a_sweep_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
     for each in found:
         assert each["index"].tolist() == list(range(COUNT))
         torch.testing.assert_close(each["loo_loss"], alone.loo_loss, rtol=1e-12, atol=1e-12)
->>>>>>> d91be4b (Test that a sweep of several processes goes on after one was killed)

@@ -177,6 +177,7 @@ def sweep(
                     yield from _token_rows_of(lin, options, generator)
                 else:
                     yield _rows_of(lin, options, generator)
+                del lin  # its graph goes before the next part comes
 
         def go_through(table: GrowingTable | TableOnDisk) -> None:
             given = batches(loader, model, example_index)
@@ -243,7 +244,7 @@ class _Parts:
         try:
             lin = self._linearize(batch=batch, largest=OUTPUT_ENTRIES)
         except OutputTooLargeError as too_large:
-            whole = too_large
+            whole = too_large.with_traceback(None)  # which would hold the forward pass
         else:
             yield lin
             return
@@ -258,7 +259,7 @@ class _Parts:
                 whole.check_part(lin)
             whole = None
             yield lin
-            del lin  # its graph goes before the next part comes
+            del lin
 
 
 def _sweep_to_disk(
