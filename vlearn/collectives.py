@@ -144,11 +144,6 @@ class Together:
         """This one's place among them."""
         return 0 if self.group is None else distributed.get_rank(self.group)
 
-    @property
-    def count(self) -> int:
-        """How many they are."""
-        return 1 if self.group is None else distributed.get_world_size(self.group)
-
     def each(self, work: Callable[[], T]) -> list[T]:
         """What a piece of work gives in each process, in their order; it is pickled.
 

@@ -88,7 +88,7 @@ def test_a_sweep_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
     assert run("sweep.py", tmp_path).returncode != 0
     record = RowRecord(tmp_path / "sweep")
     assert not record.is_complete
-    before = set(record.rows()[0]["index"].tolist())
+    before = set(record.rows()["index"].tolist())
     of_killed = {number for number in before if number % 2}
     assert of_killed == {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23}, "all but the batch that it was at"
     ran = run("sweep.py", tmp_path, processes=4)  # the same command, also with more processes

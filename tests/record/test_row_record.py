@@ -34,16 +34,16 @@ def test_parts_are_joined_in_the_order_of_numbers_each_once(tmp_path: Path) -> N
         with record.writer(part) as writer:
             for batch in batches:
                 writer.append(rows(batch))
-    assert not record.is_complete and len(record.rows()[0]) == 7
+    assert not record.is_complete and len(record.rows()) == 7
     record.complete()
-    found, _ = record.rows()
+    found = record.rows()
     np.testing.assert_array_equal(found, rows([0, 1, 2, 4, 5, 7]))
     assert record.is_complete and record.task == {"of": "a test"}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.json", "rows.npy"]
     with record.writer(0) as writer:  # more may come
         writer.append(rows([3, 0]))
     record.complete()
-    assert record.rows()[0]["index"].tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert record.rows()["index"].tolist() == [0, 1, 2, 3, 4, 5, 7]
 
 
 def test_other_programs_read_the_file(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_a_batch_that_was_being_written_is_lost_and_no_other(tmp_path: Path, los
     whole = (tmp_path / "rows.0.npy").read_bytes()
     length = len(before) - 2 * KIND.itemsize
     (tmp_path / "rows.0.npy").write_bytes(before[:length] + whole[length:-lost])  # the header is written last
-    assert record.rows()[0]["index"].tolist() == [0, 1]
+    assert record.rows()["index"].tolist() == [0, 1]
     with record.writer(0) as writer:
         writer.append(rows([5]))
-    assert record.rows()[0]["index"].tolist() == [0, 1, 5]
+    assert record.rows()["index"].tolist() == [0, 1, 5]
 
 
 def test_parts_of_other_kinds_are_not_joined(tmp_path: Path) -> None:

@@ -92,6 +92,23 @@ def test_parts_of_coupled_examples_are_refused(monkeypatch: pytest.MonkeyPatch) 
         swept(is_coupled=True, leverage=None)
 
 
+class WithAuxiliary(LanguageModel):
+    """Beside its scores it gives a number for the whole batch, as a mixture of experts does, which no loss reads."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.head.weight.square().mean()
+
+
+def test_parts_of_several_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "OUTPUT_ENTRIES", 3 * LENGTH * VOCABULARY)
+    torch.manual_seed(0)
+    model = WithAuxiliary(VOCABULARY, 5).double()
+    x, y = torch.randint(VOCABULARY, (N, LENGTH)), torch.randint(VOCABULARY, (N, LENGTH))
+    options: dict[str, Any] = {"leverage": None, "output": 0, "progress": False}
+    table = vlearn.sweep(model, posterior_of(model), [(x, y)], lambda o, t: of_tokens(o[0], t).mean(1), **options)
+    assert_equal(table, swept(leverage=None))
+
+
 @pytest.mark.parametrize("entries", [1, 10, 100])
 def test_a_probe_in_pieces_is_the_probe(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
     random = [torch.Generator().manual_seed(4) for _ in range(2)]

@@ -125,7 +125,7 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path: Path, per: str, at: int) 
     with pytest.raises(KeyboardInterrupt):
         swept(DataLoader(Dying(data, at), batch_size=4), **options)
     size = LENGTH if per == "token" else 1
-    rows_before = len(RowRecord(tmp_path).rows()[0])
+    rows_before = len(RowRecord(tmp_path).rows())
     assert rows_before == at // 4 * 4 * size
     with pytest.raises(RuntimeError, match=f"has {rows_before} rows so far and has not come to its end"):
         SensitivityTable.open(tmp_path)
@@ -167,6 +167,14 @@ def test_a_folder_holds_one_sweep(tmp_path: Path, change: dict[str, Any], messag
     with pytest.raises(ValueError, match=message):
         swept(**change, out=tmp_path)
     assert_equal(swept(out=tmp_path), expected)
+
+
+def test_the_first_batch_that_is_there_is_compared_wherever_it_comes(tmp_path: Path) -> None:
+    x, y = dataset()[:]
+    swept([(x[:4], y[:4], range(4))], out=tmp_path)
+    later = [(x[4:8], y[4:8], range(4, 8)), (x[5:9] + 1, y[5:9], range(4))]
+    with pytest.raises(ValueError, match="a sweep of other data"):
+        swept(later, out=tmp_path)
 
 
 def test_batches_of_other_outputs_are_told_what_to_leave_out(tmp_path: Path) -> None:

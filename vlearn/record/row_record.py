@@ -27,6 +27,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 _VERSION = 1
+_KEY = ("index", "loss", "position")
 _COPIED_BYTES = 2**26  # of rows that are held while the parts are joined
 
 
@@ -76,15 +77,27 @@ class RowRecord:
         self.path.mkdir(parents=True, exist_ok=True)
         self._commit(task, complete=False)
 
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """(all rows so far as records ``[N]``, ``[N]`` which file each is from); of one file, as a view of the disk."""
-        files = self._files()
-        parts = [_read(file) for file in files]
+    @property
+    def count(self) -> int:
+        """The number of rows so far."""
+        return sum(len(_read(file)) for file in self._files())
+
+    def rows(self) -> np.ndarray:
+        """All rows so far as records ``[N]``; once they are complete, as a view of the disk."""
+        parts = [_read(file) for file in self._files()]
         if not parts:
-            return np.empty(0, [("index", "<i8")]), np.empty(0, np.int64)
+            return np.empty(0, [("index", "<i8"), ("loss", "<f4")])
         self._check_alike(parts)
-        source = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts), source
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def key(self) -> np.ndarray:
+        """Of all rows so far only what tells them apart, as records ``[N]`` of "index", "loss" and "position"."""
+        parts = [_read(file) for file in self._files()] or [self.rows()]
+        names = [name for name in _KEY if name in (parts[0].dtype.names or ())]
+        key = np.empty(sum(map(len, parts)), [(name, parts[0].dtype[name]) for name in names])
+        for name in names:
+            key[name] = np.concatenate([part[name] for part in parts])
+        return key
 
     def complete(self) -> None:
         """Join all parts to one file in the order of the examples' numbers, each example once; a kill undoes nothing.
@@ -110,11 +123,9 @@ class RowRecord:
     def _join(self, files: list[Path]) -> None:
         parts = [_read(file) for file in files]
         self._check_alike(parts)
-        names = parts[0].dtype.names or ()
-        key = [name for name in ("index", "loss", "position") if name in names]
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in key}
-        sizes = [len(part) for part in parts]
+        key, sizes = self.key(), [len(part) for part in parts]
         source = np.repeat(np.arange(len(parts)), sizes)
+        columns = {name: key[name] for name in key.dtype.names or ()}
         order = example_order(source=source, names=[file.name for file in files], **columns)
         joined = self.path / "rows.npy"
         if len(files) == 1 and np.array_equal(order, np.arange(sizes[0])):

@@ -77,10 +77,10 @@ class SensitivityTable:
         record = RowRecord(path)
         if not record.is_complete:
             raise RuntimeError(
-                f"the sweep that writes to {path} has {len(record.rows()[0])} rows so far and has not come to its end: "
+                f"the sweep that writes to {path} has {record.count} rows so far and has not come to its end: "
                 "give the same command again, and it goes on."
             )
-        return _of_records(record.rows()[0])
+        return _of_records(record.rows())
 
     def gather(self, group: Any = None) -> SensitivityTable:
         """The rows of all processes of torch.distributed, each of which has swept its own share of the data.
@@ -88,6 +88,9 @@ class SensitivityTable:
         All must call it, and all get the same table, on the CPU: that of one process with all the data, in the order
         of the examples' numbers. A process may have no rows. What comes twice, as a DistributedSampler repeats
         examples to make shares equal, is there once. In a single process it gives the table in that order.
+
+        Where the sweep of one has failed, the others wait here until it ends, or for the group's timeout;
+        ``sweep(..., sync=True)`` tells them at once.
 
         Args:
             group: the processes; those of the default group by default.
@@ -244,15 +247,14 @@ class TableOnDisk:
     """
 
     def __init__(self, record: RowRecord, part: int):
-        earlier, _ = record.rows()
-        earlier = earlier[[name for name in earlier.dtype.names or () if name in ("index", "loss", "position")]]
-        self._earlier = np.array(earlier[np.argsort(earlier["index"], kind="stable")])  # a copy, which stays
-        self._checked = False
+        earlier = record.key()
+        self._earlier = earlier[np.argsort(earlier["index"], kind="stable")]
+        self._compared = not len(earlier)
         self._path, self._writer = record.path, record.writer(part)
 
     def lacks(self, index: Tensor) -> bool:
-        """Whether some of a batch's examples are still to be swept; the first batch is always, and compared."""
-        return not (self._checked and bool(self._has(index).all()))
+        """Whether some of a batch's examples are still to be swept, or to be compared, as those of one batch are."""
+        return not (self._compared and bool(self._has(index).all()))
 
     def add(self, batch: Iterable[SensitivityTable]) -> None:
         """Write the rows of one batch, all or, after a kill, none of them; those that are there already stay.
@@ -262,9 +264,8 @@ class TableOnDisk:
         """
         rows = np.concatenate([_records(part) for part in batch])
         has = self._has(torch.from_numpy(rows["index"]))
-        if has.any() and not self._checked:
-            self._check(rows[has.numpy()])
-        self._checked = True
+        if has.any() and not self._compared:
+            self._compare(rows[has.numpy()])
         rows = rows[~has.numpy()]
         if len(rows):
             self._writer.append(rows)
@@ -279,7 +280,8 @@ class TableOnDisk:
             return torch.zeros(index.shape, dtype=torch.bool, device="cpu")
         return numbers[torch.searchsorted(numbers, index.contiguous()).clamp(max=len(numbers) - 1)] == index
 
-    def _check(self, rows: np.ndarray) -> None:
+    def _compare(self, rows: np.ndarray) -> None:
+        self._compared = True
         earlier = self._earlier[np.isin(self._earlier["index"], rows["index"])]
         columns = {name: np.concatenate([earlier[name], rows[name]]) for name in earlier.dtype.names or ()}
         source = np.repeat([0, 1], [len(earlier), len(rows)])
