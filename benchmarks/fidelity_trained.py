@@ -43,7 +43,7 @@ from benchmarks.training.digits import epochs, sweep
 from benchmarks.training.digits_minimum import PRIOR_PRECISIONS
 from benchmarks.training.estimates import change, evenly_ranked
 from vlearn.posterior import Diagonal, Kronecker
-from vlearn.sensitivity.sweep import SensitivityTable
+from vlearn.sensitivity.table import SensitivityTable
 
 SETTINGS = Settings(retrained=80)  # 100 epochs
 

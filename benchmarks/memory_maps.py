@@ -42,7 +42,7 @@ from benchmarks.training.supervised import Training
 from vlearn.gaussians.protocol import Posterior
 from vlearn.plot.style import GREEN, INK, ORANGE, PURPLE, VERMILLION
 from vlearn.sensitivity import measures
-from vlearn.sensitivity.sweep import SensitivityTable
+from vlearn.sensitivity.table import SensitivityTable
 
 SMALL = recorded_runs.EXPERIMENTS["overfit"]
 EXPERIMENTS = {"epochs": recorded_runs.EXPERIMENTS["fashion-mnist"], "complexity": SMALL, "measures": SMALL}

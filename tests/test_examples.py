@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from vlearn.sensitivity import SensitivityTable
 
 ROOT = Path(__file__).parent.parent / "examples"
 
@@ -49,3 +52,16 @@ def test_processes_shard_a_model_and_go_on_in_other_numbers(tmp_path: Path) -> N
             assert ran.stdout.count("passages it remembers") == count
         losses[name] = next(line for line in ran.stdout.splitlines() if line.startswith("step 6: loss"))
     assert losses["one"] == losses["several"]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "many_processes.py"), "--out", str(tmp_path)]
+    ran = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "1001 examples by 2 processes" in ran.stdout and "leans on examples [" in ran.stdout
+    found = re.search(r"of the 51 most sensitive examples (\d+)% have a wrong label, of all 5%", ran.stdout)
+    assert found is not None and int(found[1]) > 40
+    assert SensitivityTable.open(tmp_path / "sweep").index.tolist() == list(range(1001))

@@ -4,7 +4,14 @@ from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
 from vlearn.optim import EVON, IVON, KFACVON, VOGN, VON, FullVON, VAdamW
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap
-from vlearn.sensitivity import IndexedDataset, check_removals, influence, leave_group_out, sweep
+from vlearn.sensitivity import (
+    IndexedDataset,
+    UnrepeatedDistributedSampler,
+    check_removals,
+    influence,
+    leave_group_out,
+    sweep,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "FullVON",
     "IndexedDataset",
     "MemoryMap",
+    "UnrepeatedDistributedSampler",
     "VAdamW",
     "check_removals",
     "conjugate",

@@ -19,7 +19,7 @@ from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import batches
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
-from vlearn.sensitivity.sweep import SensitivityTable
+from vlearn.sensitivity.table import SensitivityTable
 
 CLAMP = 1e-10
 

@@ -24,7 +24,7 @@ from benchmarks.training.evaluation import STRUCTURES
 from vlearn.gaussians.protocol import Posterior
 from vlearn.integrations.wandb import GeneralizationLogger
 from vlearn.posterior import Diagonal, from_laplace
-from vlearn.sensitivity.sweep import SensitivityTable
+from vlearn.sensitivity.table import SensitivityTable
 
 TRAINED_BY = {IVON: "IVON", DIAGONAL: "SGD", KRONECKER: "SGD"}
 

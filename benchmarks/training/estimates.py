@@ -31,7 +31,7 @@ from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import from_laplace, from_optimizer
 from vlearn.sensitivity import measures
-from vlearn.sensitivity.sweep import SensitivityTable
+from vlearn.sensitivity.table import SensitivityTable
 
 NARROW = 1e4  # times the effective sample size
 

@@ -11,17 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+import vlearn
+from tests.distributed.shares import dataset, network, posterior_of
+from tests.distributed.sweep import COUNT
+from vlearn.record.row_record import RowRecord
 
 pytestmark = pytest.mark.slow
 
 
-def launch(script: str, folder: Path, *arguments: str, **settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the two ranks have found."""
+def run(
+    script: str, folder: Path, *arguments: str, processes: int = 2, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """A script that the launcher has run."""
     path = Path(__file__).with_name(script)
     root = path.parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **settings}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ran = subprocess.run(
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
         [*command, str(path), str(folder), *arguments],
         env=environment,
         cwd=folder,
@@ -29,6 +38,11 @@ def launch(script: str, folder: Path, *arguments: str, **settings: str) -> tuple
         text=True,
         timeout=180,
     )
+
+
+def launch(script: str, folder: Path, *arguments: str, **settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the two ranks have found."""
+    ran = run(script, folder, *arguments, **settings)
     assert ran.returncode == 0, ran.stderr
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     return first, second
@@ -68,3 +82,22 @@ def test_frameworks_shard_the_model(tmp_path: Path, how: str) -> None:
         assert torch.equal(tensor, second[name]) and bool(tensor.isfinite().all()), name
     if how != "trainer":
         torch.testing.assert_close(first, alone(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_sweep_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
+    assert run("sweep.py", tmp_path).returncode != 0
+    record = RowRecord(tmp_path / "sweep")
+    assert not record.is_complete
+    before = set(record.rows()["index"].tolist())
+    of_killed = {number for number in before if number % 2}
+    assert of_killed == {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23}, "all but the batch that it was at"
+    ran = run("sweep.py", tmp_path, processes=4)  # the same command, also with more processes
+    assert ran.returncode == 0, ran.stderr
+    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(4)]
+    data = dataset(COUNT)
+    alone = vlearn.sweep(
+        network(), posterior_of(network()), DataLoader(data), F.cross_entropy, leverage=None, progress=False
+    )
+    for each in found:
+        assert each["index"].tolist() == list(range(COUNT))
+        torch.testing.assert_close(each["loo_loss"], alone.loo_loss, rtol=1e-12, atol=1e-12)

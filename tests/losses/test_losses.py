@@ -266,7 +266,7 @@ def test_the_probe_of_an_example_between_two_classes_is_exact(seed):
     scores.requires_grad_()
     zero = torch.zeros_like(scores, requires_grad=True)
     generator = torch.Generator().manual_seed(seed)
-    (probe,) = hessian_probe(residual(scores), scores, (residual(zero), zero), generator)
+    (probe,) = hessian_probe(residual(scores), scores, lambda: (residual(zero), zero), generator)
     p = scores.detach()[0].softmax(0)
     difference = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)
     assert relative_error(torch.outer(probe, probe), p[1] * p[3] * torch.outer(difference, difference)) < 1e-12

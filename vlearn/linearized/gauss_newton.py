@@ -28,6 +28,7 @@ from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, linearize
+from vlearn.linearized.processes import Processes
 from vlearn.linearized.solver import Solution, Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss
 from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, form_of, upcast
@@ -48,6 +49,7 @@ class GaussNewton:
         batches: gives the training data, the same each time it is called.
         losses: the training loss of each example.
         output: which of several outputs the loss is of, see `vlearn.sweep`.
+        processes: that have the training data together.
 
     Raises:
         ValueError: if the prior precision is unknown, or the posterior is one of a network that has not been trained to
@@ -62,7 +64,9 @@ class GaussNewton:
         batches: Callable[[], Iterator[Batch]],
         losses: ExampleLoss,
         output: Selector = None,
+        processes: Processes | None = None,
     ):
+        self._processes = Processes(model, False, "product") if processes is None else processes
         self._model, self._covariance, self._batches = model, covariance, batches
         self._losses, self._output = losses, output
         self._num_data = posterior.num_data
@@ -124,7 +128,8 @@ class GaussNewton:
             return {p: h - taken[p] if p in taken else h for p, h in product.items()}
 
         smallest = 10 * torch.finfo(like.dtype).eps if tolerance is None else tolerance
-        solution = solve(self._covariance.multiply_only, apply, g, smallest, steps)
+        agreed = self._processes.of_first
+        solution = solve(self._covariance.multiply_only, apply, g, smallest, steps, agreed)
         first_order = self._covariance.multiply_only(g)
         return solution._replace(x=where(solution.indefinite, first_order, solution.x))
 
@@ -139,6 +144,8 @@ class GaussNewton:
             add = _add_by_output if _has_few_outputs(lin, int(active.sum())) else _add_by_vector
             add(lin, chosen, total)
             del lin  # its graph goes before the next batch comes
+        count = sum(self._processes.each(lambda: count))
+        total = self._processes.total(total)
         if not count or self._count not in (None, count):
             raise ValueError(
                 f"the training loader gave {count} examples when it was iterated again, not {self._count or 'any'}: "

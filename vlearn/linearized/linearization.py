@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from vlearn.capture.hooks import record
 from vlearn.capture.pytrees import Selector, plain, select, shapes, tensor_leaves, with_leaves
-from vlearn.capture.trace import Trace
+from vlearn.capture.trace import Trace, is_close
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch
@@ -42,6 +42,7 @@ _NO_CURVATURE = (
     "leverage=None ({error})."
 )
 DIFFERENCES = 256  # entries of an example's output up to which differences stand in for second derivatives
+SAME_OUTPUT = 1e-3  # relative difference of an example's outputs in batches of two sizes
 GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
 
 
@@ -193,13 +194,15 @@ class Linearization:
     def _probe(self, generator: torch.Generator | None) -> Tensor | None:
         """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; None where that is not to be had."""
         chosen = self.chosen
-        zero = torch.zeros_like(self.leaves[chosen], requires_grad=True)
-        leaves = [zero if i == chosen else leaf for i, leaf in enumerate(self.leaves)]
+
+        def at_zero() -> tuple[Tensor, Tensor]:
+            zero = torch.zeros_like(self.leaves[chosen], requires_grad=True)
+            loss = self._loss_of([zero if i == chosen else leaf for i, leaf in enumerate(self.leaves)]).sum()
+            return torch.autograd.grad(loss, zero, create_graph=True)[0], zero
+
         try:
             if not self._hides_curvature():
-                loss = self._loss_of(leaves).sum()
-                (residual,) = torch.autograd.grad(loss, zero, create_graph=True)
-                return hessian_probe(self.selected_residual, self.leaves[chosen], (residual, zero), generator)
+                return hessian_probe(self.selected_residual, self.leaves[chosen], at_zero, generator)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # no second derivative
@@ -301,6 +304,31 @@ class Linearization:
         return select(self.trace.as_output(tensors), self.selector)
 
 
+class OutputTooLargeError(Exception):
+    """The output of a batch is larger than was allowed.
+
+    Attributes:
+        first: the first example's part of each tensor of it; None for one without a row for each example.
+        entries: of each example.
+    """
+
+    def __init__(self, outputs: list[Tensor], count: int):
+        super().__init__(f"an output of {[tuple(each.shape) for each in outputs]} is too large at once")
+        self.first = [each[:1].detach().clone() if each.shape[:1] == (count,) else None for each in outputs]
+        self.entries = sum(each.numel() for each in outputs) // count
+
+    def check_part(self, lin: Linearization) -> None:
+        """Raise RuntimeError unless the first example has this output also in a part of the batch."""
+        for alone, first in zip(lin.outputs, self.first, strict=True):
+            if first is None:
+                continue
+            if not is_close(alone[:1].detach(), first, max(SAME_OUTPUT, 10 * torch.finfo(first.dtype).eps)):
+                raise RuntimeError(
+                    "the output of an example depends on the other examples of the batch, so no example has an output "
+                    "of its own: use eval-mode BatchNorm or LayerNorm, and inputs with a row for each example."
+                )
+
+
 def linearize(
     model: nn.Module,
     covariance: Covariance,
@@ -308,14 +336,17 @@ def linearize(
     losses: ExampleLoss,
     output: Selector = None,
     second_order: bool = False,
+    largest: int | None = None,
 ) -> Linearization:
     """Run one batch forward, record it, and take the residuals of its losses.
 
     Args:
         model: in eval mode at the mean, see `at_mean`.
         second_order: keep the graph of the residuals, which the curvature needs.
+        largest: entries of the output of all examples beyond which nothing but the forward pass is done.
     Raises:
         RuntimeError: if the examples of a batch have no gradient or no loss of their own.
+        OutputTooLargeError: if the output is, of a batch that can be cut.
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
     with torch.enable_grad():
@@ -329,6 +360,9 @@ def linearize(
         raise RuntimeError("the model's output depends on no parameter of the posterior that requires grad.")
     with torch.enable_grad():
         outputs = [plain(tensor_leaves(prediction)[i]) for i in trace.positions]
+        if largest is not None and len(batch.index) > 1 and not batch.example_rows:
+            if sum(each.numel() for each in outputs) > largest:
+                raise OutputTooLargeError(outputs, len(batch.index))
         leaves = [tensor.detach().requires_grad_() for tensor in outputs]
         for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
         loss = losses(for_loss, batch.target)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
+
+from vlearn.collectives import process_count, process_rank
 
 TARGETS = ("labels", "label")  # what a batch with names calls its target
 # Where Accelerate's and Fabric's loaders keep the one whose batches they move to a device.
@@ -59,6 +61,50 @@ class IndexedDataset(Dataset):
                 "'label': put several inputs into one tuple, ((x1, x2), y)."
             )
         return item[0], item[1], number
+
+
+class UnrepeatedDistributedSampler(Sampler[int]):
+    """One process's share of a dataset, every example in exactly one share, for passes that must see each once.
+
+    It gives the examples rank, rank + num_replicas, ... in their order: the shares of
+    ``DistributedSampler(dataset, shuffle=False)`` without what that repeats to make them equal. They differ by one
+    example at most, and are empty where there are more processes than examples. There are no epochs: `sweep`,
+    `influence` and `leave_group_out` do not care for the order. Training by DistributedDataParallel wants equal shares.
+
+    Args:
+        dataset: a map-style dataset, or anything that has a length.
+        num_replicas: number of processes; by default those of torch.distributed, 1 without it.
+        rank: which of them this is; by default this process.
+
+    Raises:
+        TypeError: if the dataset has no length.
+        ValueError: if there is no such process.
+
+    Example:
+        >>> [list(UnrepeatedDistributedSampler(range(5), num_replicas=2, rank=rank)) for rank in range(2)]
+        [[0, 2, 4], [1, 3]]
+    """
+
+    def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"{type(dataset).__name__} has no length to be shared out, but UnrepeatedDistributedSampler takes a "
+                "map-style dataset: let an iterable one yield its process's share, as (x, y, index)."
+            )
+        self.dataset = dataset
+        self.num_replicas = process_count() if num_replicas is None else num_replicas
+        self.rank = process_rank() if rank is None else rank
+        if not 0 <= self.rank < self.num_replicas:
+            raise ValueError(
+                f"rank={self.rank} of num_replicas={self.num_replicas}, but ranks count from 0 to one less: leave both "
+                "out under torchrun."
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
 
 
 class Numbering:

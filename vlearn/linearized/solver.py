@@ -47,6 +47,7 @@ def solve(
     g: Vectors,
     tolerance: float,
     max_iterations: int,
+    agreed: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> Solution:
     """A⁻¹ g.
 
@@ -56,11 +57,12 @@ def solve(
         g: right-hand sides.
         tolerance: of √(rᵀΣr) over that of the first residual g.
         max_iterations: largest number of products with A.
+        agreed: makes inner products the same in all processes, so that they go on alike.
     """
     x = {p: torch.zeros_like(v) for p, v in g.items()}
     r, direction = dict(g), multiply(g)
     s_direction = dict(g)
-    size = first = dot(r, direction)
+    size = first = agreed(dot(r, direction))
     active = first > 0
     converged, indefinite = ~active, torch.zeros_like(active)
     iterations = torch.zeros_like(first, dtype=torch.long)
@@ -68,14 +70,14 @@ def solve(
     while bool(active.any()) and len(steps) < max_iterations:
         product = apply(direction, s_direction, active)
         iterations += active
-        curvature = dot(direction, product)
+        curvature = agreed(dot(direction, product))
         indefinite |= active & ~(curvature > 0)
         active &= ~indefinite
         alpha = torch.where(active, size / curvature, torch.zeros_like(size))
         x = combine(x, alpha, direction)
         r = combine(r, -alpha, product)
         moved = multiply(r)
-        remaining = dot(r, moved)
+        remaining = agreed(dot(r, moved))
         beta = torch.where(active, remaining / size, torch.zeros_like(size))
         steps.append((torch.where(active, alpha, torch.nan), torch.where(active, beta, torch.nan)))
         direction, s_direction = combine(moved, beta, direction), combine(r, beta, s_direction)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+PIECE_ENTRIES = 2**20  # of an output that are worked on at once, where more would be held than the output itself
 
 
 @torch.enable_grad()
@@ -90,7 +92,10 @@ def hessian_root(hessian: Tensor, output: Tensor) -> Tensor:
 
 
 def hessian_probe(
-    residual: Tensor, output: Tensor, at_zero: tuple[Tensor, Tensor], generator: torch.Generator | None = None
+    residual: Tensor,
+    output: Tensor,
+    at_zero: Callable[[], tuple[Tensor, Tensor]],
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """A random u_n ``[N, ...]`` with E[u_n u_nᵀ] = Λ_n: R_n z, z of independent signs.
 
@@ -100,18 +105,16 @@ def hessian_probe(
     Args:
         residual: gradient of the summed losses with respect to `output`, made with create_graph=True.
         output: ``[N, ...]`` the leaf it was taken at.
-        at_zero: the same two for an output of zeros.
+        at_zero: gives the same two for an output of zeros.
         generator: of the signs.
     """
-    z = random_signs(output, generator)
     softmax = _softmax_hessian(residual, output, at_zero)
     if softmax is not None:
-        axis, p, scale = softmax
-        return scale.sqrt() * softmax_root(p, z, axis)
+        return _softmax_probe(output.detach(), *softmax, random_signs(output, generator))
     diagonal = _diagonal_hessian(residual, output)
     if diagonal is not None:
-        return diagonal.clamp_min(0).sqrt() * z
-    return _times_root(output_hessian(residual, output), output, z)
+        return diagonal.clamp_min(0).sqrt() * random_signs(output, generator)
+    return root_probe(output_hessian(residual, output), output, generator)
 
 
 def root_probe(hessian: Tensor, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -121,7 +124,8 @@ def root_probe(hessian: Tensor, output: Tensor, generator: torch.Generator | Non
 
 def random_signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Independent ±1."""
-    return (2 * torch.randint(0, 2, like.shape, generator=generator, device=like.device) - 1).to(like.dtype)
+    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return bits.mul_(2).sub_(1)
 
 
 def _times_root(hessian: Tensor, output: Tensor, z: Tensor) -> Tensor:
@@ -167,8 +171,7 @@ def _diagonal_hessian(residual: Tensor, output: Tensor) -> Tensor | None:
     """
     if not residual.requires_grad:  # a loss linear in the output
         return torch.zeros_like(output)
-    w = torch.arange(1, output[0].numel() + 1, dtype=output.dtype, device=output.device).cos()
-    w = w.reshape(output.shape[1:]).expand_as(output)
+    w = _no_special_direction(output)
     products = [torch.autograd.grad(residual, output, v, retain_graph=True)[0] for v in (torch.ones_like(output), w)]
     diagonal, product = (each.detach() for each in products)
     limit = 1000 * torch.finfo(output.dtype).eps * diagonal.abs().reshape(len(output), -1).amax(1)
@@ -176,31 +179,72 @@ def _diagonal_hessian(residual: Tensor, output: Tensor) -> Tensor | None:
     return None if bool(differs.any()) else diagonal
 
 
-@torch.enable_grad()
 def _softmax_hessian(
-    residual: Tensor, output: Tensor, at_zero: tuple[Tensor, Tensor]
-) -> tuple[int, Tensor, Tensor] | None:
-    """(axis, p, s) if Λ = s (diag p - p pᵀ) at each position, p the softmax along the axis; else None.
+    residual: Tensor, output: Tensor, at_zero: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[int, Tensor] | None:
+    """(axis, s) if Λ = s (diag p - p pᵀ) at each position, p the softmax along the axis; else None.
 
     Recognised by one product with a vector in no special direction; s, which does not depend on the output, by the
     same product at an output of zeros, where no p is near 0 or 1.
     """
-    if not residual.requires_grad or not at_zero[0].requires_grad:
+    if not residual.requires_grad:
         return None
-    one = torch.arange(1, output[0].numel() + 1, dtype=output.dtype, device=output.device).cos()
-    w = one.reshape(output.shape[1:]).expand_as(output)
-    (product,) = torch.autograd.grad(residual, output, w, retain_graph=True)
-    (flat_product,) = torch.autograd.grad(at_zero[0], at_zero[1], w)
-    limit = 1000 * torch.finfo(output.dtype).eps
+    w = _no_special_direction(output)
+    flat_product = _hessian_product(*at_zero(), w)
+    product = None if flat_product is None else _hessian_product(residual, output, w, retain_graph=True)
     for axis in range(1, output.dim()):
-        if output.shape[axis] == 1:
-            continue
-        flat_image = (w - w.mean(axis, keepdim=True)) / output.shape[axis]
-        scale = (flat_product * flat_image).sum(axis, keepdim=True) / flat_image.square().sum(axis, keepdim=True)
-        p = output.detach().softmax(axis)
-        image = p * (w - (p * w).sum(axis, keepdim=True))
-        uneven = (flat_product - scale * flat_image).abs() > limit * scale * flat_image.abs().amax(axis, keepdim=True)
-        seen = p.clamp_min(torch.finfo(p.dtype).tiny / torch.finfo(p.dtype).eps)  # below, p itself is rounded
-        if not bool(uneven.any() | ((product - scale * image).abs() > limit * scale * seen).any() | (scale < 0).any()):
-            return axis, p, scale
+        if output.shape[axis] > 1 and product is not None and flat_product is not None:
+            scale = _softmax_scale(output.detach(), w, product, flat_product, axis)
+            if scale is not None:
+                return axis, scale
     return None
+
+
+def _hessian_product(residual: Tensor, output: Tensor, w: Tensor, retain_graph: bool = False) -> Tensor | None:
+    if not residual.requires_grad:
+        return None
+    return torch.autograd.grad(residual, output, w, retain_graph=retain_graph)[0].detach()
+
+
+def _no_special_direction(output: Tensor) -> Tensor:
+    w = torch.arange(1, output[0].numel() + 1, dtype=output.dtype, device=output.device).cos_()
+    return w.reshape(output.shape[1:]).expand_as(output)
+
+
+@torch.no_grad()
+def _softmax_scale(output: Tensor, w: Tensor, product: Tensor, flat_product: Tensor, axis: int) -> Tensor | None:
+    """s of `_softmax_hessian` for this axis, None if Λ is another; w, its product, and that at zeros."""
+    limit = 1000 * torch.finfo(output.dtype).eps
+    scales = []
+    for f, w_, of_w, flat_of_w in _pieces([output, w, product, flat_product], axis):
+        flat_image = (w_ - w_.mean(axis, keepdim=True)) / f.shape[axis]
+        scale = (flat_of_w * flat_image).sum(axis, keepdim=True) / flat_image.square().sum(axis, keepdim=True)
+        p = f.softmax(axis)
+        image = p * (w_ - (p * w_).sum(axis, keepdim=True))
+        uneven = (flat_of_w - scale * flat_image).abs() > limit * scale * flat_image.abs().amax(axis, keepdim=True)
+        seen = p.clamp_min(torch.finfo(p.dtype).tiny / torch.finfo(p.dtype).eps)  # below, p itself is rounded
+        if bool(uneven.any() | ((of_w - scale * image).abs() > limit * scale * seen).any() | (scale < 0).any()):
+            return None
+        scales.append(scale)
+    return torch.cat(scales, _cut_axis(output, axis))
+
+
+@torch.no_grad()
+def _softmax_probe(output: Tensor, axis: int, scale: Tensor, z: Tensor) -> Tensor:
+    """√s R z along an axis; z is used up."""
+    for f, s, z_ in _pieces([output, scale, z], axis):
+        z_.copy_(s.sqrt() * softmax_root(f.softmax(axis), z_, axis))
+    return z
+
+
+def _pieces(tensors: list[Tensor], axis: int) -> Iterator[list[Tensor]]:
+    """Views of tensors, alike but for an axis, a piece at a time that is cut across another axis."""
+    cut = _cut_axis(tensors[0], axis)
+    length = tensors[0].shape[cut]
+    step = max(1, PIECE_ENTRIES * length // max(1, tensors[0].numel()))
+    for start in range(0, length, step):
+        yield [tensor.narrow(cut, start, min(step, length - start)) for tensor in tensors]
+
+
+def _cut_axis(tensor: Tensor, axis: int) -> int:
+    return max((other for other in range(tensor.dim()) if other != axis), key=lambda other: tensor.shape[other])

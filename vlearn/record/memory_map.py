@@ -16,10 +16,14 @@ from __future__ import annotations
 import json
 import operator
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vlearn.collectives import Together, default_group
+from vlearn.record.example_order import example_order
 
 LIVE_COLUMNS = ("self_influence", "prediction_error")
 SWEEP_COLUMNS = ("loss", "loo_loss", "self_influence", "leverage", "prediction_error")
@@ -36,16 +40,21 @@ class MemoryMap:
     Columns are ``loss``, ``loo_loss`` and ``self_influence`` (the loss's units), ``leverage`` (effective
     parameters), ``prediction_error`` (in [0, 1] for hard-label cross-entropy), and ``step``, at which a live
     row was taken. A snapshot is either *live* (rows from training steps, at sampled weights) or a *sweep*
-    (all at the posterior mean); the two never mix. One process writes; others may open the folder to read.
+    (all at the posterior mean); the two never mix. One process writes, or all of torch.distributed do with `sync`;
+    others may open the folder to read.
 
     Args:
         num_data: number of training examples, the length of every row.
         path: folder of the record. A folder that already holds one is continued.
         overwrite: start anew; a record that the folder holds is deleted.
+        sync: written by all processes of torch.distributed, of which each records its own examples, live or swept; the
+            record is that of one process with all of them. All must make every call, but for :meth:`record` and
+            those that read; the folder must be one for all.
 
     Raises:
         ValueError: if ``num_data`` is not positive, or ``path`` holds a record of another number of examples or of
             a version that this vlearn does not know.
+        RuntimeError: with ``sync``, here and in every call that all make, if it failed in another process.
 
     Source: memory maps, Tailor et al. (2024).
 
@@ -59,19 +68,26 @@ class MemoryMap:
         [0.25, nan, 0.5, nan]
     """
 
-    def __init__(self, num_data: int, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def __init__(
+        self, num_data: int, path: str | os.PathLike[str], overwrite: bool = False, sync: bool = False
+    ) -> None:
         self.num_data = operator.index(num_data)
         if self.num_data < 1:
             raise ValueError(f"num_data={num_data}, but it must be positive: use the number of training examples.")
         self.path = Path(path)
-        if (self.path / "memory.json").exists() and not overwrite:
-            self.refresh()
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._commit([])
-            for name in COLUMNS if overwrite else ():
-                self._file(name).unlink(missing_ok=True)
-                self._file(name, version=1).unlink(missing_ok=True)
+        self._processes = Together(default_group() if sync else None, "record")
+
+        def make() -> None:
+            if (self.path / "memory.json").exists() and not overwrite:
+                self.refresh()
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._commit([])
+                for name in COLUMNS if overwrite else ():
+                    self._file(name).unlink(missing_ok=True)
+                    self._file(name, version=1).unlink(missing_ok=True)
+
+        self._in_first(make)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> MemoryMap:
@@ -155,9 +171,12 @@ class MemoryMap:
         Raises:
             ValueError: if ``step`` goes back.
         """
-        if self._live_is_open() and self._snapshots[-1]["step"] == operator.index(step):
-            return
-        self._append({"step": self._check_step(step, "live"), "kind": "live", "test_loss": None}, [], {})
+
+        def open_live() -> None:
+            if not (self._live_is_open() and self._snapshots[-1]["step"] == operator.index(step)):
+                self._append({"step": self._check_step(step, "live"), "kind": "live", "test_loss": None}, [], {})
+
+        self._in_first(open_live)
 
     def record(self, index: Any, s: Any) -> None:
         """Write the live rows of a minibatch to the open snapshot; an example seen again is written over.
@@ -186,6 +205,8 @@ class MemoryMap:
     def record_sweep(self, step: int, table: Any, test_loss: float | None = None) -> None:
         """Write a sweep over the data set as a snapshot of its own: all of it or, after a kill, nothing.
 
+        With ``sync`` each process gives the rows of its own share, or all the same whole table.
+
         Args:
             step: training step, counted in optimizer steps; after the last sweep.
             table: what ``vlearn.sweep`` returns, or any object with arrays or tensors ``[B]`` ``index``
@@ -197,20 +218,27 @@ class MemoryMap:
             ValueError: if ``step`` goes back, an index is out of range or repeated, or a shape differs;
                 nothing is written.
         """
-        step = self._check_step(step, "sweep")
-        index = self._check_index(table.index)
-        repeated = index[np.bincount(index, minlength=self.num_data)[index] > 1]
-        if len(repeated):
-            raise ValueError(
-                f"table.index holds {repeated[0]} more than once, but a sweep sees every example once: "
-                "use a loader without replacement."
-            )
-        given = {name: getattr(table, name, None) for name in SWEEP_COLUMNS}
-        columns = {name: _check_column(name, values, index) for name, values in given.items() if values is not None}
-        if not columns:
-            raise ValueError(f"The table has nothing to record: give one of {', '.join(SWEEP_COLUMNS)}.")
+
+        def own() -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
+            index = self._check_index(table.index)
+            repeated = index[np.bincount(index, minlength=self.num_data)[index] > 1]
+            if len(repeated):
+                raise ValueError(
+                    f"table.index holds {repeated[0]} more than once, but a sweep sees every example once: "
+                    "use a loader without replacement."
+                )
+            given = {name: getattr(table, name, None) for name in SWEEP_COLUMNS}
+            columns = {name: _check_column(name, values, index) for name, values in given.items() if values is not None}
+            if not columns:
+                raise ValueError(f"The table has nothing to record: give one of {', '.join(SWEEP_COLUMNS)}.")
+            return self._check_step(step, "sweep"), index, columns
+
+        (step, index, columns), *others = self._processes.each(own)
+        if others:
+            index, columns = _of_all([(index, columns), *((each, values) for _, each, values in others)])
         test_loss = None if test_loss is None else float(test_loss)
-        self._append({"step": step, "kind": "sweep", "test_loss": test_loss}, index, columns)
+        snapshot = {"step": step, "kind": "sweep", "test_loss": test_loss}
+        self._in_first(lambda: self._append(snapshot, index, columns))
 
     def rewind(self, step: int) -> None:
         """Forget the snapshots after ``step``, as when training resumes from a checkpoint of that step.
@@ -218,8 +246,19 @@ class MemoryMap:
         Args:
             step: training step of the checkpoint, counted in optimizer steps.
         """
-        self._convert()
-        self._commit([snapshot for snapshot in self._snapshots if snapshot["step"] <= operator.index(step)])
+
+        def forget() -> None:
+            self._convert()
+            self._commit([snapshot for snapshot in self._snapshots if snapshot["step"] <= operator.index(step)])
+
+        self._in_first(forget)
+
+    def _in_first(self, write: Callable[[], None]) -> None:
+        """Let one process write, and all see what it has written."""
+        is_first = self._processes.rank == 0
+        self._processes.agreed(write if is_first else lambda: None)
+        if not is_first:
+            self.refresh()
 
     def _append(self, snapshot: dict[str, Any], index: Any, columns: dict[str, np.ndarray]) -> None:
         """Write a snapshot's rows, NaN where ``columns`` have no values for an example, then name the snapshot."""
@@ -307,6 +346,23 @@ def _read(path: Path) -> dict[str, Any]:
             "use the vlearn that wrote it, or another path."
         )
     return content
+
+
+def _of_all(told: list[tuple[np.ndarray, dict[str, np.ndarray]]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The rows of all processes; what several have is there once.
+
+    Raises:
+        ValueError: if two have different examples under one number.
+    """
+    ranks = [rank for rank, (index, _) in enumerate(told) if len(index)] or [0]
+    parts = [told[rank] for rank in ranks]
+    names = [name for name in SWEEP_COLUMNS if all(name in columns for _, columns in parts)]
+    index = np.concatenate([index for index, _ in parts])
+    columns = {name: np.concatenate([columns[name] for _, columns in parts]) for name in names}
+    source = np.repeat(np.arange(len(parts)), [len(index) for index, _ in parts])
+    compared = columns.get("loss", next(iter(columns.values())))
+    order = example_order(index, compared, source, [f"process {rank}" for rank in ranks])
+    return index[order], {name: values[order] for name, values in columns.items()}
 
 
 def _check_column(name: str, values: Any, index: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.per_example.replay import eval_mode, native_recurrence
 from vlearn.sensitivity.agreement import Statistic, pearson, ratio_of_means, slope_through_origin, spearman
-from vlearn.sensitivity.sweep import SensitivityTable
+from vlearn.sensitivity.table import SensitivityTable
 
 TrainOn = Callable[[nn.Module, Tensor], nn.Module | None]
 Estimate = tuple[float, float, float]  # value, and the ends of its 95% interval

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlearn.linearized.batches import Batch, Part, joined
+from vlearn.linearized.processes import Processes
 
 HELD_BATCHES = 16  # as many of the loader's batches may wait to be filled up
 
@@ -80,6 +82,10 @@ class Membership:
             examples_of[name] = values
         return examples_of
 
+    def digest(self) -> str:
+        """What two memberships share if they are the same."""
+        return hashlib.sha256(repr((self.names, sorted(self.groups_of.items()))).encode()).hexdigest()
+
     def count(self) -> PassCounter:
         """A count of the members that one pass through the data comes across."""
         return PassCounter(self)
@@ -107,15 +113,16 @@ class PassCounter:
             self._counts[k] += len(rows)
             yield k, torch.tensor(rows, device="cpu")
 
-    def check(self) -> None:
-        """Raises ValueError unless every group was complete and no example came twice."""
-        wrong = (self._counts != self._members.sizes).nonzero().flatten().tolist()
+    def check(self, processes: Processes) -> None:
+        """Raises ValueError unless every group was complete in all processes together, and no example came twice."""
+        counts = torch.stack(processes.each(lambda: self._counts)).sum(0)
+        wrong = (counts != self._members.sizes).nonzero().flatten().tolist()
         if wrong:
             k = wrong[0]
             raise ValueError(
                 f"group {self._members.names[k]!r} has {int(self._members.sizes[k])} examples, but a pass through the "
-                f"loader gave {int(self._counts[k])} of them: use a loader that gives every example once, each time it "
-                "is iterated."
+                f"loader gave {int(counts[k])} of them: use a loader that gives every example once, each time it is "
+                "iterated, over several processes by vlearn.UnrepeatedDistributedSampler and sync=True."
             )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from vlearn.collectives import joined_rows, process_count, told_by_all
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
@@ -16,8 +20,10 @@ from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.inner_products import BlockParameters, Directions, InnerProducts, joined
 from vlearn.linearized.jacobian_products import jacobian_vector_product
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.linearized.processes import Fingerprint, Processes, same_network
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
+from vlearn.record.example_order import example_order
 from vlearn.sensitivity.tokens import kept_tokens
 
 DIRECTION_ENTRIES = 2**27  # entries of Σg_j of the test examples that are held at once, 512 MiB of float32
@@ -40,6 +46,9 @@ class Influence:
         position: with per="token", the position in its sequence of each row, in the shape of train_index; else None.
         residual: with `refine`, how near each test example's solution came, ``[N_test]``: √(rᵀΣr) of r = g_j - Hx over
             √(g_jᵀΣg_j); NaN where H was seen not to be positive definite and Σg_j was kept; else None.
+        top_k: the k that was asked for, else None.
+        seen: the loss of every training example that was gone through, by its number, and `network`, what tells
+            networks and posteriors apart: what `gather` compares.
     """
 
     values: Tensor
@@ -48,6 +57,33 @@ class Influence:
     parts: dict[Any, Tensor] | None = None
     position: Tensor | None = None
     residual: Tensor | None = None
+    top_k: int | None = None
+    seen: dict[int, float] | None = None
+    network: Fingerprint | None = None
+
+    def gather(self, group: Any = None) -> Influence:
+        """The influence of all processes' training examples, each of which has gone through its own share of them.
+
+        All must call it, after the same test examples, and all get the same: what one process has with all training
+        data, in the order of their numbers. A process may have no training examples. What comes twice, as a
+        DistributedSampler repeats examples to make shares equal, is there once. In a single process it changes nothing.
+
+        Args:
+            group: the processes; those of the default group by default.
+        Raises:
+            ValueError: in all processes, if two of them have different training examples under one number, or other
+                test examples, arguments, networks or posteriors; or if `refine` took the curvature of each one's own
+                share (pass sync=True to `influence`).
+        """
+        if process_count() == 1:
+            return self
+        alone = told_by_all(self.residual is not None, group)
+        if any(alone):
+            raise ValueError(
+                "refine in each process takes the curvature of its own share of the training data: pass sync=True to "
+                "influence, which takes that of all."
+            )
+        return _gathered(self, group)
 
 
 @torch.inference_mode(False)
@@ -66,6 +102,7 @@ def influence(
     refine: int = 0,
     progress: bool | None = None,
     example_index: ExampleIndex | None = None,
+    sync: bool = False,
 ) -> Influence:
     """How much each training example lowers the loss of each test example: g_jᵀ Σ g_i.
 
@@ -99,20 +136,34 @@ def influence(
             needs a Σ without training time.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: which example each row of concatenated inputs is of, as for `vlearn.sweep`.
+        sync: the training data are those of all processes of torch.distributed, where the train_loader of each gives
+            its own share, as by an `UnrepeatedDistributedSampler`, and the test_loader the same examples in all. All
+            must call it, and all get the influence of all, see `Influence.gather`; `refine` takes the curvature of all.
+            Some may have fewer training batches, or none. Without it, the rows are those of this process's own loader.
     Returns:
         Values with the numbers of their examples.
     Raises:
         ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be
             numbered, or the training loader gives one twice, or others when it is iterated again; if `by` divides
-            parameters that Σ correlates, or is joined with what has no parts; if `refine` does not know the prior.
-        RuntimeError: if the examples of a batch have no gradient of their own.
+            parameters that Σ correlates, or is joined with what has no parts; if `refine` does not know the prior; if
+            the processes differ in more than their training data.
+        RuntimeError: if the examples of a batch have no gradient of their own, or it failed in another process.
     """
-    _check(top_k, chunk, by, per, refine)
-    if refine:
-        GaussNewton.check(posterior)
-    losses = ExampleLoss(loss_fn)
-    row_losses = losses if per == "example" else ExampleLoss(loss_fn, per)
-    with at_mean(model, posterior) as covariance:
+    processes = Processes(model, sync, "influence")
+    model = processes.model
+    progress = progress if progress is not None or processes.rank == 0 else False
+
+    def settings() -> dict[str, Any]:
+        _check(top_k, chunk, by, per, refine)
+        if refine:
+            GaussNewton.check(posterior)
+        named = {"top_k": top_k, "chunk": chunk, "per": per, "refine": refine}
+        return named | {"by": "callable" if callable(by) else by}
+
+    def own(stack: ExitStack) -> Influence:
+        losses = ExampleLoss(loss_fn)
+        row_losses = losses if per == "example" else ExampleLoss(loss_fn, per)
+        covariance = stack.enter_context(at_mean(model, posterior))
         group_of = None if by is None else _groups(by, match(model, posterior), covariance)
         products = InnerProducts(covariance)
 
@@ -120,7 +171,9 @@ def influence(
             given = batches(train_loader, model, example_index)
             yield from with_progress_bar(given, train_loader, progress, "influence")
 
-        curvature = GaussNewton(model, posterior, covariance, train_batches, losses) if refine else None
+        curvature = None
+        if refine:
+            curvature = GaussNewton(model, posterior, covariance, train_batches, losses, processes=processes)
 
         def directions() -> Iterator[tuple[Directions, Tensor | None]]:
             """(Σg_j or H⁻¹g_j, residual of the solution) of one chunk of test examples after the other."""
@@ -132,11 +185,11 @@ def influence(
                 for part in parts:
                     size = chunk or max(1, limit * len(part) // max(1, part.entries))
                     if held and sum(map(len, held)) + len(part) > size:
-                        yield _solved(curvature, joined(held), refine)
+                        yield _solved(curvature, joined(held), refine, processes)
                         held = []
                     held.append(part)
             if held:
-                yield _solved(curvature, joined(held), refine)
+                yield _solved(curvature, joined(held), refine, processes)
 
         first: _Pass | None = None
         columns: list[_Best | _All] = []
@@ -157,17 +210,32 @@ def influence(
             columns.append(column)
             test_index.append(of_test.index)
             residuals += [] if residual is None else [residual]
-    if first is None or not first.losses:
-        raise ValueError("a loader gave no batch: pass one that can be iterated again.")
-    values, labels = _beside(columns)
-    return Influence(
-        values=values[0],
-        train_index=labels[..., 0],
-        test_index=torch.cat(test_index),
-        parts=None if group_of is None else dict(zip(dict.fromkeys(group_of.values()), values[1:], strict=True)),
-        position=labels[..., 1] if per == "token" else None,
-        residual=torch.cat(residuals) if refine else None,
-    )
+        may_be_empty = process_count() > 1 and not isinstance(train_loader, Iterator)
+        if first is None or not (first.losses or may_be_empty):
+            raise ValueError("a loader gave no batch: pass one that can be iterated again.")
+        tests = torch.cat(test_index)
+        if first.losses:
+            values, labels = _beside(columns)
+        else:
+            names = 0 if group_of is None else len(set(group_of.values()))
+            values = covariance.zeros(0).cpu().reshape(1 + names, 0, len(tests))
+            shape = (0, 1 + (per == "token")) if top_k is None else (0, len(tests), 1 + (per == "token"))
+            labels = torch.empty(shape, dtype=torch.long, device="cpu")
+        return Influence(
+            values=values[0],
+            train_index=labels[..., 0],
+            test_index=tests,
+            parts=None if group_of is None else dict(zip(dict.fromkeys(group_of.values()), values[1:], strict=True)),
+            position=labels[..., 1] if per == "token" else None,
+            residual=torch.cat(residuals) if refine else None,
+            top_k=top_k,
+            seen=first.losses,
+            network=Fingerprint.of(model, covariance) if process_count() > 1 else None,
+        )
+
+    with processes.alike(settings), ExitStack() as stack:
+        found = processes.agreed(partial(own, stack))
+        return found if processes.group is None else _gathered(found, processes.group)
 
 
 def _check(top_k: int | None, chunk: int | None, by: By, per: str, refine: int) -> None:
@@ -221,10 +289,15 @@ def _gradients(lin: Linearization, limit: int | None) -> Iterator[Directions]:
         yield Directions(lin.batch.index[examples], gradients)
 
 
-def _solved(curvature: GaussNewton | None, held: Directions, steps: int) -> tuple[Directions, Tensor | None]:
+def _solved(
+    curvature: GaussNewton | None, held: Directions, steps: int, processes: Processes
+) -> tuple[Directions, Tensor | None]:
     """(H⁻¹g_j, its residual), or the directions as they are where there is no curvature."""
     if curvature is None:
         return held, None
+    tests = processes.each(lambda: held.index.tolist())
+    if any(numbers != tests[0] for numbers in tests):
+        raise ValueError("the processes have other test examples: give all of them the same test_loader.")
     solution = curvature.solve(held.dense, steps)
     residual = torch.where(solution.indefinite, torch.nan, solution.residual)
     return Directions(held.index, solution.x), residual.cpu()
@@ -274,6 +347,8 @@ class _Pass:
             self.losses[i] = value
 
     def check_same(self, first: _Pass) -> _Pass:
+        if not (first.losses or self.losses):  # of a process without training examples
+            return first
         same = self.losses.keys() == first.losses.keys()
         values = torch.tensor(
             [[first.losses[i], self.losses[i]] for i in first.losses] if same else [[0.0, 1.0]], device="cpu"
@@ -345,3 +420,64 @@ def _beside(columns: Sequence[_All | _Best]) -> tuple[Tensor, Tensor]:
         values = torch.cat([each for each, _ in found], 2)
         labels = labels if labels.dim() == 2 else torch.cat([each for _, each in found], 1)
     return values, labels
+
+
+def _gathered(own: Influence, group: Any) -> Influence:
+    """See `Influence.gather`."""
+    parts = None if own.parts is None else list(own.parts)
+    asked = own.test_index.tolist(), own.top_k, parts, own.position is not None, own.values.dtype
+    told = told_by_all((asked, own.seen or {}, own.network), group)
+    if any(each != told[0][0] for each, _, _ in told):
+        raise ValueError(
+            "the processes have asked for the influence on other test examples, or in other ways: give all of them the "
+            "same test_loader and arguments."
+        )
+    network = same_network([network for _, _, network in told], "gone through")
+    seen, repeated = _once([losses for _, losses, _ in told])
+    is_repeated = torch.isin(
+        own.train_index, torch.tensor(repeated[distributed.get_rank(group)], dtype=torch.long, device="cpu")
+    )
+    labels = own.train_index.unsqueeze(-1)
+    labels = labels if own.position is None else torch.stack([own.train_index, own.position], -1)
+    rows = torch.stack([own.values, *(own.parts or {}).values()], 1)  # [N, 1 + groups, M]
+    if own.top_k is None:
+        labels, rows = labels[~is_repeated], rows[~is_repeated]
+    else:
+        labels = labels.masked_fill(is_repeated.unsqueeze(-1), -1)
+    counts = told_by_all(len(rows), group)
+    labels, rows = joined_rows(labels, counts, group), joined_rows(rows, counts, group)
+    if own.top_k is None:
+        order = labels[:, 0].argsort(stable=True)
+        labels, rows = labels[order], rows[order]
+    else:
+        size = rows[:, 0].abs().masked_fill(labels[..., 0] < 0, -1.0)
+        best = size.topk(min(own.top_k, int((size >= 0).sum(0).min())), 0).indices
+        labels = labels.gather(0, best.unsqueeze(-1).expand(-1, -1, labels.shape[2]))
+        rows = rows.gather(0, best.unsqueeze(1).expand(-1, rows.shape[1], -1))
+    return replace(
+        own,
+        values=rows[:, 0],
+        train_index=labels[..., 0],
+        parts=None if parts is None else {name: rows[:, 1 + i] for i, name in enumerate(parts)},
+        position=None if own.position is None else labels[..., 1],
+        seen=seen,
+        network=network,
+    )
+
+
+def _once(told: list[dict[int, float]]) -> tuple[dict[int, float], list[list[int]]]:
+    """(losses of all processes' examples by number, the numbers that each has after an earlier process).
+
+    Raises:
+        ValueError: if there are none, or two processes have different examples under one number.
+    """
+    if not any(told):
+        raise ValueError("a loader gave no batch in any process: pass one that can be iterated again.")
+    index = np.concatenate([np.fromiter(losses.keys(), np.int64, len(losses)) for losses in told])
+    loss = np.concatenate([np.fromiter(losses.values(), np.float64, len(losses)) for losses in told])
+    source = np.repeat(np.arange(len(told)), [len(losses) for losses in told])
+    order = example_order(index, loss, source, [f"process {rank}" for rank in range(len(told))])
+    first = np.zeros(len(index), bool)
+    first[order] = True
+    repeated = [index[(source == rank) & ~first].tolist() for rank in range(len(told))]
+    return dict(zip(index[order].tolist(), loss[order].tolist(), strict=True)), repeated

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,14 +18,17 @@ from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.linearized.processes import Processes
 from vlearn.linearized.solver import Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.sensitivity.group_batches import Membership, batches_by_group
 from vlearn.sensitivity.refined import check_threshold
-from vlearn.sensitivity.sweep import not_kept
+from vlearn.sensitivity.table import not_kept
 
 VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are held at once, 1 GiB of float32
+
+Curve = Callable[[Vectors, Tensor], Vectors]  # (v, active ``[K]``) -> J_Mᵀ Λ_M J_M v
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def leave_group_out(
     output: Selector = None,
     progress: bool | None = None,
     example_index: ExampleIndex | None = None,
+    sync: bool = False,
 ) -> GroupTable:
     """Loss of each group's examples by a model that was trained without the group, without training it.
 
@@ -116,21 +121,39 @@ def leave_group_out(
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: which example each row of concatenated inputs is of, as for `vlearn.sweep`. Each group then takes
             a pass of every whole batch that has some of its examples.
+        sync: the examples are those of all processes of torch.distributed, where the loader of each gives its own
+            share, as by an `UnrepeatedDistributedSampler`; a group may have members in several. All must call it with
+            the same groups, and all get the same table, each group's examples in the order of their numbers. What is
+            summed over the processes are the vectors of the parameters' size, once for each pass. Some may have fewer
+            batches, or none. Without it, a group has the examples that this process's own loader gives.
     Returns:
         One row per group.
     Raises:
         ValueError: if an argument breaks its rule, the posterior belongs to another model, the loader lacks examples
-            of a group, or `refine` does not know the prior.
-        RuntimeError: if the examples of a batch have no gradient of their own.
+            of a group, `refine` does not know the prior, or the processes differ in more than their data.
+        RuntimeError: if the examples of a batch have no gradient of their own, or it failed in another process.
     """
-    _check(threshold, tolerance, max_iterations, refine)
-    if refine:
-        GaussNewton.check(posterior)
-    posterior.require_calibrated("loss without a group")
-    members = Membership(groups)
-    losses = ExampleLoss(loss_fn)
+    processes = Processes(model, sync, "leave_group_out")
+    model = processes.model
+    progress = progress if progress is not None or processes.rank == 0 else False
     checked: set[Any] = set()
-    with at_mean(model, posterior) as covariance:
+    given_groups: list[Membership] = []
+
+    def settings() -> dict[str, Any]:
+        _check(threshold, tolerance, max_iterations, refine)
+        if refine:
+            GaussNewton.check(posterior)
+        posterior.require_calibrated("loss without a group")
+        given_groups.append(Membership(groups))
+        return {"refined": refined, "threshold": threshold, "tolerance": tolerance, "refine": refine} | {
+            "max_iterations": max_iterations,
+            "groups": given_groups[0].digest() if processes.group is not None else None,
+        }
+
+    def table(stack: ExitStack) -> GroupTable:
+        (members,), losses = given_groups, ExampleLoss(loss_fn)
+        covariance = stack.enter_context(at_mean(model, posterior))
+        processes.check_posterior(covariance)
 
         def whole(batch: Batch) -> Batch:
             """A batch of the loader, seen to be one of examples: in groups of one nobody sees others."""
@@ -141,61 +164,68 @@ def leave_group_out(
             return batch
 
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
-            """Every group's examples, in batches."""
+            """Every group's examples of this process, in batches; at the end all have visited theirs."""
             seen = members.count()
             given = batches(loader, model, example_index)
             given = with_progress_bar(given, loader, progress, "leave_group_out")
             for k, batch in batches_by_group(map(whole, given), seen, only):
                 yield k, linearize(model, covariance, batch, losses, output, second_order)
-            seen.check()
+            seen.check(processes)
 
-        gradients, loss = _gradients(visit, covariance, len(members))
+        parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
+        gradients, loss = _gradients(visit, covariance, parameters, len(members), processes)
+        curve = partial(_curve, visit, processes)
         if refine:
             training_data = partial(batches, loader, model, example_index)
-            curvature = GaussNewton(model, posterior, covariance, training_data, losses, output)
-            step, facts = _near_exact(visit, curvature, gradients, refined, tolerance, refine)
+            curvature = GaussNewton(model, posterior, covariance, training_data, losses, output, processes)
+            step, facts = _near_exact(curve, curvature, gradients, refined, tolerance, refine)
         else:
             step, facts = covariance.multiply_only(gradients), {}
             if refined:
-                step, facts = _refine(visit, covariance, gradients, step, threshold, tolerance, max_iterations)
-        return _table(visit, members, step, loss, facts)
+                agreed = processes.of_first
+                step, facts = _refine(curve, covariance, gradients, step, threshold, tolerance, max_iterations, agreed)
+        return _table(visit, members, step, loss, facts, processes)
+
+    with processes.alike(settings), ExitStack() as stack:
+        return processes.agreed(partial(table, stack))
 
 
-def _gradients(visit: Any, covariance: Covariance, count: int) -> tuple[Vectors, Tensor]:
+def _gradients(
+    visit: Any, covariance: Covariance, parameters: list[Tensor], count: int, processes: Processes
+) -> tuple[Vectors, Tensor]:
     """(Σ_{i∈M} g_i of each group by parameter ``[K, *shape]``, the sums of their losses ``[K]``)."""
-    gradients: Vectors = {}
-    loss = covariance.zeros(count).double().cpu()
+    entries = sum(p.numel() for p in parameters)
+    if count * entries > VECTOR_ENTRIES:
+        raise ValueError(
+            f"{count} groups of a model with {entries} parameters, but {VECTOR_ENTRIES} entries are the limit of what "
+            "is held at once: pass fewer groups in each call."
+        )
     like = covariance.zeros(0)
+    gradients = {p: torch.zeros(count, *p.shape, dtype=like.dtype, device=p.device) for p in parameters}
+    loss = covariance.zeros(count).double().cpu()
     for k, lin in visit():
-        if not gradients:
-            entries = count * sum(p.numel() for p in lin.weights)
-            if entries > VECTOR_ENTRIES:
-                raise ValueError(
-                    f"{count} groups of a model with {entries // count} parameters, but {VECTOR_ENTRIES} entries "
-                    "are the limit of what is held at once: pass fewer groups in each call."
-                )
-            gradients = {p: torch.zeros(count, *p.shape, dtype=like.dtype, device=p.device) for p in lin.weights}
         loss[k] += lin.loss.sum().double().cpu()
         for p, g in summed_gradient(lin, lin.residuals, last=True).items():
             gradients[p][k] += g
-    return gradients, loss
+    return processes.total(gradients), torch.stack(processes.each(lambda: loss)).sum(0)
 
 
 def _refine(
-    visit: Any,
+    curve: Curve,
     covariance: Covariance,
     gradients: Vectors,
     first_order: Vectors,
     threshold: float,
     tolerance: float,
     max_iterations: int,
+    agreed: Callable[[Tensor], Tensor],
 ) -> tuple[Vectors, dict[str, Tensor]]:
     def apply(v: Vectors, precise: Vectors, active: Tensor) -> Vectors:
         """(S - J_MᵀΛ_MJ_M) v."""
-        curved = _curve(visit, v, active)
+        curved = curve(v, active)
         return {p: s - curved[p] for p, s in precise.items()}
 
-    solved = solve(covariance.multiply_only, apply, gradients, tolerance, max_iterations)
+    solved = solve(covariance.multiply_only, apply, gradients, tolerance, max_iterations, agreed)
     largest = 1 - solved.smallest
     used_first_order = solved.indefinite | ~(largest < threshold)
     return where(used_first_order, first_order, solved.x), {
@@ -207,7 +237,7 @@ def _refine(
 
 
 def _near_exact(
-    visit: Any,
+    curve: Curve,
     curvature: GaussNewton,
     gradients: Vectors,
     refined: bool,
@@ -215,7 +245,7 @@ def _near_exact(
     steps: int,
 ) -> tuple[Vectors, dict[str, Tensor]]:
     """(H - J_MᵀΛ_MJ_M)⁻¹ g if refined, else H⁻¹ g; where the first is not positive definite, the second."""
-    solved = curvature.solve(gradients, steps, tolerance, partial(_curve, visit) if refined else None)
+    solved = curvature.solve(gradients, steps, tolerance, curve if refined else None)
     used_first_order, x = solved.indefinite, solved.x
     if bool(used_first_order.any()) and refined:
         first = curvature.solve({p: v[used_first_order] for p, v in gradients.items()}, steps, tolerance)
@@ -229,17 +259,19 @@ def _near_exact(
     }
 
 
-def _curve(visit: Any, vectors: Vectors, active: Tensor) -> Vectors:
+def _curve(visit: Any, processes: Processes, vectors: Vectors, active: Tensor) -> Vectors:
     """J_Mᵀ Λ_M J_M v of each active group."""
     products = {p: torch.zeros_like(v) for p, v in vectors.items()}
     for k, lin in visit(second_order=True, only=active):
         change = jacobian_vector_product(lin, {p: v[k] for p, v in vectors.items()})
         for p, g in summed_gradient(lin, hessian_vector_product(lin, change), last=True).items():
             products[p][k] += g
-    return products
+    return processes.total(products)
 
 
-def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: dict[str, Tensor]) -> GroupTable:
+def _table(
+    visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: dict[str, Tensor], processes: Processes
+) -> GroupTable:
     left_out = torch.zeros_like(loss)
     index: list[list[Tensor]] = [[] for _ in members.names]
     deviation: list[list[Tensor]] = [[] for _ in members.names]
@@ -248,6 +280,13 @@ def _table(visit: Any, members: Membership, step: Vectors, loss: Tensor, facts: 
         left_out[k] += lin.loss_at(changes).sum().double().cpu()
         index[k].append(lin.batch.index)
         deviation[k].append(changes[lin.chosen].cpu())
+    if processes.group is not None:
+        told = processes.each(lambda: (left_out, index, deviation))
+        left_out = torch.stack([each for each, _, _ in told]).sum(0)
+        index = [[torch.cat(sum((each[k] for _, each, _ in told), []))] for k in range(len(members))]
+        order = [numbers.argsort() for (numbers,) in index]
+        index = [[numbers[places]] for (numbers,), places in zip(index, order, strict=True)]
+        deviation = [[_joined(sum((each[k] for _, _, each in told), []))[places]] for k, places in enumerate(order)]
     return GroupTable(
         group=members.names,
         size=members.sizes,

@@ -3,125 +3,36 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector
+from vlearn.collectives import process_count
 from vlearn.gaussians.protocol import Posterior
-from vlearn.linearized.batches import batches, with_progress_bar
-from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.linearized.batches import Batch, batches, device_of, with_progress_bar
+from vlearn.linearized.linearization import Linearization, OutputTooLargeError, at_mean, linearize
+from vlearn.linearized.processes import Fingerprint, Processes
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
 from vlearn.per_example.measured_rows import ExampleIndex
+from vlearn.record.row_record import RowRecord
 from vlearn.sensitivity.live import prediction_error
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
-from vlearn.sensitivity.summary import row_norms, summarize
+from vlearn.sensitivity.summary import row_norms
+from vlearn.sensitivity.table import COLUMNS, GrowingTable, SensitivityTable, TableOnDisk, not_kept
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
+OUTPUT_ENTRIES = 2**24  # of a batch's output, beyond which it is swept in parts of fewer examples: 64 MiB of float32
 PART = 100  # times the examples of a sweep: an ess beyond is hardly the number of training examples
-
-
-@dataclass(frozen=True)
-class SensitivityTable:
-    """One row per example, on the CPU, in loader order (Nickl et al., 2023, arXiv:2310.19273).
-
-    Attributes:
-        index: ``[N]`` example numbers.
-        loss: ``[N]`` each example's own training loss, in the loss's units.
-        loo_loss: ``[N]`` the same at the output predicted without the example, ℓ(y, f + Δf), Eq. 15; its mean
-            predicts the test loss. NaN if not asked for.
-        deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, or its refined form
-            if that was asked for; ``[N, 1]`` of NaN if it was not kept.
-        self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
-        leverage: ``[N]`` tr(ΛV); None if not asked for. Probed ones are unbiased, but what is convex in them is not:
-            the mean of v/(1 - v) comes out too large (RandALO, Nobel et al., 2024, arXiv:2409.09781); take exact ones.
-        prediction_error: ``[N]`` ‖residual‖/√2.
-        function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
-        used_first_order: ``[N]`` where `refined` kept V e; None if not asked for.
-        largest_eigenvalue: ``[N]`` of VΛ, which tells how far to trust a row: V e falls short by a factor of up to
-            1/(1 - this) where Σ is exact, and where it nears 1 the refined form is not to be trusted either. At most
-            the leverage, which serves where this, None unless `refined`, was not asked for.
-        position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
-        deviation_norm: ``[N]`` ‖Δf‖, in the output's units.
-    """
-
-    index: Tensor
-    loss: Tensor
-    loo_loss: Tensor
-    deviation: Tensor
-    self_influence: Tensor
-    leverage: Tensor | None
-    prediction_error: Tensor
-    function_variance: Tensor | None = None
-    used_first_order: Tensor | None = None
-    position: Tensor | None = None
-    deviation_norm: Tensor | None = None
-    largest_eigenvalue: Tensor | None = None
-
-    @property
-    def num_first_order(self) -> int | None:
-        """For how many examples `refined` kept V e; None if it was not asked for."""
-        return None if self.used_first_order is None else int(self.used_first_order.sum())
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def summary(self, prefix: str = "") -> dict[str, float]:
-        """Summarize the table by a few floats, as Lightning's ``log_dict`` or any other logger takes them.
-
-        ===================================  =================================================================
-        ``num_examples``                     rows of the table: examples, or tokens with per="token"
-        ``num_nonfinite``                    rows with a NaN or an infinity in one of the columns below
-        ``num_first_order``                rows for which `refined` kept V e; if `refined` was asked for
-        ``loss``                             mean of the rows' losses, in the loss's units
-        ``loo_loss``                         mean leave-one-out loss, which predicts the test loss; if asked for
-        ``predicted_gap``                    ``loo_loss`` - ``loss``, the predicted generalization gap; likewise
-        ``self_influence_mean``              mean of gᵀΣg over the rows, in the loss's units
-        ``self_influence_q50``               its median
-        ``self_influence_q95``               its 95% quantile
-        ``self_influence_max``               its maximum
-        ``prediction_error_mean``            mean of ‖residual‖/√2, in [0, 1] for hard-label cross-entropy
-        ``prediction_error_q50``             its median
-        ``prediction_error_q95``             its 95% quantile
-        ``prediction_error_max``             its maximum
-        ``deviation_norm_mean``              mean of ‖deviation‖, in the output's units
-        ``deviation_norm_q50``               its median
-        ``deviation_norm_q95``               its 95% quantile
-        ``deviation_norm_max``               its maximum
-        ``leverage_mean``                    mean of tr(ΛV), in effective parameters; these four keys are there
-                                             if the leverage was asked for
-        ``leverage_q50``                     its median; of the probe's noisy rows with leverage="probe"
-        ``leverage_q95``                     its 95% quantile; likewise
-        ``leverage_max``                     its maximum; likewise
-        ===================================  =================================================================
-
-        Quantiles are linearly interpolated. No row is left out: a statistic that a NaN or an infinity reaches is NaN.
-
-        Args:
-            prefix: put before every key, as in ``self.log_dict(table.summary("sweep/"))``.
-
-        Returns:
-            Python floats by key, finite or NaN.
-        """
-        means: dict[str, Tensor] = {"loss": self.loss}
-        if not self.loo_loss.isnan().all():
-            means |= {"loo_loss": self.loo_loss, "predicted_gap": self.loo_loss.double() - self.loss.double()}
-        distributions = {
-            "self_influence": self.self_influence,
-            "prediction_error": self.prediction_error,
-            "deviation_norm": row_norms(self.deviation) if self.deviation_norm is None else self.deviation_norm,
-            "leverage": self.leverage,
-        }
-        summary = summarize(means, distributions, prefix)
-        if self.used_first_order is not None:
-            summary[f"{prefix}num_first_order"] = float(self.used_first_order.sum())
-        return summary
 
 
 @dataclass(frozen=True)
@@ -133,8 +44,7 @@ class SweepOptions:
     threshold: float
     variance: bool
     loo_loss: bool
-    deviation: bool | None
-    generator: torch.Generator | None
+    deviation: bool | str | None
     per: str
 
     def check(self, posterior: Posterior) -> None:
@@ -144,6 +54,8 @@ class SweepOptions:
         if self.leverage not in ("probe", "exact", None):
             raise ValueError(f"leverage={self.leverage!r}, but it must be 'probe', 'exact' or None: use 'probe'.")
         check_threshold(self.threshold)
+        if self.deviation not in ("small", True, False, None):
+            raise ValueError(f"deviation={self.deviation!r}, but it must be 'small', True or None: use None.")
         if self.per not in ("example", "token"):
             raise ValueError(f"per={self.per!r}, but it must be 'example' or 'token': use 'example'.")
         if self.per == "token" and (self.refined or self.variance or self.leverage == "exact"):
@@ -175,8 +87,10 @@ def sweep(
     variance: bool = False,
     per: str = "example",
     loo_loss: bool = True,
-    deviation: bool | None = None,
+    deviation: bool | str | None = "small",
     example_index: ExampleIndex | None = None,
+    out: str | os.PathLike[str] | None = None,
+    sync: bool = False,
 ) -> SensitivityTable:
     """Leave-one-out loss, deviation, self-influence and leverage of every example, without retraining.
 
@@ -210,100 +124,185 @@ def sweep(
             that token's loss alone were removed; num_data of the posterior must then count tokens. As many times
             slower as there are positions.
         loo_loss: False leaves it out: for a posterior whose Σ has an arbitrary scale, as SGD's, which only ranks.
-        deviation: keep Δf of every example; by default where it has at most 2¹² entries for each, and as many in every
-            batch. A language model's outgrow any memory; the norms are always kept.
+        deviation: keep Δf of every example, True or None; by default, "small", where it has at most 2¹² entries for
+            each, and as many in every batch. A language model's outgrow any memory; the norms are always kept.
         example_index: for batches whose examples are concatenated, as graphs are by their nodes: the name of the
             argument of the model's forward that gives the example of each row, ``[rows]``, or a callable of the
             forward's arguments; see `VariationalOptimizer.watch`. There are as many examples as targets.
+        out: a folder to which the rows of each batch are written as they come, so that no column is held in memory.
+            After a kill the same command, of as many processes or others, goes on where it was: what is there already
+            is only read from the loader. Its table, in the order of the examples' numbers, is on disk,
+            and `SensitivityTable.open` opens it again; ``np.load("rows.npy", mmap_mode="r")["loss"]`` without vlearn.
+        sync: sweep the data of all processes of torch.distributed, where the loader of each gives its own share, as by
+            an `UnrepeatedDistributedSampler`; of the processes of a DistributedDataParallel model where that is given.
+            All must call it, and all get the table of all, see `SensitivityTable.gather`; each probes with random
+            numbers of its own. Some may have fewer batches, or none. Without it, a process sweeps what its own loader
+            gives and waits for nobody.
     Returns:
-        One row per example, or token.
+        One row per example, or token; in loader's order, with `out` or `sync` in that of their numbers.
     Raises:
-        ValueError: if an argument breaks its rule, the posterior belongs to another model, or the examples cannot be
-            numbered.
-        RuntimeError: if the examples of a batch have no gradient of their own, or the posterior has no scale.
+        ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be
+            numbered, `out` holds a sweep of something else, or the processes differ in more than their data.
+        RuntimeError: if the examples of a batch have no gradient of their own, the posterior has no scale, another
+            process writes to `out`, or the sweep failed in another process.
     """
-    options = SweepOptions(leverage, refined, threshold, variance, loo_loss, deviation, generator, per)
-    options.check(posterior)
-    losses = ExampleLoss(loss_fn, per)
-    table = _GrowingTable()
-    with at_mean(model, posterior) as covariance:
-        for batch in with_progress_bar(batches(loader, model, example_index), loader, progress, "sweep"):
-            lin = linearize(model, covariance, batch, losses, output, options.second_order)
-            for rows in (_rows_of(lin, options),) if per == "example" else _token_rows_of(lin, options):
-                table.add(rows)
-            del lin  # its graph goes before the next batch comes
-    if not table.count:
-        raise ValueError("the loader gave no batch: pass one that can be iterated again.")
-    given = getattr(posterior, "num_data_given", True)
-    if options.loo_loss and not given and posterior.num_data > PART * table.count:
+    options = SweepOptions(leverage, refined, threshold, variance, loo_loss, deviation, per)
+    processes = Processes(model, sync, "sweep")
+    model = processes.model
+
+    def checked() -> dict[str, Any]:
+        options.check(posterior)
+        if out is not None and not sync and process_count() > 1:
+            raise ValueError(
+                f"out={str(out)!r} in one of {process_count()} processes, each of which may be writing: call sweep "
+                "with sync=True in all."
+            )
+        return asdict(options) | {"out": None if out is None else str(out)}
+
+    with processes.alike(checked), ExitStack() as stack:
+        losses = processes.agreed(lambda: ExampleLoss(loss_fn, per))
+        covariance = processes.agreed(lambda: stack.enter_context(at_mean(model, posterior)))
+        shared = out is not None or process_count() > 1
+        network = processes.agreed(lambda: Fingerprint.of(model, covariance)) if shared else None
+        generator = processes.own_generator(generator, device_of(model)) if leverage == "probe" else generator
+        progress = progress if progress is not None or processes.rank == 0 else False
+
+        parts = _Parts(
+            partial(linearize, model, covariance, losses=losses, output=output, second_order=options.second_order)
+        )
+
+        def rows_of(batch: Batch) -> Iterator[SensitivityTable]:
+            for lin in parts(batch):
+                if per == "token":
+                    yield from _token_rows_of(lin, options, generator)
+                else:
+                    yield _rows_of(lin, options, generator)
+                del lin  # its graph goes before the next part comes
+
+        def go_through(table: GrowingTable | TableOnDisk) -> None:
+            given = batches(loader, model, example_index)
+            shown = with_progress_bar(given, loader, progress, "sweep")
+            _sweep_into(table, shown, rows_of, may_be_empty=process_count() > 1 and not isinstance(loader, Iterator))
+
+        if out is None or network is None:
+            in_memory = GrowingTable()
+            processes.agreed(partial(go_through, in_memory))
+            table = in_memory.rows(network)
+            table = table if processes.group is None else table.gather(processes.group)
+        else:
+            _sweep_to_disk(RowRecord(out), options, network, processes, go_through)
+            table = processes.agreed(lambda: SensitivityTable.open(out))
+    scale_is_known = getattr(posterior, "num_data_given", True)
+    if options.loo_loss and not scale_is_known and posterior.num_data > PART * len(table):
         warnings.warn(
-            f"the loader has {table.count} of the {posterior.num_data:g} training examples that the optimizer's ess "
+            f"the loader has {len(table)} of the {posterior.num_data:g} training examples that the optimizer's ess "
             "stands for. Pass num_data to the optimizer: where it is less than ess, leave-one-out losses are too near "
             "the training loss.",
             stacklevel=4,
         )
-    return table.rows()
+    return table
 
 
-def not_kept(deviation: Tensor) -> Tensor:
-    """What stands in the place of an output change that is not kept: ``[N, 1]`` of NaN."""
-    return deviation.new_full((len(deviation), 1), torch.nan)
+def _sweep_into(
+    table: GrowingTable | TableOnDisk,
+    given: Iterable[Batch],
+    rows_of: Callable[[Batch], Iterator[SensitivityTable]],
+    may_be_empty: bool,
+) -> None:
+    """Go through the batches of this process.
+
+    Raises:
+        ValueError: if there are none, where no other process may have some or an iterator may be used up.
+    """
+    count = 0
+    for batch in given:
+        count += 1
+        if table.lacks(batch.index):
+            table.add(rows_of(batch))
+    if not count and not may_be_empty:
+        raise ValueError("the loader gave no batch: pass one that can be iterated again.")
 
 
-class _GrowingTable:
-    """Rows of batch after batch in columns that double when they are full.
+class _Parts:
+    """Batches linearized in parts, where the output of all examples would take too much memory.
 
-    Small tensors that stay, between large ones that go, would keep the heap from being used again.
+    Beside the output itself its size is held by residuals, their graph, tangents and probes: some ten times.
 
-    Attributes:
-        count: the number of rows.
+    Args:
+        linearize: a batch, with `largest` as for `vlearn.linearized.linearization.linearize`.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._columns: dict[str, Tensor | None] = {}
+    def __init__(self, linearize: Callable[..., Linearization]):
+        self._linearize = linearize
+        self._entries = 0  # of the largest output of an example so far, where one was too large
 
-    def add(self, rows: SensitivityTable) -> None:
-        """Add the rows of one batch, or of one position of it."""
-        deviation = self._columns.get("deviation")
-        if deviation is not None and deviation.shape[1:] != rows.deviation.shape[1:]:
-            # Batches that are padded to different lengths.
-            rows, self._columns["deviation"] = replace(rows, deviation=not_kept(rows.deviation)), not_kept(deviation)
-        earlier, variance = self._columns.get("function_variance"), rows.function_variance
-        if earlier is not None and variance is not None and earlier.shape[1:] != variance.shape[1:]:
-            raise ValueError(
-                f"variance=True over batches whose outputs have {earlier.shape[1]} and {variance.shape[1]} entries for "
-                "each example: leave it out, or pad all batches to one length."
-            )
-        for field in fields(SensitivityTable):
-            part: Tensor | None = getattr(rows, field.name)
-            self._columns[field.name] = None if part is None else self._with(self._columns.get(field.name), part)
-        self.count += len(rows)
+    def __call__(self, batch: Batch) -> Iterator[Linearization]:
+        """The batch, or one part after the other; none is held."""
+        if not batch.example_rows and len(batch.index) * self._entries > OUTPUT_ENTRIES and len(batch.index) > 1:
+            yield from self._cut(batch)
+            return
+        try:
+            lin = self._linearize(batch=batch, largest=OUTPUT_ENTRIES)
+        except OutputTooLargeError as too_large:
+            whole = too_large.with_traceback(None)  # which would hold the forward pass
+        else:
+            yield lin
+            return
+        self._entries = max(self._entries, whole.entries)
+        yield from self._cut(batch, whole)
 
-    def _with(self, column: Tensor | None, part: Tensor) -> Tensor:
-        needed = self.count + len(part)
-        if column is None or len(column) < needed:
-            grown = part.new_empty(2 * needed, *part.shape[1:])
-            if column is not None:
-                grown[: self.count] = column[: self.count]
-            column = grown
-        column[self.count : needed] = part
-        return column
-
-    def rows(self) -> SensitivityTable:
-        """The table of all rows."""
-        columns: dict[str, Any] = {
-            name: None if column is None else column[: self.count].clone() for name, column in self._columns.items()
-        }
-        return SensitivityTable(**columns)
+    def _cut(self, batch: Batch, whole: OutputTooLargeError | None = None) -> Iterator[Linearization]:
+        size = max(1, OUTPUT_ENTRIES // self._entries)
+        for rows in torch.arange(len(batch.index), device="cpu").split(size):
+            lin = self._linearize(batch=batch.rows(rows))
+            if whole is not None:
+                whole.check_part(lin)
+            whole = None
+            yield lin
+            del lin
 
 
-def _token_rows_of(lin: Linearization, options: SweepOptions) -> Iterator[SensitivityTable]:
+def _sweep_to_disk(
+    record: RowRecord,
+    options: SweepOptions,
+    network: Fingerprint,
+    processes: Processes,
+    go_through: Callable[[TableOnDisk], None],
+) -> None:
+    """Write the rows of all processes to a folder, each to its own part, and join them."""
+    task = {"options": asdict(options), "weights": network.weights, "scales": list(network.scales)}
+
+    def begin() -> None:
+        if record.exists:
+            found = record.task
+            earlier = Fingerprint(found["weights"], tuple(found["scales"]))
+            what = "its options" if found["options"] != task["options"] else earlier.difference(network)
+            if what is not None:
+                raise ValueError(
+                    f"{record.path} holds a sweep of something else ({what} differ): use another path, or delete it."
+                )
+        record.begin(task)
+
+    def in_first(work: Callable[[], None]) -> None:
+        processes.agreed(work if processes.rank == 0 else lambda: None)
+
+    in_first(begin)
+    table = processes.agreed(lambda: TableOnDisk(record, processes.rank))  # all have read before any writes
+    try:
+        processes.agreed(partial(go_through, table))
+    finally:
+        table.close()
+    in_first(record.complete)
+
+
+def _token_rows_of(
+    lin: Linearization, options: SweepOptions, generator: torch.Generator | None
+) -> Iterator[SensitivityTable]:
     """Rows of the tokens that count, position by position."""
     axis, counts = token_axis(lin), kept_tokens(lin).cpu()
     for of_position, position in by_position(lin):
-        rows = _rows_of(of_position, options)
-        columns: dict[str, Any] = {field.name: getattr(rows, field.name) for field in fields(SensitivityTable)}
+        rows = _rows_of(of_position, options, generator)
+        columns: dict[str, Any] = {name: getattr(rows, name) for name in COLUMNS}
         columns["position"] = torch.full_like(rows.index, position)
         columns["deviation"] = _kept(rows.deviation.select(axis, position), options)
         mask = counts[:, position]
@@ -313,11 +312,12 @@ def _token_rows_of(lin: Linearization, options: SweepOptions) -> Iterator[Sensit
 
 def _kept(deviation: Tensor, options: SweepOptions) -> Tensor:
     """An output change, if it is to be kept."""
-    keeps = math.prod(deviation.shape[1:]) <= KEPT_ENTRIES if options.deviation is None else options.deviation
+    is_small = math.prod(deviation.shape[1:]) <= KEPT_ENTRIES
+    keeps = is_small if options.deviation == "small" else options.deviation
     return deviation if keeps else not_kept(deviation)
 
 
-def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
+def _rows_of(lin: Linearization, options: SweepOptions, generator: torch.Generator | None) -> SensitivityTable:
     more = options.second_order or options.variance
     self_influence, changes = lin.self_influence_and_deviation(deviation=True, last=not more)
     assert changes is not None  # asked for
@@ -327,28 +327,31 @@ def _rows_of(lin: Linearization, options: SweepOptions) -> SensitivityTable:
         lin.check_one_output("refined=True")
         change, used_first_order, leverage, largest = refine(lin, change, options.threshold)
         changes = lin.changes_of_chosen(change)
-    loo = lin.loss_at(changes)
-    if options.leverage is None:
-        leverage = None
-    elif leverage is None:
-        leverage = _leverage(lin, options.leverage, options.generator)
-    if options.variance:
-        variance = function_variance(lin)
 
     def kept(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.detach().cpu()
 
+    loo = lin.loss_at(changes)
+    deviation = kept(change if lin.position is not None else _kept(change, options))
+    norm = kept(row_norms(change))
+    del changes, change  # as large as the output, which the leverage needs several of
+    if options.leverage is None:
+        leverage = None
+    elif leverage is None:
+        leverage = _leverage(lin, options.leverage, generator)
+    if options.variance:
+        variance = function_variance(lin)
     return SensitivityTable(
         index=lin.batch.index,
         loss=kept(lin.loss),
         loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),
-        deviation=kept(change if lin.position is not None else _kept(change, options)),
+        deviation=deviation,
         self_influence=kept(self_influence),
         leverage=kept(leverage),
         prediction_error=kept(prediction_error(lin.residual)),
         function_variance=kept(variance),
         used_first_order=kept(used_first_order),
-        deviation_norm=kept(row_norms(change)),
+        deviation_norm=norm,
         largest_eigenvalue=kept(largest),
     )
 
