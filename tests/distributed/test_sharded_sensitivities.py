@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
+import vlearn
 from tests.distributed.ranks import Ranks
-from tests.distributed.sharded import batch, loss_of, make, new_model, sharded
+from tests.distributed.sharded import batch, loss_of, make, new_model, sharded, train
 
 
 def live(rank: int, kind: str, how: str, maker: str, count: int) -> list[tuple[Tensor, ...]]:
@@ -119,3 +122,37 @@ def by_tensor_parallelism(rank: int) -> str:
 def test_tensor_parallelism_has_no_rows(ranks: Ranks) -> None:
     for message in ranks(by_tensor_parallelism):
         assert "tensor parallelism computes on parts of the weights" in message
+
+
+def swept(rank: int, kind: str, how: str, count: int) -> tuple[Any, ...]:
+    """A sweep, an influence and groups left out of this rank's part of the data, with the model as it was trained."""
+    model = sharded(new_model(kind), how)
+    optimizer = make(model, "IVON")
+    train(model, optimizer, kind, range(3))
+    x, y = batch(kind, 100, count=12)
+    data = TensorDataset(x, y if kind == "mlp" else y[:, -1])
+    own = range(rank * 12 // count, (rank + 1) * 12 // count)
+    loader = DataLoader(Subset(vlearn.IndexedDataset(data), list(own)), batch_size=4)
+    model.train()
+    loss = last_token if kind == "transformer" else F.cross_entropy
+    table = vlearn.sweep(model, optimizer.posterior(), loader, loss)
+    influence = vlearn.influence(model, optimizer.posterior(), loader, DataLoader(data, batch_size=5), loss)
+    groups = {"a": list(own[:2]), "b": list(own[2:5])}
+    left_out = vlearn.leave_group_out(model, optimizer.posterior(), loader, groups, loss)
+    assert model.training
+    train(model, optimizer, kind, range(3, 5))  # nothing was left behind
+    weights = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in optimizer._parameters.every()]
+    return table.self_influence, table.deviation, table.loo_loss, influence.values, left_out.left_out_loss, weights
+
+
+def last_token(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(output[:, -1], target, reduction=reduction)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_sweeps_take_the_model_as_it_was_trained(ranks: Ranks, kind: str) -> None:
+    found = ranks(swept, kind, "fsdp", 2)
+    for rank, rows in enumerate(found):
+        expected = swept(rank, kind, "plain", 2)
+        for own, of_one in zip(rows, expected, strict=True):
+            torch.testing.assert_close(own, of_one, rtol=1e-9, atol=1e-13)

@@ -23,6 +23,7 @@ from vlearn.linearized.batches import Batch
 from vlearn.linearized.covariance_products import covariance_products
 from vlearn.linearized.loss_checks import check_own_losses
 from vlearn.linearized.output_change import output_deviation
+from vlearn.linearized.processes import check_whole
 from vlearn.losses.example_loss import ExampleLoss
 from vlearn.losses.output_hessian import (
     hessian_by_differences,
@@ -412,7 +413,9 @@ def at_mean(model: nn.Module, posterior: Posterior) -> Iterator[Covariance]:
 
     Raises:
         ValueError: if the posterior belongs to another model.
+        RuntimeError: if the model is sharded.
     """
+    check_whole(model)
     parameters = match(model, posterior)
     with posterior.at_mean(), eval_mode(model), native_recurrence(model.modules()):
         yield posterior.covariance(parameters)

@@ -6,6 +6,7 @@ says so there, in the place of leaving the others waiting.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,10 @@ from vlearn.capture.names import named_parameters
 from vlearn.collectives import Together, process_count
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import Block
+from vlearn.gaussians.gaussian import Gaussian
+from vlearn.gaussians.protocol import Posterior
 from vlearn.per_example.replay import placed
+from vlearn.sharded.whole_model import is_sharded_model, whole_model
 
 Kind = tuple[torch.Size, torch.dtype]
 
@@ -117,6 +121,33 @@ class Processes(Together):
         source = torch.device("cpu") if given is None else given.device
         seeds = torch.randint(2**62, (distributed.get_world_size(self.group),), generator=given, device=source)
         return torch.Generator(device).manual_seed(int(seeds[self.rank]))
+
+
+def whole_network(model: nn.Module, posterior: Posterior) -> tuple[nn.Module, Any]:
+    """The model and its posterior; where `fully_shard` has sharded the model, copies with whole weights and means.
+
+    All processes that have shards must ask for them. After that no process waits for another.
+
+    Raises:
+        RuntimeError: if tensor parallelism has sharded it.
+    """
+    if not is_sharded_model(model):
+        return model, posterior
+    whole = whole_model(model)
+    own = {name: p for name, p in posterior.parameters.items() if p in whole.parameter_of}
+    if isinstance(posterior, Gaussian) and own:
+        posterior = copy.copy(posterior)
+        posterior.belong_to({name: whole.parameter_of[p] for name, p in own.items()})
+    return whole.module_of[model], posterior
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise RuntimeError if a model is sharded: its layers have their weights but for a moment."""
+    if is_sharded_model(model):
+        raise RuntimeError(
+            "the model is sharded over processes (fully_shard, tensor parallelism), but the whole network is needed "
+            "here: pass one that is not, with a copy of the posterior (Gaussian.belong_to)."
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.inner_products import BlockParameters, Directions, InnerProducts, joined
 from vlearn.linearized.jacobian_products import jacobian_vector_product
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
-from vlearn.linearized.processes import Fingerprint, Processes, same_network
+from vlearn.linearized.processes import Fingerprint, Processes, same_network, whole_network
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.record.example_order import example_order
@@ -149,6 +149,7 @@ def influence(
             the processes differ in more than their training data.
         RuntimeError: if the examples of a batch have no gradient of their own, or it failed in another process.
     """
+    model, posterior = whole_network(model, posterior)
     processes = Processes(model, sync, "influence")
     model = processes.model
     progress = progress if progress is not None or processes.rank == 0 else False

@@ -18,7 +18,7 @@ from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
-from vlearn.linearized.processes import Processes
+from vlearn.linearized.processes import Processes, whole_network
 from vlearn.linearized.solver import Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
@@ -133,6 +133,7 @@ def leave_group_out(
             of a group, `refine` does not know the prior, or the processes differ in more than their data.
         RuntimeError: if the examples of a batch have no gradient of their own, or it failed in another process.
     """
+    model, posterior = whole_network(model, posterior)
     processes = Processes(model, sync, "leave_group_out")
     model = processes.model
     progress = progress if progress is not None or processes.rank == 0 else False

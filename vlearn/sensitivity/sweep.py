@@ -19,7 +19,7 @@ from vlearn.collectives import process_count
 from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, device_of, with_progress_bar
 from vlearn.linearized.linearization import Linearization, OutputTooLargeError, at_mean, linearize
-from vlearn.linearized.processes import Fingerprint, Processes
+from vlearn.linearized.processes import Fingerprint, Processes, whole_network
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import hessian_root
 from vlearn.per_example.measured_rows import ExampleIndex
@@ -147,6 +147,7 @@ def sweep(
             process writes to `out`, or the sweep failed in another process.
     """
     options = SweepOptions(leverage, refined, threshold, variance, loo_loss, deviation, per)
+    model, posterior = whole_network(model, posterior)
     processes = Processes(model, sync, "sweep")
     model = processes.model
 
