@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +79,8 @@ def unlike(rank: int, path: str, how: str) -> tuple[str, int]:
         table.index[0] = 11
     elif how == "numbers" and rank:
         table.index.sub_(1)
+    elif how == "columns" and rank:
+        table = dataclasses.replace(table, leverage=None)
     message = refusal(lambda: memory.record_sweep(-1 if how == "step" and rank == 0 else 3, table))
     memory.record_sweep(7, table_of(loader_of(dataset())))
     return message, len(memory)
@@ -88,6 +91,7 @@ def unlike(rank: int, path: str, how: str) -> tuple[str, int]:
     [
         ("range", "it failed in process 1, by ValueError: index 11 is out of range", "index 11 is out of range"),
         ("numbers", "example 0 has the loss", "in process 1"),
+        ("columns", "the processes give the columns", "sweep with the same arguments in all"),
         ("step", "step=-1", "it failed in process 0, by ValueError: step=-1"),
     ],
 )

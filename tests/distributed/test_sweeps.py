@@ -229,3 +229,17 @@ def one_writes(rank: int, path: str) -> str:
 def test_a_sweep_to_disk_by_one_of_several_processes_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     for message in ranks(one_writes, str(tmp_path)):
         assert "call sweep with sync=True in all" in message
+
+
+def probed(rank: int) -> SensitivityTable:
+    """Both processes have the same examples under other numbers, and the same seed."""
+    torch.manual_seed(5)
+    x, y = dataset()[:4]
+    return swept(network(), dataset(), [(x, y, range(4 * rank, 4 * rank + 4))], leverage="probe", sync=True)
+
+
+def test_probes_differ_between_processes(ranks: Ranks) -> None:
+    first, second = ranks(probed)
+    assert_equal(first, second, exactly=True)
+    assert first.leverage is not None and torch.equal(first.loss[:4], first.loss[4:])
+    assert not torch.equal(first.leverage[:4], first.leverage[4:])

@@ -88,7 +88,7 @@ def fit(
             DistributedSampler; of the processes of a DistributedDataParallel model where that is given. All must call
             it, and all get the same posterior: that of one process with all the data, up to its random probes. Some
             may have fewer batches, or none. What a sampler repeats to make shares equal counts as often as it comes, in
-            num_data too: with drop_last=True, or shares that differ, nothing does. Not by default, since a fit in one
+            num_data too; an UnrepeatedDistributedSampler repeats nothing. Not by default, since a fit in one
             process alone, as by the first after training, would wait for the others for ever.
     Returns:
         A posterior that `sweep`, `influence`, `leave_group_out` and `predict` take. It is a copy: later training does

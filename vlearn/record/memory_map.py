@@ -352,11 +352,14 @@ def _of_all(told: list[tuple[np.ndarray, dict[str, np.ndarray]]]) -> tuple[np.nd
     """The rows of all processes; what several have is there once.
 
     Raises:
-        ValueError: if two have different examples under one number.
+        ValueError: if two have different examples under one number, or other columns.
     """
     ranks = [rank for rank, (index, _) in enumerate(told) if len(index)] or [0]
     parts = [told[rank] for rank in ranks]
-    names = [name for name in SWEEP_COLUMNS if all(name in columns for _, columns in parts)]
+    names = list(parts[0][1])
+    other = next((list(columns) for _, columns in parts if list(columns) != names), None)
+    if other is not None:
+        raise ValueError(f"the processes give the columns {names} and {other}: sweep with the same arguments in all.")
     index = np.concatenate([index for index, _ in parts])
     columns = {name: np.concatenate([columns[name] for _, columns in parts]) for name in names}
     source = np.repeat(np.arange(len(parts)), [len(index) for index, _ in parts])

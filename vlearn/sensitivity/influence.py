@@ -47,8 +47,8 @@ class Influence:
         residual: with `refine`, how near each test example's solution came, ``[N_test]``: √(rᵀΣr) of r = g_j - Hx over
             √(g_jᵀΣg_j); NaN where H was seen not to be positive definite and Σg_j was kept; else None.
         top_k: the k that was asked for, else None.
-        seen: the loss of every training example that was gone through, by its number, and `network`, what tells
-            networks and posteriors apart: what `gather` compares.
+        seen: the loss of every training example that was gone through, by its number, which `gather` compares.
+        network: what tells networks and posteriors apart, likewise; None in a single process.
     """
 
     values: Tensor
@@ -74,6 +74,8 @@ class Influence:
             ValueError: in all processes, if two of them have different training examples under one number, or other
                 test examples, arguments, networks or posteriors; or if `refine` took the curvature of each one's own
                 share (pass sync=True to `influence`).
+
+        Where one has failed before, the others wait here as in `SensitivityTable.gather`.
         """
         if process_count() == 1:
             return self

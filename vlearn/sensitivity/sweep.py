@@ -98,7 +98,8 @@ def sweep(
 
     Each batch costs one forward, one backward without weight gradients, the ghost products and one
     forward-mode pass; the leverage one more backward and its products; `refined`, `variance` and leverage="exact" as
-    many as there are outputs. Memory does not grow with the number of parameters times examples.
+    many as there are outputs. Memory does not grow with the number of parameters times examples, nor with a batch whose
+    output has more than 2²⁴ entries: it is swept in parts, at least an example at a time.
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.
