@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "family-digits": optimizers.digits,
     "family-cost": optimizers.cost,
     "defaults": optimizers.defaults,
+    "defaults-calibration": optimizers.defaults_calibration,
     "continual": optimizers.continual,
     "merging": optimizers.merging,
     "step-cost": costs.step,

@@ -71,23 +71,46 @@ def digits() -> str:
     )
 
 
+TASKS = {
+    "mlp": "power plant, MLP",
+    "lenet": "Fashion-MNIST, LeNet-5",
+    "gpt": "tinyshakespeare, GPT",
+    "gru": "tinyshakespeare, GRU",
+    "embedding": "embeddings of passages (InfoNCE)",
+    "ft-transformer": "kin8nm, FT-Transformer",
+}
+
+
 def defaults() -> str:
     """One line in other people's networks: validation losses of the tasks that are recorded."""
-    labels = {
-        "mlp": "power plant, MLP",
-        "lenet": "Fashion-MNIST, LeNet-5",
-        "gpt": "tinyshakespeare, GPT",
-        "gru": "tinyshakespeare, GRU",
-        "embedding": "embeddings of passages (InfoNCE)",
-        "ft-transformer": "kin8nm, FT-Transformer",
-    }
-    columns = [("AdamW", "line"), ("VAdamW", "line"), ("AdamW", "tuned"), ("VAdamW", "tuned")]
-    columns += [("SGD", "tuned"), ("ivon-opt", "line")]
+    columns = [("AdamW", "line"), ("VAdamW", "line"), ("EVON", "line"), ("AdamW", "tuned"), ("VAdamW", "tuned")]
+    columns += [("EVON", "tuned"), ("SOAP", "tuned"), ("SGD", "tuned"), ("ivon-opt", "line")]
     rows = []
-    for name, label in labels.items():
+    for name, label in TASKS.items():
         methods = read(f"defaults/{name}")["methods"]
-        rows.append((label, *(short(methods[method][which]["mean"]["loss"], 3) for method, which in columns)))
+        losses = [methods.get(method, {}).get(which, {}).get("mean", {}).get("loss") for method, which in columns]
+        rows.append((label, *("" if loss is None else short(loss, 3) for loss in losses)))
     return table(("", *(f"{method}, {which}" for method, which in columns)), rows)
+
+
+def defaults_calibration() -> str:
+    """Validation loss and calibration error of the mean and of the draws' average, where there are classes."""
+    columns = [("AdamW", "tuned"), ("SOAP", "tuned"), ("VAdamW", "tuned"), ("EVON", "line")]
+    rows = []
+    for name, label in TASKS.items():
+        methods = read(f"defaults/{name}")["methods"]
+        if "calibration_error" in methods["AdamW"]["line"]["mean"]:
+            cells = [_calibration(methods[method][which]["mean"]) for method, which in columns]
+            rows.append((label, *cells))
+    return table(("", *(f"{method}, {which}" for method, which in columns)), rows)
+
+
+def _calibration(mean: dict[str, float]) -> str:
+    """ "loss, error" of the mean, and those of the draws after a slash."""
+    pairs = [(mean["loss"], mean["calibration_error"])]
+    if "loss_by_draws" in mean:
+        pairs.append((mean["loss_by_draws"], mean["calibration_error_by_draws"]))
+    return " / ".join(f"{short(loss, 3)}, {short(error, 3)}" for loss, error in pairs)
 
 
 def cost() -> str:
