@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vlearn
+from tests.frameworks.lines import LINES
 from tests.optim.table import data, equal, network, weights
 
 X, Y = data(count=24, dtype=torch.float32)
@@ -32,10 +33,10 @@ def fresh_state() -> Iterator[None]:
 class Run:
     """A network, its optimizer, loader and scheduler, prepared."""
 
-    def __init__(self, parts: int = 1, how: str = "watched", precision: str = "no", **settings: Any):
+    def __init__(self, parts: int = 1, how: str = "watched", precision: str = "no", make: Any = None, **settings: Any):
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts, mixed_precision=precision)
         model = network(dtype=torch.float32)
-        self.own = ivon(model if how == "watched" else model.parameters(), **settings)
+        self.own = (make or ivon)(model if how == "watched" else model.parameters(), **settings)
         if how == "watched":
             self.own.watch(model, loss_scale=1 / parts)
         loader = DataLoader(TensorDataset(X, Y), batch_size=4, generator=torch.Generator())
@@ -69,9 +70,9 @@ def one_cycle(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=20)
 
 
-def by_hand(parts: int, how: str, norm: float | None) -> nn.Module:
+def by_hand(parts: int, how: str, norm: float | None, make: Any = None) -> nn.Module:
     model = network(dtype=torch.float32)
-    optimizer = ivon(model if how == "watched" else model.parameters())
+    optimizer = (make or ivon)(model if how == "watched" else model.parameters())
     scheduler = one_cycle(optimizer)
     for i, (x, y) in enumerate(zip(X.split(4), Y.split(4), strict=True)):
         if how == "modes":
@@ -95,6 +96,16 @@ def test_the_prepared_loop_is_the_loop_by_hand(how: str, parts: int, norm: float
         run.micro_batch(x, y, norm)
     assert equal(weights(run.model), weights(by_hand(parts, how, norm)))
     assert run.own.state[run.model[0].weight]["step"] == 6 // parts
+
+
+@pytest.mark.parametrize("line", list(LINES))
+def test_every_line_makes_the_steps_of_the_loop_by_hand(line: str) -> None:
+    run = Run(2, make=LINES[line])
+    for x, y in run.loader:
+        run.micro_batch(x, y, 0.2)
+    assert equal(weights(run.model), weights(by_hand(2, "watched", 0.2, LINES[line])))
+    for residual, expected in run.rows:
+        torch.testing.assert_close(residual, expected)
 
 
 def test_sensitivities_undo_the_division_by_the_number_of_micro_batches() -> None:

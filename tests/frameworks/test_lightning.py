@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vlearn
+from tests.frameworks.lines import LINES
 from tests.optim.table import LOOPS, equal, weights
 
 pytestmark = [
@@ -32,12 +33,14 @@ BATCHES = list(zip(X.split(4), Y.split(4), strict=True))
 class Classifier(lightning.LightningModule):
     """A small network, a loss that is a submodule as well, and an optimizer from outside."""
 
-    def __init__(self, settings: dict[str, Any] | None = None, whole: bool = False, cycle: bool = False):
+    def __init__(
+        self, settings: dict[str, Any] | None = None, whole: bool = False, cycle: bool = False, make: Any = None
+    ):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
         self.loss = nn.CrossEntropyLoss()
-        self.settings, self.whole, self.cycle = settings or {}, whole, cycle
+        self.settings, self.whole, self.cycle, self.make = settings or {}, whole, cycle, make or ivon
         self.logits: list[Tensor] = []
         self.predictions: list[Tensor] = []
 
@@ -50,7 +53,7 @@ class Classifier(lightning.LightningModule):
         self.predictions.append(self.net(batch[0]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = ivon(self if self.whole else self.net, **self.settings)
+        optimizer = self.make(self if self.whole else self.net, **self.settings)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizer.watch(
             self if self.whole else self.net,
@@ -87,11 +90,12 @@ def by_hand(
     norm: float | None = None,
     value: float | None = None,
     cycle: bool = False,
+    make: Any = None,
     **settings: Any,
 ) -> tuple[nn.Module, list[Any]]:
     """The same training without Lightning: the network, and the sensitivities of every micro-batch."""
     model = Classifier().net
-    optimizer = ivon(model, **settings)
+    optimizer = (make or ivon)(model, **settings)
     optimizer.watch(model, loss_scale=1 / parts)
     scheduler = one_cycle(optimizer)["scheduler"] if cycle else None
     rows = []
@@ -119,6 +123,15 @@ class Rows(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         self.rows.append(trainer.optimizers[0].sensitivities())
+
+
+@pytest.mark.parametrize("line", list(LINES))
+def test_every_line_makes_the_steps_of_the_loop_by_hand(line: str) -> None:
+    module, rows = Classifier(make=LINES[line]), Rows()
+    trainer(gradient_clip_val=0.2, accumulate_grad_batches=3, callbacks=[rows]).fit(module, loader())
+    model, expected = by_hand(parts=3, norm=0.2, make=LINES[line])
+    assert equal(weights(module.net), weights(model))
+    assert all(torch.equal(a.self_influence, b.self_influence) for a, b in zip(rows.rows, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import vlearn
+from tests.frameworks.lines import LINES
 from tests.optim.table import equal, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -79,9 +81,15 @@ def trainer(model: Any, optimizer: Any, folder: Any, kind: type = Trainer, **set
     return kind(model, arguments, train_dataset=Texts(), eval_dataset=Texts(), optimizers=(optimizer, None))
 
 
-def by_hand(model: Any, batches: list[list[list[int]]], parameters: bool = False, norm: float | None = None) -> None:
+def by_hand(
+    model: Any,
+    batches: list[list[list[int]]],
+    parameters: bool = False,
+    norm: float | None = None,
+    make: Callable[[Any], Any] = ivon,
+) -> None:
     """The Trainer's steps without it: the summed loss over the number of tokens of the whole step, its schedule."""
-    optimizer = ivon(model.parameters() if parameters else model)
+    optimizer = make(model.parameters() if parameters else model)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / len(batches))
     model.train()
     for step in batches:
@@ -118,6 +126,17 @@ def test_the_trainer_makes_the_steps_of_the_loop_by_hand(
     assert equal(weights(model), weights(other))
     moved = [not torch.equal(p, q) for p, q in zip(weights(model), weights(adapted()), strict=False)]
     assert what != "LoRA" or sum(moved) == 4  # two adapters of two matrices
+
+
+@pytest.mark.parametrize("line", list(LINES))
+def test_every_line_makes_the_steps_of_the_loop_by_hand(line: str, tmp_path: Any) -> None:
+    model, other = language_model(), language_model()
+    settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    run = trainer(model, LINES[line](model), tmp_path, train_sampling_strategy="sequential", **settings)
+    run.train()
+    by_hand(other, in_order(2), norm=0.05, make=LINES[line])
+    assert equal(weights(model), weights(other))
+    assert all(bool((rows.self_influence > 0).all()) for rows in run.rows)
 
 
 def test_the_trainer_may_make_the_optimizer_itself(tmp_path: Any) -> None:
