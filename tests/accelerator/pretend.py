@@ -1,4 +1,4 @@
-"""A device that is none: tensors on it hold a CPU tensor, and what a GPU would refuse or wait for is refused or counted.
+"""A device that is none: its tensors hold a CPU tensor, and what a GPU would refuse or wait for is refused or counted.
 
 It shows without a GPU whether code keeps to one device, how many kernels it would launch, and how often the host would
 wait for the device. It does not show speed, nor forward-mode AD, which tensor subclasses do not have.
@@ -16,15 +16,24 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_iter, tree_map
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
 
 DEVICE = "pretend"
 aten = torch.ops.aten
 
 # Operations whose result the host must know, beside copies to the CPU: a number, or the size of a tensor.
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
-FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "lift_fresh"}
+FREE = {
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",
+    "lift_fresh",
+}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # takes indices from the CPU
 FACTORIES = (
     *(aten.empty.memory_format, aten.empty_strided.default, aten.eye.default, aten.eye.m, aten.randperm.default),
@@ -116,6 +125,7 @@ class _OnCpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         on_device = any(isinstance(leaf, PretendTensor) for leaf in tree_iter((args, kwargs)))
+        on_device = on_device or torch.device(kwargs.get("device") or "cpu").type == DEVICE
         if not on_device and not _is_free(func) and func.namespace == "aten":
             for counts in _open:
                 counts.on_cpu[_name(func)] += 1
@@ -260,9 +270,7 @@ class _Module:
 @cache
 def _module() -> _Module | None:
     """Register the device with torch, once in a process; None where torch cannot."""
-    setup: Callable[..., None] | None = getattr(
-        backend_registration, "_setup_privateuseone_for_python_backend", None
-    )
+    setup: Callable[..., None] | None = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
     if setup is None:
         return None
     module = _Module()
@@ -299,4 +307,3 @@ def device() -> Iterator[torch.device]:
         yield torch.device(DEVICE)
     finally:
         module.available = False
-

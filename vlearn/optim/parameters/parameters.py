@@ -146,8 +146,3 @@ class Parameters:
 def state_dtype(p: Tensor) -> torch.dtype:
     """The dtype of the state of a parameter: its own, of complex ones that of a part, but at least float32."""
     return torch.float32 if is_low_precision(p) else p.dtype.to_real()
-
-
-def reconciled(master: Tensor, mean: Tensor) -> Tensor:
-    """The float32 master copy; but where the weights are not it, rounded, the user has written them, and they win."""
-    return torch.where(master.to(mean.dtype) == mean, master, mean.float())

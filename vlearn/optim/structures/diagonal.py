@@ -16,6 +16,7 @@ from vlearn.gaussians import Diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.kernels.entries import as_real, whole
+from vlearn.optim.kernels.multi_tensor import copied, read
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.kernels.threefry import new_key, normals
 from vlearn.optim.parameters.options import tempered_ess_and_decay
@@ -67,7 +68,8 @@ class DiagonalStructure:
             normals: ε, in the shapes of the slices, if it has been drawn.
         """
         low_precision = is_low_precision(slices[0].weights)  # then the draw is made around the master mean and rounded
-        samples = [piece.exact_mean(self.parameters).clone() if low_precision else piece.weights for piece in slices]
+        samples = [piece.exact_mean(self.parameters) if low_precision else piece.weights for piece in slices]
+        samples = copied(samples, samples[0].dtype) if low_precision else samples
         hessians = self.state_of(slices, "hessian")
         ess, decay = tempered_ess_and_decay(group)[0], decay_of(self.parameters, group, slices)
         compiled = group.get("compiled") and normals is None and not noise.is_by_place
@@ -79,8 +81,7 @@ class DiagonalStructure:
                 for i, row in enumerate(zip(*columns, strict=True)):
                     draw_normal(*([t] for t in row), ess=ess, weight_decay=decay.of(i).rate)
         if low_precision:
-            for piece, sample in zip(slices, samples, strict=True):
-                piece.weights.copy_(sample)
+            torch._foreach_copy_([piece.weights for piece in slices], samples)
 
     def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """See `Structure`; all parameters are independent."""
@@ -138,10 +139,15 @@ class DiagonalStructure:
 
     def count_step(self, group: Group, piece: ParameterSlice) -> float:
         """The correction of the momentum, 1 - β₁ᵗ; the step is counted at the first rows of a parameter."""
-        step = self.parameters.state[piece.parameter]["step"]
-        if piece.is_first:
-            step += 1
-        return momentum_correction(group, step)
+        return momentum_correction(group, self.count_steps([piece])[0])
+
+    def count_steps(self, slices: list[ParameterSlice]) -> list[int]:
+        """Count the step of the parameters that begin in a block; returns that of each slice, from 1."""
+        states = [self.parameters.state[piece.parameter] for piece in slices]
+        first = [state["step"] for piece, state in zip(slices, states, strict=True) if piece.is_first]
+        if first:
+            torch._foreach_add_(first, 1)
+        return list(map(int, read([state["step"] for state in states])))
 
 
 class WholeHessians(Mapping[str, Tensor]):
@@ -170,7 +176,7 @@ def initial_state(p: Tensor, hess_init: float) -> dict[str, Tensor]:
     }
 
 
-def momentum_correction(group: Group, step: Tensor) -> float:
+def momentum_correction(group: Group, step: float | Tensor) -> float:
     """1 - β₁ᵗ after t steps, which the momentum is divided by; 1 without debiasing."""
     return 1 - group["beta1"] ** float(step) if group["debias"] else 1.0
 

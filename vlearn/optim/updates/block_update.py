@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
-from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
+from vlearn.optim.structures.diagonal import DiagonalStructure, momentum_correction, use_foreach
 from vlearn.optim.structures.prior import Decay, decay_of
 
 T = TypeVar("T")
@@ -63,11 +63,11 @@ def split_by_step(
         update.gradients,
         update.curvatures or [],
     ]
-    corrections = [structure.count_step(group, piece) for piece in slices]
-    own = [of_step(group, int(structure.parameters.state[piece.parameter]["step"])) for piece in slices]
+    steps = structure.count_steps(slices)
+    of_steps = {step: (momentum_correction(group, step), of_step(group, step)) for step in set(steps)}
     decay = decay_of(structure.parameters, group, slices)
-    if use_foreach(group, slices) and len(set(zip(corrections, own, strict=True))) == 1:
-        yield columns, decay, corrections[0], own[0]
+    if use_foreach(group, slices) and len(set(of_steps.values())) == 1:
+        yield columns, decay, *of_steps[steps[0]]
         return
-    for i, correction in enumerate(corrections):
-        yield [[column[i]] if column else [] for column in columns], decay.of(i), correction, own[i]
+    for i, step in enumerate(steps):
+        yield [[column[i]] if column else [] for column in columns], decay.of(i), *of_steps[step]
