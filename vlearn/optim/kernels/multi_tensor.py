@@ -29,7 +29,9 @@ def read(tensors: list[Tensor]) -> list[Any]:
     for place, tensor in enumerate(tensors):
         by_device.setdefault(tensor.device, []).append(place)
     for places in by_device.values():
-        for place, value in zip(places, torch.stack([tensors[place] for place in places]).tolist(), strict=True):
+        first, *others = (tensors[place] for place in places)
+        rows = torch.stack([first, *others]).tolist() if others else [first.tolist()]
+        for place, value in zip(places, rows, strict=True):
             values[place] = value
     return values
 

@@ -333,13 +333,14 @@ class Sampler:
             return []
         slices = [piece for piece, _ in given]
         means = [piece.exact_mean(self.parameters) for piece in slices]
-        dtype = means[0].dtype
-        gradients = cast([piece.of(g) for piece, g in given], dtype)
+        dtype, count = means[0].dtype, len(slices)
+        wide = cast([*(piece.of(g) for piece, g in given), *(piece.draw for piece in slices)], dtype)
+        gradients, draws = wide[:count], wide[count:]
         own = gradients
         if draw.local_gradients is not None:
             local = [draw.local_gradients.of(piece.parameter, g) for piece, g in given]
             own = cast([piece.of(g) for piece, g in zip(slices, local, strict=True)], dtype)
-        noise = list(torch._foreach_sub(cast([piece.draw for piece in slices], dtype), means))
+        noise = list(torch._foreach_sub(draws, means))
         curvatures = self._curvature.of_draw(draw, block.group, slices, noise, own)
         return list(map(Contribution, slices, gradients, curvatures or [None] * len(slices)))
 

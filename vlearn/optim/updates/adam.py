@@ -153,7 +153,7 @@ def _sums(statistics: list[Tensor], *positive: list[Tensor]) -> Tensor:
     # No multi-tensor operation adds up entries, but there is one for their sizes.
     total = torch.cat([in_memory_order(t) for t in statistics]).sum(dtype=torch.float64)
     sizes = torch.stack([size for tensors in positive for size in torch._foreach_norm(tensors, 1)])
-    return torch.cat([total.view(1), sizes.double().view(len(positive), -1).sum(1)])
+    return torch.cat([total.view(1), sizes.view(len(positive), -1).sum(1, dtype=torch.float64)])
 
 
 class ScaleEstimate(NoiseTimesGradient):
@@ -206,7 +206,8 @@ class ScaleEstimate(NoiseTimesGradient):
         effective = torch._foreach_mul(variances, hessians)
         torch._foreach_mul_(variances, gradients)
         torch._foreach_mul_(variances, gradients)
-        self._taken.append((_sums(statistics, list(effective), list(variances)).mul_(share), ess))
+        sums = _sums(statistics, list(effective), list(variances))
+        self._taken.append((sums if share == 1 else sums.mul_(share), ess))
 
     def read(self) -> None:
         """Add up what has been taken, for which an accelerator is waited for once."""
