@@ -304,6 +304,8 @@ def device() -> Iterator[torch.device]:
         pytest.skip(f"torch {torch.__version__} has no device that is written in Python")
     module.available = True
     try:
-        yield torch.device(DEVICE)
+        # A backward pass begins threads for the devices that there are, once in a process, and may have come before.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield torch.device(DEVICE)
     finally:
         module.available = False

@@ -42,7 +42,7 @@ from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_dra
 from vlearn.optim.sampling.draw import Draw, Origin
 from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
 from vlearn.optim.sampling.sampler import Context, MeanView, Sampler
-from vlearn.optim.step_checks import check_first_gradients, check_passes, is_primed, waiting_draw
+from vlearn.optim.step_checks import check_capture, check_first_gradients, check_passes, is_primed, waiting_draw
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.structures.prior import parameters_of_prior
 from vlearn.optim.updates.block_update import BlockUpdate
@@ -401,6 +401,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         sampler = self._sampler
         if sampler.context is not Context.NONE:
             raise RuntimeError("step() inside sampled_params: leave the context first.")
+        check_capture(self.param_groups)
         sampler.recover()
         if closure is not None and self._watch is None:
             self._runtime.search.stop()

@@ -6,6 +6,7 @@ momentum of the gradient; the posterior precision is num_data·(h + wd), draws h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -43,9 +44,12 @@ class DiagonalStructure:
     def init_states(self) -> None:
         """See `Structure`."""
         for group in self.parameters.groups:
+            capturable = group.get("capturable", False)
             for p in group["params"]:
                 if p.requires_grad and not self.parameters.has_state(p):
-                    self.parameters.state[p].update(initial_state(p, group["hess_init"]))
+                    self.parameters.state[p].update(initial_state(p, group["hess_init"], capturable))
+                elif capturable and p.requires_grad and self.parameters.state[p]["step"].device != p.device:
+                    self.parameters.state[p]["step"] = self.parameters.state[p]["step"].to(p.device)
 
     def take_prior(self, prior: Gaussian, named: dict[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """See `Structure`; the diagonal of its precision."""
@@ -143,11 +147,24 @@ class DiagonalStructure:
 
     def count_steps(self, slices: list[ParameterSlice]) -> list[int]:
         """Count the step of the parameters that begin in a block; returns that of each slice, from 1."""
-        states = [self.parameters.state[piece.parameter] for piece in slices]
-        first = [state["step"] for piece, state in zip(slices, states, strict=True) if piece.is_first]
+        return list(map(int, read(self._counted_steps(slices))))
+
+    def corrections(self, group: Group, slices: list[ParameterSlice]) -> list[Tensor]:
+        """As `count_step` of all slices where the step is on the device, and the correction is to stay there."""
+        steps = self._counted_steps(slices)
+        if not group["debias"]:
+            return [torch.ones_like(step) for step in steps]
+        # 1 - β₁ᵗ = -(exp(t log β₁) - 1)
+        corrections = torch._foreach_mul(steps, math.log(group["beta1"]) if group["beta1"] else -math.inf)
+        torch._foreach_expm1_(corrections)
+        return list(torch._foreach_neg(corrections))
+
+    def _counted_steps(self, slices: list[ParameterSlice]) -> list[Tensor]:
+        steps = [self.parameters.state[piece.parameter]["step"] for piece in slices]
+        first = [step for piece, step in zip(slices, steps, strict=True) if piece.is_first]
         if first:
             torch._foreach_add_(first, 1)
-        return list(map(int, read([state["step"] for state in states])))
+        return steps
 
 
 class WholeHessians(Mapping[str, Tensor]):
@@ -166,11 +183,15 @@ class WholeHessians(Mapping[str, Tensor]):
         return len(self._named)
 
 
-def initial_state(p: Tensor, hess_init: float) -> dict[str, Tensor]:
-    """The state of a parameter with a diagonal Hessian."""
+def initial_state(p: Tensor, hess_init: float, capturable: bool = False) -> dict[str, Tensor]:
+    """The state of a parameter with a diagonal Hessian.
+
+    Args:
+        capturable: the step is counted on the parameter's device.
+    """
     dtype, real = state_dtype(p), as_real(p.detach())
     return {
-        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+        "step": torch.zeros((), dtype=torch.float32, device=p.device if capturable else "cpu"),
         "momentum": torch.zeros_like(real, dtype=dtype),
         "hessian": torch.full_like(real, hess_init, dtype=dtype),
     }

@@ -69,7 +69,8 @@ def add_noise(
         scale: what they are to be multiplied with.
     """
     states = [parameters.state[piece.parameter] for piece in slices]
-    steps = read([state["step"] for state in states])
+    # A constant momentum needs no step, for which a step that is capturable may not wait.
+    steps = [1] * len(states) if group.get("beta2_warmup") is None else read([state["step"] for state in states])
     keeps = [beta2_of_step(group, int(step) + piece.is_first) for piece, step in zip(slices, steps, strict=True)]
     added = torch._foreach_mul(torch._foreach_norm(relative), [(1 - keep) * scale for keep in keeps])
     torch._foreach_mul_(added, added)
