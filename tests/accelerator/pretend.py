@@ -268,8 +268,12 @@ class _Module:
 
 
 @cache
-def _module() -> _Module | None:
-    """Register the device with torch, once in a process; None where torch cannot."""
+def registered() -> _Module | None:
+    """Register the device with torch, once in a process and before its first backward pass; None where torch cannot.
+
+    A backward pass begins threads for the devices that there are, and `fully_shard` uses any that there is: so the
+    tests of this room have a process of their own, see `tests/test_accelerator.py`.
+    """
     setup: Callable[..., None] | None = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
     if setup is None:
         return None
@@ -299,13 +303,11 @@ def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
 @contextmanager
 def device() -> Iterator[torch.device]:
     """The device, while inside; the test is skipped where torch has no backends in Python."""
-    module = _module()
+    module = registered()
     if module is None:
         pytest.skip(f"torch {torch.__version__} has no device that is written in Python")
     module.available = True
     try:
-        # A backward pass begins threads for the devices that there are, once in a process, and may have come before.
-        with torch.autograd.set_multithreading_enabled(False):
-            yield torch.device(DEVICE)
+        yield torch.device(DEVICE)
     finally:
         module.available = False
