@@ -85,7 +85,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             backward pass: the step is counted on the device, and a tensor lr there is read there. For it nonfinite must
             be "ignore", and beta2_warmup, shared_noise and compiled are left out. Make one step before the capture. The
             graph's replays move weights and state, but nothing in Python: a `posterior()` that was read before one is
-            not told that it is stale.
+            not told that it is stale, and `sensitivities()` needs a pass outside the graph.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. It depends on seed, parameter and place
