@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 CONVENTIONS: dict[Any, tuple[str, ...]] = {
     torch: (
         *("_foreach_add", "_foreach_add_", "_foreach_addcdiv_", "_foreach_addcmul", "_foreach_addcmul_"),
-        *("_foreach_clamp_max_", "_foreach_clamp_min", "_foreach_clamp_min_", "_foreach_copy_", "_foreach_div_"),
-        *("_foreach_lerp_", "_foreach_maximum_", "_foreach_mul", "_foreach_mul_", "_foreach_norm"),
+        *("_foreach_clamp_max_", "_foreach_clamp_min", "_foreach_clamp_min_", "_foreach_copy_", "_foreach_div"),
+        *("_foreach_div_", "_foreach_expm1_", "_foreach_lerp_", "_foreach_maximum_", "_foreach_mul", "_foreach_mul_"),
+        *("_foreach_neg", "_foreach_norm"),
         *("_foreach_reciprocal_", "_foreach_rsqrt_", "_foreach_sqrt", "_foreach_sub", "_foreach_sub_"),
     ),
     Tensor: ("_version",),

@@ -113,6 +113,38 @@ def resnet20_frn() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions with group norms, beside a shortcut (He et al., 2016; Wu, He, 2018)."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+
+        def convolution(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequential:
+            kernel = nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False)
+            return nn.Sequential(kernel, nn.GroupNorm(min(32, fan_out), fan_out))
+
+        self.first, self.second = convolution(channels, width, 1), convolution(width, width, 3, stride)
+        self.third = convolution(width, 4 * width, 1)
+        same = stride == 1 and channels == 4 * width
+        self.shortcut = nn.Identity() if same else convolution(channels, 4 * width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.third(F.relu(self.second(F.relu(self.first(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def resnet50_group_norm(width: int = 64, classes: int = 1000) -> nn.Sequential:
+    """ResNet-50 with group norm in the place of batch norm: no example sees another."""
+    stem = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+    layers: list[nn.Module] = [stem, nn.GroupNorm(min(32, width), width), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+    channels = width
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            layers.append(Bottleneck(channels, width << stage, 2 if stage and not block else 1))
+            channels = 4 * width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
 class CausalBlock(nn.Module):
     """Causal self-attention and two linear layers, each after a layer norm and beside a shortcut."""
 

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 pytestmark = [
+    pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]

@@ -162,8 +162,10 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
         alone, matrices = update.parted(structure.layer_of())
         if alone.slices:
             apply_ivon_step(structure.diagonal, alone)
+        if not matrices.slices:
+            return None
         move_matrices(structure, matrices)
-        return matrices._replace(curvatures=None) if matrices.slices else None
+        return matrices._replace(curvatures=None)
 
     def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:
         """Move the bases that are due."""

@@ -18,8 +18,8 @@ from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.optimizer import VariationalOptimizer
-from vlearn.optim.parameters.options import beta2_of_step, check, common_rules
-from vlearn.optim.parameters.parameters import Parameters
+from vlearn.optim.parameters.options import SettingRule, beta2_of_step, check, common_rules
+from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.blocks import SliceBlock, swap_in_means
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.structures.diagonal import DiagonalStructure
@@ -81,6 +81,11 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             Float32 noise is made in the kernel, from a key that `generator` gives: samples follow the same
             distribution but differ from those of compiled=False for the same seed. Tensors with a prior take the
             path of compiled=False.
+        capturable: a step has no numbers of the host's, so that a CUDA graph can hold it, whole with forward and
+            backward pass: the step is counted on the device, and a tensor lr there is read there. For it nonfinite must
+            be "ignore", and beta2_warmup, shared_noise and compiled are left out. Make one step before the capture. The
+            graph's replays move weights and state, but nothing in Python: a `posterior()` that was read before one is
+            not told that it is stale, and `sensitivities()` needs a pass outside the graph.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. It depends on seed, parameter and place
@@ -133,6 +138,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         generator: torch.Generator | None = None,
         foreach: bool | None = None,
         compiled: bool = False,
+        capturable: bool = False,
         nonfinite: str = "raise",
         shared_noise: bool = False,
         batch_norm: str = "refuse",
@@ -157,6 +163,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             "num_data": num_data,
             "foreach": foreach,
             "compiled": compiled,
+            "capturable": capturable,
             "nonfinite": nonfinite,
             "shared_noise": shared_noise,
         }
@@ -170,7 +177,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         clips = ("clip_radius", group["clip_radius"] > 0, "must be positive: inf does not clip")
-        check(group, [*common_rules(group), clips])
+        check(group, [*common_rules(group), clips, *_capturable_rules(group)])
         check_curvature("IVON", group["curvature"], ("price", "empirical"), "use VON, which has the others")
 
     def _new_structure(self, parameters: Parameters, processes: Processes) -> DiagonalStructure:
@@ -207,6 +214,18 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
 
     def _uncalibrated_reason(self) -> str | None:
         return off_scale(self.param_groups) or super()._uncalibrated_reason()
+
+
+def _capturable_rules(group: Group) -> list[SettingRule]:
+    """What a step without numbers of the host's leaves out."""
+    if not group["capturable"]:
+        return []
+    return [
+        ("nonfinite", group["nonfinite"] == "ignore", "must be 'ignore' with capturable=True: the host does not look"),
+        ("beta2_warmup", group["beta2_warmup"] is None, "must be None with capturable=True: β₂ is constant"),
+        ("compiled", not group["compiled"], "must be False with capturable=True: use torch.compile around the graph"),
+        ("shared_noise", not group["shared_noise"], "must be False with capturable=True: the host makes its seed"),
+    ]
 
 
 def _curvature_of(hess_approx: str) -> str:

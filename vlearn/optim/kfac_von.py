@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlearn.capture.pytrees import Selector
 from vlearn.losses.likelihood import Likelihood
 from vlearn.optim.distributed.processes import Processes
+from vlearn.optim.kernels.multi_tensor import read
 from vlearn.optim.parameters.options import (
     SharedOptions,
     check,
@@ -181,7 +182,8 @@ class KFACVON(RotatedOptimizer[KroneckerStructure]):
         for layer in moving:
             update_factors(structure, layer, gradients, prepared.get(layer, {}))
         due = [layer for layer in moving if structure.is_due(layer, structure.num_updates(layer))]
-        learned = [layer for layer in due if bool(self.state[layer.weight]["learned"])]
+        weights = read([self.state[layer.weight]["learned"] for layer in due])
+        learned = [layer for layer, weight in zip(due, weights, strict=True) if weight]
         refresh_bases(structure, learned, partial(decomposed, structure, self.factored_damping))
         for layer in moving:
             with torch.autocast(layer.weight.device.type, enabled=False):

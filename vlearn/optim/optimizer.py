@@ -42,7 +42,7 @@ from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_dra
 from vlearn.optim.sampling.draw import Draw, Origin
 from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
 from vlearn.optim.sampling.sampler import Context, MeanView, Sampler
-from vlearn.optim.step_checks import check_first_gradients, check_passes, is_primed, waiting_draw
+from vlearn.optim.step_checks import check_capture, check_first_gradients, check_passes, is_primed, waiting_draw
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.structures.prior import parameters_of_prior
 from vlearn.optim.updates.block_update import BlockUpdate
@@ -401,6 +401,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         sampler = self._sampler
         if sampler.context is not Context.NONE:
             raise RuntimeError("step() inside sampled_params: leave the context first.")
+        check_capture(self.param_groups)
         sampler.recover()
         if closure is not None and self._watch is None:
             self._runtime.search.stop()
@@ -466,11 +467,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             if self._watch is not None:
                 self._watch.collect()
             check_passes(draw, self._parameters, self._watch)
-            for group in self.param_groups:
-                if group["nonfinite"] != "ignore":
-                    p = first_nonfinite((p, draw.gradient_of(p)) for p in group["params"])
-                    if p is not None and rule != "raise":
-                        nonfinite, rule = p, group["nonfinite"]
+            nonfinite, rule = self._first_nonfinite(draw)
         except Exception as error:
             if sampler.draw is None:
                 raise  # the others may not be at step()
@@ -493,6 +490,16 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             sampler.discard()
             return None
         return draw
+
+    def _first_nonfinite(self, draw: Draw) -> tuple[Tensor | None, str]:
+        """A parameter whose gradient is not finite, and the gravest of the rules for those; None and "ignore"."""
+        checked = {p: g["nonfinite"] for g in self.param_groups if g["nonfinite"] != "ignore" for p in g["params"]}
+        gradients = {p: draw.gradient_of(p) for p in checked}
+        found = first_nonfinite(gradients.items())
+        if found is None:
+            return None, "ignore"
+        grave = first_nonfinite((p, gradient) for p, gradient in gradients.items() if checked[p] == "raise")
+        return (found, "skip") if grave is None else (grave, "raise")
 
     def _apply(self, draw: Draw) -> None:
         """Update state and means from the draw that waits and the averages of the earlier ones."""
@@ -561,9 +568,10 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
 
     def _write_means(self, slices: list[ParameterSlice]) -> None:
         """Write the exact means of weights of lower precision into them."""
-        for piece in slices:
-            if is_low_precision(piece.weights):
-                piece.mean.copy_(piece.exact_mean(self._parameters))
+        if slices and is_low_precision(slices[0].weights):
+            torch._foreach_copy_(
+                [piece.mean for piece in slices], [piece.exact_mean(self._parameters) for piece in slices]
+            )
 
     # -- the posterior and what is read from it ------------------------------------------------------------
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from vlearn._torch_internals import has_compiled
 from vlearn.collectives import process_count
-from vlearn.optim.parameters.parameters import Parameters
+from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.sampler import Sampler
 from vlearn.optim.watch.watch import COMPILED, Watch
@@ -27,6 +29,16 @@ def is_primed(sampler: Sampler) -> bool:
         return False
     gradients = [p.grad for p in parameters.trainable()]
     return all(g is not None and not bool(g.any()) for g in gradients)
+
+
+def check_capture(groups: list[Group]) -> None:
+    """Raise RuntimeError where a CUDA graph would hold a step that has numbers of the host's."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if not all(group.get("capturable", False) for group in groups):
+            raise RuntimeError(
+                "step() inside a CUDA graph, which would replay the numbers of this step in all others: use "
+                'IVON(..., capturable=True, nonfinite="ignore"), or leave step() out of the graph.'
+            )
 
 
 def waiting_draw(sampler: Sampler, watch: Watch | None, has_closure: bool) -> Draw:

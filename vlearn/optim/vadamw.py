@@ -202,6 +202,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     def _update_jointly(self, updates: list[BlockUpdate], prepared: Any) -> None:
         """Move the scale, and with it the Hessians and the width of the draws."""
         estimate, before = self._estimate, self._scale
+        estimate.read()
         if (mesh := self._sampler.processes.mesh) is not None:
             estimate.sum_over(mesh)
         if not before.scale:

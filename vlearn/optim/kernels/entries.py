@@ -29,9 +29,14 @@ def shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # pyright: ignore
 
 
+def address(tensor: Tensor) -> int:
+    """Where in memory the entries that this process has of a tensor begin."""
+    return shard(tensor.data).data_ptr() if is_dtensor(tensor) else tensor.data_ptr()
+
+
 def is_same_memory(left: Tensor, right: Tensor) -> bool:
     """Whether the entries that this process has of two tensors begin at one place in memory."""
-    return shard(left.data).data_ptr() == shard(right.data).data_ptr()
+    return address(left) == address(right)
 
 
 def own_entries(tensor: Tensor) -> Tensor:

@@ -19,19 +19,28 @@ def is_low_precision(tensor: Tensor) -> bool:
 def first_nonfinite(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The first parameter whose gradient has an infinite or NaN entry, from pairs of both."""
     given = [(p, own_entries(g)) for p, g in gradients if g is not None]
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    alike: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
     for _, g in given:
-        alike.setdefault((g.device, g.dtype), []).append(g)
-    if all(math.isfinite(total) for same in alike.values() for total in _totals(same)):
+        if g.numel():
+            alike.setdefault(g.device, {}).setdefault(g.dtype, []).append(g)
+    if all(_are_finite(by_dtype.values()) for by_dtype in alike.values()):
         return None
     return next((p for p, g in given if not bool(g.isfinite().all())), None)
 
 
-def _totals(gradients: list[Tensor]) -> list[float]:
+def _are_finite(alike: Iterable[list[Tensor]]) -> bool:
+    """Whether all entries of gradients of one device are finite, in one read; they may seem not to be.
+
+    Args:
+        alike: gradients of one dtype each.
+    """
+    totals = [torch.stack(_totals(gradients)) for gradients in alike]
+    widest = totals[0] if len(totals) == 1 else torch.cat([total.float() for total in totals])
+    return all(map(math.isfinite, widest.tolist()))
+
+
+def _totals(gradients: list[Tensor]) -> list[Tensor]:
     """A number of each gradient that is finite if all its entries are, and otherwise is not."""
-    first = gradients[0]
-    if first.device.type == "cpu":  # a sum costs a twentieth of isfinite().all()
-        totals = [g.sum(dtype=torch.float32 if is_low_precision(g) else None) for g in gradients]
-    else:  # the largest entries, all in one call
-        totals = torch._foreach_norm([g for g in gradients if g.numel()], torch.inf)
-    return torch.stack(tuple(totals)).tolist() if totals else []
+    if gradients[0].device.type == "cpu":  # a sum costs a twentieth of isfinite().all()
+        return [g.sum(dtype=torch.float32 if is_low_precision(g) else None) for g in gradients]
+    return list(torch._foreach_norm(gradients, torch.inf))  # the largest entries, all in one call

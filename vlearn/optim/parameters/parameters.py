@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlearn.capture.names import uncompiled_name
 from vlearn.optim.kernels.entries import as_real
+from vlearn.optim.kernels.multi_tensor import read
 from vlearn.optim.kernels.nonfinite import is_low_precision
 
 Group = dict[str, Any]  # a parameter group as torch has it: "params" and settings
@@ -107,7 +108,8 @@ class Parameters:
     def next_step(self) -> int:
         """The number of the update that the next gradients will make, from 1."""
         if self._steps is None:
-            self._steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+            steps = [state["step"] for state in self.state.values() if "step" in state]
+            self._steps = max(map(int, read(steps)), default=0)
         return self._steps + 1
 
     def count_step(self) -> None:
@@ -146,8 +148,3 @@ class Parameters:
 def state_dtype(p: Tensor) -> torch.dtype:
     """The dtype of the state of a parameter: its own, of complex ones that of a part, but at least float32."""
     return torch.float32 if is_low_precision(p) else p.dtype.to_real()
-
-
-def reconciled(master: Tensor, mean: Tensor) -> Tensor:
-    """The float32 master copy; but where the weights are not it, rounded, the user has written them, and they win."""
-    return torch.where(master.to(mean.dtype) == mean, master, mean.float())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.kernels.compiled import SMALLEST, SMALLEST_ON_ACCELERATOR
-from vlearn.optim.kernels.entries import own_entries, placement, shard
+from vlearn.optim.kernels.entries import address, own_entries, placement
 from vlearn.optim.parameters.parameters import Group, Parameters
 
 # Entries. On one thread 2**18 is a tenth faster, but on several every operation waits for all of them: where other
@@ -43,14 +43,14 @@ class ParameterSlice:
     coordinates: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._storage = shard(self.parameter.data).data_ptr()
+        self._storage = address(self.parameter)
 
     def follow_storage(self) -> None:
         """Look for the rows where the parameter has them now: the user may have replaced `p.data` since.
 
         A tensor of another shape is left alone, as nothing of this draw fits it.
         """
-        storage = shard(self.parameter.data).data_ptr()
+        storage = address(self.parameter)
         if storage != self._storage and self.has_shape:
             self.weights, self._storage = self.of(self.parameter.data), storage
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vlearn.collectives import process_count
+from vlearn.optim.kernels.compiled import flat
 from vlearn.optim.kernels.threefry import consecutive_normals, normals_at
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.positions import fill
@@ -111,12 +112,24 @@ class Noise:
 
 
 def normal(like: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Standard normal noise in the shapes of a block, drawn at once."""
+    """Standard normal noise in the shapes of a block, drawn at once; on accelerators in the layouts, too.
+
+    There tensors of different layouts are worked on one by one, as those of a channels-last model would be.
+    """
     first = like[0]
     count = sum(tensor.numel() for tensor in like)
     noise = torch.randn(count, dtype=first.dtype, device=first.device, generator=generator)
     parts = noise.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    if first.device.type == "cpu":
+        return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    return [_laid_out(part, tensor) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _laid_out(entries: Tensor, like: Tensor) -> Tensor:
+    """A row of entries in shape and layout of a tensor, or in its shape alone where that has gaps."""
+    if flat(like) is None:
+        return entries.view(like.shape)
+    return entries.as_strided(like.shape, like.stride(), entries.storage_offset())
 
 
 def _number(generator: torch.Generator | None) -> Tensor:

@@ -15,8 +15,9 @@ from vlearn.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.entries import as_real, whole
+from vlearn.optim.kernels.multi_tensor import cast, reconcile, reconciled
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
-from vlearn.optim.parameters.parameters import Parameters, reconciled
+from vlearn.optim.parameters.parameters import Parameters
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, keep_means, partition
 from vlearn.optim.sampling.draw import Draw, DrawState, Origin
@@ -138,8 +139,7 @@ class Sampler:
                 for block in self._partition():
                     draw.blocks.append(block)
                     keep_means(block.slices)
-                    for piece in block.slices:
-                        self._reconcile_master_copy(piece)
+                    self._reconcile_master_copies(block.slices)
                     self._structure.draw_block(block, draw.noise)
                 self._structure.draw_jointly(draw.blocks, draw.noise)
             if origin is not Origin.ENSEMBLE:
@@ -165,11 +165,12 @@ class Sampler:
                 for slices in partition(trainable, self._buffers, compiled, self._structure.is_whole):
                     yield SliceBlock(group, slices)
 
-    def _reconcile_master_copy(self, piece: ParameterSlice) -> None:
-        """User edits of the weights override the float32 master copy."""
-        master = self.parameters.master_copy(piece.parameter)
-        if master is not None:
-            piece.of(master).copy_(reconciled(piece.of(master), piece.buffer))
+    def _reconcile_master_copies(self, slices: list[ParameterSlice]) -> None:
+        """User edits of the weights override the float32 master copies."""
+        masters = [self.parameters.master_copy(piece.parameter) for piece in slices]
+        pairs = [(piece.of(m), piece.buffer) for piece, m in zip(slices, masters, strict=True) if m is not None]
+        if pairs:
+            reconcile(*map(list, zip(*pairs, strict=True)))
 
     def _new_noise(self, origin: Origin) -> Noise:
         """Where a draw's noise comes from; an ensemble's from another process only if all draw, for a sharded model."""
@@ -332,12 +333,14 @@ class Sampler:
             return []
         slices = [piece for piece, _ in given]
         means = [piece.exact_mean(self.parameters) for piece in slices]
-        gradients = [piece.of(g).to(mean.dtype) for (piece, g), mean in zip(given, means, strict=True)]
+        dtype, count = means[0].dtype, len(slices)
+        wide = cast([*(piece.of(g) for piece, g in given), *(piece.draw for piece in slices)], dtype)
+        gradients, draws = wide[:count], wide[count:]
         own = gradients
         if draw.local_gradients is not None:
             local = [draw.local_gradients.of(piece.parameter, g) for piece, g in given]
-            own = [piece.of(g).to(m.dtype) for piece, g, m in zip(slices, local, means, strict=True)]
-        noise = list(torch._foreach_sub([piece.draw for piece in slices], means))
+            own = cast([piece.of(g) for piece, g in zip(slices, local, strict=True)], dtype)
+        noise = list(torch._foreach_sub(draws, means))
         curvatures = self._curvature.of_draw(draw, block.group, slices, noise, own)
         return list(map(Contribution, slices, gradients, curvatures or [None] * len(slices)))
 

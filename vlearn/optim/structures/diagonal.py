@@ -6,6 +6,7 @@ momentum of the gradient; the posterior precision is num_data·(h + wd), draws h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlearn.gaussians import Diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.kernels.compiled import flat, kernel
 from vlearn.optim.kernels.entries import as_real, whole
+from vlearn.optim.kernels.multi_tensor import copied, read
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.kernels.threefry import new_key, normals
 from vlearn.optim.parameters.options import tempered_ess_and_decay
@@ -42,9 +44,12 @@ class DiagonalStructure:
     def init_states(self) -> None:
         """See `Structure`."""
         for group in self.parameters.groups:
+            capturable = group.get("capturable", False)
             for p in group["params"]:
                 if p.requires_grad and not self.parameters.has_state(p):
-                    self.parameters.state[p].update(initial_state(p, group["hess_init"]))
+                    self.parameters.state[p].update(initial_state(p, group["hess_init"], capturable))
+                elif capturable and p.requires_grad and self.parameters.state[p]["step"].device != p.device:
+                    self.parameters.state[p]["step"] = self.parameters.state[p]["step"].to(p.device)
 
     def take_prior(self, prior: Gaussian, named: dict[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """See `Structure`; the diagonal of its precision."""
@@ -67,7 +72,8 @@ class DiagonalStructure:
             normals: ε, in the shapes of the slices, if it has been drawn.
         """
         low_precision = is_low_precision(slices[0].weights)  # then the draw is made around the master mean and rounded
-        samples = [piece.exact_mean(self.parameters).clone() if low_precision else piece.weights for piece in slices]
+        samples = [piece.exact_mean(self.parameters) if low_precision else piece.weights for piece in slices]
+        samples = copied(samples, samples[0].dtype) if low_precision else samples
         hessians = self.state_of(slices, "hessian")
         ess, decay = tempered_ess_and_decay(group)[0], decay_of(self.parameters, group, slices)
         compiled = group.get("compiled") and normals is None and not noise.is_by_place
@@ -79,8 +85,7 @@ class DiagonalStructure:
                 for i, row in enumerate(zip(*columns, strict=True)):
                     draw_normal(*([t] for t in row), ess=ess, weight_decay=decay.of(i).rate)
         if low_precision:
-            for piece, sample in zip(slices, samples, strict=True):
-                piece.weights.copy_(sample)
+            torch._foreach_copy_([piece.weights for piece in slices], samples)
 
     def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """See `Structure`; all parameters are independent."""
@@ -138,10 +143,28 @@ class DiagonalStructure:
 
     def count_step(self, group: Group, piece: ParameterSlice) -> float:
         """The correction of the momentum, 1 - β₁ᵗ; the step is counted at the first rows of a parameter."""
-        step = self.parameters.state[piece.parameter]["step"]
-        if piece.is_first:
-            step += 1
-        return momentum_correction(group, step)
+        return momentum_correction(group, self.count_steps([piece])[0])
+
+    def count_steps(self, slices: list[ParameterSlice]) -> list[int]:
+        """Count the step of the parameters that begin in a block; returns that of each slice, from 1."""
+        return list(map(int, read(self._counted_steps(slices))))
+
+    def corrections(self, group: Group, slices: list[ParameterSlice]) -> list[Tensor]:
+        """As `count_step` of all slices where the step is on the device, and the correction is to stay there."""
+        steps = self._counted_steps(slices)
+        if not group["debias"]:
+            return [torch.ones_like(step) for step in steps]
+        # 1 - β₁ᵗ = -(exp(t log β₁) - 1)
+        corrections = torch._foreach_mul(steps, math.log(group["beta1"]) if group["beta1"] else -math.inf)
+        torch._foreach_expm1_(corrections)
+        return list(torch._foreach_neg(corrections))
+
+    def _counted_steps(self, slices: list[ParameterSlice]) -> list[Tensor]:
+        steps = [self.parameters.state[piece.parameter]["step"] for piece in slices]
+        first = [step for piece, step in zip(slices, steps, strict=True) if piece.is_first]
+        if first:
+            torch._foreach_add_(first, 1)
+        return steps
 
 
 class WholeHessians(Mapping[str, Tensor]):
@@ -160,17 +183,21 @@ class WholeHessians(Mapping[str, Tensor]):
         return len(self._named)
 
 
-def initial_state(p: Tensor, hess_init: float) -> dict[str, Tensor]:
-    """The state of a parameter with a diagonal Hessian."""
+def initial_state(p: Tensor, hess_init: float, capturable: bool = False) -> dict[str, Tensor]:
+    """The state of a parameter with a diagonal Hessian.
+
+    Args:
+        capturable: the step is counted on the parameter's device.
+    """
     dtype, real = state_dtype(p), as_real(p.detach())
     return {
-        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+        "step": torch.zeros((), dtype=torch.float32, device=p.device if capturable else "cpu"),
         "momentum": torch.zeros_like(real, dtype=dtype),
         "hessian": torch.full_like(real, hess_init, dtype=dtype),
     }
 
 
-def momentum_correction(group: Group, step: Tensor) -> float:
+def momentum_correction(group: Group, step: float | Tensor) -> float:
     """1 - β₁ᵗ after t steps, which the momentum is divided by; 1 without debiasing."""
     return 1 - group["beta1"] ** float(step) if group["debias"] else 1.0
 

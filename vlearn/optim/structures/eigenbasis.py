@@ -20,8 +20,9 @@ from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, state_dtype
-from vlearn.optim.sampling.blocks import SliceBlock
+from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.noise import Noise
+from vlearn.optim.structures.diagonal import use_foreach
 from vlearn.optim.structures.rotated import RotatedStructure
 from vlearn.per_example.kronecker_factors import Layer
 
@@ -57,14 +58,34 @@ class EigenbasisStructure(RotatedStructure):
         if alone:
             slices = [block.slices[i] for i in alone]
             self.diagonal.draw_slices(block.group, slices, noise, [normals[i] for i in alone])
-        ess = tempered_ess_and_decay(block.group)[0]
-        for piece, hessian, coordinates in zip(block.slices, hessians, normals, strict=True):
-            layer = layer_of.get(piece.parameter)
-            if layer is not None:
-                coordinates.mul_(hessian.add(self.rate_of(layer)).mul_(ess).rsqrt_())
-                piece.weights.copy_(piece.exact_mean(self.parameters) + self.from_basis(layer, coordinates))
-                if not is_low_precision(piece.weights):  # which the draw is rounded to
-                    piece.coordinates = coordinates
+        matrices = [i for i, piece in enumerate(block.slices) if piece.parameter in layer_of]
+        together = use_foreach(block.group, block.slices)
+        for chosen in [matrices] if together and matrices else [[i] for i in matrices]:
+            slices = [block.slices[i] for i in chosen]
+            layers = [layer_of[piece.parameter] for piece in slices]
+            self._draw_matrices(
+                block.group, slices, layers, [hessians[i] for i in chosen], [normals[i] for i in chosen]
+            )
+
+    def _draw_matrices(
+        self,
+        group: Group,
+        slices: list[ParameterSlice],
+        layers: list[Layer],
+        hessians: list[Tensor],
+        coordinates: list[Tensor],
+    ) -> None:
+        """As `draw_block` for matrices whose noise E has been drawn, which is scaled in place."""
+        scales = torch._foreach_add(hessians, self.rates_of(layers))
+        torch._foreach_mul_(scales, tempered_ess_and_decay(group)[0])
+        torch._foreach_rsqrt_(scales)
+        torch._foreach_mul_(coordinates, scales)
+        moves = [self.from_basis(layer, each) for layer, each in zip(layers, coordinates, strict=True)]
+        draws = torch._foreach_add([piece.exact_mean(self.parameters) for piece in slices], moves)
+        torch._foreach_copy_([piece.weights for piece in slices], draws)
+        for piece, each in zip(slices, coordinates, strict=True):
+            if not is_low_precision(piece.weights):  # which the draw is rounded to
+                piece.coordinates = each
 
     def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """See `Structure`; all matrices are independent."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlearn.gaussians import Kronecker, KroneckerFactors, ProductPosterior
@@ -75,6 +76,12 @@ class RotatedStructure:
     def rate_of(self, layer: Layer) -> float | Tensor:
         """The weight decay of a layer; of priors in its place their diagonal ``[O, I]`` in the eigenbasis."""
         return rate_of_layer(self.parameters, self.group_of(layer), layer, self.basis(layer))
+
+    def rates_of(self, layers: list[Layer]) -> float | list[Tensor]:
+        """`rate_of` of layers of one group, all or none of which have a prior."""
+        if any(self.parameters.has_prior(p) for p in layers[0].parameters):
+            return [torch.as_tensor(self.rate_of(layer)) for layer in layers]
+        return float(tempered_ess_and_decay(self.group_of(layers[0]))[1])
 
     def num_updates(self, layer: Layer) -> int:
         """The number of updates of a layer so far."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.distributed.shards import sum_over
+from vlearn.optim.kernels.multi_tensor import in_memory_order, read
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.structures.prior import Decay
 from vlearn.optim.updates.curvature import NoiseTimesGradient
@@ -140,6 +141,21 @@ class Scale(NamedTuple):
         return Scale(scale, weighted, information, trusted, self.excess + RECENT * (excess - self.excess), reference)
 
 
+def _sums(statistics: list[Tensor], *positive: list[Tensor]) -> Tensor:
+    """The sum of all entries of each list, in float64.
+
+    Args:
+        statistics: of any sign; positive: none of whose entries are negative.
+    """
+    if statistics[0].device.type == "cpu" or len(statistics) == 1:
+        sums = [torch.stack([t.sum() for t in tensors]) for tensors in (statistics, *positive)]
+        return torch.stack(sums).double().sum(1)
+    # No multi-tensor operation adds up entries, but there is one for their sizes.
+    total = torch.cat([in_memory_order(t) for t in statistics]).sum(dtype=torch.float64)
+    sizes = torch.stack([size for tensors in positive for size in torch._foreach_norm(tensors, 1)])
+    return torch.cat([total.view(1), sizes.view(len(positive), -1).sum(1, dtype=torch.float64)])
+
+
 class ScaleEstimate(NoiseTimesGradient):
     """Price's theorem for one number: how large the curvature is on average, in multiples of the state's h.
 
@@ -162,6 +178,8 @@ class ScaleEstimate(NoiseTimesGradient):
         self.product = self.effective = self.noise = self.expected = 0.0
         self.squared_gradient = self.squared_weight = 0.0
         self.count = 0.0
+        self._taken: list[tuple[Tensor, float]] = []  # sums that have not been read, with their ess
+        self._taken_first: list[tuple[Tensor, float]] = []  # likewise, with what they count
 
     def add_first(self, means: list[Tensor], gradients: list[Tensor], share: float) -> None:
         """Take what the first guess of the scale is made from.
@@ -169,10 +187,9 @@ class ScaleEstimate(NoiseTimesGradient):
         Args:
             share: what their sums count here, where other processes have the same entries.
         """
-        for mean, gradient in zip(means, gradients, strict=True):
-            self.squared_weight += share * float(mean.double().square().sum())
-            self.squared_gradient += share * float(gradient.double().square().sum())
-            self.count += share * mean.numel()
+        for pair in zip(means, gradients, strict=True):
+            self._taken_first.append((torch.stack([t.double().square().sum() for t in pair]), share))
+            self.count += share * pair[0].numel()
 
     def add(
         self,
@@ -189,12 +206,22 @@ class ScaleEstimate(NoiseTimesGradient):
         effective = torch._foreach_mul(variances, hessians)
         torch._foreach_mul_(variances, gradients)
         torch._foreach_mul_(variances, gradients)
-        sums = torch.stack([torch.stack([t.sum() for t in ts]) for ts in (statistics, effective, variances)])
-        product, count, noise = sums.double().sum(1).mul_(share).tolist()
-        self.product += ess * product
-        self.effective += count
-        self.noise += ess * noise
-        self.expected += ess * count
+        sums = _sums(statistics, list(effective), list(variances))
+        self._taken.append((sums if share == 1 else sums.mul_(share), ess))
+
+    def read(self) -> None:
+        """Add up what has been taken, for which an accelerator is waited for once."""
+        for (weight, gradient), (_, share) in zip(
+            read([t for t, _ in self._taken_first]), self._taken_first, strict=True
+        ):
+            self.squared_weight += share * weight
+            self.squared_gradient += share * gradient
+        for (product, count, noise), (_, ess) in zip(read([t for t, _ in self._taken]), self._taken, strict=True):
+            self.product += ess * product
+            self.effective += count
+            self.noise += ess * noise
+            self.expected += ess * count
+        self._taken, self._taken_first = [], []
 
     def sum_over(self, mesh: Any) -> None:
         """Add the sums of the other processes of a mesh, which have other parts of the parameters."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
-from vlearn.optim.structures.diagonal import DiagonalStructure, use_foreach
+from vlearn.optim.structures.diagonal import DiagonalStructure, momentum_correction, use_foreach
 from vlearn.optim.structures.prior import Decay, decay_of
 
 T = TypeVar("T")
@@ -44,13 +44,14 @@ class BlockUpdate(NamedTuple):
 
 def split_by_step(
     structure: DiagonalStructure, update: BlockUpdate, of_step: Callable[[Group, int], T]
-) -> Iterator[tuple[list[list[Tensor]], Decay, float, T]]:
+) -> Iterator[tuple[list[list[Tensor]], Decay, Any, T]]:
     """What one call of an update function works on, and with.
 
     That is (means, momenta, hessians, gradients, curvatures), their weight decay, 1 - β₁ᵗ, and a number.
 
     The steps are counted. Slices go in one call where multi-tensor operations are wanted and the two numbers agree;
-    these differ where parameters had no gradient in some steps.
+    these differ where parameters had no gradient in some steps. Of a group that is `capturable` the corrections are
+    tensors, one of each slice, and the number that of every step.
 
     Args:
         of_step: the number that a rule takes beside 1 - β₁ᵗ, from the group and a parameter's step t, from 1.
@@ -63,11 +64,15 @@ def split_by_step(
         update.gradients,
         update.curvatures or [],
     ]
-    corrections = [structure.count_step(group, piece) for piece in slices]
-    own = [of_step(group, int(structure.parameters.state[piece.parameter]["step"])) for piece in slices]
-    decay = decay_of(structure.parameters, group, slices)
-    if use_foreach(group, slices) and len(set(zip(corrections, own, strict=True))) == 1:
-        yield columns, decay, corrections[0], own[0]
+    if group.get("capturable", False):
+        corrections = structure.corrections(group, slices)
+        yield columns, decay_of(structure.parameters, group, slices), corrections, of_step(group, 1)
         return
-    for i, correction in enumerate(corrections):
-        yield [[column[i]] if column else [] for column in columns], decay.of(i), correction, own[i]
+    steps = structure.count_steps(slices)
+    of_steps = {step: (momentum_correction(group, step), of_step(group, step)) for step in set(steps)}
+    decay = decay_of(structure.parameters, group, slices)
+    if use_foreach(group, slices) and len(set(of_steps.values())) == 1:
+        yield columns, decay, *of_steps[steps[0]]
+        return
+    for i, step in enumerate(steps):
+        yield [[column[i]] if column else [] for column in columns], decay.of(i), *of_steps[step]

@@ -77,7 +77,7 @@ class SquaredGradient:
         self, draw: Draw, group: Group, slices: list[ParameterSlice], noise: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
         """The squares."""
-        return [gradient.square() for gradient in gradients]
+        return list(torch._foreach_mul(gradients, gradients))
 
 
 class PriceOrSquares:

@@ -7,7 +7,6 @@ Vyas et al., 2024, "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ from vlearn.optim.parameters.options import beta2_of_step
 from vlearn.optim.parameters.parameters import Group
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.sampling.draw import Draw
-from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.eigenbasis import EigenbasisStructure
-from vlearn.optim.structures.prior import decay_of
-from vlearn.optim.updates.block_update import BlockUpdate
+from vlearn.optim.structures.prior import Decay
+from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
 from vlearn.optim.updates.curvature import PriceOrSquares
 from vlearn.optim.updates.hessian_noise import add_noise
 from vlearn.optim.updates.riemannian import ivon_settings, measures_noise, move_hessians
@@ -58,50 +56,69 @@ class EigenbasisCurvature(PriceOrSquares):
 
 def move_matrices(structure: EigenbasisStructure, update: BlockUpdate) -> None:
     """`ivon_step` of matrices, with Hessian and preconditioner in the basis; then the factors move."""
-    layer_of, settings = structure.layer_of(), ivon_settings(update.group)
-    for piece, gradient, statistic in zip(update.slices, update.gradients, update.curvatures or [], strict=True):
-        with torch.autocast(gradient.device.type, enabled=False):
-            _move_matrix(structure, layer_of[piece.parameter], update.group, piece, gradient, statistic, settings)
+    group, slices, _, statistics = update
+    parameters, layer_of = structure.parameters, structure.layer_of()
+    for i, piece in enumerate(slices):
+        if statistics and measures_noise(group, [piece], parameters):
+            add_noise(parameters, group, [piece], [statistics[i]], group["ess"])
+    layers = [layer_of[piece.parameter] for piece in slices]
+    for part, decay, correction, beta2 in split_by_step(structure.diagonal, update, beta2_of_step):
+        these, layers = layers[: len(part[0])], layers[len(part[0]) :]
+        with torch.autocast(part[0][0].device.type, enabled=False):
+            _move_matrices(structure, these, group, *part, decay=decay, correction=correction, beta2=beta2)
 
 
-def _move_matrix(
+def _move_matrices(
     structure: EigenbasisStructure,
-    layer: Layer,
+    layers: list[Layer],
     group: Group,
-    piece: ParameterSlice,
-    gradient: Tensor,
-    statistic: Tensor,
-    settings: dict[str, Any],
+    means: list[Tensor],
+    momenta: list[Tensor],
+    hessians: list[Tensor],
+    gradients: list[Tensor],
+    statistics: list[Tensor],
+    *,
+    decay: Decay,
+    correction: float,
+    beta2: float,
 ) -> None:
-    state = structure.parameters.state[layer.weight]
-    if measures_noise(group, [piece], structure.parameters):
-        add_noise(structure.parameters, group, [piece], [statistic], group["ess"])
-    state["step"] += 1
-    hessian, momentum, rate = state["hessian"], state["momentum"], structure.rate_of(layer)
+    """The update of several matrices, in place, by multi-tensor operations but for the rotations.
+
+    Args:
+        means, momenta, gradients: in the shapes of the parameters.
+        hessians, statistics: in the basis.
+        decay: wd, or a prior in its place, of the parameters' entries.
+        correction: 1 - β₁ᵗ.
+    """
+    settings = ivon_settings(group)
+    rate = structure.rates_of(layers)
     move_hessians(
-        [hessian],
-        [statistic.reshape_as(hessian)],
-        beta2=beta2_of_step(group, int(state["step"])),
-        decay=[rate] if isinstance(rate, Tensor) else rate,
+        hessians,
+        [statistic.reshape_as(hessian) for statistic, hessian in zip(statistics, hessians, strict=True)],
+        beta2=beta2,
+        decay=rate,
         **{name: settings[name] for name in ("price", "bounded", "ess")},
     )
-    momentum.lerp_(gradient, 1 - settings["beta1"])
-    correction = momentum_correction(group, state["step"])
-    mean = piece.exact_mean(structure.parameters)
-    decay = decay_of(structure.parameters, group, [piece])
+    torch._foreach_lerp_(momenta, gradients, 1 - settings["beta1"])
     if isinstance(decay.rate, float):
-        direction = momentum.add(mean, alpha=decay.rate * correction)
+        directions = torch._foreach_add(momenta, means, alpha=decay.rate * correction)
     else:
-        direction = decay.pull([mean], correction)[0].add_(momentum)
-    coordinates = structure.into_basis(layer, direction).div_(hessian + rate)
+        directions = decay.pull(means, correction)
+        torch._foreach_add_(directions, momenta)
+    coordinates = [structure.into_basis(layer, d) for layer, d in zip(layers, directions, strict=True)]
+    torch._foreach_div_(coordinates, torch._foreach_add(hessians, rate))
     if settings["clip_radius"] < math.inf:
         bound = settings["clip_radius"] * correction
-        coordinates.clamp_(-bound, bound)
-    mean.sub_(structure.from_basis(layer, coordinates), alpha=settings["lr"] / correction)
-    matrix, beta = gradient.reshape(hessian.shape), float(group["beta3"])
-    for name, side in (("out_factor", matrix), ("in_factor", matrix.mT)):
-        if name in state:
-            state[name].addmm_(side, side.mT, beta=beta, alpha=1 - beta)
+        torch._foreach_clamp_max_(coordinates, bound)
+        torch._foreach_clamp_min_(coordinates, -bound)
+    moves = [structure.from_basis(layer, each) for layer, each in zip(layers, coordinates, strict=True)]
+    torch._foreach_sub_(means, moves, alpha=settings["lr"] / correction)
+    beta = float(group["beta3"])
+    for layer, gradient, hessian in zip(layers, gradients, hessians, strict=True):
+        state, matrix = structure.parameters.state[layer.weight], gradient.reshape(hessian.shape)
+        for name, side in (("out_factor", matrix), ("in_factor", matrix.mT)):
+            if name in state:
+                state[name].addmm_(side, side.mT, beta=beta, alpha=1 - beta)
 
 
 def turned(structure: EigenbasisStructure, layer: Layer, wholly: bool = False) -> list[Tensor] | None:

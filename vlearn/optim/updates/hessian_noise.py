@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlearn.optim.distributed.shards import share, sum_over
 from vlearn.optim.kernels.entries import is_dtensor
+from vlearn.optim.kernels.multi_tensor import read
 from vlearn.optim.parameters.options import beta2_of_step
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
@@ -67,17 +68,23 @@ def add_noise(
         relative: x/scale of each slice.
         scale: what they are to be multiplied with.
     """
-    for piece, norm in zip(slices, torch._foreach_norm(relative), strict=True):
+    states = [parameters.state[piece.parameter] for piece in slices]
+    # A constant momentum needs no step, for which a step that is capturable may not wait.
+    steps = [1] * len(states) if group.get("beta2_warmup") is None else read([state["step"] for state in states])
+    keeps = [beta2_of_step(group, int(step) + piece.is_first) for piece, step in zip(slices, steps, strict=True)]
+    added = torch._foreach_mul(torch._foreach_norm(relative), [(1 - keep) * scale for keep in keeps])
+    torch._foreach_mul_(added, added)
+    torch._foreach_mul_(added, [0.5 / state["momentum"].numel() for state in states])
+    noises = [_noise_of(parameters, piece.parameter) for piece in slices]
+    begun = [i for i, piece in enumerate(slices) if piece.is_first]
+    if begun:
+        torch._foreach_mul_([noises[i] for i in begun], [keeps[i] for i in begun])
+    if not is_dtensor(slices[0].parameter):  # a block has one slice of a parameter, at most
+        torch._foreach_add_(noises, added)
+        return
+    for piece, value in zip(slices, added, strict=True):
         p = piece.parameter
-        state, noise = parameters.state[p], _noise_of(parameters, p)
-        keep = beta2_of_step(group, int(state["step"]) + piece.is_first)
-        if piece.is_first:
-            noise.mul_(keep)
-        added = ((1 - keep) * scale * norm).square_().mul_(0.5 / state["momentum"].numel())
-        if is_dtensor(p):
-            parameters.noise_of_shards[p] = parameters.noise_of_shards.get(p, 0.0) + added
-        else:
-            noise.add_(added)
+        parameters.noise_of_shards[p] = parameters.noise_of_shards.get(p, 0.0) + value
 
 
 def add_noise_of_shards(parameters: Parameters, mesh: Any) -> None:

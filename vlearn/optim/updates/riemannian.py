@@ -30,8 +30,13 @@ def ivon_settings(group: Group) -> dict[str, Any]:
         "ess": float(group["ess"]),  # a kernel is compiled anew where a float was an integer
         "beta1": float(group["beta1"]),
         "clip_radius": float(group["clip_radius"]),
-        "lr": float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
+        "lr": _rate(group) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0),
     }
+
+
+def _rate(group: Group) -> Any:
+    """The learning rate, a number unless it is to stay on the device."""
+    return group["lr"] if group.get("capturable", False) and isinstance(group["lr"], Tensor) else float(group["lr"])
 
 
 def measures_noise(group: Group, slices: list[ParameterSlice], parameters: Parameters) -> bool:
@@ -119,8 +124,8 @@ def ivon_step(
     beta2: float,
     decay: Decay,
     clip_radius: float,
-    lr: float,
-    correction: float,
+    lr: Any,
+    correction: float | list[Tensor],
 ) -> None:
     """The update of several tensors, in place, as `vlearn.IVON` states it.
 
@@ -128,10 +133,13 @@ def ivon_step(
         means: m, momenta: g, hessians: h, gradients: ĝ, statistics: mean of noise∘gradient, or of gradient².
         bounded: the Riemannian term is bounded, see `move_bounded`.
         decay: wd, or a prior in its place.
-        correction: c = 1 - β₁ᵗ.
+        correction: c = 1 - β₁ᵗ; or, of each, a scalar on the device, where lr may be one too.
     """
     move_hessians(hessians, statistics, price=price, bounded=bounded, ess=ess, beta2=beta2, decay=decay.rate)
     torch._foreach_lerp_(momenta, gradients, 1 - beta1)
+    if isinstance(correction, list):
+        _move_means(means, momenta, torch._foreach_add(hessians, decay.rate), decay, clip_radius, lr, correction)
+        return
     # Direction and step are c times too long and too short: a pass less.
     if len(means) == 1 and isinstance(decay.rate, float):
         directions = torch._foreach_add(momenta, means, alpha=decay.rate * correction)
@@ -146,6 +154,26 @@ def ivon_step(
         torch._foreach_sub_(means, directions, alpha=lr / correction)
     else:
         torch._foreach_addcdiv_(means, directions, precisions, value=-lr / correction)
+
+
+def _move_means(
+    means: list[Tensor],
+    momenta: list[Tensor],
+    precisions: Tensors,
+    decay: Decay,
+    clip_radius: float,
+    lr: float | Tensor,
+    corrections: list[Tensor],
+) -> None:
+    """m ← m - lr·clip((g/c + wd·m)/(h + wd)), c of each on the device."""
+    directions = torch._foreach_div(momenta, corrections)
+    torch._foreach_add_(directions, decay.pull(means))
+    torch._foreach_div_(directions, precisions)
+    if clip_radius < math.inf:
+        torch._foreach_clamp_max_(directions, clip_radius)
+        torch._foreach_clamp_min_(directions, -clip_radius)
+    torch._foreach_mul_(directions, lr)
+    torch._foreach_sub_(means, directions)
 
 
 def move_hessians(
