@@ -60,5 +60,9 @@ METHODS: dict[str, Method] = {
         lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=task.num_terms, num_data=task.num_data),
         EVON_RATES,
     ),
+    # N is too few where the loss is no negative log-likelihood, as a squared error of a small variance.
+    "EVON, narrow": Method(
+        2.0, lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=10 * task.num_terms, num_data=task.num_data)
+    ),
     "VAdamW": Method(1e-3, lambda model, lr, task: vlearn.VAdamW(model, lr=lr, num_data=task.num_data), ADAM_RATES),
 }
