@@ -145,6 +145,23 @@ def swept(rank: int, kind: str, how: str, count: int) -> tuple[Any, ...]:
     return table.self_influence, table.deviation, table.loo_loss, influence.values, left_out.left_out_loss, weights
 
 
+def swept_together(rank: int, how: str) -> tuple[Tensor, ...]:
+    model = sharded(new_model("mlp"), how)
+    optimizer = make(model, "IVON")
+    train(model, optimizer, "mlp", range(3))
+    data = vlearn.IndexedDataset(TensorDataset(*batch("mlp", 100, count=13)))
+    sampler = vlearn.UnrepeatedDistributedSampler(data) if how != "plain" else None
+    loader = DataLoader(data, batch_size=4, sampler=sampler)
+    table = vlearn.sweep(model, optimizer.posterior(), loader, F.cross_entropy, sync=how != "plain")
+    return table.index, table.self_influence, table.loo_loss
+
+
+def test_processes_sweep_a_sharded_model_together(ranks: Ranks) -> None:
+    expected = swept_together(0, "plain")
+    for found in ranks(swept_together, "fsdp"):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
 def last_token(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return F.cross_entropy(output[:, -1], target, reduction=reduction)
 
