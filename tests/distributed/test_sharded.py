@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -105,3 +106,60 @@ def test_tensor_parallelism_makes_the_steps_of_a_whole_model(ranks: Ranks, maker
 @optimizers
 def test_tensor_parallelism_inside_fsdp_makes_the_steps_of_a_whole_model(four_ranks: Ranks, maker: str) -> None:
     assert all(four_ranks(beside_a_whole_model, maker, (2, 2)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Sequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Linear(4, 6), Block(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(x))).mean(1)
+
+
+def parts_of_sequences(rank: int, context: bool) -> bool:
+    """The norm's parameters are whole in each process, and their gradients sums over processes that are not formed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import parallel as tp
+
+    torch.manual_seed(0)
+    model: Any = Sequences().double()
+    other = Sequences().double()
+    other.load_state_dict(model.state_dict())
+    plan: Any = {
+        "embed": tp.ColwiseParallel(output_layouts=Shard(1)),
+        "block.norm": tp.SequenceParallel(),
+        "block": tp.PrepareModuleInput(
+            input_layouts=(Shard(1),), desired_input_layouts=(Shard(1),), use_local_output=False
+        ),
+        "block.up": tp.ColwiseParallel(input_layouts=Shard(1)),
+        "block.down": tp.RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+        "head": tp.ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    model = tp.parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    optimizer, of_other = make(model, "IVON"), make(other, "IVON")
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x, y = torch.randn(5, 4, 4, generator=generator).double(), torch.randint(3, (5,), generator=generator)
+        for each, own in ((model, optimizer), (other, of_other)):
+            own.zero_grad()
+            with own.sampled_params(train=True) if context else nullcontext():
+                nn.functional.cross_entropy(each(x), y).backward()
+            own.step()
+    torch.testing.assert_close(results(model, optimizer), results(other, of_other), rtol=1e-9, atol=1e-13)
+    return True
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_gradients_that_are_sums_over_processes_are_formed(ranks: Ranks, context: bool) -> None:
+    assert all(ranks(parts_of_sequences, context))

@@ -463,6 +463,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         draw, nonfinite, rule, problem = None, None, "ignore", None
         try:
             draw = waiting_draw(sampler, self._watch, has_closure)
+            draw.place_gradients()
             sampler.check_local_gradients(draw)
             if self._watch is not None:
                 self._watch.collect()

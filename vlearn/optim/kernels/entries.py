@@ -65,6 +65,17 @@ def sharded_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)  # pyright: ignore
 
 
+def placed_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient spread over the processes as its parameter is; all of them must ask for it.
+
+    Where each process has used a whole parameter on its part of a sequence, as sequence parallelism does, its gradient
+    is the sum of theirs, not formed yet.
+    """
+    if not is_dtensor(gradient) or placement(gradient) == placement(parameter):
+        return gradient
+    return gradient.redistribute(parameter.device_mesh, parameter.placements)  # pyright: ignore
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All entries of a distributed tensor, which all of its processes must ask for; any other tensor as it is."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # pyright: ignore

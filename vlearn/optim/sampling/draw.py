@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from vlearn._torch_internals import set_versions
 from vlearn.optim.distributed.local_gradients import LocalGradients
-from vlearn.optim.kernels.entries import like
+from vlearn.optim.kernels.entries import like, placed_as
 from vlearn.optim.sampling.accumulator import PassSums
 from vlearn.optim.sampling.blocks import (
     ParameterSlice,
@@ -235,8 +235,15 @@ class Draw:
         kept = self.gradients.get(p)
         return None if kept is None else kept[0]
 
+    def place_gradients(self) -> None:
+        """Spread the gradients of distributed parameters over the processes as these are."""
+        for p in self.parameters:
+            if p.grad is not None and (placed := placed_as(p, p.grad)) is not p.grad:
+                p.grad = placed
+
     def keep_gradients(self) -> None:
         """Remember the gradients that the parameters have now."""
+        self.place_gradients()
         self.gradients = {p: (p.grad, p.grad._version) for p in self.parameters if p.grad is not None}
 
     def reusable_buffers(self) -> dict[Tensor, Tensor]:
