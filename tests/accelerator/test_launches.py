@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import vlearn
 from tests.accelerator.pretend import Launches, counted
@@ -143,15 +143,65 @@ def test_kfac_von_waits_once_in_a_step_however_many_layers_it_has(
             assert counts.reads.total() == waits and not counts.uploads, (counts.reads, counts.uploads)
 
 
-@pytest.mark.parametrize("name", ["IVON", "VON, price", "VAdamW"])
-def test_a_watched_model_makes_no_further_wait_in_training(name: str, device: torch.device) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)).to(device)
-    x, y = torch.randn(6, 1, 6, 6).to(device), (torch.arange(6) % 3).to(device)
-    optimizer = MAKE[name](model)
-    for step in range(4):
+class Layers(nn.Module):
+    """So many layers, of which each is one kernel forward."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(*(nn.Linear(6, 6) for _ in range(count)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def training_step(make: Callable[[nn.Module], Any], layers: int, device: torch.device) -> Launches:
+    """What the fourth training step of a model does, forward and backward too: the first passes are checked."""
+    model = Layers(layers).to(device)
+    x, y = torch.randn(12, 6).to(device), (torch.arange(12) % 6).to(device)
+    optimizer = make(model)
+    steps = []
+    for _ in range(4):
         with counted() as counts:
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-        if step > 1:
-            assert counts.reads.total() == 1 + (name == "VAdamW"), counts.reads
+        steps.append(counts)
+    return steps[-1]
+
+
+@pytest.mark.parametrize("name", ["IVON", "IVON, warm-up", "VON, price", "VAdamW"])
+def test_a_watched_model_makes_neither_a_launch_nor_a_wait_for_each_layer(name: str, device: torch.device) -> None:
+    """Beside what AdamW's training step takes; the draw is kept, as sensitivities may be asked for."""
+    more = []
+    for layers in (3, 40):
+        own = training_step(MAKE[name], layers, device)
+        plain = training_step(lambda model: torch.optim.AdamW(model.parameters(), foreach=True), layers, device)
+        assert own.reads.total() == 1 + (name == "VAdamW") and not own.uploads
+        more.append(own.operations.total() - plain.operations.total())
+    assert more[0] == more[1] <= MOST
+
+
+@pytest.mark.parametrize("name", ["VON", "VOGN", "KFACVON"])
+def test_captures_take_no_wait_for_each_layer(name: str, device: torch.device) -> None:
+    def make(model: nn.Module) -> Any:
+        options = {"update_every": 100} if name == "KFACVON" else {}
+        return getattr(vlearn, name)(model, 0.01, 1000, **options)
+
+    few, many = (training_step(make, layers, device) for layers in (3, 40))
+    assert few.reads == many.reads and few.uploads == many.uploads
+
+
+def test_the_mean_is_shown_in_between_by_a_few_launches(device: torch.device) -> None:
+    found = []
+    for layers in (3, 40):
+        model = Layers(layers).to(device)
+        x, y = torch.randn(12, 6).to(device), (torch.arange(12) % 6).to(device)
+        optimizer = vlearn.IVON(model, 0.1, 1000)
+        loss = F.cross_entropy(model(x), y)
+        with counted() as counts, torch.no_grad():
+            model(x)
+        found.append(counts.operations.total() - layers)
+        loss.backward()
+        optimizer.step()
+    assert found[0] == found[1] <= 8

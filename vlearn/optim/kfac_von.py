@@ -179,8 +179,7 @@ class KFACVON(RotatedOptimizer[KroneckerStructure]):
         for piece, gradient in (pair for u in updates for pair in zip(u.slices, u.gradients, strict=True)):
             gradients.setdefault(piece.parameter, []).append((piece, gradient))
         moving = [layer for layer in structure.layers() if any(p in gradients for p in layer.parameters)]
-        for layer in moving:
-            update_factors(structure, layer, gradients, prepared.get(layer, {}))
+        update_factors(structure, moving, gradients, prepared)
         due = [layer for layer in moving if structure.is_due(layer, structure.num_updates(layer))]
         weights = read([self.state[layer.weight]["learned"] for layer in due])
         learned = [layer for layer, weight in zip(due, weights, strict=True) if weight]

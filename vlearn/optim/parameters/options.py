@@ -179,6 +179,14 @@ def log_kept_weight(group: dict[str, Any], steps: int, last: Tensor) -> Tensor:
     return torch.log1p(-early / (steps - late + (warmup - 1)).clamp_min(1)) + late * math.log(beta2)
 
 
+def log_kept_weights(group: dict[str, Any], steps: int, lasts: list[Tensor]) -> list[Tensor]:
+    """`log_kept_weight` of several, at once where it is a multiple, as new tensors."""
+    beta2 = float(group["beta2"])
+    if beta2 > 0 and group.get("beta2_warmup") is None:
+        return list(torch._foreach_mul(lasts, math.log(beta2)))
+    return [log_kept_weight(group, steps, last) for last in lasts]
+
+
 def hess_init_weight(group: dict[str, Any], steps: int) -> float:
     """What is left of hess_init in the Hessian of a parameter after so many steps that had an estimate."""
     return float(log_kept_weight(group, steps, torch.tensor(float(steps), dtype=torch.float64)).exp())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlearn.optim.kernels.compiled import SMALLEST, SMALLEST_ON_ACCELERATOR
 from vlearn.optim.kernels.entries import address, own_entries, placement
+from vlearn.optim.kernels.multi_tensor import copied
 from vlearn.optim.parameters.parameters import Group, Parameters
 
 # Entries. On one thread 2**18 is a tenth faster, but on several every operation waits for all of them: where other
@@ -127,7 +128,7 @@ def _swap(slices: list[ParameterSlice]) -> None:
     if not slices:
         return
     mean_in_weights = slices[0].mean_in_weights
-    draws = [piece.draw.clone() for piece in slices]
+    draws = copied([piece.draw for piece in slices], slices[0].weights.dtype)
     try:
         torch._foreach_copy_([piece.draw for piece in slices], [piece.mean for piece in slices])
         _mark(slices, mean_in_weights=not mean_in_weights)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vlearn.gaussians.eigenbasis import eigen, product, rotate_diagonal, with_factored_damping
 from vlearn.optim.distributed.factors import Key, averages
-from vlearn.optim.parameters.options import beta2_of_step, log_kept_weight, tempered_ess_and_decay
-from vlearn.optim.parameters.parameters import state_dtype
+from vlearn.optim.parameters.options import beta2_of_step, log_kept_weights, tempered_ess_and_decay
+from vlearn.optim.parameters.parameters import Group, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.kronecker import KroneckerStructure
@@ -40,7 +40,10 @@ def averaged_statistics(
 
 
 def update_factors(
-    structure: KroneckerStructure, layer: Layer, gradients: Gradients, statistics: Mapping[str, Tensor]
+    structure: KroneckerStructure,
+    layers: list[Layer],
+    gradients: Gradients,
+    statistics_of: Mapping[Layer, Mapping[str, Tensor]],
 ) -> None:
     """Move the running means of the gradient, of the factors, and of EK-FAC's squares.
 
@@ -48,27 +51,54 @@ def update_factors(
     product of the k last momenta where they change, as if it had been seen at each of them. The number of a layer's
     step is the largest of its parameters'.
     """
-    states, group = structure.parameters.state, structure.group_of(layer)
-    state = states[layer.weight]
-    beta1 = float(group["beta1"])
-    for p in layer.parameters:
-        for piece, gradient in gradients.get(p, ()):
-            piece.of(states[p]["momentum"]).lerp_(gradient, 1 - beta1)
-        if p in gradients:
-            states[p]["step"] += 1
-    steps = structure.num_updates(layer)
-    beta2 = beta2_of_step(group, steps)
-    if not statistics or beta2 == 1:
-        return
-    learned = state["learned"].mul_(beta2).add_(1 - beta2)
-    for name, age in (("out_factor", state["out_age"]), ("in_factor", state["in_age"])):
-        age += 1
-        if name in statistics:
-            share = (-torch.expm1(log_kept_weight(group, steps, age)) / learned).clamp_max_(1)  # 1 - β₂ᵃᵍᵉ
-            state[name].lerp_(statistics[name].to(state[name].dtype), share)
-            age.zero_()
-    if "squares" in statistics:
-        state["hessian"].lerp_(statistics["squares"].to(state["hessian"].dtype), 1 - beta2)
+    states = structure.parameters.state
+    together: dict[tuple[int, int], tuple[Group, list[Layer]]] = {}  # layers of one group and step
+    for layer in layers:
+        group = structure.group_of(layer)
+        for p in layer.parameters:
+            for piece, gradient in gradients.get(p, ()):
+                piece.of(states[p]["momentum"]).lerp_(gradient, 1 - float(group["beta1"]))
+            if p in gradients:
+                states[p]["step"] += 1
+        if statistics_of.get(layer):
+            together.setdefault((id(group), structure.num_updates(layer)), (group, []))[1].append(layer)
+    for (_, steps), (group, these) in together.items():
+        beta2 = beta2_of_step(group, steps)
+        if beta2 != 1:
+            pairs = [(states[layer.weight], statistics_of[layer]) for layer in these]
+            _move_factors(group, steps, beta2, pairs)
+
+
+def _move_factors(
+    group: Group, steps: int, beta2: float, pairs: list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]
+) -> None:
+    """The factors and squares of layers that are at the same step of one group.
+
+    Args:
+        pairs: the state of a layer's weight, and its new statistics.
+    """
+    torch._foreach_mul_([state["learned"] for state, _ in pairs], beta2)
+    torch._foreach_add_([state["learned"] for state, _ in pairs], 1 - beta2)
+    torch._foreach_add_([state[age] for state, _ in pairs for age in ("out_age", "in_age")], 1)
+    news = [
+        (state, name, statistics[name].to(state[name].dtype))
+        for state, statistics in pairs
+        for name in ("out_factor", "in_factor")
+        if name in statistics
+    ]
+    if news:
+        ages = [state[name.replace("factor", "age")] for state, name, _ in news]
+        shares = log_kept_weights(group, steps, ages)  # 1 - β₂ᵃᵍᵉ = -(exp(log β₂ᵃᵍᵉ) - 1)
+        torch._foreach_expm1_(shares)
+        torch._foreach_mul_(shares, -1)
+        torch._foreach_div_(shares, [state["learned"] for state, _, _ in news])
+        torch._foreach_clamp_max_(shares, 1)
+        for (state, name, new), share in zip(news, shares, strict=True):
+            state[name].lerp_(new, share)
+        torch._foreach_mul_(ages, 0)
+    for state, statistics in pairs:
+        if "squares" in statistics:
+            state["hessian"].lerp_(statistics["squares"].to(state["hessian"].dtype), 1 - beta2)
 
 
 def decomposed(structure: KroneckerStructure, factored_damping: bool, layer: Layer) -> list[Tensor] | None:
