@@ -37,9 +37,10 @@ RIGHT_BELOW = {
     "optim.updates": ("optim.structures", "losses"),
     "optim": ("optim.updates", "optim.watch", "sensitivity"),
     "conjugate": (),
-    "record": ("collectives",),
+    "record": ("collectives", "_extras"),
     "plot": ("record", "_extras"),
-    "integrations": ("optim", "plot", "conjugate", "posterior"),
+    "audit": ("sensitivity", "posterior", "record"),
+    "integrations": ("optim", "plot", "conjugate", "audit"),
     "__init__": ("integrations",),
 }
 

@@ -1,9 +1,10 @@
 """vlearn: variational optimizers for PyTorch, and each training example's sensitivity read from their state."""
 
-from vlearn import conjugate, integrations, optim, plot, posterior, sensitivity
+from vlearn import audit, conjugate, integrations, optim, plot, posterior, sensitivity
+from vlearn.audit import Recorder, label_issues
 from vlearn.optim import EVON, IVON, KFACVON, VOGN, VON, FullVON, VAdamW
 from vlearn.posterior import predict
-from vlearn.record import MemoryMap
+from vlearn.record import MemoryMap, TrainingRecord
 from vlearn.sensitivity import (
     IndexedDataset,
     UnrepeatedDistributedSampler,
@@ -23,12 +24,16 @@ __all__ = [
     "FullVON",
     "IndexedDataset",
     "MemoryMap",
+    "Recorder",
+    "TrainingRecord",
     "UnrepeatedDistributedSampler",
     "VAdamW",
+    "audit",
     "check_removals",
     "conjugate",
     "influence",
     "integrations",
+    "label_issues",
     "leave_group_out",
     "optim",
     "plot",

@@ -70,6 +70,25 @@ def convnet(channels: int = 16) -> nn.Sequential:
     )
 
 
+def cifar_cnn() -> nn.Sequential:
+    """Three convolutions and a hidden layer for 32x32 colour images, with 357,706 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 128, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2048, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
+
+
 class FilterResponseNorm(nn.Module):
     """γ x/√(mean x² + ε) + β, then max(·, τ) (Singh, Krishnan, 2020, arXiv:1911.09737): no example sees another."""
 
@@ -186,6 +205,7 @@ class LanguageModel(nn.Module):
 NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
     "lenet5": lenet5,
     "digits_cnn": digits_cnn,
+    "cifar_cnn": cifar_cnn,
     "resnet20_frn": resnet20_frn,
     "mlp_500_300": lambda: mlp(784, 500, 300, 10),
     "mlp_32_16": lambda: mlp(784, 32, 16, 10),

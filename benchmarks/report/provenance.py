@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("vlearn", "torch", "numpy", "laplace-torch", "ivon-opt", "scikit-learn", "wandb")
+PACKAGES = ("vlearn", "torch", "numpy", "laplace-torch", "ivon-opt", "scikit-learn", "cleanlab", "wandb")
 
 
 def provenance(command: str, seed: int) -> dict[str, Any]:

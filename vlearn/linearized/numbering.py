@@ -117,7 +117,7 @@ class Numbering:
     def __init__(self, loader: Iterable[Any]):
         self.loader = loader
         self._seen = 0
-        self._drawn: _Drawn | None = None
+        self._drawn: Drawn | None = None
         self._in_order = True
         sampled = _sampled(loader)
         if sampled is None:
@@ -128,9 +128,9 @@ class Numbering:
             return
         self._in_order = keeps_order and _is_sequential(_index_sampler(sampled))
         # A loader that numbers its examples itself keeps its persistent workers.
-        followed = _followed(loader) if keeps_order and not isinstance(sampled.dataset, IndexedDataset) else None
-        if followed is not None:
-            self.loader, self._drawn = followed
+        follows = followed(loader) if keeps_order and not isinstance(sampled.dataset, IndexedDataset) else None
+        if follows is not None:
+            self.loader, self._drawn = follows
 
     def drawn(self) -> Tensor | None:
         """``[n]`` what the sampler drew for the batch that has just come; None if that is not known."""
@@ -192,14 +192,15 @@ def _is_indexed(sampled: Any) -> bool:
     return dataset is not None
 
 
-class _Drawn:
-    """A sampler that remembers what it gave, until its batches come."""
+class Drawn:
+    """A sampler that remembers what it gave, until its batches come or it begins anew."""
 
     def __init__(self, sampler: Any):
         self._sampler = sampler
         self._waiting: deque[Any] = deque()
 
     def __iter__(self) -> Iterator[Any]:
+        self._waiting.clear()  # of an iteration that was broken off
         for numbers in self._sampler:
             self._waiting.append(numbers)
             yield numbers
@@ -211,6 +212,7 @@ class _Drawn:
         return getattr(self._sampler, name)
 
     def next(self) -> Tensor | None:
+        """``[n]`` what was drawn for the next batch; None where that is not known."""
         if not self._waiting:
             return None
         given = self._waiting.popleft()
@@ -222,21 +224,25 @@ class _Drawn:
             return None
 
 
-def _followed(loader: Any) -> tuple[Any, _Drawn] | None:
+def followed(loader: Any, keeps_workers: bool = False) -> tuple[Any, Drawn] | None:
     """A loader that shares everything with the given one, and what its sampler draws.
 
     None for a loader with an iteration of its own, which may leave out batches or change their order.
+
+    Args:
+        keeps_workers: let it have persistent workers of its own, where it is to be iterated again and again.
     """
     if type(loader).__iter__ is DataLoader.__iter__:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        drawn = _Drawn(_index_sampler(loader))
-        # Persistent workers would go on with the sampler that they began with.
-        return _copy(loader, {name: drawn, "persistent_workers": False}), drawn
+        drawn = Drawn(_index_sampler(loader))
+        # The given loader's persistent workers would go on with the sampler that they began with.
+        workers = {"_iterator": None} if keeps_workers else {"persistent_workers": False}
+        return _copy(loader, {name: drawn, **workers}), drawn
     for name in MOVED_LOADERS:
-        moved = vars(loader).get(name)
-        followed = _followed(moved) if isinstance(moved, DataLoader) else None
-        if followed is not None:
-            return _copy(loader, {name: followed[0]}), followed[1]
+        moved = vars(loader).get(name) if hasattr(loader, "__dict__") else None
+        follows = followed(moved, keeps_workers) if isinstance(moved, DataLoader) else None
+        if follows is not None:
+            return _copy(loader, {name: follows[0]}), follows[1]
     return None
 
 

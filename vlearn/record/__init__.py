@@ -1,5 +1,6 @@
-"""Sensitivities of every example over training, kept on disk; needs numpy only."""
+"""What is known of every example over training, kept on disk; needs numpy only."""
 
 from vlearn.record.memory_map import MemoryMap
+from vlearn.record.training_record import TrainingRecord
 
-__all__ = ["MemoryMap"]
+__all__ = ["MemoryMap", "TrainingRecord"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vlearn.record.example_order import example_order
 LIVE_COLUMNS = ("self_influence", "prediction_error")
 SWEEP_COLUMNS = ("loss", "loo_loss", "self_influence", "leverage", "prediction_error")
 COLUMNS = (*SWEEP_COLUMNS, "step")
+AVERAGE_COLUMNS = ("margin", "probability", "agreement", "predicted", "count")  # on disk once they are recorded
 
 _DTYPE = np.dtype("<f4")
 _VERSION = 2
@@ -39,8 +40,9 @@ class MemoryMap:
 
     Columns are ``loss``, ``loo_loss`` and ``self_influence`` (the loss's units), ``leverage`` (effective
     parameters), ``prediction_error`` (in [0, 1] for hard-label cross-entropy), and ``step``, at which a live
-    row was taken. A snapshot is either *live* (rows from training steps, at sampled weights) or a *sweep*
-    (all at the posterior mean); the two never mix. One process writes, or all of torch.distributed do with `sync`;
+    row was taken; a `TrainingRecord` adds ``margin``, ``probability``, ``agreement``, ``predicted`` and ``count``. A
+    snapshot is either *live* (rows from training steps, at the weights that they were taken at) or a *sweep* (all at
+    the posterior mean); the two never mix. One process writes, or all of torch.distributed do with `sync`;
     others may open the folder to read.
 
     Args:
@@ -83,7 +85,7 @@ class MemoryMap:
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._commit([])
-                for name in COLUMNS if overwrite else ():
+                for name in (*COLUMNS, *AVERAGE_COLUMNS) if overwrite else ():
                     self._file(name).unlink(missing_ok=True)
                     self._file(name, version=1).unlink(missing_ok=True)
 
@@ -145,7 +147,8 @@ class MemoryMap:
         """One quantity of every example at every snapshot so far, as a read-only view of the disk.
 
         Args:
-            name: ``loss``, ``loo_loss``, ``self_influence``, ``leverage``, ``prediction_error`` or ``step``.
+            name: ``loss``, ``loo_loss``, ``self_influence``, ``leverage``, ``prediction_error``, ``step``, or one that
+                a `TrainingRecord` adds.
 
         Returns:
             ``[S, num_data]`` float32, NaN where unseen; nothing is loaded until it is indexed.
@@ -153,10 +156,9 @@ class MemoryMap:
         Raises:
             ValueError: if there is no column of that name.
         """
-        if name not in COLUMNS:
-            raise ValueError(f"column {name!r} does not exist: use one of {', '.join(COLUMNS)}.")
+        _check_names([name])
         file, shape = self._file(name, self._version), (len(self), self.num_data)
-        if len(self) == 0 or (self._version == 1 and not file.exists()):
+        if len(self) == 0 or not file.exists():
             return np.broadcast_to(np.array(np.nan, _DTYPE), shape)
         return np.memmap(file, _DTYPE, "r", offset=0 if self._version == 1 else _HEADER, shape=shape)
 
@@ -192,7 +194,7 @@ class MemoryMap:
         """
         if not self._live_is_open():
             raise RuntimeError("No live snapshot is open: call new_snapshot(step) before record(index, s).")
-        index = self._check_index(index)
+        index = self.check_index(index)
         columns: dict[str, Any] = {name: _check_column(name, getattr(s, name), index) for name in LIVE_COLUMNS}
         if getattr(s, "step", None) is not None:
             columns["step"] = float(s.step)
@@ -220,7 +222,7 @@ class MemoryMap:
         """
 
         def own() -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
-            index = self._check_index(table.index)
+            index = self.check_index(table.index)
             repeated = index[np.bincount(index, minlength=self.num_data)[index] > 1]
             if len(repeated):
                 raise ValueError(
@@ -240,6 +242,22 @@ class MemoryMap:
         snapshot = {"step": step, "kind": "sweep", "test_loss": test_loss}
         self._in_first(lambda: self._append(snapshot, index, columns))
 
+    def record_averages(self, step: int, columns: Mapping[str, Any]) -> None:
+        """Write averages over training steps as a live snapshot of its own: all of it or, after a kill, nothing.
+
+        Args:
+            step: training step up to which they go, counted in optimizer steps; after the last live snapshot.
+            columns: ``[num_data]`` by name, NaN for examples that were not seen; with ``sync``, the first process's.
+
+        Raises:
+            ValueError: if ``step`` goes back, a name is unknown or a shape differs; nothing is written.
+        """
+        step, index = self._check_step(step, "live"), np.arange(self.num_data)
+        _check_names(columns)
+        rows = {name: _check_column(name, values, index) for name, values in columns.items()}
+        snapshot = {"step": step, "kind": "live", "test_loss": None}
+        self._in_first(lambda: self._append(snapshot, index, rows))
+
     def rewind(self, step: int) -> None:
         """Forget the snapshots after ``step``, as when training resumes from a checkpoint of that step.
 
@@ -253,6 +271,15 @@ class MemoryMap:
 
         self._in_first(forget)
 
+    def keep_first(self, count: int) -> None:
+        """Forget all snapshots but the first ``count``."""
+
+        def forget() -> None:
+            self._convert()
+            self._commit(self._snapshots[: operator.index(count)])
+
+        self._in_first(forget)
+
     def _in_first(self, write: Callable[[], None]) -> None:
         """Let one process write, and all see what it has written."""
         is_first = self._processes.rank == 0
@@ -260,11 +287,35 @@ class MemoryMap:
         if not is_first:
             self.refresh()
 
+    def check_index(self, index: Any) -> np.ndarray:
+        """``[B]`` numbers of examples as an array.
+
+        Raises:
+            ValueError: if they are no integers, or out of range.
+        """
+        index = as_array(index)
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise ValueError(
+                f"index has shape {index.shape} and type {index.dtype}, but it must be [B] integers: "
+                "each example's place in the training set (vlearn.IndexedDataset yields it)."
+            )
+        outside = index[(index < 0) | (index >= self.num_data)]
+        if len(outside):
+            raise ValueError(
+                f"index {outside[0]} is out of range, but indices must be 0 to {self.num_data - 1} "
+                f"for num_data={self.num_data}: use each example's place in the training set."
+            )
+        return index.astype(np.int64)
+
     def _append(self, snapshot: dict[str, Any], index: Any, columns: dict[str, np.ndarray]) -> None:
         """Write a snapshot's rows, NaN where ``columns`` have no values for an example, then name the snapshot."""
         self._convert()
-        for name in COLUMNS:
-            rows = np.full((1, self.num_data), np.nan, _DTYPE)
+        nan = np.array(np.nan, _DTYPE)
+        kept = [name for name in AVERAGE_COLUMNS if name in columns or self._file(name).exists()]
+        for name in (*COLUMNS, *kept):
+            if name in kept and self._size(name) < len(self):  # of earlier snapshots
+                self._write(name, 0, np.broadcast_to(nan, (len(self), self.num_data)))
+            rows = np.full((1, self.num_data), nan)
             if name in columns:
                 rows[0, index] = columns[name]
             self._write(name, len(self), rows)
@@ -304,6 +355,11 @@ class MemoryMap:
     def _file(self, name: str, version: int = _VERSION) -> Path:
         return self.path / (f"{name}.f32" if version == 1 else f"memory.{name}.npy")
 
+    def _size(self, name: str) -> int:
+        """How many whole rows a column's file has."""
+        file = self._file(name)
+        return (file.stat().st_size - _HEADER) // (self.num_data * _DTYPE.itemsize) if file.exists() else -1
+
     def _live_is_open(self) -> bool:
         return len(self) > 0 and self._snapshots[-1]["kind"] == "live"
 
@@ -320,21 +376,6 @@ class MemoryMap:
                 "going back to a checkpoint call rewind(step) with the checkpoint's step."
             )
         return step
-
-    def _check_index(self, index: Any) -> np.ndarray:
-        index = _as_array(index)
-        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
-            raise ValueError(
-                f"index has shape {index.shape} and type {index.dtype}, but it must be [B] integers: "
-                "each example's place in the training set (vlearn.IndexedDataset yields it)."
-            )
-        outside = index[(index < 0) | (index >= self.num_data)]
-        if len(outside):
-            raise ValueError(
-                f"index {outside[0]} is out of range, but indices must be 0 to {self.num_data - 1} "
-                f"for num_data={self.num_data}: use each example's place in the training set."
-            )
-        return index.astype(np.int64)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -368,16 +409,22 @@ def _of_all(told: list[tuple[np.ndarray, dict[str, np.ndarray]]]) -> tuple[np.nd
     return index[order], {name: values[order] for name, values in columns.items()}
 
 
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in (*COLUMNS, *AVERAGE_COLUMNS):
+            raise ValueError(f"column {name!r} does not exist: use one of {', '.join((*COLUMNS, *AVERAGE_COLUMNS))}.")
+
+
 def _check_column(name: str, values: Any, index: np.ndarray) -> np.ndarray:
-    array = _as_array(values)
+    array = as_array(values)
     if array.shape != index.shape:
         raise ValueError(f"{name} has shape {array.shape}, but index has {index.shape}: give one value per example.")
     with np.errstate(over="ignore"):
         return array.astype(_DTYPE)
 
 
-def _as_array(values: Any) -> np.ndarray:
-    """Array of a list, array or tensor, without importing torch; numpy has no bfloat16, so floats become float32."""
+def as_array(values: Any) -> np.ndarray:
+    """Array of a list, array or tensor, without importing torch; numpy has no bfloat16, which becomes float32."""
     if hasattr(values, "detach"):
-        values = (values.detach().float() if values.is_floating_point() else values).cpu()
+        values = (values.detach().float() if str(values.dtype) == "torch.bfloat16" else values.detach()).cpu()
     return np.asarray(values)

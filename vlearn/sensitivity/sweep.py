@@ -27,7 +27,7 @@ from vlearn.record.row_record import RowRecord
 from vlearn.sensitivity.live import prediction_error
 from vlearn.sensitivity.refined import check_threshold, function_variance, refine
 from vlearn.sensitivity.summary import row_norms
-from vlearn.sensitivity.table import COLUMNS, GrowingTable, SensitivityTable, TableOnDisk, not_kept
+from vlearn.sensitivity.table import COLUMNS, OUTPUTS, GrowingTable, SensitivityTable, TableOnDisk, not_kept
 from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
@@ -306,17 +306,18 @@ def _token_rows_of(
         rows = _rows_of(of_position, options, generator)
         columns: dict[str, Any] = {name: getattr(rows, name) for name in COLUMNS}
         columns["position"] = torch.full_like(rows.index, position)
-        columns["deviation"] = _kept(rows.deviation.select(axis, position), options)
+        for name in OUTPUTS:
+            columns[name] = _kept(getattr(rows, name).select(axis, position), options)
         mask = counts[:, position]
         counted: dict[str, Any] = {name: None if column is None else column[mask] for name, column in columns.items()}
         yield SensitivityTable(**counted)
 
 
-def _kept(deviation: Tensor, options: SweepOptions) -> Tensor:
-    """An output change, if it is to be kept."""
-    is_small = math.prod(deviation.shape[1:]) <= KEPT_ENTRIES
+def _kept(rows: Tensor, options: SweepOptions) -> Tensor:
+    """An output or its change, if it is to be kept."""
+    is_small = math.prod(rows.shape[1:]) <= KEPT_ENTRIES
     keeps = is_small if options.deviation == "small" else options.deviation
-    return deviation if keeps else not_kept(deviation)
+    return rows if keeps else not_kept(rows)
 
 
 def _rows_of(lin: Linearization, options: SweepOptions, generator: torch.Generator | None) -> SensitivityTable:
@@ -355,6 +356,7 @@ def _rows_of(lin: Linearization, options: SweepOptions, generator: torch.Generat
         used_first_order=kept(used_first_order),
         deviation_norm=norm,
         largest_eigenvalue=kept(largest),
+        output=kept(lin.output if lin.position is not None else _kept(lin.output, options)),
     )
 
 

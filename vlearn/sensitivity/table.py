@@ -40,6 +40,7 @@ class SensitivityTable:
             the leverage, which serves where this, None unless `refined`, was not asked for.
         position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
         deviation_norm: ``[N]`` ‖Δf‖, in the output's units.
+        output: ``[N, C]`` f, kept where the deviation is; f + Δf is what the model would say without the example.
         network: what `gather` compares, so that rows of different networks or posteriors are not mixed; None for a
             sweep in a single process.
     """
@@ -56,6 +57,7 @@ class SensitivityTable:
     position: Tensor | None = None
     deviation_norm: Tensor | None = None
     largest_eigenvalue: Tensor | None = None
+    output: Tensor | None = None
     network: Fingerprint | None = None
 
     @property
@@ -171,11 +173,12 @@ class SensitivityTable:
         return summary
 
 
-def not_kept(deviation: Tensor) -> Tensor:
-    """What stands in the place of an output change that is not kept: ``[N, 1]`` of NaN."""
-    return deviation.new_full((len(deviation), 1), torch.nan)
+def not_kept(rows: Tensor) -> Tensor:
+    """What stands in the place of an output, or of its change, that is not kept: ``[N, 1]`` of NaN."""
+    return rows.new_full((len(rows), 1), torch.nan)
 
 
+OUTPUTS = ("deviation", "output")  # may not be kept
 COLUMNS = tuple(field.name for field in fields(SensitivityTable) if field.name != "network")
 Kinds = dict[str, tuple[torch.Size, torch.dtype] | None]
 
@@ -215,10 +218,11 @@ class GrowingTable:
         return SensitivityTable(**columns, network=network)
 
     def _add(self, rows: SensitivityTable) -> None:
-        deviation = self._columns.get("deviation")
-        if deviation is not None and deviation.shape[1:] != rows.deviation.shape[1:]:
-            # Batches that are padded to different lengths.
-            rows, self._columns["deviation"] = replace(rows, deviation=not_kept(rows.deviation)), not_kept(deviation)
+        for name in OUTPUTS:
+            before, now = self._columns.get(name), getattr(rows, name)
+            if before is not None and before.shape[1:] != now.shape[1:]:
+                # Batches that are padded to different lengths.
+                rows, self._columns[name] = replace(rows, **{name: not_kept(now)}), not_kept(before)
         earlier, variance = self._columns.get("function_variance"), rows.function_variance
         if earlier is not None and variance is not None and earlier.shape[1:] != variance.shape[1:]:
             raise _unlike_variances(earlier.shape[1], variance.shape[1])
@@ -298,7 +302,7 @@ def _records(rows: SensitivityTable) -> np.ndarray:
     columns: dict[str, np.ndarray] = {}
     for name in COLUMNS:
         column: Tensor | None = getattr(rows, name)
-        if column is not None and not (name == "deviation" and _is_not_kept(column)):
+        if column is not None and not (name in OUTPUTS and _is_not_kept(column)):
             columns[name] = (column.float() if column.dtype == torch.bfloat16 else column).numpy()
     records = np.zeros(len(rows), np.dtype([(n, c.dtype.str, c.shape[1:]) for n, c in columns.items()], align=True))
     for name in columns:
@@ -308,13 +312,14 @@ def _records(rows: SensitivityTable) -> np.ndarray:
 
 def _of_records(records: np.ndarray) -> SensitivityTable:
     columns: dict[str, Any] = {name: torch.from_numpy(records[name]) for name in records.dtype.names or ()}
-    columns.setdefault("deviation", not_kept(columns["loss"]))
+    for name in OUTPUTS:
+        columns.setdefault(name, not_kept(columns["loss"]))
     columns.setdefault("leverage", None)
     return SensitivityTable(**columns)
 
 
-def _is_not_kept(deviation: Tensor) -> bool:
-    return deviation.shape[1:] == (1,) and bool(deviation.isnan().all())
+def _is_not_kept(rows: Tensor) -> bool:
+    return rows.shape[1:] == (1,) and bool(rows.isnan().all())
 
 
 def _kinds(columns: dict[str, Tensor | None]) -> Kinds:
@@ -335,7 +340,7 @@ def _same_kinds(told: list[Kinds]) -> Kinds:
         if len(found) == 1:
             continue
         shapes = [kind[0] for kind in found if kind is not None]
-        if name == "deviation" and len(shapes) == len(found) and len({kind[1] for kind in found if kind}) == 1:
+        if name in OUTPUTS and len(shapes) == len(found) and len({kind[1] for kind in found if kind}) == 1:
             kinds[name] = torch.Size([1]), found[0][1]  # pyright: ignore[reportOptionalSubscript]
         elif name == "function_variance" and len(shapes) == len(found):
             raise _unlike_variances(shapes[0][0], shapes[1][0])

@@ -1,0 +1,176 @@
+"""The outputs of a model's training forward passes, seen by hooks that change nothing."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlearn.audit.scores import OutputScores, output_scores
+from vlearn.capture.hooks import hooks_are_silent
+from vlearn.capture.pytrees import Selector, select, tensor_leaves
+from vlearn.losses.example_loss import LossFunction
+
+
+class Call(NamedTuple):
+    """One training forward pass.
+
+    Attributes:
+        name: of the module.
+        output: the tensor that is chosen of its output.
+        version: how often that had been written to.
+        takes_inputs: whether the module was given what the batch holds, and not what another module made of it.
+    """
+
+    name: str
+    output: Tensor
+    version: int
+    takes_inputs: bool
+
+
+class CapturedOutputs:
+    """Keeps the outputs of some modules' forward passes in training, from `begin` to `end`.
+
+    Args:
+        modules: by name; of several, which one gives the output is seen by the first batch.
+        output: which tensor of a module's output; default the only one, or ``logits``.
+
+    Attributes:
+        takes_inputs: whether the module that was chosen of several is given the inputs of a batch as they are.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], output: Selector = None):
+        self._output = output
+        self._calls: list[Call] = []
+        self._active = False
+        self._inputs: list[Tensor] = []
+        self.takes_inputs = True
+        self._chosen: str | None = next(iter(modules)) if len(modules) == 1 else None
+        self._handles = {
+            name: module.register_forward_hook(_Hook(self, name), always_call=False) for name, module in modules.items()
+        }
+
+    @property
+    def chosen(self) -> str | None:
+        """The module whose output it is, once that is known."""
+        return self._chosen
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether there were any since the batch began."""
+        return bool(self._calls)
+
+    def begin(self, batch: Any = None) -> None:
+        """A batch begins."""
+        self._calls, self._active = [], True
+        self._inputs = [] if self._chosen is not None else tensor_leaves(batch)
+
+    def end(self) -> list[Call]:
+        """The calls since, of the batch that is over."""
+        calls, self._calls, self._active, self._inputs = self._calls, [], False, []
+        for call in calls:
+            if call.output._version != call.version:
+                raise RuntimeError(
+                    f"the output of {call.name or 'the model'} was written to in place after its forward pass: write "
+                    "to a copy, or name another module by module=."
+                )
+        return calls
+
+    def see(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """A module's forward pass is over."""
+        # Passes that vlearn makes itself, as for sensitivities, are none of the loop's.
+        if self._active and module.training and torch.is_grad_enabled() and not hooks_are_silent():
+            tensor = self._selected(output)
+            if tensor is not None and tensor.dim() > 0 and tensor.is_floating_point():
+                given = tensor_leaves(args)
+                takes_inputs = any(each is leaf for each in given for leaf in self._inputs)
+                self._calls.append(Call(name, tensor.detach(), tensor._version, takes_inputs or not given))
+
+    def outputs(self, calls: list[Call], target: Any, loss_fn: LossFunction | None, loss: Any) -> list[Tensor]:
+        """The outputs of the module that is chosen, by these calls if none is yet.
+
+        Args:
+            target: of the batch.
+            loss: what the training loop made of it, which tells outputs apart; None where that is not known.
+
+        Raises:
+            ValueError: if no output fits the target, or several do.
+        """
+        if self._chosen is None:
+            self._chosen = self._choice(calls, target, loss_fn, loss)
+            self.takes_inputs = any(call.takes_inputs for call in calls if call.name == self._chosen)
+            for name, handle in self._handles.items():
+                if name != self._chosen:
+                    handle.remove()
+        return [call.output for call in calls if call.name == self._chosen]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles.values():
+            handle.remove()
+
+    def _selected(self, output: Any) -> Tensor | None:
+        if self._output is not None:
+            return select(output, self._output)
+        if isinstance(output, Tensor):
+            return output
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if isinstance(logits, Tensor):
+            return logits
+        tensors = tensor_leaves(output)
+        return tensors[0] if len(tensors) == 1 else None
+
+    def _choice(self, calls: list[Call], target: Any, loss_fn: LossFunction | None, loss: Any) -> str:
+        rows = len(target) if isinstance(target, Tensor) and target.dim() else None
+        fitting: dict[str, OutputScores] = {}
+        for call in calls:
+            if rows is None or len(call.output) == rows:
+                try:
+                    fitting[call.name] = output_scores(call.output, target, loss_fn)
+                except (ValueError, RuntimeError, IndexError, TypeError):  # it is not what the loss takes
+                    continue
+        if not fitting:
+            seen = ", ".join(f"{call.name or 'the model'} {tuple(call.output.shape)}" for call in calls) or "none"
+            raise ValueError(
+                f"no output of the model fits its target (seen: {seen}): name the submodule that gives the logits by "
+                "module=, the loss by loss_fn= and what is predicted by targets=."
+            )
+        same = fitting
+        if not _are_alike(same) and loss is not None:
+            same = {
+                name: each
+                for name, each in fitting.items()
+                if math.isclose(float(each.columns["loss"].nanmean()), float(loss), rel_tol=1e-3)
+            }
+        if not same or not _are_alike(same):
+            raise ValueError(
+                f"{', '.join(repr(name or 'the model') for name in fitting)} give outputs that fit the target, so "
+                "which one is the prediction is not clear: name it by module=."
+            )
+        return next(iter(same))
+
+
+def _are_alike(scores: dict[str, OutputScores]) -> bool:
+    """Whether all say the same, as a module does that hands on another's output."""
+    first, *others = (each.columns["loss"] for each in scores.values())
+    return all(torch.equal(first, other) for other in others)
+
+
+class _Hook:
+    """A forward hook that a copy of the model does not have."""
+
+    def __init__(self, captured: CapturedOutputs | None, name: str):
+        self._captured = (lambda: None) if captured is None else weakref.ref(captured)
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        captured = self._captured()
+        if captured is not None:
+            captured.see(self._name, module, args, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._name)
