@@ -61,3 +61,13 @@ def test_the_networks_have_the_published_numbers_of_parameters() -> None:
         models = resnet50_group_norm(), LanguageModel(50257, 1024, 768, 12, 12)
     assert [sum(p.numel() for p in model.parameters()) for model in models] == [25_557_032, 124_439_808]
     assert models[0](torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
+def test_what_would_begin_too_late_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accelerator, "LAST_BEGIN", -1.0)
+    accelerator.main(["--device", "cpu", "--quick", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert not found["steps"] and not found["networks"] and len(found["left out"]) == 8
+    assert "left out for want of time: 20 thousand parameters" in capsys.readouterr().out
