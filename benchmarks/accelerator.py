@@ -14,7 +14,7 @@ begin after eight minutes, is left out:
     KFACVON         milliseconds of a training step, and of one that makes all eigenbases anew
 
 Medians over rounds; calls of one network take turns. After every part the file is written, so that what has been
-measured is there if a later part fails. `--quick` runs everything in miniature, to see that it works: its times say nothing.
+measured is there if a later part fails. `--quick` runs all in miniature, to see that it works: its times say nothing.
 """
 
 from __future__ import annotations
