@@ -108,16 +108,19 @@ def test_parameters_whose_steps_differ_take_the_same_steps_and_no_more_waits(nam
     assert [float(optimizer.state[p]["step"]) for p in params] == [3.0] * 4 + [2.0] * 5
 
 
+@pytest.mark.parametrize("options", [{}, {"num_data": 100}], ids=["", "tempered"])
 @pytest.mark.parametrize("count", [12, 60])
-def test_evon_launches_ten_products_for_a_matrix_and_little_else(count: int, device: torch.device) -> None:
+def test_evon_launches_ten_products_for_a_matrix_and_little_else(
+    count: int, options: dict[str, Any], device: torch.device
+) -> None:
     params = parameters(count, device, channels_last=False)
-    optimizer = vlearn.EVON(params, 0.1, 1000, update_every=100)
+    optimizer = vlearn.EVON(params, 0.1, 1000, update_every=100, **options)
     step_of(optimizer, params), step_of(optimizer, params)
     counts = step_of(optimizer, params)
     products = {"mm", "bmm", "addmm_"}
     matrices = sum(p.dim() > 1 for p in params)
     assert sum(counts.operations[name] for name in products) <= 10 * matrices
-    assert sum(times for name, times in counts.operations.items() if name not in products) <= 60, counts.operations
+    assert sum(times for name, times in counts.operations.items() if name not in products) <= 70, counts.operations
     assert counts.reads.total() == 1
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import vlearn
 from tests.optim.table import data, loss_of, network, plain, weights
-from vlearn.optim.sampling import blocks
+from vlearn.optim.sampling import blocks, noise
 
 
 def test_steps_equal_the_written_formula() -> None:
@@ -109,9 +109,7 @@ def test_cutting_parameters_into_blocks_changes_nothing_but_the_noise(
 ) -> None:
     x, y = data()
     monkeypatch.setattr(blocks, "CPU_BLOCK", size)
-    monkeypatch.setattr(
-        vlearn.optim.structures.diagonal, "normal", lambda like, generator: [torch.ones_like(t) for t in like]
-    )
+    monkeypatch.setattr(noise, "normal", lambda like, generator: [torch.ones_like(t) for t in like])
     model = network()
     model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())  # not contiguous
     optimizer = vlearn.IVON(model, lr=0.1, ess=50, hess_init=0.5)

@@ -58,9 +58,10 @@ def move_matrices(structure: EigenbasisStructure, update: BlockUpdate) -> None:
     """`ivon_step` of matrices, with Hessian and preconditioner in the basis; then the factors move."""
     group, slices, _, statistics = update
     parameters, layer_of = structure.parameters, structure.layer_of()
-    for i, piece in enumerate(slices):
-        if statistics and measures_noise(group, [piece], parameters):
-            add_noise(parameters, group, [piece], [statistics[i]], group["ess"])
+    pairs = zip(slices, statistics or [], strict=bool(statistics))
+    measured = [(piece, each) for piece, each in pairs if measures_noise(group, [piece], parameters)]
+    if measured:
+        add_noise(parameters, group, [piece for piece, _ in measured], [each for _, each in measured], group["ess"])
     layers = [layer_of[piece.parameter] for piece in slices]
     for part, decay, correction, beta2 in split_by_step(structure.diagonal, update, beta2_of_step):
         these, layers = layers[: len(part[0])], layers[len(part[0]) :]
