@@ -158,7 +158,9 @@ class Layers(nn.Module):
         return self.body(x)
 
 
-def training_step(make: Callable[[nn.Module], Any], layers: int, device: torch.device) -> Launches:
+def training_step(
+    make: Callable[[nn.Module], Any], layers: int, device: torch.device, set_to_none: bool = True
+) -> Launches:
     """What the fourth training step of a model does, forward and backward too: the first passes are checked."""
     model = Layers(layers).to(device)
     x, y = torch.randn(12, 6).to(device), (torch.arange(12) % 6).to(device)
@@ -166,7 +168,7 @@ def training_step(make: Callable[[nn.Module], Any], layers: int, device: torch.d
     steps = []
     for _ in range(4):
         with counted() as counts:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none)
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
         steps.append(counts)
@@ -185,13 +187,14 @@ def test_a_watched_model_makes_neither_a_launch_nor_a_wait_for_each_layer(name: 
     assert more[0] == more[1] <= MOST
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("name", ["VON", "VOGN", "KFACVON"])
-def test_captures_take_no_wait_for_each_layer(name: str, device: torch.device) -> None:
+def test_captures_take_no_wait_for_each_layer(name: str, set_to_none: bool, device: torch.device) -> None:
     def make(model: nn.Module) -> Any:
         options = {"update_every": 100} if name == "KFACVON" else {}
         return getattr(vlearn, name)(model, 0.01, 1000, **options)
 
-    few, many = (training_step(make, layers, device) for layers in (3, 40))
+    few, many = (training_step(make, layers, device, set_to_none) for layers in (3, 40))
     assert few.reads == many.reads and few.uploads == many.uploads
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.accelerator.pretend import counted
 from vlearn.optim.kernels.multi_tensor import cast, copied, in_memory_order, read, reconcile, reconciled
-from vlearn.optim.kernels.nonfinite import first_nonfinite
+from vlearn.optim.kernels.nonfinite import are_zero, first_nonfinite
 from vlearn.optim.sampling.noise import normal
 from vlearn.optim.updates.adam import _sums
 
@@ -100,3 +100,15 @@ def test_the_first_gradient_that_is_not_finite_is_found_among_all_dtypes(value: 
     wrong = torch.zeros(1)
     gradients.insert(5, (wrong, torch.tensor([1.0, value]).to(device)))
     assert first_nonfinite(gradients) is wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [1e-7, -2.0, math.nan])
+def test_gradients_are_zero_if_no_entry_is_anything_else(
+    value: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    for where in ("cpu", device):
+        zeros = [torch.zeros_like(t, device=where) for d in (dtype, torch.float32) for t in layouts(d)]
+        assert are_zero(zeros) and are_zero([])
+        zeros[1][1, 2, 3, 4] = value
+        assert not are_zero(zeros)

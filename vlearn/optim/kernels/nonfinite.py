@@ -1,4 +1,4 @@
-"""Finding gradients that are not finite, cheaply where all are."""
+"""Finding gradients that are not finite, or not zero, cheaply where all are."""
 
 from __future__ import annotations
 
@@ -19,13 +19,28 @@ def is_low_precision(tensor: Tensor) -> bool:
 def first_nonfinite(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The first parameter whose gradient has an infinite or NaN entry, from pairs of both."""
     given = [(p, own_entries(g)) for p, g in gradients if g is not None]
-    alike: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
-    for _, g in given:
-        if g.numel():
-            alike.setdefault(g.device, {}).setdefault(g.dtype, []).append(g)
-    if all(_are_finite(by_dtype.values()) for by_dtype in alike.values()):
+    if all(_are_finite(by_dtype.values()) for by_dtype in _alike(g for _, g in given).values()):
         return None
     return next((p for p, g in given if not bool(g.isfinite().all())), None)
+
+
+def are_zero(gradients: Iterable[Tensor]) -> bool:
+    """Whether all entries are zero; on accelerators in one read for each device and dtype."""
+    for by_dtype in _alike(map(own_entries, gradients)).values():
+        for same in by_dtype.values():
+            on_cpu = same[0].device.type == "cpu"
+            if any(bool(g.any()) for g in same) if on_cpu else bool(torch.stack(_totals(same)).any()):
+                return False
+    return True
+
+
+def _alike(gradients: Iterable[Tensor]) -> dict[torch.device, dict[torch.dtype, list[Tensor]]]:
+    """Gradients that have entries, by device and dtype."""
+    alike: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
+    for g in gradients:
+        if g.numel():
+            alike.setdefault(g.device, {}).setdefault(g.dtype, []).append(g)
+    return alike
 
 
 def _are_finite(alike: Iterable[list[Tensor]]) -> bool:

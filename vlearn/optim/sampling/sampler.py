@@ -16,7 +16,7 @@ from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.entries import as_real, whole
 from vlearn.optim.kernels.multi_tensor import cast, reconcile, reconciled
-from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
+from vlearn.optim.kernels.nonfinite import are_zero, first_nonfinite, is_low_precision
 from vlearn.optim.parameters.parameters import Parameters
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, keep_means, partition
@@ -304,7 +304,7 @@ class Sampler:
         draw = self.draw
         if draw is None or draw.pass_sums is None:
             return
-        if all(p.grad is None or not bool(p.grad.any()) for p in draw.parameters):
+        if are_zero(p.grad for p in draw.parameters if p.grad is not None):
             draw.pass_sums.clear()
 
     def check_local_gradients(self, draw: Draw) -> None:
