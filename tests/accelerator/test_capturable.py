@@ -133,7 +133,7 @@ def test_a_group_that_becomes_capturable_takes_its_steps_to_the_device(device: t
 
 @pytest.mark.parametrize(
     "options",
-    [{"nonfinite": "raise"}, {"beta2_warmup": 3.0}, {"compiled": True}, {"shared_noise": True}],
+    [{"nonfinite": "raise"}, {"beta2_warmup": 3.0}, {"compiled": True}, {"shared_noise": True}, {"sync": True}],
     ids=str,
 )
 def test_what_needs_the_host_is_refused_with_it(options: dict[str, Any]) -> None:

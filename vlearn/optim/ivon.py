@@ -83,9 +83,10 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
             path of compiled=False.
         capturable: a step has no numbers of the host's, so that a CUDA graph can hold it, whole with forward and
             backward pass: the step is counted on the device, and a tensor lr there is read there. For it nonfinite must
-            be "ignore", and beta2_warmup, shared_noise and compiled are left out. Make one step before the capture. The
-            graph's replays move weights and state, but nothing in Python: a `posterior()` that was read before one is
-            not told that it is stale, and `sensitivities()` needs a pass outside the graph.
+            be "ignore", and beta2_warmup, compiled, shared_noise and sync are left out. Make one step before the
+            capture, and register a generator of your own with the graph. The replays move weights and state, but
+            nothing in Python: a `posterior()` that was read before one is not told that it is stale, and
+            `sensitivities()` needs a pass outside the graph.
         nonfinite: "raise" FloatingPointError at a gradient that is not finite, "skip" the step and count it in
             `nonfinite_count`, or "ignore": do not look.
         shared_noise: all processes take one draw, that of rank 0's generator. It depends on seed, parameter and place
@@ -225,6 +226,7 @@ def _capturable_rules(group: Group) -> list[SettingRule]:
         ("beta2_warmup", group["beta2_warmup"] is None, "must be None with capturable=True: β₂ is constant"),
         ("compiled", not group["compiled"], "must be False with capturable=True: use torch.compile around the graph"),
         ("shared_noise", not group["shared_noise"], "must be False with capturable=True: the host makes its seed"),
+        ("sync", not group["sync"], "must be False with capturable=True: the host compares the processes"),
     ]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from vlearn._torch_internals import has_compiled
 from vlearn.collectives import process_count
+from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.sampler import Sampler
@@ -34,10 +35,12 @@ def is_primed(sampler: Sampler) -> bool:
 def check_capture(groups: list[Group]) -> None:
     """Raise RuntimeError where a CUDA graph would hold a step that has numbers of the host's."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        if not all(group.get("capturable", False) for group in groups):
+        held = all(group.get("capturable", False) for group in groups)
+        if not held or any(is_dtensor(p) for group in groups for p in group["params"]):
             raise RuntimeError(
                 "step() inside a CUDA graph, which would replay the numbers of this step in all others: use "
-                'IVON(..., capturable=True, nonfinite="ignore"), or leave step() out of the graph.'
+                'IVON(..., capturable=True, nonfinite="ignore"), of parameters that are not sharded, or leave step() '
+                "out of the graph."
             )
 
 
