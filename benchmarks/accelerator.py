@@ -173,21 +173,29 @@ def step_of(optimizer: Any, parameters: list[nn.Parameter]) -> Callable[[], None
 def steps(shapes: list[torch.Size], rounds: int, device: str, compiled: bool = True) -> dict[str, Numbers]:
     """Milliseconds and peak bytes of a step of each optimizer; one optimizer after another, for its memory."""
     found: dict[str, Numbers] = {}
+    count = sum(map(torch.Size.numel, shapes))
     for name, make in optimizers(compiled).items():
-        found[name] = {"step, ms": None, "of AdamW fused": None, "peak, bytes per parameter": None}
+        row: Numbers = {"step, ms": None, "of AdamW fused": None, "peak, bytes per parameter": None}
+        found[name] = row
         with what_fits(device):
-            torch.manual_seed(0)
-            parameters = [nn.Parameter(torch.randn(shape, device=device) * 0.01) for shape in shapes]
-            for p in parameters:
-                p.grad = torch.randn_like(p)
-            before = start_of_peak(device)
-            step = synchronised(step_of(make(parameters), parameters), device)
-            seconds = medians({name: step}, rounds)[name]
-            found[name]["step, ms"] = 1e3 * seconds
-            found[name]["peak, bytes per parameter"] = (peak(device) - before) / sum(map(torch.Size.numel, shapes))
+            seconds, taken = time_and_peak(make, shapes, rounds, device)
+            row["step, ms"], row["peak, bytes per parameter"] = 1e3 * seconds, taken / count
             fused = found[FUSED]["step, ms"]
-            found[name]["of AdamW fused"] = None if fused is None else 1e3 * seconds / fused
+            row["of AdamW fused"] = None if fused is None else 1e3 * seconds / fused
     return found
+
+
+def time_and_peak(
+    make: Callable[[list[nn.Parameter]], Any], shapes: list[torch.Size], rounds: int, device: str
+) -> tuple[float, float]:
+    """Median seconds of a step, and its peak bytes over the model and its gradients; nothing of it stays."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, device=device) * 0.01) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    before = start_of_peak(device)
+    step = synchronised(step_of(make(parameters), parameters), device)
+    return medians({"": step}, rounds)[""], peak(device) - before
 
 
 @contextmanager
