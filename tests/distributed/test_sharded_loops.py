@@ -170,8 +170,7 @@ def looped(rank: int, name: str, how: str, late: bool = False) -> dict[str, dict
     return results(model, optimizer)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["", "sharded after the optimizer was made"])
-@pytest.mark.parametrize("how", ["fsdp", "whole"])
+@pytest.mark.parametrize(("how", "late"), [("fsdp", False), ("whole", True)], ids=["", "sharded after the optimizer"])
 @pytest.mark.parametrize("name", list(LOOPS))
 def test_loops_are_those_of_one_process(ranks: Ranks, name: str, how: str, late: bool) -> None:
     expected = looped(0, name, "plain")

@@ -34,8 +34,7 @@ def live(rank: int, kind: str, how: str, maker: str, count: int) -> list[tuple[T
     return found
 
 
-@pytest.mark.parametrize("kind", ["mlp", "transformer"])
-@pytest.mark.parametrize("how", ["fsdp", "whole"])
+@pytest.mark.parametrize(("kind", "how"), [("mlp", "fsdp"), ("transformer", "whole")])
 @pytest.mark.parametrize("maker", ["IVON", "VAdamW"])
 def test_each_process_has_the_rows_of_its_own_examples(ranks: Ranks, kind: str, how: str, maker: str) -> None:
     expected = live(0, kind, "plain", maker, 1)
