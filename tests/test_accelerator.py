@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests" / "accelerator").glob("test_*.py"))
-QUICK = ("test_capturable.py", "test_pretend.py")
+QUICK = ("test_capturable.py", "test_multi_tensor.py", "test_pretend.py")
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,7 @@ def test_on_a_pretend_accelerator(path: Path) -> None:
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-10_000:] + ran.stderr[-2_000:]
 
 
-def test_it_says_so_where_nothing_was_collected() -> None:
-    """Outside such a process the room is left out."""
+def test_elsewhere_the_room_is_left_out() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "VLEARN_PRETEND"}
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/accelerator", "--collect-only"],

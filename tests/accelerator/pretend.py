@@ -1,7 +1,7 @@
 """A device that is none: its tensors hold a CPU tensor, and what a GPU would refuse or wait for is refused or counted.
 
 It shows without a GPU whether code keeps to one device, how many kernels it would launch, and how often the host would
-wait for the device. It does not show speed, nor forward-mode AD, which tensor subclasses do not have.
+wait for the device. Training, sweeps and forward-mode AD run on it; autocast does not, and it does not show speed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 # Operations whose result the host must know, beside copies to the CPU: a number, or the size of a tensor.
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
+# Operations that launch nothing, beside views.
 FREE = {
     "empty",
     "empty_strided",
