@@ -24,3 +24,8 @@ def finished_runs() -> Iterator[None]:
     yield
     if getattr(sys.modules.get("wandb"), "run", None) is not None:
         sys.modules["wandb"].finish()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: at the end the other processes would wait for them."""
+    items.sort(key=lambda item: item.path.name != "test_accelerator.py")
