@@ -83,8 +83,9 @@ TASKS = {
 
 def defaults() -> str:
     """One line in other people's networks: validation losses of the tasks that are recorded."""
-    columns = [("AdamW", "line"), ("VAdamW", "line"), ("EVON", "line"), ("AdamW", "tuned"), ("VAdamW", "tuned")]
-    columns += [("EVON", "tuned"), ("SOAP", "tuned"), ("SGD", "tuned"), ("ivon-opt", "line")]
+    columns = [("AdamW", "line"), ("VAdamW", "line"), ("EVON", "line"), ("EVON, narrow", "line")]
+    columns += [("AdamW", "tuned"), ("VAdamW", "tuned"), ("EVON", "tuned"), ("SOAP", "tuned"), ("SGD", "tuned")]
+    columns += [("ivon-opt", "line")]
     rows = []
     for name, label in TASKS.items():
         methods = read(f"defaults/{name}")["methods"]
@@ -95,7 +96,7 @@ def defaults() -> str:
 
 def defaults_calibration() -> str:
     """Validation loss and calibration error of the mean and of the draws' average, where there are classes."""
-    columns = [("AdamW", "tuned"), ("SOAP", "tuned"), ("VAdamW", "tuned"), ("EVON", "line")]
+    columns = [("AdamW", "tuned"), ("SOAP", "tuned"), ("VAdamW", "tuned"), ("EVON", "line"), ("EVON, narrow", "line")]
     rows = []
     for name, label in TASKS.items():
         methods = read(f"defaults/{name}")["methods"]
