@@ -28,7 +28,7 @@ RIGHT_BELOW = {
     "linearized": ("gaussians", "losses", "collectives", "_extras"),
     "posterior": ("linearized",),
     "sensitivity": ("linearized", "record"),
-    "optim.kernels": (),
+    "optim.kernels": ("sharded",),
     "optim.parameters": ("optim.kernels", "capture"),
     "optim.distributed": ("optim.parameters", "per_example", "collectives"),
     "optim.sampling": ("optim.distributed", "gaussians"),

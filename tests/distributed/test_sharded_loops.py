@@ -264,12 +264,16 @@ def offloaded(rank: int) -> dict[str, dict[str, Tensor]]:
     return results(model, optimizer)
 
 
-def test_shards_may_be_offloaded(ranks: Ranks) -> None:
+def alone() -> dict[str, dict[str, Tensor]]:
     model = new_model("mlp")
     optimizer = make(model, "IVON")
     train(model, optimizer, "mlp")
+    return results(model, optimizer)
+
+
+def test_shards_may_be_offloaded(ranks: Ranks) -> None:
     for found in ranks(offloaded):
-        assert_equal(found, results(model, optimizer))
+        assert_equal(found, alone())
 
 
 def from_meta(rank: int) -> dict[str, dict[str, Tensor]]:
@@ -289,11 +293,8 @@ def from_meta(rank: int) -> dict[str, dict[str, Tensor]]:
 
 
 def test_models_may_be_made_on_the_meta_device(ranks: Ranks) -> None:
-    model = new_model("mlp")
-    optimizer = make(model, "IVON")
-    train(model, optimizer, "mlp")
     for found in ranks(from_meta):
-        assert_equal(found, results(model, optimizer))
+        assert_equal(found, alone())
 
 
 def checkpointed(rank: int, how: str) -> dict[str, dict[str, Tensor]]:

@@ -172,3 +172,44 @@ def test_sweeps_take_the_model_as_it_was_trained(ranks: Ranks, kind: str) -> Non
         expected = swept(rank, kind, "plain", 2)
         for own, of_one in zip(rows, expected, strict=True):
             torch.testing.assert_close(own, of_one, rtol=1e-9, atol=1e-13)
+
+
+def fitted(rank: int, how: str) -> tuple[Any, ...]:
+    """A fit, a prediction, and a sweep with a posterior that belongs to no model, while a draw is in the weights."""
+    model = sharded(new_model("transformer"), how)
+    optimizer = make(model, "IVON")
+    train(model, optimizer, "transformer", range(3))
+    x, y = batch("transformer", 100, count=8)
+    loader = DataLoader(TensorDataset(x, y[:, -1]), batch_size=4)
+    loss_of(model, *batch("transformer", 3)).backward()
+    if how == "plain":  # of a whole model the draw must go first
+        optimizer.eval()
+    posterior = vlearn.posterior.fit(model, loader, last_token, structure="kronecker", prior_precision=1.0)
+    table = vlearn.sweep(model, posterior, loader, last_token)
+    generator = torch.Generator().manual_seed(0)
+    prediction = vlearn.posterior.predict(
+        model, optimizer.posterior(), x, draws=3, link=lambda f: f.softmax(-1), generator=generator
+    )
+    optimizer.step()
+    return dict(posterior.variance), table.loss, table.self_influence, prediction
+
+
+def test_sharded_models_are_fitted_and_predict_at_the_mean_and_draws(ranks: Ranks) -> None:
+    expected = fitted(0, "plain")
+    for found in ranks(fitted, "fsdp"):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def placed_whole(rank: int) -> str:
+    model = sharded(new_model("mlp"), "fsdp")
+    posterior = make(model, "IVON").posterior().clone()
+    try:
+        with posterior.at_mean():
+            return "nothing was raised"
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_shards_hold_no_whole_weights(ranks: Ranks) -> None:
+    for message in ranks(placed_whole):
+        assert "which cannot hold whole weights" in message

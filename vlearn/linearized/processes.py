@@ -123,18 +123,22 @@ class Processes(Together):
         return torch.Generator(device).manual_seed(int(seeds[self.rank]))
 
 
-def whole_network(model: nn.Module, posterior: Posterior) -> tuple[nn.Module, Any]:
+def whole_network(model: nn.Module, posterior: Posterior | None = None) -> tuple[nn.Module, Any]:
     """The model and its posterior; where `fully_shard` has sharded the model, copies with whole weights and means.
 
-    All processes that have shards must ask for them. After that no process waits for another.
+    All processes that have shards must ask for them. After that no process waits for another. The weights are the mean
+    also while an optimizer's draw is in the model.
 
     Raises:
         RuntimeError: if tensor parallelism has sharded it.
     """
     if not is_sharded_model(model):
         return model, posterior
-    whole = whole_model(model)
-    own = {name: p for name, p in posterior.parameters.items() if p in whole.parameter_of}
+    entries = model.state_dict()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    whole = whole_model(model, {p: entries[name] for name, p in named.items() if name in entries})
+    known = posterior.parameters if isinstance(posterior, Gaussian) else {}
+    own = {name: p for name, p in known.items() if p in whole.parameter_of}
     if isinstance(posterior, Gaussian) and own:
         posterior = copy.copy(posterior)
         posterior.belong_to({name: whole.parameter_of[p] for name, p in own.items()})

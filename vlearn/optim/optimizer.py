@@ -33,7 +33,6 @@ from vlearn.capture.pytrees import Selector
 from vlearn.collectives import averaged
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
-from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.options import follow_betas, with_betas
 from vlearn.optim.parameters.parameters import Parameters, state_dtype
@@ -53,6 +52,7 @@ from vlearn.optim.watch.model_search import ModelSearch
 from vlearn.optim.watch.watch import Watch, watches
 from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.sensitivity.live import Sensitivities, live_sensitivities
+from vlearn.sharded.tensors import is_dtensor
 
 # Outcomes of the checks before a step in rising severity; "fail" means that this process cannot step.
 _RULES = ("ignore", "skip", "raise", "fail")

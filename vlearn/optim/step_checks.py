@@ -6,11 +6,11 @@ import torch
 
 from vlearn._torch_internals import has_compiled
 from vlearn.collectives import process_count
-from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.sampler import Sampler
 from vlearn.optim.watch.watch import COMPILED, Watch
+from vlearn.sharded.tensors import is_dtensor
 
 LOOPS = (
     "Use one of the four loops: (a) {name}(model, ...) or optimizer.watch(model), then, with the model in train mode, "

@@ -18,7 +18,6 @@ from vlearn.gaussians import Diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.distributed.shards import share
-from vlearn.optim.kernels.entries import shard
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import check, common_rules
 from vlearn.optim.parameters.parameters import Group, Parameters
@@ -28,6 +27,7 @@ from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.structures.prior import Decay
 from vlearn.optim.updates.adam import Scale, ScaleEstimate, adam_step, rate_of_step
 from vlearn.optim.updates.block_update import BlockUpdate, split_by_step
+from vlearn.sharded.tensors import shard
 
 DRAW_VARIANCE = 0.02
 

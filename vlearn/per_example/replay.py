@@ -22,6 +22,7 @@ from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import rows_of, tensor_leaves
 from vlearn.capture.random_state import random_state_now, set_random_state
 from vlearn.capture.trace import Trace
+from vlearn.sharded.tensors import is_dtensor
 
 
 def call_with(module: nn.Module, weights: Mapping[Tensor, Tensor], args: Any, kwargs: Any) -> Any:
@@ -72,7 +73,14 @@ def placed(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
     Args:
         weights: by parameter, in its shape; of complex ones also as pairs of reals.
+    Raises:
+        RuntimeError: if a parameter is sharded, whose model would not see them.
     """
+    if any(is_dtensor(p) for p in weights):
+        raise RuntimeError(
+            "the parameters are sharded over processes (fully_shard, tensor parallelism), which cannot hold whole "
+            "weights: pass a model that is not sharded."
+        )
     before = {p: p.data for p in weights}
     try:
         for p, value in weights.items():

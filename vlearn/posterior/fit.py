@@ -18,6 +18,7 @@ from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.stopped_training import TrainingTime, times_by_name
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.linearization import Linearization, linearize
+from vlearn.linearized.processes import whole_network
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.likelihood import LIKELIHOODS, Likelihood
 from vlearn.per_example.kronecker_factors import CONVENTIONS
@@ -97,6 +98,7 @@ def fit(
         ValueError: if an argument breaks its rule, nothing can be fitted, or the processes have different networks.
         RuntimeError: if the examples have no gradients of their own, or the fit failed in another process.
     """
+    model, _ = whole_network(model)
     processes = FitProcesses(model, sync)
     model = processes.model
     named: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if p.requires_grad and p.numel()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlearn.capture.names import model_arguments
 from vlearn.gaussians.protocol import Posterior, match
+from vlearn.linearized.processes import whole_network
 from vlearn.per_example.replay import call_with, eval_mode, placed
 
 
@@ -52,6 +53,7 @@ def predict(
     """
     if draws < 1:
         raise ValueError(f"draws={draws}, but it must be positive: use 64.")
+    model, posterior = whole_network(model, posterior)
     names = match(model, posterior)
     args, kwargs = model_arguments(model, x)
     total: Tensor | None = None

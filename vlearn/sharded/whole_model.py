@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from vlearn._torch_internals import let_go_of_gathered_weights, sharded_parameters, unsharded_class
+from vlearn.sharded.tensors import is_dtensor, whole
 
 # Whose hooks on modules are for the sharded model alone.
 _HOOKS_OF = ("torch.distributed.fsdp", "vlearn.")
@@ -29,9 +30,7 @@ class WholeModel(NamedTuple):
 
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether any weights of a model are spread over processes."""
-    return any(_is_sharded(module) for module in model.modules()) or any(
-        getattr(p, "device_mesh", None) is not None for p in model.parameters()
-    )
+    return any(map(_is_sharded, model.modules())) or any(map(is_dtensor, model.parameters()))
 
 
 def whole_model(model: nn.Module, values: Mapping[Tensor, Tensor] | None = None) -> WholeModel:
@@ -49,7 +48,7 @@ def whole_model(model: nn.Module, values: Mapping[Tensor, Tensor] | None = None)
     for module in filter(_is_sharded, modules):
         let_go_of_gathered_weights(module)
         by_fsdp.update(sharded_parameters(module, also_otherwise=False))
-    if any(getattr(p, "device_mesh", None) is not None and p not in by_fsdp for p in model.parameters()):
+    if any(is_dtensor(p) and p not in by_fsdp for p in model.parameters()):
         raise RuntimeError(
             "tensor parallelism computes on parts of the weights, so examples have no gradients of their own here: "
             "sweep a model that is not parallelised, with a copy of optimizer.posterior(), see Gaussian.belong_to."
@@ -59,10 +58,8 @@ def whole_model(model: nn.Module, values: Mapping[Tensor, Tensor] | None = None)
     for module, copied in module_of.items():
         for name, p in module._parameters.items():
             if p is not None and p not in parameter_of:
-                value: Any = (values or {}).get(p, p.detach())
-                gather: Callable[[], Tensor] | None = getattr(value, "full_tensor", None)
-                whole = (value if gather is None else gather()).detach()
-                parameter_of[p] = nn.Parameter(whole, requires_grad=p.requires_grad)
+                value = whole((values or {}).get(p, p.detach())).detach()
+                parameter_of[p] = nn.Parameter(value, requires_grad=p.requires_grad)
             copied._parameters[name] = None if p is None else parameter_of[p]
         copied._modules.update({name: None if m is None else module_of[m] for name, m in module._modules.items()})
     return WholeModel(module_of, parameter_of)

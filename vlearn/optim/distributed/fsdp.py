@@ -16,7 +16,7 @@ from weakref import WeakSet
 from torch import Tensor
 
 from vlearn._torch_internals import let_go_of_gathered_weights, sharded_parameters
-from vlearn.optim.kernels.entries import is_dtensor
+from vlearn.sharded.tensors import is_dtensor
 
 
 class FSDPRegistry:

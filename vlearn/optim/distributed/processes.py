@@ -13,8 +13,8 @@ from vlearn._torch_internals import lets_processes_stop_early
 from vlearn.collectives import process_count
 from vlearn.optim.distributed.ddp import DDPRegistry
 from vlearn.optim.distributed.fsdp import FSDPRegistry
-from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.parameters.parameters import Parameters
+from vlearn.sharded.tensors import is_dtensor
 
 
 class Processes:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.optim.kernels.entries import is_dtensor
+from vlearn.sharded.tensors import is_dtensor
 
 
 def share(parameter: Tensor, mesh: Any) -> float:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.kernels.compiled import SMALLEST, SMALLEST_ON_ACCELERATOR
-from vlearn.optim.kernels.entries import address, own_entries, placement
+from vlearn.optim.kernels.entries import address, own_entries
 from vlearn.optim.kernels.multi_tensor import copied
 from vlearn.optim.parameters.parameters import Group, Parameters
+from vlearn.sharded.tensors import placement
 
 # Entries. On one thread 2**18 is a tenth faster, but on several every operation waits for all of them: where other
 # processes want the cores too, blocks of 2**17 took three times as long as these.

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from vlearn._torch_internals import set_versions
 from vlearn.optim.distributed.local_gradients import LocalGradients
-from vlearn.optim.kernels.entries import like, placed_as
+from vlearn.optim.kernels.entries import like
 from vlearn.optim.sampling.accumulator import PassSums
 from vlearn.optim.sampling.blocks import (
     ParameterSlice,
@@ -28,6 +28,7 @@ from vlearn.optim.sampling.blocks import (
     swap_in_means,
 )
 from vlearn.optim.sampling.noise import Noise
+from vlearn.sharded.tensors import placed_as
 
 
 class DrawState(Enum):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vlearn._torch_internals import global_offset
-from vlearn.optim.kernels.entries import as_real, is_dtensor
+from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.sampling.blocks import ParameterSlice
+from vlearn.sharded.tensors import is_dtensor
 
 ROWS = 2**22  # entries whose numbers are held at once
 

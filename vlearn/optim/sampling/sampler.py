@@ -14,7 +14,7 @@ from vlearn._torch_internals import next_sequence_number
 from vlearn.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
-from vlearn.optim.kernels.entries import as_real, whole
+from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.kernels.multi_tensor import cast, reconcile, reconciled
 from vlearn.optim.kernels.nonfinite import are_zero, first_nonfinite, is_low_precision
 from vlearn.optim.parameters.parameters import Parameters
@@ -24,6 +24,7 @@ from vlearn.optim.sampling.draw import Draw, DrawState, Origin
 from vlearn.optim.sampling.gradient_origin import GradientOrigin
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import Curvature, PassListener, Structure
+from vlearn.sharded.tensors import whole
 
 
 class Context(Enum):

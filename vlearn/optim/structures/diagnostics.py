@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlearn.optim.kernels.entries import whole
 from vlearn.optim.parameters.options import hess_init_weight, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.structures.diagonal import momentum_correction
 from vlearn.optim.structures.prior import rate_of
+from vlearn.sharded.tensors import whole
 
 SUBSAMPLE = 1_000_000  # entries that the medians and shares are taken over, at most
 MOVED = 0.01  # relative change of the Hessian that counts as moved

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlearn.gaussians import Diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.kernels.compiled import flat, kernel
-from vlearn.optim.kernels.entries import as_real, whole
+from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.kernels.multi_tensor import copied, read
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.kernels.threefry import new_key, normals
@@ -29,6 +29,7 @@ from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.optim.structures.prior import decay_of, diagonal_prior, prior_means, rate_of
 from vlearn.per_example.gradients import sums_of_squares
 from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.sharded.tensors import whole
 
 
 class DiagonalStructure:

@@ -18,11 +18,12 @@ from torch import Tensor
 from vlearn.gaussians.eigenbasis import rotate_diagonal
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.protocol import of_same_name
-from vlearn.optim.kernels.entries import as_real, sharded_as, whole
+from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.parameters.options import tempered_ess_and_decay, tempering_of
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
 from vlearn.per_example.kronecker_factors import Basis, Layer
+from vlearn.sharded.tensors import sharded_as, whole
 
 
 class Decay(NamedTuple):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from vlearn.optim.distributed.shards import share, sum_over
-from vlearn.optim.kernels.entries import is_dtensor
 from vlearn.optim.kernels.multi_tensor import read
 from vlearn.optim.parameters.options import beta2_of_step
 from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice
+from vlearn.sharded.tensors import is_dtensor
 
 KEY = "hessian_noise"  # ν in a parameter's state; only there once its group was tempered
 LIMIT = 0.5  # below it, self-influences were found within a factor of 1.6 of those by a Hessian without noise
