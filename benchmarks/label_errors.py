@@ -40,7 +40,7 @@ from benchmarks.problems.noisy_labels import given_labels
 from benchmarks.report import experiments
 from benchmarks.report.records import over_seeds
 from benchmarks.report.terminal import Advance, print_table
-from benchmarks.training.checkpoint import Checkpoint, kept, random_state, set_random_state
+from benchmarks.training.checkpoint import Checkpoint, kept, set_training_state, training_state
 from benchmarks.training.supervised import steps
 from vlearn.plot.style import BLUE, GREEN, GREY, INK, VERMILLION, tidy
 
@@ -161,11 +161,7 @@ class Run:
             path = folder / f"{name}-record"
             self.recorder = vlearn.Recorder(path, self.model, dataset=data, overwrite=saved is None)
         if saved is not None:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
-            set_random_state(saved["random"])
-            self.order.set_state(saved["order"])
+            set_training_state(saved, self.model, self.optimizer, self.schedule, self.order)
             self.seconds = saved["seconds"]
             if self.recorder is not None:
                 self.recorder.load_state_dict(saved["recorder"])
@@ -178,11 +174,7 @@ class Run:
             self.seconds.append(time.perf_counter() - began)
             self.checkpoint.save(
                 {
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "schedule": self.schedule.state_dict(),
-                    "random": random_state(),
-                    "order": self.order.get_state(),
+                    **training_state(self.model, self.optimizer, self.schedule, self.order),
                     "seconds": self.seconds,
                     "recorder": None if self.recorder is None else self.recorder.state_dict(),
                 }

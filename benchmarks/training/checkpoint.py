@@ -73,6 +73,23 @@ def kept(path: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
     return state
 
 
+def training_state(model: Any, optimizer: Any, schedule: Any, order: torch.Generator) -> dict[str, Any]:
+    """What a training goes on from: network, optimizer, schedule, and the generators of noise and of batches."""
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    return {**states, "random": random_state(), "order": order.get_state()}
+
+
+def set_training_state(
+    saved: dict[str, Any], model: Any, optimizer: Any, schedule: Any, order: torch.Generator
+) -> None:
+    """Undo of `training_state`."""
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    set_random_state(saved["random"])
+    order.set_state(saved["order"])
+
+
 def random_state() -> dict[str, Any]:
     """The state of torch's generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

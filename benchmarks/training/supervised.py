@@ -19,7 +19,7 @@ from torch import nn
 import vlearn
 from benchmarks.problems.images import Images
 from benchmarks.report.pictures import IVON, KRONECKER
-from benchmarks.training.checkpoint import Checkpoint, random_state, set_random_state
+from benchmarks.training.checkpoint import Checkpoint, set_training_state, training_state
 
 TRAINERS = {"SGD": KRONECKER, "IVON": IVON}  # the posterior after each: a Laplace fit, or its own state
 
@@ -163,11 +163,7 @@ class Training:
         self.recorded: dict[str, Any] = {**(recorded or {}), "seconds": []}
         self.done = 0
         if (saved := checkpoint.load()) is not None:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
-            set_random_state(saved["random"])
-            self.order.set_state(saved["order"])
+            set_training_state(saved, model, optimizer, schedule, self.order)
             self.recorded, self.done = saved["found"], saved["done"]
 
     def __iter__(self) -> Iterator[int]:
@@ -191,11 +187,7 @@ class Training:
     def _save(self, epoch: int) -> None:
         self.checkpoint.save(
             {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "random": random_state(),
-                "order": self.order.get_state(),
+                **training_state(self.model, self.optimizer, self.schedule, self.order),
                 "found": self.recorded,  # named as in the files of earlier runs
                 "done": epoch,
             }

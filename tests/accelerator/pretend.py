@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import Library
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
@@ -280,7 +281,7 @@ def registered() -> _Module | None:
         return None
     module = _Module()
     setup(DEVICE, backend_module=module)
-    library = torch.library.Library("aten", "IMPL")
+    library = Library("aten", "IMPL")
     for overload in FACTORIES:
         library.impl(overload.name(), _factory(overload), "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
-from vlearn.linearized.numbering import MOVED_LOADERS, Drawn, IndexedDataset, followed
+from vlearn.linearized.numbering import MOVED_LOADERS, Drawn, IndexedDataset, example_numbers, followed
 
 Key = str | int | Callable[[Any], Any]
 CARRIED, CARRIED_TARGETS = "vlearn_example_number", "vlearn_target"  # entries of a batch
@@ -134,7 +134,7 @@ class ExampleNumbers:
                 raise ValueError("the sampler did not draw numbers of places: give key=, by which a batch has them.")
             numbers = self.of_places(drawn)
         elif self.key is not None:
-            numbers = _integers(_entry(batch, self.key))
+            numbers = example_numbers(_entry(batch, self.key), _KEY_REFUSAL)
         else:
             raise ValueError("no loader is followed: iterate follow(loader).")
         return self._checked(numbers, count)
@@ -266,7 +266,7 @@ def _column(dataset: Any, key: Any) -> np.ndarray | None:
         return None
     if not hasattr(dataset, "__len__"):
         return None
-    return _integers(dataset[key][:]).numpy()
+    return example_numbers(dataset[key][:], _KEY_REFUSAL).numpy()
 
 
 def _entry(batch: Any, key: Key) -> Any:
@@ -283,18 +283,10 @@ def _entry(batch: Any, key: Key) -> Any:
         ) from None
 
 
-def _integers(given: Any) -> Tensor:
-    try:
-        numbers = torch.as_tensor(given, device="cpu") if not isinstance(given, Tensor) else given
-    except (TypeError, ValueError, RuntimeError):
-        numbers = None
-    if numbers is None or numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        found = type(given).__name__ if numbers is None else f"shape {tuple(numbers.shape)} and {numbers.dtype}"
-        raise ValueError(
-            f"key gave {found}, but it must give one whole number for each example: for names, look them up, "
-            "key=lambda batch: [number_of[name] for name in batch['name']]."
-        )
-    return numbers.long()
+_KEY_REFUSAL = (
+    "key gave {found}, but it must give one whole number for each example: for names, look them up, "
+    "key=lambda batch: [number_of[name] for name in batch['name']]."
+)
 
 
 class _Carrying:

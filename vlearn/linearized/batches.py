@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from vlearn.capture.names import argument_names, model_arguments
 from vlearn.capture.pytrees import plain
 from vlearn.layers.example_rows import ExampleRows
-from vlearn.linearized.numbering import TARGETS, Numbering
+from vlearn.linearized.numbering import TARGETS, Numbering, example_numbers
 from vlearn.per_example.measured_rows import ExampleIndex, check_example_index, told_rows
 
 T = TypeVar("T")
@@ -176,17 +176,11 @@ def _plain(entry: Any) -> Any:
 
 
 def _numbers(given: Any, what: str) -> Tensor:
-    try:
-        numbers = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        numbers = None
-    if numbers is None or numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        found = type(given).__name__ if numbers is None else f"shape {tuple(numbers.shape)} and {numbers.dtype}"
-        raise ValueError(
-            f"the loader gave a {what} of {found}, but it must be the number of each example: put several inputs into "
-            "one tuple, ((x1, x2), y), and what else a loss needs into the target, (x, (y, more))."
-        )
-    return numbers.long().cpu()
+    refusal = (
+        f"the loader gave a {what} of {{found}}, but it must be the number of each example: put several inputs into "
+        "one tuple, ((x1, x2), y), and what else a loss needs into the target, (x, (y, more))."
+    )
+    return example_numbers(given, refusal).cpu()
 
 
 def _count(x: Any, target: Any, known: int | None) -> int:

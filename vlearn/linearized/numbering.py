@@ -26,6 +26,24 @@ TARGETS = ("labels", "label")  # what a batch with names calls its target
 MOVED_LOADERS = ("base_dataloader", "_dataloader")
 
 
+def example_numbers(given: Any, refusal: str) -> Tensor:
+    """Numbers of examples ``[N]``, int64, from whatever a batch has of them.
+
+    Args:
+        refusal: what the error says, with {found} for what was given instead.
+    Raises:
+        ValueError: if they are no whole numbers, one for each example.
+    """
+    try:
+        numbers = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        numbers = None
+    if numbers is None or numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        found = type(given).__name__ if numbers is None else f"shape {tuple(numbers.shape)} and {numbers.dtype}"
+        raise ValueError(refusal.format(found=found))
+    return numbers.long()
+
+
 class IndexedDataset(Dataset):
     """A dataset that yields (x, y, index), so that a shuffled loader still names its examples.
 

@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
@@ -40,7 +39,7 @@ from vlearn.optim.parameters.state_dict import loaded_as_saved
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, swap_in_means
 from vlearn.optim.sampling.draw import Draw, Origin
 from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
-from vlearn.optim.sampling.sampler import Context, MeanView, Sampler
+from vlearn.optim.sampling.sampler import Context, Sampler
 from vlearn.optim.step_checks import check_capture, check_first_gradients, check_passes, is_primed, waiting_draw
 from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.structures.prior import parameters_of_prior
@@ -506,6 +505,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         """Update state and means from the draw that waits and the averages of the earlier ones."""
         sampler, structure = self._sampler, self._structure
         follow_betas(self.param_groups, self._runtime.betas)
+        self._parameters.noise_of_shards.clear()  # of a step that failed
         keep = self._watch is not None and self._watch.needs_draw
         synchronised = sampler.processes.several_with("sync")
         if synchronised:
@@ -587,7 +587,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         """
         sampler = self._sampler
         sampler.init_states()
-        context = PosteriorContext(partial(MeanView, sampler), self._parameters.staleness(), sampler.at_mean)
+        context = PosteriorContext(sampler.means, self._parameters.staleness(), sampler.at_mean)
         posterior: Any = self._structure.posterior(context)
         reason = self._uncalibrated_reason()
         if reason is not None:
@@ -606,7 +606,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             ValueError: if no parameter requires grad.
         """
         self._sampler.init_states()
-        means = MeanView(self._sampler, {name: p for p, name in self._parameters.names().items()})
+        means = self._sampler.means({name: p for p, name in self._parameters.names().items()})
         found = diagnose(self._parameters, means, self._structure.diagonal_hessian(), self.nonfinite_count)
         return replace(found, hessian_noise=hessian_noise(self._parameters))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,6 +14,27 @@ from vlearn.optim.kernels.multi_tensor import read
 from vlearn.optim.kernels.nonfinite import is_low_precision
 
 Group = dict[str, Any]  # a parameter group as torch has it: "params" and settings
+
+
+class ByName(Mapping[str, Tensor]):
+    """Tensors of parameters by name, each made when it is read.
+
+    Args:
+        named: the parameters.
+        get: what is read of one.
+    """
+
+    def __init__(self, named: dict[str, Tensor], get: Callable[[Tensor], Tensor]):
+        self._named, self._get = named, get
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._get(self._named[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
 
 
 class Parameters:

@@ -17,7 +17,7 @@ from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.kernels.multi_tensor import cast, reconcile, reconciled
 from vlearn.optim.kernels.nonfinite import are_zero, first_nonfinite, is_low_precision
-from vlearn.optim.parameters.parameters import Parameters
+from vlearn.optim.parameters.parameters import ByName, Parameters
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, keep_means, partition
 from vlearn.optim.sampling.draw import Draw, DrawState, Origin
@@ -451,28 +451,18 @@ class Sampler:
         if self.draw is not None:
             self.draw.finish()
 
-    def at_mean(self) -> AbstractContextManager[None]:
-        """A context in which the weights are the mean whatever draw is active; it is put back afterwards."""
-        return self.draw.at_mean() if self.draw is not None else nullcontext()
+    def means(self, named: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        """The posterior mean by parameter name, wherever it waits while a draw is in the weights.
 
+        Of complex parameters in pairs. That of a sharded one is whole: all processes must read it.
+        """
+        return ByName(named, self._mean_of)
 
-class MeanView(Mapping[str, Tensor]):
-    """The posterior mean by parameter name, wherever it waits while a draw is in the weights; pairs of complex ones.
-
-    That of a sharded parameter is whole: all processes must read it.
-    """
-
-    def __init__(self, sampler: Sampler, named: dict[str, Tensor]):
-        self._sampler, self._named = sampler, named
-
-    def __getitem__(self, name: str) -> Tensor:
-        p, draw = self._named[name], self._sampler.draw
-        master = self._sampler.parameters.master_copy(p)
+    def _mean_of(self, p: Tensor) -> Tensor:
+        master, draw = self.parameters.master_copy(p), self.draw
         mean = as_real(p.data if draw is None else draw.means().get(p, p.data))
         return whole(mean if master is None else reconciled(master, mean))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._named)
-
-    def __len__(self) -> int:
-        return len(self._named)
+    def at_mean(self) -> AbstractContextManager[None]:
+        """A context in which the weights are the mean whatever draw is active; it is put back afterwards."""
+        return self.draw.at_mean() if self.draw is not None else nullcontext()

@@ -7,7 +7,7 @@ momentum of the gradient; the posterior precision is num_data·(h + wd), draws h
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from vlearn.optim.kernels.multi_tensor import copied, read
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.kernels.threefry import new_key, normals
 from vlearn.optim.parameters.options import tempered_ess_and_decay
-from vlearn.optim.parameters.parameters import Group, Parameters, state_dtype
+from vlearn.optim.parameters.parameters import ByName, Group, Parameters, state_dtype
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock
 from vlearn.optim.sampling.draw import Draw
 from vlearn.optim.sampling.noise import Noise
@@ -101,7 +101,7 @@ class DiagonalStructure:
         groups = {p: group for group in self.parameters.groups for p in group["params"]}
         posterior = Diagonal(
             context.mean_of(named),
-            WholeHessians(self.parameters, named),
+            ByName(named, lambda p: whole(self.parameters.state[p]["hessian"])),
             {name: rate_of(self.parameters, groups[p], p) for name, p in named.items()},
             {name: tempered_ess_and_decay(groups[p])[0] for name, p in named.items()},
             self.parameters.num_data,
@@ -166,22 +166,6 @@ class DiagonalStructure:
         if first:
             torch._foreach_add_(first, 1)
         return steps
-
-
-class WholeHessians(Mapping[str, Tensor]):
-    """The diagonal Hessians by name; that of a sharded parameter is gathered whenever all of its processes read it."""
-
-    def __init__(self, parameters: Parameters, named: dict[str, Tensor]):
-        self._parameters, self._named = parameters, named
-
-    def __getitem__(self, name: str) -> Tensor:
-        return whole(self._parameters.state[self._named[name]]["hessian"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._named)
-
-    def __len__(self) -> int:
-        return len(self._named)
 
 
 def initial_state(p: Tensor, hess_init: float, capturable: bool = False) -> dict[str, Tensor]:
