@@ -213,3 +213,18 @@ def placed_whole(rank: int) -> str:
 def test_shards_hold_no_whole_weights(ranks: Ranks) -> None:
     for message in ranks(placed_whole):
         assert "which cannot hold whole weights" in message
+
+
+def swept_after_adamw(rank: int, how: str) -> Tensor:
+    model = sharded(new_model("mlp"), how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, optimizer, "mlp", range(3))
+    posterior = vlearn.posterior.from_optimizer(optimizer, model, num_data=12, prior_precision=1.0)
+    loader = DataLoader(TensorDataset(*batch("mlp", 100, count=12)), batch_size=4)
+    return vlearn.sweep(model, posterior, loader, F.cross_entropy).loo_loss
+
+
+def test_the_state_of_another_optimizer_is_gathered(ranks: Ranks) -> None:
+    expected = swept_after_adamw(0, "plain")
+    for found in ranks(swept_after_adamw, "fsdp"):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)

@@ -20,6 +20,7 @@ from vlearn.capture.pytrees import Selector
 from vlearn.collectives import process_count, process_rank
 from vlearn.linearized.batches import split
 from vlearn.losses.example_loss import LossFunction
+from vlearn.posterior.adaptive_state import unwrapped
 from vlearn.record import TrainingRecord
 from vlearn.sensitivity.sweep import SensitivityTable
 
@@ -118,7 +119,7 @@ class Recorder:
             optimizer: likewise.
             with_children: the loop may call parts of the model instead; the first batch shows which gives the output.
         """
-        self._model, self._optimizer = unwrapped(model), optimizer
+        self._model, self._optimizer = inner_module(model), optimizer
         modules = self._modules(model)
         if with_children and self._module is None:
             modules |= dict(self._model.named_children())
@@ -369,9 +370,7 @@ class Recorder:
         self._offset = max(0, self._step - training_step)
 
     def _add_self_influence(self, numbers: Tensor) -> None:
-        optimizer = self._optimizer
-        while not hasattr(optimizer, "sensitivities") and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # as Accelerate and Lightning wrap it
+        optimizer: Any = unwrapped(self._optimizer)
         try:
             if not hasattr(optimizer, "sensitivities"):
                 raise RuntimeError(f"{type(optimizer).__name__} has none; an optimizer of vlearn's has.")
@@ -430,7 +429,7 @@ def _target_of(batch: Any) -> Any:
         raise ValueError(f"{error} Or give targets=, a callable from the batch to its targets.") from error
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def inner_module(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel and torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)

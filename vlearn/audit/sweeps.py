@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from vlearn.gaussians.protocol import Posterior
+from vlearn.posterior.adaptive_state import unwrapped
 from vlearn.posterior.fit import fit
 from vlearn.sensitivity.sweep import SensitivityTable, sweep
 
@@ -105,9 +106,7 @@ class Sweeps:
     ) -> Posterior:
         if self.posterior is not None:
             return self.posterior(model, optimizer)
-        own = optimizer
-        while not hasattr(own, "posterior") and hasattr(own, "optimizer"):
-            own = own.optimizer  # as Accelerate and Lightning wrap it
+        own: Any = unwrapped(optimizer)
         if hasattr(own, "posterior"):
             return own.posterior()
         generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)

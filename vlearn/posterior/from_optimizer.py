@@ -10,6 +10,7 @@ from vlearn.capture.names import named_parameters
 from vlearn.gaussians.diagonal import Diagonal
 from vlearn.gaussians.gaussian import weights_at
 from vlearn.posterior.adaptive_state import root_second_moments, unwrapped
+from vlearn.sharded.tensors import whole
 
 NO_SCALE = (
     "it comes from SGD, whose Σ is the identity times an arbitrary number, so self-influence and deviation rank the "
@@ -41,7 +42,8 @@ def from_optimizer(
             with weight_decay λ is δ = N·λ; AdamW's decoupled decay is no prior. Not used for SGD.
         debias: divide v by 1 - βᵗ; False is the paper's own code.
     Returns:
-        A posterior over the parameters that the optimizer has moved.
+        A posterior over the parameters that the optimizer has moved; whole where they are sharded, for which all
+        processes must ask for it.
     Raises:
         TypeError: for another optimizer.
         ValueError: if an argument breaks its rule, or the optimizer has none of the model's parameters.
@@ -73,11 +75,11 @@ def from_optimizer(
         known = {name: p for name, p in known.items() if p in moments}
         if not known:
             raise RuntimeError(f"{type(optimizer).__name__} has taken no step, so it knows no curvature: train first.")
-    mean = {name: p.detach().clone() for name, p in known.items()}
+    mean = {name: whole(p.detach()).clone() for name, p in known.items()}
     if is_sgd:
         hessian, decay = {name: torch.zeros_like(value) for name, value in mean.items()}, 1 / num_data
     else:
-        hessian = {name: moments[p] for name, p in known.items()}
+        hessian = {name: whole(moments[p]) for name, p in known.items()}
         decay = prior_precision / num_data  # pyright: ignore
     posterior = Diagonal(
         mean,
