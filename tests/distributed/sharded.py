@@ -16,6 +16,7 @@ import vlearn
 
 STEPS = 20
 VOCABULARY, WIDTH = 11, 6
+KEPT = ("momentum", "hessian", "out_factor", "in_factor", "out_basis", "in_basis")
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "IVON": lambda model, **other: vlearn.IVON(model, lr=0.1, ess=100.0, hess_init=0.5, **other),
@@ -23,6 +24,9 @@ MAKERS: dict[str, Callable[..., Any]] = {
         model, lr=0.5, ess=100.0, beta2_warmup=5.0, rescale_lr=False, clip_radius=0.05, **other
     ),
     "VON": lambda model, **other: vlearn.VON(model, lr=0.05, ess=100.0, curvature="price", hess_init=0.5, **other),
+    "EVON": lambda model, **other: vlearn.EVON(
+        model, lr=0.5, ess=100.0, clip_radius=0.05, update_every=3, beta3=0.9, **other
+    ),
     "VAdamW": lambda model, **other: vlearn.VAdamW(model, lr=0.01, num_data=100, **other),
 }
 
@@ -123,14 +127,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def results(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor]]:
-    """Mean, momentum and Hessian by name, whole."""
+    """Mean, momentum, Hessian and bases by name, whole."""
     found = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the outermost has whole weights after a forward pass without a backward
             module.reshard()
     for name, p in model.named_parameters():
         state = optimizer.state[p]
-        tensors = {"mean": p, **{key: state[key] for key in ("momentum", "hessian")}}
+        tensors = {"mean": p, **{key: state[key] for key in KEPT if key in state}}
         found[name.removeprefix("module.")] = {key: whole(tensor) for key, tensor in tensors.items()}
     return found
 

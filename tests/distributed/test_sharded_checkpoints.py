@@ -21,7 +21,7 @@ from tests.distributed.sharded import assert_equal, make, new_model, results, sh
 
 # One process alone is told that it is.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-MAKERS = pytest.mark.parametrize("maker", ["IVON", "VON", "VAdamW"])
+MAKERS = pytest.mark.parametrize("maker", ["IVON", "VON", "EVON", "VAdamW"])
 OPTIONS = {"IVON": {"num_data": 20.0}}  # ess is 100: the noise of its Hessian is measured, another tensor of the state
 
 

@@ -210,7 +210,54 @@ def test_what_cannot_be_is_refused_in_all_processes(ranks: Ranks) -> None:
     for nonfinite, sync, captures in ranks(raised):
         assert "is not finite" in nonfinite
         assert "drop sync=True" in sync
-        assert "use IVON, VAdamW or VON" in captures
+        assert "use IVON, EVON, VAdamW or VON" in captures
+
+
+def convolutions(rank: int, how: str) -> dict[str, dict[str, Tensor]]:
+    """Matrices of more axes than two, with the posterior of another data set as the prior."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 5, 3), nn.Tanh(), nn.Conv2d(5, 3, 3), nn.Flatten(), nn.Linear(12, 3)
+    model = sharded(nn.Sequential(*layers).double(), how)
+    names = [name for name, _ in model.named_parameters()]
+    prior = vlearn.posterior.Diagonal(
+        {name: torch.full(p.shape, 0.1, dtype=p.dtype) for name, p in model.named_parameters()},
+        {name: torch.full(p.shape, 0.2, dtype=p.dtype) for name, p in model.named_parameters()},
+        dict.fromkeys(names, 0.01),
+        dict.fromkeys(names, 50.0),
+        50.0,
+    )
+    optimizer = make(model, "EVON", prior=prior)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(5):
+        x, y = torch.randn(4, 1, 6, 6, generator=generator).double(), torch.randint(3, (4,), generator=generator)
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    optimizer.refresh_bases()
+    return results(model, optimizer)
+
+
+def test_eigenbases_of_convolutions_with_a_prior(ranks: Ranks) -> None:
+    expected = convolutions(0, "plain")
+    for found in ranks(convolutions, "fsdp"):
+        assert_equal(found, expected)
+
+
+def sharded_by_columns(rank: int) -> str:
+    from torch.distributed.tensor import Shard
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 else None)
+    try:
+        make(model, "EVON")
+    except TypeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_eigenbases_of_convolutions_are_of_those_sharded_by_outputs(ranks: Ranks) -> None:
+    for message in ranks(sharded_by_columns):
+        assert "shard it along the first, or use IVON" in message
 
 
 # -- options of fully_shard -----------------------------------------------------------------------------------------
@@ -239,9 +286,9 @@ def test_mixed_precision_keeps_float32_shards(ranks: Ranks) -> None:
     assert seen == {torch.bfloat16} and dtype == torch.float32
 
 
-def low_precision_weights(rank: int, how: str) -> dict[str, dict[str, Tensor]]:
+def low_precision_weights(rank: int, maker: str, how: str) -> dict[str, dict[str, Tensor]]:
     model = sharded(new_model("mlp", torch.bfloat16), how)
-    optimizer = make(model, "IVON")
+    optimizer = make(model, maker)
     for step in range(5):
         optimizer.zero_grad()
         loss_of(model, *batch("mlp", step, dtype=torch.bfloat16)).backward()
@@ -251,9 +298,10 @@ def low_precision_weights(rank: int, how: str) -> dict[str, dict[str, Tensor]]:
     return results(model, optimizer)
 
 
-def test_bfloat16_weights_have_sharded_master_copies(ranks: Ranks) -> None:
-    expected = low_precision_weights(0, "plain")
-    for found in ranks(low_precision_weights, "fsdp"):
+@pytest.mark.parametrize("maker", ["IVON", "EVON"])
+def test_bfloat16_weights_have_sharded_master_copies(ranks: Ranks, maker: str) -> None:
+    expected = low_precision_weights(0, maker, "plain")
+    for found in ranks(low_precision_weights, maker, "fsdp"):
         assert_equal(found, expected)
 
 
@@ -347,18 +395,19 @@ def read(rank: int, how: str, maker: str) -> Any:
     optimizer = make(model, maker, **options)
     train(model, optimizer, "mlp")
     posterior = optimizer.posterior()
-    drawn = posterior.sample(torch.Generator().manual_seed(5)) if maker == "VON" else {}
-    entropy = posterior.entropy() if maker == "VON" else 0.0
+    has_size = maker in ("VON", "EVON")
+    drawn = posterior.sample(torch.Generator().manual_seed(5)) if has_size else {}
+    entropy = posterior.entropy() if has_size else 0.0
     return (
         optimizer.diagnostics(),
         {name: (posterior.mean[name].clone(), posterior.variance[name].clone()) for name in posterior.names},
         drawn,
         entropy,
-        posterior.clone().state() if maker == "VON" else None,
+        posterior.clone().state() if has_size else None,
     )
 
 
-@pytest.mark.parametrize("maker", ["IVON", "VON", "VAdamW"])
+@pytest.mark.parametrize("maker", ["IVON", "VON", "EVON", "VAdamW"])
 def test_posterior_and_diagnostics_are_those_of_the_whole_model(ranks: Ranks, maker: str) -> None:
     expected = read(0, "plain", maker)
     assert maker != "IVON" or expected[0].hessian_noise > 0
@@ -369,10 +418,10 @@ def test_posterior_and_diagnostics_are_those_of_the_whole_model(ranks: Ranks, ma
         assert found[3] == pytest.approx(expected[3], rel=1e-12)
 
 
-def bytes_of_state(rank: int) -> tuple[int, int]:
+def bytes_of_state(rank: int, maker: str) -> tuple[int, int]:
     torch.manual_seed(0)
     model = sharded(nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)), "fsdp")
-    optimizer = make(model, "IVON")
+    optimizer = make(model, maker)
     x = torch.randn(4, 64)
     model(x).square().mean().backward()
     optimizer.step()
@@ -381,5 +430,11 @@ def bytes_of_state(rank: int) -> tuple[int, int]:
 
 
 def test_each_process_keeps_its_part_of_the_state(four_ranks: Ranks) -> None:
-    for own, weights in four_ranks(bytes_of_state):
+    for own, weights in four_ranks(bytes_of_state, "IVON"):
         assert own == pytest.approx(2 * weights / 4, rel=0.05)
+
+
+def test_each_process_keeps_its_part_of_factors_and_bases(four_ranks: Ranks) -> None:
+    squares = 2 * 4 * 2 * (64**2 + 256**2)  # of each matrix two factors and two bases
+    for own, weights in four_ranks(bytes_of_state, "EVON"):
+        assert own == pytest.approx((2 * weights + squares) / 4, rel=0.05)

@@ -35,14 +35,15 @@ def live(rank: int, kind: str, how: str, maker: str, count: int) -> list[tuple[T
 
 
 @pytest.mark.parametrize(("kind", "how"), [("mlp", "fsdp"), ("transformer", "whole")])
-@pytest.mark.parametrize("maker", ["IVON", "VAdamW"])
+@pytest.mark.parametrize("maker", ["IVON", "EVON", "VAdamW"])
 def test_each_process_has_the_rows_of_its_own_examples(ranks: Ranks, kind: str, how: str, maker: str) -> None:
     expected = live(0, kind, "plain", maker, 1)
     found = ranks(live, kind, how, maker, 2)
     for step in range(3):
         for place, rows in enumerate(expected[2 * step]):
             both = torch.cat([each[2 * step][place] for each in found])
-            torch.testing.assert_close(both, rows, rtol=1e-9, atol=1e-14)
+            # Eigenbases make more of it that gradients of halves of a batch are rounded otherwise than its own.
+            torch.testing.assert_close(both, rows, rtol=1e-7 if maker == "EVON" else 1e-9, atol=1e-14)
     assert float(expected[0][0].min()) > 0
     assert all(len(each[1][0]) == 2 for each in found)
 
@@ -123,10 +124,10 @@ def test_tensor_parallelism_has_no_rows(ranks: Ranks) -> None:
         assert "tensor parallelism computes on parts of the weights" in message
 
 
-def swept(rank: int, kind: str, how: str, count: int) -> tuple[Any, ...]:
+def swept(rank: int, kind: str, maker: str, how: str, count: int) -> tuple[Any, ...]:
     """A sweep, an influence and groups left out of this rank's part of the data, with the model as it was trained."""
     model = sharded(new_model(kind), how)
-    optimizer = make(model, "IVON")
+    optimizer = make(model, maker)
     train(model, optimizer, kind, range(3))
     x, y = batch(kind, 100, count=12)
     data = TensorDataset(x, y if kind == "mlp" else y[:, -1])
@@ -165,11 +166,11 @@ def last_token(output: Tensor, target: Tensor, reduction: str = "mean") -> Tenso
     return F.cross_entropy(output[:, -1], target, reduction=reduction)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "transformer"])
-def test_sweeps_take_the_model_as_it_was_trained(ranks: Ranks, kind: str) -> None:
-    found = ranks(swept, kind, "fsdp", 2)
+@pytest.mark.parametrize(("kind", "maker"), [("mlp", "IVON"), ("mlp", "EVON"), ("transformer", "IVON")])
+def test_sweeps_take_the_model_as_it_was_trained(ranks: Ranks, kind: str, maker: str) -> None:
+    found = ranks(swept, kind, maker, "fsdp", 2)
     for rank, rows in enumerate(found):
-        expected = swept(rank, kind, "plain", 2)
+        expected = swept(rank, kind, maker, "plain", 2)
         for own, of_one in zip(rows, expected, strict=True):
             torch.testing.assert_close(own, of_one, rtol=1e-9, atol=1e-13)
 

@@ -23,6 +23,7 @@ from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.gaussians.eigenbasis import eigen, product
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.stopped_training import common_time, stopped
+from vlearn.sharded.tensors import whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +44,13 @@ class KroneckerFactors:
     in_basis: Tensor | None
     hessian: Tensor
     prior: Tensor | None = None
+
+    def whole(self) -> KroneckerFactors:
+        """The same with all entries of what is sharded over processes, all of which must ask for it."""
+        rows, columns, prior = (
+            None if tensor is None else whole(tensor) for tensor in (self.out_basis, self.in_basis, self.prior)
+        )
+        return KroneckerFactors(rows, columns, whole(self.hessian), prior)
 
     @classmethod
     def from_covariances(cls, inputs: Tensor, gradients: Tensor) -> KroneckerFactors:
@@ -115,14 +123,14 @@ class Kronecker(Gaussian):
 
     def block(self, group: tuple[str, ...]) -> KroneckerBlock:
         """See `Gaussian`."""
-        factors = self._factors[group]
+        factors = self._factors[group].whole()
         variances = factors.hessian.add(self._weight_decay[group]).mul_(self.num_data).reciprocal_()
         return KroneckerBlock(factors.out_basis, factors.in_basis, variances, self._shapes[group])
 
     def block_state(self) -> dict[str, Any]:
         """See `Gaussian`."""
         factors = [
-            {"names": list(layer), **{field.name: getattr(f, field.name) for field in fields(f)}}
+            {"names": list(layer), **{field.name: getattr(f.whole(), field.name) for field in fields(f)}}
             for layer, f in self._factors.items()
         ]
         return {"factors": factors}
@@ -154,7 +162,7 @@ class Kronecker(Gaussian):
                 in_basis=None if factors.in_basis is None else factors.in_basis.clone(),
                 hessian=factors.hessian.clone(),
             )
-            for layer, factors in self._factors.items()
+            for layer, factors in ((layer, factors.whole()) for layer, factors in self._factors.items())
         }
 
 

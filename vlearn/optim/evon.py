@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.parameters.options import DEFAULTS as SHARED_DEFAULTS
@@ -96,6 +96,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
     """
 
     _takes_complex = True
+    _takes_shards = True
     _takes_prior = True
 
     def __init__(
@@ -148,6 +149,14 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
             ],
         )
         check_curvature("EVON", group["curvature"], ("price", "empirical"), "use KFACVON or VON, which have the others")
+
+    def _check_sharded(self, p: Tensor) -> None:
+        super()._check_sharded(p)
+        if p.dim() > 2 and any(getattr(placement, "dim", 0) for placement in p.placements):  # pyright: ignore
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} is sharded along another axis than its first, which its "
+                "eigenbasis is not: shard it along the first, or use IVON."
+            )
 
     def _new_structure(self, parameters: Parameters, processes: Processes) -> EigenbasisStructure:
         return EigenbasisStructure(parameters, processes)

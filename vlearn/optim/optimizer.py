@@ -276,8 +276,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         if not self._takes_shards:
             raise TypeError(
                 f"{name} learns from whole gradients, or those of single examples, but a parameter of shape "
-                f"{tuple(p.shape)} is sharded over processes (fully_shard, tensor parallelism): use IVON, VAdamW or "
-                'VON(curvature="price"), or DistributedDataParallel.'
+                f"{tuple(p.shape)} is sharded over processes (fully_shard, tensor parallelism): use IVON, EVON, VAdamW "
+                'or VON(curvature="price"), or DistributedDataParallel.'
             )
         if p.is_complex():
             raise TypeError(f"{name} takes no complex parameter that is sharded: hold it as pairs of reals.")

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from vlearn._torch_internals import global_offset
+
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is spread over a mesh of processes, as FSDP2 and tensor parallelism spread parameters."""
@@ -21,6 +23,14 @@ def placement(tensor: Tensor) -> Any:
 def shard(tensor: Tensor) -> Tensor:
     """This process's part of a distributed tensor, which shares its memory; any other tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # pyright: ignore
+
+
+def part_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that it has whole, a view: the entries that it has of a distributed one."""
+    if is_dtensor(like):
+        for axis, (begin, size) in enumerate(zip(global_offset(like), shard(like).shape, strict=True)):
+            tensor = tensor.narrow(axis, begin, size)
+    return tensor
 
 
 def sharded_as(parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sums over the entries of parameters of which each process has a part."""
+"""Sums over the entries of parameters of which each process has a part, and results that all must have alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.sharded.tensors import is_dtensor
+from vlearn.sharded.tensors import is_dtensor, shard
 
 
 def share(parameter: Tensor, mesh: Any) -> float:
@@ -33,3 +33,19 @@ def sum_over(mesh: Any, own: Tensor) -> Tensor:
     for group in mesh.get_all_groups() if mesh is not None else ():
         torch.distributed.all_reduce(own, group=group)
     return own
+
+
+def of_first(mesh: Any, own: list[Tensor] | None, likes: list[Tensor]) -> list[Tensor] | None:
+    """What the first process of a mesh has computed, or None, where others may have rounded otherwise.
+
+    Args:
+        own: this process's.
+        likes: tensors of the shapes.
+    """
+    message = shard(likes[0]).new_zeros(1 + sum(like.numel() for like in likes))
+    if own is not None:
+        torch.cat([message.new_ones(1), *(tensor.reshape(-1) for tensor in own)], out=message)
+    for group in mesh.get_all_groups():
+        torch.distributed.broadcast(message, torch.distributed.get_global_rank(group, 0), group=group)
+    succeeded, *parts = message.split([1, *(like.numel() for like in likes)])
+    return [part.view(like.shape) for part, like in zip(parts, likes, strict=True)] if bool(succeeded) else None

@@ -38,3 +38,27 @@ def like(parameter: Tensor, entries: Tensor) -> Tensor:
             entries, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
     return torch.view_as_complex(entries) if parameter.is_complex() else entries
+
+
+def matrix_like(parameter: Tensor, value: float, dtype: torch.dtype) -> Tensor:
+    """A matrix ``[O, I]`` of one value, of a parameter ``[O, ...]`` of real numbers, spread over processes as that."""
+    rows, columns = len(parameter), parameter.numel() // len(parameter)
+    if not is_dtensor(parameter):
+        return torch.full((rows, columns), value, dtype=dtype, device=parameter.device)
+    from torch.distributed.tensor import DTensor
+
+    own = shard(parameter)
+    entries = own.new_full(own.shape if own.dim() == 2 else (len(own), columns), value, dtype=dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements  # pyright: ignore
+    shape, stride = torch.Size((rows, columns)), (columns, 1)
+    return DTensor.from_local(entries, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def square_like(parameter: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """A zero matrix ``[size, size]``; of a distributed parameter each process has some of its rows."""
+    if not is_dtensor(parameter):
+        return torch.zeros(size, size, dtype=dtype, device=parameter.device)
+    from torch.distributed.tensor import Replicate, Shard, zeros
+
+    placements = [Replicate() if each.is_replicate() else Shard(0) for each in parameter.placements]  # pyright: ignore
+    return zeros(size, size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)  # pyright: ignore

@@ -6,9 +6,13 @@ A parameter ``[O, ...]`` is a matrix ``[O, I]`` of its rows. Its state is
     momentum                of the gradient, in the parameter's own entries and shape
     out_factor, in_factor   running sums of GGᵀ ``[O, O]`` and GᵀG ``[I, I]``, up to a factor; missing of a side that is
                             not rotated
-    out_basis, in_basis     Q_L, Q_R; missing before the first step, which is the identity
+    out_basis, in_basis     Q_L, Q_R, at first the identity; missing likewise
 
 Vectors, complex parameters and matrices with two sides that are not rotated are diagonal in their own entries.
+
+Of a sharded parameter each process has its part of all that, of Hessian and momentum that of the weight, of factors and
+bases some of the rows. What is done entry by entry it does for its own. What mixes entries, the change of basis and the
+factors, every process does for the whole matrix, which is gathered for as long as that takes.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import KroneckerBlock
+from vlearn.optim.kernels.entries import like, matrix_like, square_like
 from vlearn.optim.kernels.nonfinite import is_low_precision
 from vlearn.optim.parameters.options import tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, state_dtype
@@ -25,6 +30,7 @@ from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.structures.diagonal import use_foreach
 from vlearn.optim.structures.rotated import RotatedStructure
 from vlearn.per_example.kronecker_factors import Layer
+from vlearn.sharded.tensors import part_of, shard, whole
 
 
 class EigenbasisStructure(RotatedStructure):
@@ -80,7 +86,7 @@ class EigenbasisStructure(RotatedStructure):
         torch._foreach_mul_(scales, tempered_ess_and_decay(group)[0])
         torch._foreach_rsqrt_(scales)
         torch._foreach_mul_(coordinates, scales)
-        moves = [self.from_basis(layer, each) for layer, each in zip(layers, coordinates, strict=True)]
+        moves = [self.rotation(layer).from_basis(each) for layer, each in zip(layers, coordinates, strict=True)]
         draws = torch._foreach_add([piece.exact_mean(self.parameters) for piece in slices], moves)
         torch._foreach_copy_([piece.weights for piece in slices], draws)
         for piece, each in zip(slices, coordinates, strict=True):
@@ -90,18 +96,39 @@ class EigenbasisStructure(RotatedStructure):
     def draw_jointly(self, blocks: list[SliceBlock], noise: Noise) -> None:
         """See `Structure`; all matrices are independent."""
 
-    def into_basis(self, layer: Layer, tensor: Tensor) -> Tensor:
+    def rotation(self, layer: Layer) -> Rotation:
+        """Into the present basis of a layer, and back; all processes that have shards of it must ask for it."""
+        hessian = self.parameters.state[layer.weight]["hessian"]
+        return Rotation(layer.weight, hessian, self.block(layer, hessian))
+
+    def whole_matrix(self, layer: Layer, tensor: Tensor) -> Tensor:
+        """``[O, I]`` of what has a value for each entry that this process has of the weight."""
+        return whole(like(layer.weight, tensor)).reshape(len(layer.weight), -1)
+
+
+class Rotation:
+    """The change between the entries of a matrix and its coordinates, of which a process has and gets its own part.
+
+    Args:
+        weight: the parameter.
+        hessian: in its state.
+        block: with its bases, whole.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, block: KroneckerBlock):
+        self._weight, self._hessian, self._block = weight, hessian, block
+
+    def into_basis(self, tensor: Tensor) -> Tensor:
         """Q_Lᵀ G Q_R ``[O, I]`` of a tensor in the parameter's shape."""
         with torch.autocast(tensor.device.type, enabled=False):
-            return self._rotation(layer).into_basis([tensor.unsqueeze(0)]).squeeze(0)
+            entries = whole(like(self._weight, tensor))
+            return part_of(self._hessian, self._block.into_basis([entries.unsqueeze(0)]).squeeze(0))
 
-    def from_basis(self, layer: Layer, coordinates: Tensor) -> Tensor:
+    def from_basis(self, coordinates: Tensor) -> Tensor:
         """Q_L Z Q_Rᵀ in the parameter's shape."""
         with torch.autocast(coordinates.device.type, enabled=False):
-            return self._rotation(layer).from_basis(coordinates.unsqueeze(0))[0].squeeze(0)
-
-    def _rotation(self, layer: Layer) -> KroneckerBlock:
-        return self.block(layer, self.parameters.state[layer.weight]["hessian"])
+            entries = whole(like(self._hessian, coordinates))
+            return part_of(self._weight, self._block.from_basis(entries.unsqueeze(0))[0].squeeze(0))
 
 
 def _rotated_sides(p: Tensor, group: Group) -> dict[str, int]:
@@ -114,9 +141,13 @@ def _rotated_sides(p: Tensor, group: Group) -> dict[str, int]:
 
 def _initial_state(p: Tensor, hess_init: float, sides: dict[str, int]) -> dict[str, Tensor]:
     dtype = state_dtype(p)
+    bases = {f"{side}_basis": square_like(p, size, dtype) for side, size in sides.items()}
+    for basis in bases.values():
+        shard(basis).copy_(part_of(basis, torch.eye(len(basis), dtype=dtype, device=basis.device)))
     return {
         "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
         "momentum": torch.zeros_like(p.detach(), dtype=dtype),
-        "hessian": torch.full((len(p), p.numel() // len(p)), hess_init, dtype=dtype, device=p.device),
-        **{f"{side}_factor": torch.zeros(size, size, dtype=dtype, device=p.device) for side, size in sides.items()},
+        "hessian": matrix_like(p, hess_init, dtype),
+        **{f"{side}_factor": square_like(p, size, dtype) for side, size in sides.items()},
+        **bases,
     }

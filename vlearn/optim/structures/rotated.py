@@ -24,6 +24,7 @@ from vlearn.optim.sampling.protocols import PosteriorContext
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.structures.prior import diagonal_prior, prior_means, rate_of, rate_of_layer
 from vlearn.per_example.kronecker_factors import Basis, Layer
+from vlearn.sharded.tensors import part_of, whole
 
 
 class RotatedStructure:
@@ -65,7 +66,11 @@ class RotatedStructure:
         return self.parameters.group_of(layer.weight)
 
     def basis(self, layer: Layer) -> Basis:
-        """(Q_B, Q_A) of a layer, None where its factor is diagonal."""
+        """(Q_B, Q_A) of a layer, None where its factor is diagonal; whole, for which all processes must ask."""
+        rows, columns = self._own_basis(layer)
+        return None if rows is None else whole(rows), None if columns is None else whole(columns)
+
+    def _own_basis(self, layer: Layer) -> Basis:
         state = self.parameters.state[layer.weight]
         return state.get("out_basis"), state.get("in_basis")
 
@@ -78,9 +83,11 @@ class RotatedStructure:
         return rate_of_layer(self.parameters, self.group_of(layer), layer, self.basis(layer))
 
     def rates_of(self, layers: list[Layer]) -> float | list[Tensor]:
-        """`rate_of` of layers of one group, all or none of which have a prior."""
+        """`rate_of` of layers of one group, all or none of which have a prior, for this process's part of each."""
         if any(self.parameters.has_prior(p) for p in layers[0].parameters):
-            return [torch.as_tensor(self.rate_of(layer)) for layer in layers]
+            hessians = [self.parameters.state[layer.weight]["hessian"] for layer in layers]
+            rates = [torch.as_tensor(self.rate_of(layer)) for layer in layers]
+            return [part_of(hessian, rate) for hessian, rate in zip(hessians, rates, strict=True)]
         return float(tempered_ess_and_decay(self.group_of(layers[0]))[1])
 
     def num_updates(self, layer: Layer) -> int:
@@ -128,7 +135,9 @@ class RotatedStructure:
                 context.mean_of(named),
                 {
                     tuple(names[p] for p in layer.parameters): KroneckerFactors(
-                        *self.basis(layer), state[layer.weight]["hessian"], rate if isinstance(rate, Tensor) else None
+                        *self._own_basis(layer),
+                        state[layer.weight]["hessian"],
+                        rate if isinstance(rate, Tensor) else None,
                     )
                     for layer, rate in rates.items()
                 },
@@ -146,6 +155,6 @@ class RotatedStructure:
         """See `Structure`."""
         diagonals = {p: h for p, h in self.diagonal.diagonal_hessian().items() if p not in self.layer_of()}
         for layer in self.layers():
-            entries = self.block(layer, self.parameters.state[layer.weight]["hessian"]).diagonal()
+            entries = self.block(layer, whole(self.parameters.state[layer.weight]["hessian"])).diagonal()
             diagonals.update(zip(layer.parameters, entries, strict=True))
         return diagonals

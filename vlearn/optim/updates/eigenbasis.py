@@ -23,6 +23,7 @@ from vlearn.optim.updates.curvature import PriceOrSquares
 from vlearn.optim.updates.hessian_noise import add_noise
 from vlearn.optim.updates.riemannian import ivon_settings, measures_noise, move_hessians
 from vlearn.per_example.kronecker_factors import Layer
+from vlearn.sharded.tensors import is_dtensor, part_of, shard, whole
 
 TIES = 1e-3  # of the mean eigenvalue: directions with less keep near the entries' own axes
 
@@ -47,10 +48,11 @@ class EigenbasisCurvature(PriceOrSquares):
             layer = layer_of.get(piece.parameter)
             if layer is not None:
                 coordinates, piece.coordinates = piece.coordinates, None
+                rotation = structure.rotation(layer)
                 if coordinates is None or not draw.is_intact(piece.parameter):
-                    coordinates = structure.into_basis(layer, noise[i])
+                    coordinates = rotation.into_basis(noise[i])
                 noise[i] = coordinates.reshape_as(gradients[i])
-                gradients[i] = structure.into_basis(layer, gradients[i]).reshape_as(gradients[i])
+                gradients[i] = rotation.into_basis(gradients[i]).reshape_as(gradients[i])
         return super().of_draw(draw, group, slices, noise, gradients)
 
 
@@ -106,45 +108,49 @@ def _move_matrices(
     else:
         directions = decay.pull(means, correction)
         torch._foreach_add_(directions, momenta)
-    coordinates = [structure.into_basis(layer, d) for layer, d in zip(layers, directions, strict=True)]
+    rotations = [structure.rotation(layer) for layer in layers]
+    coordinates = [rotation.into_basis(d) for rotation, d in zip(rotations, directions, strict=True)]
     torch._foreach_div_(coordinates, torch._foreach_add(hessians, rate))
     if settings["clip_radius"] < math.inf:
         bound = settings["clip_radius"] * correction
         torch._foreach_clamp_max_(coordinates, bound)
         torch._foreach_clamp_min_(coordinates, -bound)
-    moves = [structure.from_basis(layer, each) for layer, each in zip(layers, coordinates, strict=True)]
+    moves = [rotation.from_basis(each) for rotation, each in zip(rotations, coordinates, strict=True)]
     torch._foreach_sub_(means, moves, alpha=settings["lr"] / correction)
     beta = float(group["beta3"])
-    for layer, gradient, hessian in zip(layers, gradients, hessians, strict=True):
-        state, matrix = structure.parameters.state[layer.weight], gradient.reshape(hessian.shape)
+    for layer, gradient in zip(layers, gradients, strict=True):
+        state, matrix = structure.parameters.state[layer.weight], structure.whole_matrix(layer, gradient)
         for name, side in (("out_factor", matrix), ("in_factor", matrix.mT)):
             if name in state:
-                state[name].addmm_(side, side.mT, beta=beta, alpha=1 - beta)
+                factor = whole(state[name]).addmm_(side, side.mT, beta=beta, alpha=1 - beta)
+                if is_dtensor(state[name]):
+                    shard(state[name]).copy_(part_of(state[name], factor))
 
 
 def turned(structure: EigenbasisStructure, layer: Layer, wholly: bool = False) -> list[Tensor] | None:
-    """h in a new basis, and that; None if it fails.
+    """h in a new basis, and that, all whole; None if it fails.
 
     Args:
         wholly: to the eigenvectors, as at first; else by one power iteration from the last basis.
     """
     state, before = structure.parameters.state[layer.weight], structure.basis(layer)
+    factors = [whole(state[name]) if name in state else None for name in ("out_factor", "in_factor")]
     after: list[Tensor | None] = []
     with torch.autocast(layer.weight.device.type, enabled=False):
-        for name, basis in zip(("out_factor", "in_factor"), before, strict=True):
-            after.append(_nearer(state[name], None if wholly else basis) if name in state else None)
-            if name in state and after[-1] is None:
-                return None
-        hessian = rotate_diagonal(state["hessian"], before, (after[0], after[1]))
+        for factor, basis in zip(factors, before, strict=True):
+            after.append(None if factor is None else _nearer(factor, None if wholly else basis))
+        hessian = rotate_diagonal(whole(state["hessian"]), before, (after[0], after[1]))
+    if any(factor is not None and basis is None for factor, basis in zip(factors, after, strict=True)):
+        return None
     return [hessian, *(basis for basis in after if basis is not None)]
 
 
 def _nearer(factor: Tensor, basis: Tensor | None) -> Tensor | None:
-    """A basis nearer the eigenvectors of a factor than the last; the eigenvectors where there is none."""
+    """A basis nearer the eigenvectors of a factor than the last; the eigenvectors where that is the identity yet."""
     apart = without_ties(factor, TIES)
     if apart is None:
         return None
-    if basis is not None:
+    if basis is not None and not torch.equal(basis, torch.eye(len(basis)).to(basis)):
         return power_iteration(apart, basis)
     found = eigen(apart, None)
     return None if found is None else found[1]
