@@ -5,11 +5,12 @@
 
 Each network is trained on labels of which some are wrong, by SGD, AdamW, IVON and EVON, and `vlearn.Recorder` watches
 it: each example's loss and margin averaged over the training steps themselves (the margin's average is the area under
-the margin, Pleiss et al., 2020). At the end a sweep gives the loss at the mean, the leave-one-out loss and the
-self-influence, from the optimizer's own posterior or, after SGD and AdamW, from an EK-FAC fit. Beside them is the
-recipe of cleanlab: five networks by SGD, each on four fifths of the examples, and the quality of every label by the
-probabilities of the network that has not seen it. Times are the processor's, over all threads, so that other work does
-not count.
+the margin, Pleiss et al., 2020), and the score that `vlearn.label_issues` takes by default, the average loss times the
+average probability of the most probable other class. At the end a sweep gives the loss at the mean, the leave-one-out
+loss and the self-influence, from the optimizer's own posterior or, after SGD and AdamW, from an EK-FAC fit. Beside them
+is the recipe of cleanlab: five networks by SGD, each on four fifths of the examples, and the quality of every label by
+the probabilities of the network that has not seen it. Times are the processor's, over all threads, so that other work
+does not count.
 
 The labels: CIFAR-10N's human ones of the first 10,000 images (`--data-root` with cifar-10n/cifar10n_labels.npz), and
 drawn ones of Fashion-MNIST and of the digits, any other class or one that the class is taken for.
@@ -18,6 +19,7 @@ drawn ones of Fashion-MNIST and of the digits, any other class or one that the c
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -217,7 +219,11 @@ def measure(
     posterior = fit(run.model, loader, F.cross_entropy) if own is None else own()
     table = vlearn.sweep(run.model, posterior, loader, F.cross_entropy, None, progress=False)
     swept = time.process_time() - began
+    issues = vlearn.label_issues(record)
+    contested = np.empty(len(given))
+    contested[issues.numbers] = issues.score
     scores = {
+        "contested loss, live": contested,
         "loss, live": record.column("loss"),
         "margin, live (AUM)": -record.column("margin"),
         "loss, at the end": table.loss.numpy(),
@@ -228,7 +234,6 @@ def measure(
     seconds = {name: trained + (0 if "live" in name else swept) for name in scores}
     with torch.no_grad():
         output = torch.cat([run.model(x) for x in images.x_test.split(500)])
-    issues = vlearn.label_issues(record)
     true, is_wrong = images.y.cpu().numpy()[issues.numbers], wrong[issues.numbers]
     return {
         "scores": {name: _measures(score, wrong, seconds[name]) for name, score in scores.items()},
@@ -237,7 +242,7 @@ def measure(
             "accuracy": float((output.argmax(1) == images.y_test).float().mean()),
             "wrong": float(wrong.sum()),
             "wrong_share": float(wrong.mean()),
-            "expected": float(issues.count or 0),
+            "expected": float("nan") if issues.count is None else float(issues.count),
             "right_suggestions": float(np.mean(issues.suggested[is_wrong] == true[is_wrong])),
         },
     }
@@ -360,7 +365,8 @@ def print_results(record: dict[str, Any]) -> None:
     for method, scores in record["table"].items():
         about = record["runs"][method]["mean"]
         for place, (score, row) in enumerate(scores.items()):
-            counted = f"{about['expected']:.0f} of {about['wrong']:.0f}" if place == 0 else ""
+            expected = "?" if math.isnan(about["expected"]) else f"{about['expected']:.0f}"
+            counted = f"{expected} of {about['wrong']:.0f}" if place == 0 else ""
             numbers = [f"{row['mean'][name]:.3f}" for name in MEASURES]
             numbers[0] += f" ± {row['deviation'][MEASURES[0]]:.3f}"
             accuracy = f"{about['accuracy']:.1%}" if place == 0 and "accuracy" in about else ""

@@ -112,7 +112,13 @@ def test_wrong_labels_come_first_with_the_right_suggestion(run, of):
 def test_the_default_scores_are_the_average_and_the_leave_one_out_loss(run):
     record, table, given, *_ = run
     issues = vlearn.label_issues(record)
-    np.testing.assert_array_equal(issues.score, record.column("loss")[issues.numbers])
+    beside = issues.probabilities.copy()
+    beside[np.arange(300), issues.given] = 0
+    expected = record.column("loss").astype(float)[issues.numbers] * beside.max(1)
+    np.testing.assert_allclose(issues.score, expected, rtol=1e-6)
+    np.testing.assert_array_equal(issues.suggested, beside.argmax(1))
+    by_loss = vlearn.label_issues(record, score="loss")
+    np.testing.assert_array_equal(by_loss.score, record.column("loss")[by_loss.numbers])
     issues = vlearn.label_issues(table, given)
     np.testing.assert_array_equal(issues.score, table.loo_loss.double()[issues.numbers])
     np.testing.assert_allclose(
@@ -120,6 +126,13 @@ def test_the_default_scores_are_the_average_and_the_leave_one_out_loss(run):
     )
     by_margin = vlearn.label_issues(record, score="margin")
     np.testing.assert_array_equal(by_margin.score, -record.column("margin")[by_margin.numbers])
+
+
+def test_a_run_that_fits_all_labels_says_nothing_of_how_many_are_wrong(tmp_path):
+    counted = vlearn.label_issues(record_of(tmp_path / "a", [0.4] * 4, [0.9] * 4, [1, 1, 1, 0]))
+    fits = vlearn.label_issues(record_of(tmp_path / "b", [0.4] * 4, [0.9] * 4, [1, 1, 1, 1]))
+    assert counted.count is not None and fits.count is None and fits.joint is None
+    assert fits.probabilities is not None and "is_issue" not in fits.columns()
 
 
 def test_a_table_in_another_order_or_of_a_part_has_the_same_issues(run):

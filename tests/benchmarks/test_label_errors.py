@@ -97,7 +97,7 @@ def test_the_smoke_run_writes_every_score_and_goes_on_from_what_was_kept(
     first = json.loads((tmp_path / "out" / "digits.json").read_text())
     assert set(first["table"]) == {*METHODS, FOLDS}
     for method, scores in first["table"].items():
-        assert len(scores) == (1 if method == FOLDS else 5)
+        assert len(scores) == (1 if method == FOLDS else 6)
         assert all(0 < score["mean"]["average_precision"] <= 1 for score in scores.values())
     assert first["table"]["AdamW"]["loss, live"]["mean"]["average_precision"] > 0.4  # a fifth by chance
     assert first["record_cost"] > 0

@@ -19,6 +19,8 @@ from vlearn.sensitivity.sweep import SensitivityTable
 GROUPS = ("unpredictable", "uncertain", "memorised", "easy")
 LOWER_IS_WORSE = ("margin", "probability", "agreement")
 OF_TABLE = ("loss", "loo_loss", "self_influence", "leverage", "prediction_error")
+CONTESTED = "contested_loss"
+LEARNED_BY_HEART = 0.99  # share of the labels, from which on a run that agrees with them fits wrong ones, too
 HIGH_LEVERAGE = 2.0  # times the mean, from which on an example counts as a point of high leverage
 
 
@@ -29,12 +31,14 @@ class LabelIssues:
     Attributes:
         numbers: ``[K]`` of the examples.
         given: ``[K]`` labels they have.
-        suggested: ``[K]`` most probable classes; a label that is likely right is its own suggestion.
+        suggested: ``[K]`` what else they may be: the most probable class but the given one, if probabilities are known;
+            else the class predicted last.
         score: ``[K]``, the higher the more likely wrong.
         group: ``[K]`` one of "unpredictable", "uncertain", "memorised" and "easy".
         probabilities: ``[K, C]`` out-of-sample probabilities, or averages over a run; None where they are not known.
-        count: how many labels are expected to be wrong, the first so many; None without probabilities.
-        joint: ``[C, C]`` expected shares of given (rows) and true label; None without probabilities.
+        count: how many labels are expected to be wrong, the first so many; None without probabilities, and where the
+            run has come to fit nearly all labels that it was given.
+        joint: ``[C, C]`` expected shares of given (rows) and true label; None likewise.
     """
 
     numbers: np.ndarray
@@ -96,8 +100,9 @@ def label_issues(
     A run has seen all examples before it fitted them, so averages over it tell wrong labels apart where the losses of
     a network that has memorised them do not. Of a sweep the output that is predicted without the example, f + Δf,
     takes their place. How many labels are wrong is counted as confident learning counts it, see
-    `vlearn.audit.confident_learning`; too few where the network had memorised them for most of the run. With p the
-    label's probability now and q that average, or out of sample:
+    `vlearn.audit.confident_learning`; too few where the network had memorised them for much of the run, and not at all
+    where it agrees with 99% of the labels at the end. With p the label's probability now and q that average, or out of
+    sample:
 
     ===================  ================================================================================
     ``memorised``        p ≥ 1/2 > q: it is right because it was learned by heart, or late
@@ -110,8 +115,10 @@ def label_issues(
     Args:
         source: a record of a run, or what `vlearn.sweep` returned.
         labels: ``[num_data]`` whole numbers by example number; default those that the record has seen.
-        score: a column of the source by which to order, turned so that high is bad; default the loss averaged over
-            the run, or the leave-one-out loss.
+        score: a column of the source by which to order, turned so that high is bad; default, of a sweep, the
+            leave-one-out loss, and of a run "contested_loss": the average loss times the average probability of the
+            suggested class. The loss alone is also high for examples that are like nothing else, whose probability is
+            spread; of a record without probabilities it is the default.
 
     Returns:
         All examples that have a score.
@@ -120,20 +127,20 @@ def label_issues(
         ValueError: if there are no labels, no such column, or the table has not kept its outputs.
     """
     if isinstance(source, TrainingRecord):
-        numbers, values, now, later, uncertain, of_all, predicted = _of_record(source, score or "loss")
         seen = source.labels
         if labels is None and not (seen >= 0).any():
             raise ValueError("the record has seen no labels of classes, one for each example: give labels.")
         given = seen if labels is None else _as_labels(labels)
+        _check_reach(np.arange(source.num_data), given)
+        numbers, values, now, later, uncertain, of_all, suggested = _of_record(source, given, score)
     elif isinstance(source, SensitivityTable):
         if labels is None:
             raise ValueError("labels is missing: a table has none; give those of all examples, by their numbers.")
         given = _as_labels(labels)
         _check_reach(source.index.numpy(), given)
-        numbers, values, now, later, uncertain, of_all, predicted = _of_table(source, given, score)
+        numbers, values, now, later, uncertain, of_all, suggested = _of_table(source, given, score)
     else:
         raise TypeError(f"source is a {type(source).__name__}, but it must be a TrainingRecord or a SensitivityTable.")
-    _check_reach(numbers, given)
     kept = np.isfinite(values) & (given[numbers] >= 0)
     if not kept.any():
         raise ValueError(f"no example has a finite {score or 'score'} and a label: record or sweep some first.")
@@ -144,19 +151,27 @@ def label_issues(
     if probabilities is not None and np.isfinite(probabilities).all():
         if int(own.max()) >= probabilities.shape[1]:
             raise ValueError(f"labels hold class {own.max()}, but the model has {probabilities.shape[1]} classes.")
-        joint = noise_joint(own, probabilities)
-        count = round(len(order) * (1 - float(np.trace(joint))))
+        if not (isinstance(source, TrainingRecord) and _fits_its_labels(source)):
+            joint = noise_joint(own, probabilities)
+            count = round(len(order) * (1 - float(np.trace(joint))))
     memorised, unpredictable = (now >= 0.5) & (later < 0.5), now < 0.5
     group = np.select([memorised, uncertain, unpredictable], ["memorised", "uncertain", "unpredictable"], "easy")
-    return LabelIssues(numbers[order], own, predicted[order], values[order], group[order], probabilities, count, joint)
+    return LabelIssues(numbers[order], own, suggested[order], values[order], group[order], probabilities, count, joint)
 
 
-def _of_record(record: TrainingRecord, score: str) -> tuple[Any, ...]:
-    """Numbers, score, probability now and on average, whether uncertain, probabilities, and predicted class."""
-    if score not in AVERAGED:
-        raise ValueError(f"score={score!r}, but a record has {', '.join(AVERAGED)}: use one of them.")
+def _of_record(record: TrainingRecord, labels: np.ndarray, score: str | None) -> tuple[Any, ...]:
+    """Numbers, score, probability now and on average, whether uncertain, probabilities, and suggested class."""
     averages = record.averages
-    values, later = averages.mean(score), averages.mean("probability")
+    of_all = averages.probabilities()
+    allowed = AVERAGED if of_all is None else (*AVERAGED, CONTESTED)
+    score = score or ("loss" if of_all is None else CONTESTED)
+    if score not in allowed:
+        raise ValueError(f"score={score!r}, but a record has {', '.join(allowed)}: use one of them.")
+    suggested = averages.predicted
+    if of_all is not None:
+        suggested, contest = _beside(labels[: record.num_data], of_all, suggested)
+    values = averages.mean("loss") * contest if score == CONTESTED else averages.mean(score)
+    later = averages.mean("probability")
     live = record.memory.kinds == "live"
     now = later
     if live.any():
@@ -166,10 +181,6 @@ def _of_record(record: TrainingRecord, score: str) -> tuple[Any, ...]:
     if uncertain is None:
         agreement = averages.mean("agreement")
         uncertain = (agreement > 0.25) & (agreement < 0.75)
-    of_all = averages.probabilities()
-    predicted = averages.predicted
-    if of_all is not None:
-        predicted = np.where(np.isfinite(of_all).all(1), of_all.argmax(1), predicted)
     return (
         np.arange(record.num_data),
         -values if score in LOWER_IS_WORSE else values,
@@ -177,12 +188,31 @@ def _of_record(record: TrainingRecord, score: str) -> tuple[Any, ...]:
         later,
         uncertain,
         of_all,
-        predicted,
+        suggested,
     )
 
 
+def _beside(labels: np.ndarray, probabilities: np.ndarray, otherwise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable class beside each label, another one where they are not known, and its probability."""
+    others = probabilities.astype(np.float64)
+    known = np.isfinite(others).all(1)
+    rows = np.flatnonzero((labels >= 0) & (labels < others.shape[1]))
+    others[rows, labels[rows]] = -np.inf
+    return np.where(known, others.argmax(1), otherwise), np.where(known, others.max(1), np.nan)
+
+
+def _fits_its_labels(record: TrainingRecord) -> bool:
+    """Whether a run has come to agree with the labels that it was given, right or wrong ones."""
+    live = np.flatnonzero(record.memory.kinds == "live")
+    if not len(live):
+        return False
+    agreement = record.memory.column("agreement")[live[-1]]
+    agreement = agreement[np.isfinite(agreement)]
+    return bool(len(agreement)) and float(agreement.mean()) >= LEARNED_BY_HEART
+
+
 def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) -> tuple[Any, ...]:
-    """As `_of_record`, of a sweep."""
+    """As `_of_record`, of a sweep, whose numbers the labels reach."""
     has_loo = not bool(table.loo_loss.isnan().all())
     score = score or ("loo_loss" if has_loo else "loss")
     column = getattr(table, score, None) if score in OF_TABLE else None
@@ -206,7 +236,7 @@ def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) ->
     if uncertain is None:
         uncertain = np.zeros(len(index), bool)
     values = column.double().numpy()
-    return index, values, now, later, uncertain, without, without.argmax(1)
+    return index, values, now, later, uncertain, without, _beside(own, without, without.argmax(1))[0]
 
 
 def _last_leverage(record: TrainingRecord) -> np.ndarray | None:
