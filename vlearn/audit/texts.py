@@ -36,7 +36,7 @@ class TextDataset(Dataset):
     Raises:
         ValueError: if the lengths differ, there is nothing, or a label is no class.
 
-    Example:
+    Examples:
         >>> data = TextDataset(["Good film.", "Bad film!"], ["good", "bad"], max_length=4)
         >>> data[0]["input_ids"].tolist(), data[0]["labels"].item(), data.names
         ([3, 2, 4, 0], 1, ['bad', 'good'])

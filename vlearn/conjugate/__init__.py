@@ -18,7 +18,7 @@ gradient does not depend on the posterior q = exp(⟨λ, T(θ)⟩ - A(λ)), and 
 Khan and Rue, 2023, arXiv:2107.04562; Nickl et al., 2023, arXiv:2310.19273, Eqs. 5 to 7, Theorems 1 and 2.
 All in float64.
 
-Example:
+Examples:
     >>> import torch
     >>> from vlearn import conjugate
     >>> prior = conjugate.Beta.from_standard(alpha=2, beta=2)

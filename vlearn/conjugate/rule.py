@@ -89,7 +89,7 @@ def add(posterior: Posterior, data: Data, index: int | Sequence[int] | Tensor, r
 def leave_one_out(posterior: Posterior, data: Data) -> Posterior:
     """All N posteriors without one example each, a batch λ + g̃_j ``[N, K]``.
 
-    Example:
+    Examples:
         >>> from vlearn.conjugate import Gamma, Poisson
         >>> data, prior = Poisson(torch.tensor([3, 5, 40])), Gamma.from_standard(shape=1, rate=0.1)
         >>> posterior = blr_step(prior, prior, data)

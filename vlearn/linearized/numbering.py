@@ -98,7 +98,7 @@ class UnrepeatedDistributedSampler(Sampler[int]):
         TypeError: if the dataset has no length.
         ValueError: if there is no such process.
 
-    Example:
+    Examples:
         >>> [list(UnrepeatedDistributedSampler(range(5), num_replicas=2, rank=rank)) for rank in range(2)]
         [[0, 2, 4], [1, 3]]
     """

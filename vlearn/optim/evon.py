@@ -84,7 +84,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
     Raises:
         ValueError: if an argument breaks its rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = EVON(model, lr=2.0, ess=100)

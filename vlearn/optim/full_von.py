@@ -79,7 +79,7 @@ class FullVON(VariationalOptimizer[DenseStructure, Full]):
     Raises:
         ValueError: if an argument breaks its rule, or there are too many parameters.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = FullVON(model, lr=0.1, ess=100)

@@ -102,7 +102,7 @@ class IVON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     Raises:
         ValueError: if an argument breaks its rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = IVON(model, lr=0.1, ess=100)

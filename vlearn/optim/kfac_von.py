@@ -87,7 +87,7 @@ class KFACVON(RotatedOptimizer[KroneckerStructure]):
     Raises:
         ValueError: if an argument breaks its rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = KFACVON(model, lr=0.01, ess=100)

@@ -72,7 +72,7 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     Raises:
         ValueError: if an argument breaks its rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = VAdamW(model, lr=1e-3, num_data=100)

@@ -58,7 +58,7 @@ class VOGN(VariationalOptimizer[DiagonalStructure, Diagonal]):
     Raises:
         ValueError: if an argument breaks its rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = VOGN(model, lr=0.01, ess=100)

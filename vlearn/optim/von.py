@@ -68,7 +68,7 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
     Raises:
         ValueError: if an argument breaks its rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = VON(model, lr=0.1, ess=100)

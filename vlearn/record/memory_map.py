@@ -60,7 +60,7 @@ class MemoryMap:
 
     Source: memory maps, Tailor et al. (2024).
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from types import SimpleNamespace
         >>> memory = MemoryMap(num_data=4, path=tempfile.mkdtemp())

@@ -52,7 +52,7 @@ class TrainingRecord:
     Raises:
         ValueError: if ``num_data`` is not positive, or ``path`` holds a record of another number of examples.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> record = TrainingRecord(num_data=3, path=tempfile.mkdtemp())
         >>> record.record([2, 0], step=1, loss=[1.0, 0.5], margin=[-1.0, 2.0])
