@@ -3,7 +3,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo tables test test-torch lint clean
+.PHONY: help demo tables docs test test-torch lint clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -13,8 +13,13 @@ help:  ## list the targets
 demo: $(VENV)/.bench  ## train on the digits, predict the test loss, draw it
 	$(BIN)/python -m benchmarks.digits
 
-tables: $(VENV)/.bench  ## write the numbers of benchmarks/results into the READMEs
+tables: $(VENV)/.bench  ## write the numbers of benchmarks/results into the README and the manual
 	$(BIN)/python -m benchmarks.tables
+
+docs: export NO_MKDOCS_2_WARNING := 1  # an advertisement of Material's on every build
+docs: $(VENV)/.docs  ## build the manual in site/, with its notebooks; any warning is an error
+	$(BIN)/python docs/notebooks.py
+	$(BIN)/mkdocs build --strict --quiet
 
 # One thread per worker: the workers already fill the cores.
 test: export OMP_NUM_THREADS := 1
@@ -26,14 +31,14 @@ test-torch: export OMP_NUM_THREADS := 1
 test-torch: .venv-torch-$(VERSION)/.dev  ## run TESTS, or every test, beside torch VERSION
 	$(<D)/bin/python -m pytest -n $(WORKERS) -m "" $(TESTS)
 
-lint: $(VENV)/.dev  ## check style, types and the tables of the READMEs
+lint: $(VENV)/.dev  ## check style, types and the tables of README and manual
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m benchmarks.tables --check
 
 clean:  ## remove the environments and every cache
-	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted install starts again; both live in the environment they describe.
@@ -43,7 +48,11 @@ $(VENV)/.bench: pyproject.toml constraints.txt
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(call install,-c constraints.txt -e '.[bench$(comma)dev$(comma)clients]')
-	touch $(VENV)/.bench $@
+	touch $(VENV)/.bench $(VENV)/.docs $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(call install,-c constraints.txt -e '.[docs]')
+	touch $@
 
 .venv-torch-%/.dev: pyproject.toml
 	$(call install,torch==$* -e '.[bench$(comma)dev]')

@@ -1,4 +1,4 @@
-"""Tables as Markdown, in their places between markers, and numbers as the READMEs print them.
+"""Tables as Markdown, in their places between markers, and numbers as the pages print them.
 
 A place is ``<!-- table: NAME -->``, the table, ``<!-- /table -->``, each marker on a line of its own.
 """

@@ -1,1 +1,1 @@
-"""The tables of the READMEs, written from `results/`: `python -m benchmarks.tables`."""
+"""The tables of the README and the manual, written from `results/`: `python -m benchmarks.tables`."""

@@ -1,4 +1,4 @@
-"""Writes the tables of the READMEs from the numbers in `benchmarks/results/`.
+"""Writes the tables of the README and the manual from the numbers in `benchmarks/results/`.
 
     python -m benchmarks.tables [--check]
 
@@ -19,8 +19,9 @@ from benchmarks.report.markdown import with_tables
 from benchmarks.tables import attributions, costs, losses, optimizers, removals
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 TABLES: dict[str, Callable[[], str]] = {
+    "optimizers": optimizers.family,
     "family-fashion-mnist": optimizers.fashion_mnist,
     "family-digits": optimizers.digits,
     "family-cost": optimizers.cost,
@@ -40,7 +41,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "stopped-fashion-mnist-adam": partial(losses.stopped_training, "fashion-mnist-adam"),
     "stopped-fashion-mnist-adamw": partial(losses.stopped_training, "fashion-mnist-adamw"),
     "generalization-fashion-mnist": losses.fashion_mnist,
-    "generalization-fashion-mnist-correlations": losses.fashion_mnist_correlations,
     "digits": losses.digits,
     "prior-precision": losses.prior_precision,
     "fidelity": removals.structures,
@@ -71,7 +71,7 @@ def differences(documents: Sequence[Path]) -> list[str]:
 def main(argv: list[str] | None = None, documents: Sequence[Path] = DOCUMENTS) -> int:
     """Write the tables, 0; or check them, 1 if a document is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     if parser.parse_args(argv).check:
         changed = differences(documents)
         if changed:

@@ -27,41 +27,24 @@ def stopped_training(experiment: str) -> str:
 def fashion_mnist() -> str:
     """Fashion-MNIST with the published settings, and laplace-torch's own way beside the sweep."""
     record = read("generalization/fashion-mnist")
-
-    def sweep(method: str, mean: dict[str, float]) -> str:
-        text = seconds(mean["seconds_of_sensitivities_each"])
-        if (own := record["laplace_torch"].get(method)) is not None:
-            text += f"; {seconds(own['fit'] + own['own_deviation_scaled'])} by laplace-torch alone"
-        return text
-
     rows = []
     for method, label in LABELS.items():
         mean = record["table"][method]["mean"]
-        label = label.replace("IVON", "vlearn.IVON")
-        accuracy = percent(mean["test_accuracy"])
-        rows.append((label, _gap(record["table"][method]), _last(mean), accuracy, sweep(method, mean)))
-    header = ("posterior", "mean gap over training, nats", "last train / LOO / test loss", "accuracy", "one sweep")
-    return table(header, rows)
-
-
-def fashion_mnist_correlations() -> str:
-    """The same runs with their correlations over the epochs."""
-    by_method = read("generalization/fashion-mnist")["table"]
-    rows = []
-    for method, label in LABELS.items():
-        mean = by_method[method]["mean"]
+        sweep = seconds(mean["seconds_of_sensitivities_each"])
+        if (own := record["laplace_torch"].get(method)) is not None:
+            sweep += f"; {seconds(own['fit'] + own['own_deviation_scaled'])} by laplace-torch alone"
         rows.append(
             (
                 label,
-                _gap(by_method[method]),
+                _gap(record["table"][method]),
                 f"{mean['pearson_over_epochs']:.4f}",
                 f"{mean['spearman_over_epochs']:.3f}",
                 _last(mean),
                 percent(mean["test_accuracy"], 2),
-                seconds(mean["seconds_of_sensitivities_each"]),
+                sweep,
             )
         )
-    header = ("posterior", "mean gap, nats", "Pearson", "Spearman", "train / LOO / test", "accuracy")
+    header = ("posterior", "mean gap, nats", "Pearson", "Spearman", "last train / LOO / test loss", "accuracy")
     return table((*header, "a sweep, fit included"), rows)
 
 

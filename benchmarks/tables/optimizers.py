@@ -11,7 +11,7 @@ KRONECKER, DIAGONAL = "SGD + Laplace, Kronecker", "SGD + Laplace, diagonal"
 
 
 def fashion_mnist() -> str:
-    """5,000 images of Fashion-MNIST, by the methods of the main README."""
+    """5,000 images of Fashion-MNIST, by every method."""
     labels = {
         "SGD": "SGD",
         KRONECKER: KRONECKER,
@@ -40,6 +40,35 @@ def fashion_mnist() -> str:
             (label, percent(rows[name]["mean"]["accuracy"]), _losses(rows[name]), _errors(rows[name]), _gap(rows[name]))
             for name, label in labels.items()
         ],
+    )
+
+
+PICKED = {
+    "SGD": ("`torch.optim.SGD`", "for comparison"),
+    "AdamW": ("`torch.optim.AdamW`", "for comparison"),
+    "VAdamW": ("`vlearn.VAdamW`", "you would take AdamW: its settings, its loss, and a posterior beside it"),
+    "IVON": ("`vlearn.IVON`", "in doubt: any model and loss at the cost of Adam; leave-one-out on many examples"),
+    "EVON": ("`vlearn.EVON`", "training from scratch, at half a step more; draws that predict; any layer"),
+    "VON": ("`vlearn.VON`", "the curvature should carry little noise and forget `hess_init`"),
+    "VOGN": ("`vlearn.VOGN`", "the loss is no likelihood; tempering, damping, augmentation"),
+    "KFACVON": ("`vlearn.KFACVON`", "leave-one-out on few examples; draws that need correlations within a layer"),
+    "FullVON": ("`vlearn.FullVON`", "up to a few thousand parameters: the exact posterior of a linear model"),
+}
+
+
+def family() -> str:
+    """Each optimizer in a line: when to pick it, and its test loss on 5,000 images of Fashion-MNIST."""
+    rows = read("family/fashion-mnist-5k")["table"]
+
+    def loss(name: str) -> str:
+        if name not in rows:
+            return ""
+        of_draws = PICKED[name][0].startswith("`vlearn")
+        return short(rows[name]["mean"]["nll_by_draws" if of_draws else "nll"], 3)
+
+    return table(
+        ("optimizer", "pick it when", "test loss"),
+        [(label, when, loss(name)) for name, (label, when) in PICKED.items()],
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.report.markdown import short, table
 from benchmarks.report.records import read
 
-GUARDED = "[guarded](benchmarks/README.md#removals-against-retraining)"
+GUARDED = "[guarded](#five-hundred-removals)"
 
 
 def structures() -> str:
