@@ -202,6 +202,12 @@ def test_batch_norm_is_swept_with_its_running_statistics():
     assert relative_error(table.deviation, truth.deviation(covariance)) < 1e-10
 
 
+def test_torchs_own_loss_takes_the_scores_of_a_model_that_gives_its_loss_beside_them():
+    model = Model(lambda m, x: {"loss": m.net(x).mean(), "logits": m.net(x)}, net=network()).double()
+    posterior = optimizer_of(model).posterior()
+    assert torch.equal(swept(model, posterior).loo_loss, swept(model, posterior, output="logits").loo_loss)
+
+
 @pytest.mark.parametrize("output", ["logits", lambda whole: whole["logits"]])
 def test_one_of_several_outputs_is_selected(output):
     model = Model(lambda m, x: {"aux": m.aux(x), "logits": m.net(x)}, net=network(), aux=nn.Linear(D, 1)).double()

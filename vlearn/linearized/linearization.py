@@ -424,6 +424,7 @@ def at_mean(model: nn.Module, posterior: Posterior) -> Iterator[Covariance]:
 def _for_loss(
     prediction: Any, positions: list[int], leaves: list[Tensor], output: Selector, losses: ExampleLoss
 ) -> Any:
-    """The model's output with its differentiable tensors replaced, as the loss takes it."""
+    """The model's output with its differentiable tensors replaced, as the loss takes it; torch's take one tensor."""
     whole = with_leaves(prediction, dict(zip(positions, leaves, strict=True)))
-    return whole if output is None or not losses.torch_style else select(whole, output)
+    wants_whole = output is None and (isinstance(whole, Tensor) or not losses.is_torchs)
+    return whole if wants_whole or not losses.torch_style else select(whole, output)

@@ -33,6 +33,7 @@ class ExampleLoss:
 
     Attributes:
         reduction: what becomes of an example's entries: "mean", "sum", "none", or None where it is not known.
+        is_torchs: whether the loss is torch's own, and so takes one tensor.
         checked: shapes of outputs and targets for which each loss was seen to be of its own example.
 
     Raises:
@@ -61,7 +62,8 @@ class ExampleLoss:
             self.unreduced = partial(loss_fn, reduction="none")
         else:
             self.unreduced, self.torch_style = loss_fn, False
-        self._whole = loss_fn if self.torch_style and not _is_torchs(loss_fn) else None
+        self.is_torchs = _is_torchs(loss_fn)
+        self._whole = loss_fn if self.torch_style and not self.is_torchs else None
         if is_gaussian:
             self.unreduced, self.torch_style = partial(_of_mean_and_variance, self.unreduced), False
 
