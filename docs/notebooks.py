@@ -15,7 +15,7 @@ DOCS = Path(__file__).resolve().parent
 REPOSITORY = "https://github.com/vlearn/vlearn"
 PAGES = {"train": "", "wrong-labels": "[plot]"}  # in tutorials/, with the extras that they need
 LINK = re.compile(r"\]\((?P<path>(?!https?:|#)[^)#\s]+)(?P<anchor>#[^)\s]+)?\)")
-BADGE = re.compile(r"^\[!\[Open in Colab\].*\n\n", re.MULTILINE)
+COLAB = re.compile(r"^\[Open in Colab\]\(.*\)\n\n", re.MULTILINE)
 INSTALL = '%pip install -q "vlearn{extras} @ git+{repository}" scikit-learn'
 
 
@@ -27,7 +27,7 @@ def notebook(name: str) -> str:
         at = (page.parent / link["path"]).resolve().relative_to(DOCS.parent)
         return f"]({REPOSITORY}/blob/main/{at.as_posix()}{link['anchor'] or ''})"
 
-    text = LINK.sub(absolute, BADGE.sub("", page.read_text(encoding="utf-8")))
+    text = LINK.sub(absolute, COLAB.sub("", page.read_text(encoding="utf-8")))
     made = jupytext.reads(text, fmt="md")
     made.cells.insert(1, nbformat.v4.new_code_cell(INSTALL.format(extras=PAGES[name], repository=REPOSITORY)))
     for number, cell in enumerate(made.cells):

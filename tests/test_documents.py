@@ -107,6 +107,16 @@ def test_the_reference_has_every_public_name() -> None:
         assert set(found.__all__) - (rooms - {"lightning", "transformers", "wandb"}) <= shown
 
 
+def test_the_functions_that_the_mathematics_names_are_where_it_says() -> None:
+    text = (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8")
+    named = re.findall(r"((?:`\w+`(?: and )?)+)\s\(`(vlearn/[\w/]+\.py)`\)", text)
+    assert len(named) > 25
+    for names, path in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names.replace(" and ", " ")):
+            assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), f"{name} is not in {path}"
+
+
 def test_the_notebooks_are_in_step_with_their_pages() -> None:
     pytest.importorskip("jupytext")
     spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
