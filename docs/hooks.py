@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -21,6 +22,9 @@ PICTURES = "benchmarks/results"
 LINK = re.compile(r"\]\((?P<path>(?:\.\./)+[^)#\s]+)(?P<anchor>#[^)\s]+)?\)")
 COMMENT = re.compile(r"^<!--.*?-->\n", re.DOTALL | re.MULTILINE)
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
+
+NORM = re.compile(r"<mo>(&#x0(?:2016|007C);)</mo>")  # bars, which would grow with what comes after them
+VARIANT = re.compile(r'<m(?P<tag>[in]) mathvariant="(?P<variant>script|double-struck|bold)">(?P<sign>\w)</m(?P=tag)>')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -56,6 +60,18 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     def mathml(formula: re.Match[str]) -> str:
         display = "block" if formula["tag"] == "div" else "inline"
-        return convert(html.unescape(formula["latex"]).strip(), display=display)
+        found = VARIANT.sub(_unicode, convert(html.unescape(formula["latex"]).strip(), display=display))
+        return NORM.sub(r'<mo stretchy="false">\1</mo>', found)
 
     return FORMULA.sub(mathml, content)
+
+
+def _unicode(sign: re.Match[str]) -> str:
+    """A letter of another alphabet as a character of its own: browsers do not read mathvariant."""
+    base = unicodedata.name(sign["sign"]).replace("LATIN ", "").replace("LETTER ", "")
+    name = f"{sign['variant'].upper()} {base}"
+    try:
+        letter = unicodedata.lookup(f"MATHEMATICAL {name}")
+    except KeyError:  # those that Unicode had before: ℒ, ℝ
+        letter = unicodedata.lookup(name)
+    return f"<m{sign['tag']}>{letter}</m{sign['tag']}>"
