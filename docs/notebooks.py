@@ -1,6 +1,6 @@
 """Writes the notebooks of docs/notebooks/ from their pages: `python docs/notebooks.py`.
 
-A notebook is its page with the blocks as cells, after a cell that installs vlearn, and with links that lead from anywhere.
+A notebook is its page with the blocks as cells, a cell that installs vlearn, and links that lead from anywhere.
 """
 
 from __future__ import annotations

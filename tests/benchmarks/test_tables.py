@@ -1,4 +1,4 @@
-"""The tables of the READMEs are those that the numbers in results/ give."""
+"""The tables of the README and the manual are those that the numbers in results/ give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.report.markdown import names_of, seconds, short, table, with_tab
 from benchmarks.tables.__main__ import DOCUMENTS, TABLES, differences, main
 
 
-def test_the_readmes_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -51,7 +51,7 @@ def test_a_place_of_an_unknown_table_and_one_without_end_are_refused() -> None:
         with_tables("<!-- table: a -->\n| 1 |\n\n<!-- table: a -->\n<!-- /table -->", {"a": str})
 
 
-def test_numbers_are_printed_as_the_readmes_have_them() -> None:
+def test_numbers_are_printed_as_the_pages_have_them() -> None:
     assert [short(value, 3) for value in (0.4171, -0.0339, 1.33104)] == [".417", "-.034", "1.331"]
     assert short(0.62658, 3, sign=True) == "+.627"
     assert [seconds(value) for value in (16.87, 470.2, 1490.3)] == ["17 s", "470 s", "1,490 s"]

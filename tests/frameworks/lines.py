@@ -1,4 +1,4 @@
-"""The lines that the README begins with, for a training of 24 examples."""
+"""The lines that the README and docs/guides/optimizers.md begin with, for a training of 24 examples."""
 
 from __future__ import annotations
 

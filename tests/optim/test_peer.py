@@ -1,4 +1,4 @@
-"""What users do with an optimizer: vlearn does it, ivon-opt 0.1.3 does not. The README's table, row by row.
+"""What users do with an optimizer: vlearn does it, ivon-opt 0.1.3 does not. The table of docs/guides/from-ivon.md.
 
 Each test runs the same code with both optimizers and states what each does.
 """
