@@ -16,7 +16,8 @@ demo: $(VENV)/.bench  ## train on the digits, predict the test loss, draw it
 tables: $(VENV)/.bench  ## write the numbers of benchmarks/results into the README and the manual
 	$(BIN)/python -m benchmarks.tables
 
-docs: export NO_MKDOCS_2_WARNING := 1  # an advertisement of Material's on every build
+# Else Material tells of its successor on every build.
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.docs  ## build the manual in site/, with its notebooks; any warning is an error
 	$(BIN)/python docs/notebooks.py
 	$(BIN)/mkdocs build --strict --quiet
