@@ -1,4 +1,4 @@
-"""Shows the tables of docstrings, which are typed as reStructuredText, in the manual as Markdown."""
+"""Shows docstrings in the manual as they are meant: their tables, which are reStructuredText, and their sections."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from typing import Any
 from griffe import Extension
 
 RULE = re.compile(r"^(?P<indent> *)(?P<columns>=+(?: +=+)+)$")
+SECTION = re.compile(r"(?<=\S)\n(?P<heading> *(?:Args|Attributes|Returns|Yields|Raises|Examples):)$", re.MULTILINE)
+NAMES = re.compile(r"^ +\w+(?:, \w+)+(?=: )", re.MULTILINE)
 
 
-class DocstringTables(Extension):
-    """Turns each simple table of a docstring into a Markdown table before the docstring is parsed."""
+class Docstrings(Extension):
+    """Rewrites each docstring before it is parsed."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
         """Called of every module, class, function and attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+            text = with_markdown_tables(obj.docstring.value).replace("Example::", "For example:")
+            text = SECTION.sub(r"\n\n\g<heading>", text)  # a section begins after an empty line
+            # "lr, betas: as in AdamW" is one entry, not a name and a type.
+            obj.docstring.value = NAMES.sub(lambda names: names[0].replace(", ", ",\u00a0"), text)
 
 
-def as_markdown(text: str) -> str:
+def with_markdown_tables(text: str) -> str:
     """The text with its simple tables, which have no header row, as Markdown tables."""
     lines, done = text.splitlines(), []
     while lines:
@@ -40,4 +45,4 @@ def as_markdown(text: str) -> str:
         bars = [[cell.replace("``", "`").replace("|", "&#124;") for cell in row] for row in rows]
         header = "| " * len(starts) + "|\n" + rule["indent"] + "|---" * len(starts) + "|"
         done += [rule["indent"] + header, *(f"{rule['indent']}| {' | '.join(row)} |" for row in bars)]
-    return "\n".join(done).replace("Example::", "For example:")
+    return "\n".join(done)
