@@ -46,9 +46,9 @@ def fashion_mnist() -> str:
 PICKED = {
     "SGD": ("`torch.optim.SGD`", "for comparison"),
     "AdamW": ("`torch.optim.AdamW`", "for comparison"),
-    "VAdamW": ("`vlearn.VAdamW`", "you would take AdamW: its settings, its loss, and a posterior beside it"),
-    "IVON": ("`vlearn.IVON`", "in doubt: any model and loss at the cost of Adam; leave-one-out on many examples"),
-    "EVON": ("`vlearn.EVON`", "training from scratch, at half a step more; draws that predict; any layer"),
+    "VAdamW": ("`vlearn.VAdamW`", "in doubt, and wherever you would take AdamW: its settings, its loss, a posterior beside it"),
+    "IVON": ("`vlearn.IVON`", "leave-one-out is to follow the test loss on many examples, at the cost of Adam; ivon-opt's code"),
+    "EVON": ("`vlearn.EVON`", "training from scratch, for half as much time again; draws that predict; any layer"),
     "VON": ("`vlearn.VON`", "the curvature should carry little noise and forget `hess_init`"),
     "VOGN": ("`vlearn.VOGN`", "the loss is no likelihood; tempering, damping, augmentation"),
     "KFACVON": ("`vlearn.KFACVON`", "leave-one-out on few examples; draws that need correlations within a layer"),
