@@ -46,8 +46,14 @@ def fashion_mnist() -> str:
 PICKED = {
     "SGD": ("`torch.optim.SGD`", "for comparison"),
     "AdamW": ("`torch.optim.AdamW`", "for comparison"),
-    "VAdamW": ("`vlearn.VAdamW`", "in doubt, and wherever you would take AdamW: its settings, its loss, a posterior beside it"),
-    "IVON": ("`vlearn.IVON`", "leave-one-out is to follow the test loss on many examples, at the cost of Adam; ivon-opt's code"),
+    "VAdamW": (
+        "`vlearn.VAdamW`",
+        "in doubt, and wherever you would take AdamW: its settings, its loss, a posterior beside it",
+    ),
+    "IVON": (
+        "`vlearn.IVON`",
+        "leave-one-out is to follow the test loss on many examples, at the cost of Adam; ivon-opt's code",
+    ),
     "EVON": ("`vlearn.EVON`", "training from scratch, for half as much time again; draws that predict; any layer"),
     "VON": ("`vlearn.VON`", "the curvature should carry little noise and forget `hess_init`"),
     "VOGN": ("`vlearn.VOGN`", "the loss is no likelihood; tempering, damping, augmentation"),
