@@ -5,6 +5,7 @@ from vlearn.audit import Recorder, label_issues
 from vlearn.optim import EVON, IVON, KFACVON, VOGN, VON, FullVON, VAdamW
 from vlearn.posterior import predict
 from vlearn.record import MemoryMap, TrainingRecord
+from vlearn.report_page import report
 from vlearn.sensitivity import (
     IndexedDataset,
     UnrepeatedDistributedSampler,
@@ -39,6 +40,7 @@ __all__ = [
     "plot",
     "posterior",
     "predict",
+    "report",
     "sensitivity",
     "sweep",
 ]

@@ -1,0 +1,270 @@
+"""What a page says, taken from a record or a sweep: numbers of every example, findings, tables, curves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vlearn.audit.findings import LabelIssues, label_issues
+from vlearn.record import MemoryMap, TrainingRecord
+from vlearn.record.running_averages import AVERAGED
+from vlearn.report_page.maps import Map, map_of_table, maps_of
+from vlearn.sensitivity.sweep import SensitivityTable
+
+Source = TrainingRecord | MemoryMap | SensitivityTable
+
+MOST_ISSUES = 2000  # rows of the table of label issues
+MOST_ROWS = 200  # of each other table
+SWEPT = ("loss", "loo_loss", "self_influence", "leverage", "prediction_error")
+LABELS = {
+    "loss": "loss",
+    "margin": "margin",
+    "probability": "probability of the label",
+    "agreement": "agreement",
+    "prediction_error": "prediction error",
+    "self_influence": "self-influence",
+    "loo_loss": "leave-one-out loss",
+    "leverage": "leverage",
+}
+ABOUT = {
+    "loss": "of the example, in the loss's units",
+    "margin": "logit of the label minus the largest other",
+    "probability": "that the model gives the label",
+    "agreement": "share of the run in which the prediction was the label",
+    "prediction_error": "‖p − y‖/√2",
+    "self_influence": "first-order increase of the example's own loss if it were removed",
+    "loo_loss": "predicted loss of the example if it were removed",
+    "leverage": "tr(ΛV), effective parameters that the example takes",
+}
+ON_A_LOGARITHMIC_SCALE = ("loss", "loo_loss", "self_influence", "leverage")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of every example ``[N]``, NaN where it is not known."""
+
+    key: str
+    label: str
+    about: str
+    values: np.ndarray
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Examples to look at, in their order.
+
+    Attributes:
+        shown: keys of the columns that are told of each.
+    """
+
+    key: str
+    title: str
+    about: str
+    numbers: np.ndarray
+    shown: list[str]
+
+
+@dataclass
+class Contents:
+    """All of a page but images, texts and looks.
+
+    Attributes:
+        labels: ``[N]`` given labels, -1 where there is none.
+        issues: None where there are no labels, or no model that predicts classes.
+        curves: points ``[P]`` by name of the curve and steps ``[P]`` of each, NaN where there is none.
+    """
+
+    num_data: int
+    maps: list[Map]
+    columns: list[Column]
+    labels: np.ndarray
+    issues: LabelIssues | None
+    tables: list[Table]
+    steps: np.ndarray
+    curves: dict[str, np.ndarray]
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def contents_of(source: Source, labels: Any = None, score: str | None = None) -> Contents:
+    """Read a record or a sweep.
+
+    Args:
+        labels, score: of `vlearn.label_issues`.
+    """
+    if isinstance(source, SensitivityTable):
+        return _of_table(source, labels, score)
+    record = source if isinstance(source, TrainingRecord) else None
+    memory = source if isinstance(source, MemoryMap) else source.memory
+    columns = [] if record is None else _averages(record)
+    columns += _last_snapshot(memory, "sweep", "last sweep")
+    if record is None:
+        columns += _last_snapshot(memory, "live", "last snapshot")
+    given = np.full(memory.num_data, -1) if record is None else record.labels
+    given = given if labels is None else _checked_labels(labels, memory.num_data)
+    issues = None
+    averages = {column.key for column in columns}
+    if record is not None and (given >= 0).any() and (score or "loss") in averages:
+        issues = label_issues(record, None if labels is None else given, score)
+    steps, curves = _curves(memory)
+    contents = Contents(memory.num_data, maps_of(memory), columns, given, issues, [], steps, curves)
+    contents.facts = {
+        "examples": f"{memory.num_data:,}",
+        "epochs recorded": f"{int((memory.kinds == 'live').sum()):,}",
+        "sweeps": f"{int((memory.kinds == 'sweep').sum()):,}",
+        "training steps": f"{int(memory.steps.max(initial=0 if record is None else record.step)):,}",
+    }
+    return _with_findings(contents)
+
+
+def _of_table(table: SensitivityTable, labels: Any, score: str | None) -> Contents:
+    """Of a sweep: an example's number is its place among all."""
+    if table.position is not None:
+        raise ValueError("the sweep has a row for each token, but a page shows examples: sweep with per='example'.")
+    index = table.index.numpy()
+    count = int(index.max(initial=-1)) + 1 if labels is None else len(labels)
+    found: dict[str, np.ndarray] = {}
+    for name in SWEPT:
+        rows = getattr(table, name)
+        if rows is not None and bool(rows.isfinite().any()):
+            found[name] = np.full(count, np.nan)
+            found[name][index] = rows.double().numpy()
+    columns = [_column(name, name, "sweep", values) for name, values in found.items()]
+    given = np.full(count, -1) if labels is None else _checked_labels(labels, count)
+    issues = None if labels is None or table.output is None else label_issues(table, given, score)
+    curves: dict[str, np.ndarray] = {}
+    contents = Contents(count, map_of_table(found), columns, given, issues, [], np.zeros(0), curves)
+    contents.facts = {"examples": f"{count:,}", "examples swept": f"{len(index):,}"}
+    return _with_findings(contents)
+
+
+def _checked_labels(labels: Any, count: int) -> np.ndarray:
+    array = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    if array.shape != (count,) or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels have shape {array.shape} and type {array.dtype}, but they must be [{count}] whole numbers, one "
+            "for each example by its number."
+        )
+    return array.astype(np.int64)
+
+
+def _column(key: str, name: str, when: str, values: np.ndarray) -> Column:
+    log = name in ON_A_LOGARITHMIC_SCALE and bool((values[np.isfinite(values)] >= 0).all())
+    return Column(key, f"{LABELS[name]}, {when}", ABOUT[name], values, log)
+
+
+def _averages(record: TrainingRecord) -> list[Column]:
+    averages, columns = record.averages, []
+    for name in AVERAGED:
+        values = averages.mean(name)
+        if np.isfinite(values).any():
+            columns.append(_column(name, name, "run average", values))
+    return columns
+
+
+def _last_snapshot(memory: MemoryMap, kind: str, when: str) -> list[Column]:
+    columns = []
+    for name in SWEPT:
+        column = memory.column(name)
+        for snapshot in np.flatnonzero(memory.kinds == kind)[::-1]:
+            values = column[snapshot].astype(np.float64)
+            if np.isfinite(values).any():
+                columns.append(_column(f"{kind}_{name}", name, when, values))
+                break
+    return columns
+
+
+def _curves(memory: MemoryMap) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Means over the examples at each step of a snapshot."""
+    steps = np.unique(memory.steps)
+    curves: dict[str, np.ndarray] = {}
+
+    def add(name: str, snapshot: int, value: float) -> None:
+        if np.isfinite(value):
+            curve = curves.setdefault(name, np.full(len(steps), np.nan))
+            curve[np.searchsorted(steps, memory.steps[snapshot])] = value
+
+    loss, loo, test = memory.column("loss"), memory.column("loo_loss"), memory.test_loss
+    for snapshot, kind in enumerate(memory.kinds):
+        if kind == "sweep":
+            add("leave-one-out loss", snapshot, _mean(loo[snapshot]))
+            add("test loss", snapshot, test[snapshot])
+            add("training loss, sweep", snapshot, _mean(loss[snapshot]))
+        else:
+            add("training loss, average over the epoch", snapshot, _mean(loss[snapshot]))
+    return steps, curves
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean(dtype=np.float64)) if len(finite) else float("nan")
+
+
+def _with_findings(contents: Contents) -> Contents:
+    """Its tables, and the columns that they are ordered by."""
+    by_key = {column.key: column.values for column in contents.columns}
+    present = [key for key in ("loss", "probability", "agreement", "sweep_loo_loss", "loo_loss") if key in by_key]
+    issues, tables = contents.issues, contents.tables
+    influence = next((k for k in ("sweep_self_influence", "self_influence", "live_self_influence") if k in by_key), "")
+    if issues is not None:
+        rank = np.full(contents.num_data, np.nan)
+        rank[issues.numbers] = np.arange(1, len(issues) + 1)
+        contents.columns.append(Column("rank", "rank of suspicion", "1 is the label most likely wrong", rank))
+        count = MOST_ROWS if issues.count is None else min(max(issues.count, MOST_ROWS), MOST_ISSUES)
+        about = "Labels in the order in which they are worth a look."
+        if issues.count is not None:
+            about += f" About {issues.count:,} of them are expected to be wrong."
+        tables.append(Table("issues", "Label issues", about, issues.numbers[:count], ["rank", *present[:3]]))
+    if influence:
+        about = "Examples whose own loss would rise most if they were removed: the model leans on them alone."
+        values = by_key[influence]
+        shown = [influence, *[key for key in ("sweep_leverage", "leverage", *present[:2]) if key in by_key]][:4]
+        numbers = _largest(values)
+        tables.append(Table("influential", "Most influential", about, numbers, shown))
+    if issues is not None:
+        memorised = issues.numbers[issues.group == "memorised"][:MOST_ROWS]
+        about = "Examples that are right only because they were learned by heart, or late; the most suspicious first."
+        tables.append(Table("memorised", "Memorised", about, memorised, ["rank", *present[:3]]))
+        uncertain = np.sort(issues.numbers[issues.group == "uncertain"])
+        leverage = next((by_key[k] for k in ("sweep_leverage", "leverage") if k in by_key), None)
+        if leverage is not None:
+            about, order = "Examples of high leverage, the highest first: the model is not sure of them.", -leverage
+            shown = ["sweep_leverage" if "sweep_leverage" in by_key else "leverage", *present[:3]]
+        else:
+            order, shown = np.abs(by_key["agreement"] - 0.5) if "agreement" in by_key else rank, ["rank", *present[:3]]
+            about = "Examples whose prediction was the label for about half of the run."
+        ambiguous = uncertain[np.argsort(order[uncertain], kind="stable")][:MOST_ROWS]
+        tables.append(Table("ambiguous", "Ambiguous", about, ambiguous, shown))
+    elif "sweep_loo_loss" in by_key or "loo_loss" in by_key:
+        key = "sweep_loo_loss" if "sweep_loo_loss" in by_key else "loo_loss"
+        about = "Examples that the model would miss most if they were removed."
+        tables.insert(0, Table("loo", "Leave-one-out loss", about, _largest(by_key[key]), [key]))
+    return contents
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    finite = np.flatnonzero(np.isfinite(values))
+    return finite[np.argsort(-values[finite], kind="stable")[:MOST_ROWS]]
+
+
+def chosen_examples(contents: Contents, most: int) -> np.ndarray:
+    """``[K]`` examples of which a page has the image or text: of each table in turn, then evenly of the others.
+
+    Args:
+        most: K, if there are as many.
+    """
+    if contents.num_data <= most:
+        return np.arange(contents.num_data)
+    chosen = np.zeros(contents.num_data, bool)
+    left = most
+    longest = max((len(table.numbers) for table in contents.tables), default=0)
+    for place in range(longest):
+        for table in contents.tables:
+            if place < len(table.numbers) and left and not chosen[table.numbers[place]]:
+                chosen[table.numbers[place]] = True
+                left -= 1
+    others = np.flatnonzero(~chosen)
+    chosen[others[np.linspace(0, len(others) - 1, left).astype(int)]] = True
+    return np.flatnonzero(chosen)
