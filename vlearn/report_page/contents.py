@@ -105,8 +105,8 @@ def contents_of(source: Source, labels: Any = None, score: str | None = None) ->
     given = np.full(memory.num_data, -1) if record is None else record.labels
     given = given if labels is None else _checked_labels(labels, memory.num_data)
     issues = None
-    averages = {column.key for column in columns}
-    if record is not None and (given >= 0).any() and (score or "loss") in averages:
+    has_losses = any(column.key == "loss" for column in columns)
+    if record is not None and (given >= 0).any() and (has_losses or score is not None):
         issues = label_issues(record, None if labels is None else given, score)
     steps, curves = _curves(memory)
     contents = Contents(memory.num_data, maps_of(memory), columns, given, issues, [], steps, curves)
@@ -208,14 +208,14 @@ def _with_findings(contents: Contents) -> Contents:
     present = [key for key in ("loss", "probability", "agreement", "sweep_loo_loss", "loo_loss") if key in by_key]
     issues, tables = contents.issues, contents.tables
     influence = next((k for k in ("sweep_self_influence", "self_influence", "live_self_influence") if k in by_key), "")
+    rank = np.full(contents.num_data, np.nan)
     if issues is not None:
-        rank = np.full(contents.num_data, np.nan)
         rank[issues.numbers] = np.arange(1, len(issues) + 1)
-        contents.columns.append(Column("rank", "rank of suspicion", "1 is the label most likely wrong", rank))
+        contents.columns.insert(0, Column("rank", "rank of suspicion", "1 is the label most likely wrong", rank))
         count = MOST_ROWS if issues.count is None else min(max(issues.count, MOST_ROWS), MOST_ISSUES)
-        about = "Labels in the order in which they are worth a look."
+        about = "Labels in the order in which they are worth a look, the most suspicious first."
         if issues.count is not None:
-            about += f" About {issues.count:,} of them are expected to be wrong."
+            about += f" About {issues.count:,} are expected to be wrong."
         tables.append(Table("issues", "Label issues", about, issues.numbers[:count], ["rank", *present[:3]]))
     if influence:
         about = "Examples whose own loss would rise most if they were removed: the model leans on them alone."

@@ -140,10 +140,10 @@ def make_server(watched: Watched, port: int = 0, every: float = 3.0) -> Threadin
 
 def serve(watched: Watched, port: int = 8080, every: float = 3.0) -> None:
     """Serve until Ctrl-C."""
-    with make_server(watched, port, every) as server:
-        sys.stdout.write(f"http://{ADDRESS}:{server.server_address[1]} shows {watched.run}; Ctrl-C ends it.\n")
-        sys.stdout.flush()
-        try:
+    try:
+        with make_server(watched, port, every) as server:
+            sys.stdout.write(f"http://{ADDRESS}:{server.server_port} shows {watched.run}; Ctrl-C ends it.\n")
+            sys.stdout.flush()
             server.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")

@@ -167,7 +167,7 @@ class MapView {
     }
     const { view } = this, ratio = window.devicePixelRatio || 1;
     const near = 1 / Math.max(view.width, 1e-6), most = this.moving ? Math.round(this.budget) : this.count;
-    const size = Math.min(9, Math.max(2, (150 / Math.sqrt(this.count)) * Math.sqrt(near))) * ratio;
+    const size = Math.min(10, Math.max(2, Math.min(6, 240 / Math.sqrt(this.count)) * Math.sqrt(near))) * ratio;
     const alpha = Math.min(0.85, Math.max(0.25, (70 / Math.sqrt(most)) * near));
     this.points.draw({
       scale: [2 / view.width, 2 / view.height],

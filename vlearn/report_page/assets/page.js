@@ -4,7 +4,7 @@
 const CLASS_COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#9a8f00", "#882255", "#5a6fd6", "#8c6d46"];
 const GROUP_COLOURS = { unpredictable: "#d55e00", uncertain: "#e69f00", memorised: "#b04fb8", easy: "#4a90c4" };
 const AGREES = ["suggestion is the label", "suggestion differs"];
-const RAMP = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725"]; // viridis
+const RAMP = ["#3f6fc4", "#2f97b0", "#3fa66b", "#b3a52a", "#e08a1e", "#d1401f"]; // seen on light and on dark
 const UNKNOWN_COLOUR = "#8a939c";
 const MOST_KEYS = 24; // classes in the legend
 const ROWS = 25; // of a table at first, and more at each request
@@ -122,9 +122,8 @@ function showSummary() {
 function showConfusions() {
   const pairs = blocks.description.confusions;
   $("confusions-panel").hidden = !pairs.length;
-  $("confusions").replaceChildren(...pairs.map(([given, likely, count]) => element("tr", {},
-    element("td", { textContent: examples.className(given) }), element("td", { textContent: "→ " + examples.className(likely) }),
-    element("td", { textContent: "about " + Math.round(count).toLocaleString("en") }))));
+  $("confusions").replaceChildren(...pairs.map(([given, likely, count]) => element("li", {
+    textContent: `${examples.className(given)} → ${examples.className(likely)}: about ${Math.round(count).toLocaleString("en")}` })));
 }
 
 // The map.
