@@ -3,7 +3,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo tables docs test test-torch lint clean
+.PHONY: help demo audit tables docs test test-torch lint clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -12,6 +12,9 @@ help:  ## list the targets
 
 demo: $(VENV)/.bench  ## train on the digits, predict the test loss, draw it
 	$(BIN)/python -m benchmarks.digits
+
+audit: $(VENV)/.bench  ## train on digits with wrong labels, make a page that shows which they are
+	$(BIN)/python examples/audit.py
 
 tables: $(VENV)/.bench  ## write the numbers of benchmarks/results into the README and the manual
 	$(BIN)/python -m benchmarks.tables
