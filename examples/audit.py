@@ -5,8 +5,8 @@
 
 A small network is trained on the 1,797 digits that scikit-learn has, a tenth of whose labels were changed at random.
 `vlearn.Recorder` watches the loop, which is otherwise the usual one, and sweeps the data after every fifth epoch;
-`vlearn.label_issues` orders the labels, and `vlearn.report` writes the page. `make audit` does this from a bare clone, in
-less than a minute once its environment is there.
+`vlearn.label_issues` orders the labels, and `vlearn.report` writes the page. `make audit` does this from a bare clone,
+in less than a minute once its environment is there.
 """
 
 from __future__ import annotations

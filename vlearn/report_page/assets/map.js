@@ -6,7 +6,8 @@ const MARGIN = { left: 62, right: 12, top: 12, bottom: 46 };
 const HOME = { x: 0.5, y: 0.5, width: 1.08, height: 1.08 }; // centre and extent of what is seen, in shares of the axes
 const REACH = 14; // pixels within which a point is found
 const MOVE = 700; // milliseconds from one snapshot to the next
-const SLOW_FRAME = 45; // milliseconds, above which fewer points are drawn in motion
+const FRAME = 36; // milliseconds that a frame in motion may take; where all points take longer, a sample is drawn
+const SAMPLE = [20000, 100000]; // points in motion at least, and at first
 const MOST_TRAILS = 40;
 
 class MapView {
@@ -25,9 +26,9 @@ class MapView {
     this.kept = -1;
     this.selected = [];
     this.hidden = null; // colours that are filtered out, by place in the palette
-    this.budget = count; // points drawn in motion
+    this.budget = Math.min(count, SAMPLE[1]); // points drawn in motion
     this.moving = 0;
-    this.frames = { count: 0, last: 0 };
+    this.last = 0; // when the last frame in motion was
     this.listen();
     new ResizeObserver(() => this.resize()).observe(this.stage);
   }
@@ -147,7 +148,6 @@ class MapView {
     clearTimeout(this.moving);
     this.moving = setTimeout(() => {
       this.moving = 0;
-      this.frames.last = 0;
       this.draw();
     }, 160);
     this.draw();
@@ -157,13 +157,10 @@ class MapView {
     this.asked = 0;
     if (!this.map || !this.plot || this.plot.width <= 0 || this.plot.height <= 0) return;
     if (this.moving) {
-      const took = now - this.frames.last;
-      if (this.frames.last) {
-        this.frames.count++;
-        if (took > SLOW_FRAME) this.budget = Math.max(20000, this.budget * 0.7);
-        else if (took < SLOW_FRAME / 2) this.budget = Math.min(this.count, this.budget * 1.1);
-      }
-      this.frames.last = now;
+      // Frames longer than half a second are pauses between two movements.
+      const took = now - this.last;
+      if (took < 500) this.budget = Math.min(this.count, Math.max(SAMPLE[0], this.budget * Math.min(1.15, Math.max(0.4, FRAME / took))));
+      this.last = now;
     }
     const { view } = this, ratio = window.devicePixelRatio || 1;
     const near = 1 / Math.max(view.width, 1e-6), most = this.moving ? Math.round(this.budget) : this.count;

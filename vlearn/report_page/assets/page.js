@@ -25,8 +25,9 @@ async function start() {
   show(await unpack(embedded("contents")));
   // The map is there; images and texts come after it.
   requestAnimationFrame(() => setTimeout(async () => {
+    ready("map");
     showExamples(await unpack(embedded("examples")));
-    document.documentElement.dataset.ready = "all";
+    ready("all");
   }));
 }
 
@@ -42,7 +43,7 @@ async function follow(seconds) {
         show(await unpack(contents));
         showExamples(await unpack(shown));
         version = now;
-        document.documentElement.dataset.ready = "all";
+        ready("all");
       }
       $("live").textContent = "Live: looks for new snapshots every " + seconds + " s";
     } catch (error) {
@@ -51,6 +52,12 @@ async function follow(seconds) {
     }
     await new Promise((go) => setTimeout(go, 1000 * seconds));
   }
+}
+
+// For those who wait for the page: what is there, and since when.
+function ready(what) {
+  document.documentElement.dataset.ready = what;
+  performance.mark(what);
 }
 
 function tell(text) {
@@ -83,7 +90,6 @@ function show(unpacked) {
   $("curves-panel").hidden = !hasCurves;
   curves = curves || new Curves($("curves"));
   if (hasCurves) curves.show(description.curves);
-  document.documentElement.dataset.ready = "map";
 }
 
 function showExamples(unpacked) {

@@ -11,7 +11,7 @@ void main() {
   bool gone = to.x == 1.0 || to.y == 1.0;
   bool fresh = from.x == 1.0 || from.y == 1.0;
   vec2 place = (fresh ? to : mix(from, to, blend)) * (65535.0 / 65534.0);
-  colour = texture(palette, vec2((tint * 255.0 + 0.5) / 256.0, 0.5));
+  colour = texelFetch(palette, ivec2(int(tint * 255.0 + 0.5), 0), 0);
   gl_Position = gone || colour.a == 0.0 ? vec4(2.0, 2.0, 0.0, 1.0) : vec4(place * scale + offset, 0.0, 1.0);
   gl_PointSize = size;
 }`;
