@@ -68,11 +68,11 @@ def make_record(path: Path, num_data: int, epochs: int) -> None:
     ease = draws.beta(5, 1.5, num_data)
     for epoch in range(epochs):
         believed = np.clip(ease * (epoch + 1) / epochs + 0.05 * draws.standard_normal(num_data), 0.02, 0.98)
-        own = np.where(wrong, 0.3 * (1 - believed), believed)
+        own = np.where(wrong, 0.1 * (1 - believed), believed)
         others = (1 - own) / (CLASSES - 1)
         probabilities = np.repeat(others[:, None], CLASSES, 1).astype(np.float32)
+        probabilities[index, predicted] = 1 - own
         probabilities[index, labels] = own
-        probabilities[index, predicted] = np.maximum(own, believed)
         probabilities /= probabilities.sum(1, keepdims=True)
         columns = {
             "loss": -np.log(own),

@@ -34,7 +34,7 @@ def recorded(path: str | os.PathLike[str], num_data: int, epochs: int) -> Traini
     predicted = np.where(wrong, (labels + 1) % 3, labels)
     for epoch in range(epochs):
         p = np.clip(draws.beta(8, 2, num_data) * (0.4 + 0.6 * (epoch + 1) / epochs), 0.01, 0.99)
-        own = np.where(wrong, 0.5 * (1 - p), p)
+        own = np.where(wrong, 0.15 * (1 - p), p)
         probabilities = np.repeat((1 - own)[:, None] / 10, 3, 1)
         probabilities[index, predicted] = 1 - own
         probabilities[index, labels] = own

@@ -107,7 +107,7 @@ class Examples {
     if (this.hasSuggestions) {
       cells.push(element("td", { textContent: this.className(this.suggested[number]) ?? "–", class: this.differs(number) ? "differs" : "" }));
     }
-    if (this.description.groups.length) cells.push(element("td", { textContent: this.groupName(number) ?? "–" }));
+    if (this.description.groups.length) cells.push(element("td", { class: "group", textContent: this.groupName(number) ?? "–" }));
     for (const key of keys) cells.push(element("td", { class: "number", textContent: written(this.byKey.get(key).numbers[number]) }));
     return element("tr", { id: `row-${number}` }, ...cells);
   }

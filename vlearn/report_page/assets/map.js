@@ -7,6 +7,7 @@ const HOME = { x: 0.5, y: 0.5, width: 1.08, height: 1.08 }; // centre and extent
 const REACH = 14; // pixels within which a point is found
 const MOVE = 700; // milliseconds from one snapshot to the next
 const FRAME = 36; // milliseconds that a frame in motion may take; where all points take longer, a sample is drawn
+const QUIET = 10; // frames after which a motion has ended
 const SAMPLE = [20000, 100000]; // points in motion at least, and at first
 const MOST_TRAILS = 40;
 
@@ -27,8 +28,9 @@ class MapView {
     this.selected = [];
     this.hidden = null; // colours that are filtered out, by place in the palette
     this.budget = Math.min(count, SAMPLE[1]); // points drawn in motion
-    this.moving = 0;
+    this.moving = false;
     this.last = 0; // when the last frame in motion was
+    this.quiet = 0; // frames since the last movement
     this.listen();
     new ResizeObserver(() => this.resize()).observe(this.stage);
   }
@@ -145,23 +147,29 @@ class MapView {
   }
 
   inMotion() {
-    clearTimeout(this.moving);
-    this.moving = setTimeout(() => {
-      this.moving = 0;
-      this.draw();
-    }, 160);
+    this.quiet = 0;
+    if (!this.moving) {
+      this.moving = true;
+      this.last = 0;
+      requestAnimationFrame((now) => this.watchMotion(now));
+    }
     this.draw();
+  }
+
+  // At each frame of a motion: draw more or fewer points by how long the last one took. It has ended after some frames
+  // without another movement; by time it could not be told from frames that take long.
+  watchMotion(now) {
+    const took = now - this.last;
+    if (this.last && this.quiet < 2) this.budget = Math.min(this.count, Math.max(SAMPLE[0], this.budget * Math.min(1.15, Math.max(0.4, FRAME / took))));
+    this.last = now;
+    this.moving = ++this.quiet < QUIET;
+    if (this.moving) requestAnimationFrame((next) => this.watchMotion(next));
+    else this.draw();
   }
 
   render(now) {
     this.asked = 0;
     if (!this.map || !this.plot || this.plot.width <= 0 || this.plot.height <= 0) return;
-    if (this.moving) {
-      // Frames longer than half a second are pauses between two movements.
-      const took = now - this.last;
-      if (took < 500) this.budget = Math.min(this.count, Math.max(SAMPLE[0], this.budget * Math.min(1.15, Math.max(0.4, FRAME / took))));
-      this.last = now;
-    }
     const { view } = this, ratio = window.devicePixelRatio || 1;
     const near = 1 / Math.max(view.width, 1e-6), most = this.moving ? Math.round(this.budget) : this.count;
     const size = Math.min(10, Math.max(2, Math.min(6, 240 / Math.sqrt(this.count)) * Math.sqrt(near))) * ratio;
@@ -399,6 +407,15 @@ class MapView {
       event.preventDefault();
       keys[event.key]();
     });
+  }
+}
+
+// In the place of a map where there is no WebGL: the tables say the same.
+class NoMap {
+  constructor(error) {
+    $("map-about").textContent = error.message;
+    $("stage").parentElement.classList.add("without-map");
+    for (const name of ["show", "go", "paint", "select", "keep", "draw", "zoom", "reset"]) this[name] = () => {};
   }
 }
 

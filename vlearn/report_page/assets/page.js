@@ -78,7 +78,8 @@ function show(unpacked) {
   $("facts").textContent = Object.entries(description.facts).map(([name, value]) => `${value} ${name}`).join(" · ") + ` · written ${description.written}`;
   showSummary();
   showConfusions();
-  if (!view) view = new MapView(description.numData, { hover, click: keep, lasso: select, clear });
+  if (view && view.count !== undefined && view.count !== description.numData) return location.reload(); // another run
+  if (!view) view = newMap(description.numData);
   fillMaps();
   fillColours();
   showMap();
@@ -90,6 +91,14 @@ function show(unpacked) {
   $("curves-panel").hidden = !hasCurves;
   curves = curves || new Curves($("curves"));
   if (hasCurves) curves.show(description.curves);
+}
+
+function newMap(count) {
+  try {
+    return new MapView(count, { hover, click: keep, lasso: select, clear });
+  } catch (error) {
+    return new NoMap(error);
+  }
 }
 
 function showExamples(unpacked) {
@@ -147,7 +156,7 @@ function showMap() {
   $("stage").hidden = $("slider-row").hidden = !map;
   if (!map) return;
   $("map-title").textContent = map.title;
-  $("map-about").textContent = map.about;
+  if (view instanceof MapView) $("map-about").textContent = map.about;
   $("overlay").setAttribute("aria-label", `${map.title}: ${map.x.label} to the right, ${map.y.label} upwards. The tables below list the same examples.`);
   const last = map.steps.length - 1, range = $("snapshot");
   const atEnd = state.snapshot < 0 || state.snapshot >= Number(range.max);

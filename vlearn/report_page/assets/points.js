@@ -33,6 +33,7 @@ class Points {
   constructor(canvas, count) {
     const gl = canvas.getContext("webgl2", { antialias: false, preserveDrawingBuffer: false });
     if (!gl) throw new Error("This page draws its map by WebGL 2, which this browser does not have or has turned off.");
+    canvas.addEventListener("webglcontextlost", () => tell("The browser has taken the map's graphics memory away: load the page again."));
     this.gl = gl;
     this.canvas = canvas;
     this.count = count;
