@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ import torch
 from vlearn.sensitivity import SensitivityTable
 
 ROOT = Path(__file__).parent.parent / "examples"
+
+
+def loaded(name: str) -> ModuleType:
+    """The module of an example."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("structure", ["last-layer-kronecker", "diagonal"])
@@ -26,14 +36,26 @@ def test_a_checkpoint_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture
     for name in ("data_batch_1", "test_batch"):
         data = {b"data": torch.randint(0, 256, (150, 3072)).numpy(), b"labels": [n % 10 for n in range(150)]}
         (folder / name).write_bytes(pickle.dumps(data))
-    spec = importlib.util.spec_from_file_location("your_checkpoint", ROOT / "your_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded("your_checkpoint")
     module.main(["--data-root", str(tmp_path), "--epochs", "1", "--images", "100", "--structure", structure])
     printed = capsys.readouterr().out
     for words in ("trained for 2 steps", "without a test set", "Of the first 2,", "test image"):
         assert words in printed
+
+
+@pytest.mark.slow
+def test_wrong_labels_are_found_and_shown_on_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the tests after this one too
+    module = loaded("audit")
+    module.main(["--epochs", "5", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^  digit .*given \d, suggested \d", printed, re.MULTILINE)) == 10
+    found = re.search(r"185 labels were changed, and (\d+)% of as many", printed)
+    assert found is not None and int(found[1]) > 60
+    assert (tmp_path / "report.html").as_uri() in printed and (tmp_path / "report.html").stat().st_size > 10**5
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ class MapView {
     this.count = count;
     this.hooks = hooks;
     this.stage = document.getElementById("stage");
-    this.overlay = document.getElementById("overlay");
+    this.grid = document.getElementById("grid"); // beneath the points
+    this.overlay = document.getElementById("overlay"); // above them, and what hears of hands and keys
     this.points = new Points(document.getElementById("points"), count);
     this.view = { ...HOME };
     this.tool = "pan";
@@ -97,8 +98,10 @@ class MapView {
     Object.assign(canvas.style, { left: this.plot.x + "px", top: this.plot.y + "px", width: this.plot.width + "px", height: this.plot.height + "px" });
     canvas.width = Math.round(this.plot.width * ratio);
     canvas.height = Math.round(this.plot.height * ratio);
-    this.overlay.width = Math.round(width * ratio);
-    this.overlay.height = Math.round(height * ratio);
+    for (const each of [this.grid, this.overlay]) {
+      each.width = Math.round(width * ratio);
+      each.height = Math.round(height * ratio);
+    }
     this.draw();
   }
 
@@ -179,20 +182,29 @@ class MapView {
       offset: [(-2 * view.x) / view.width, (-2 * view.y) / view.height],
       blend: this.blend, size, alpha, most,
     });
-    this.drawOverlay(ratio);
+    const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue("--" + name).trim();
+    this.drawGrid(ratio, colour);
+    this.drawOverlay(ratio, colour);
   }
 
-  drawOverlay(ratio) {
-    const pen = this.overlay.getContext("2d"), { plot } = this, style = getComputedStyle(document.documentElement);
-    const colour = (name) => style.getPropertyValue("--" + name).trim();
+  drawGrid(ratio, colour) {
+    const pen = this.grid.getContext("2d"), { plot } = this;
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, this.overlay.width, this.overlay.height);
+    pen.clearRect(0, 0, this.grid.width, this.grid.height);
+    pen.fillStyle = colour("plot");
+    pen.fillRect(plot.x, plot.y, plot.width, plot.height);
     pen.font = "12px system-ui, sans-serif";
     pen.lineWidth = 1;
-    pen.strokeStyle = colour("line");
-    pen.strokeRect(plot.x - 0.5, plot.y - 0.5, plot.width + 1, plot.height + 1);
     this.drawAxis(pen, "x", colour);
     this.drawAxis(pen, "y", colour);
+    pen.strokeStyle = colour("line");
+    pen.strokeRect(plot.x - 0.5, plot.y - 0.5, plot.width + 1, plot.height + 1);
+  }
+
+  drawOverlay(ratio, colour) {
+    const pen = this.overlay.getContext("2d"), { plot } = this;
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, this.overlay.width, this.overlay.height);
     pen.save();
     pen.beginPath();
     pen.rect(plot.x, plot.y, plot.width, plot.height);
@@ -233,12 +245,10 @@ class MapView {
     for (const [share, text] of ticks(axis, centre - extent / 2, centre + extent / 2, horizontal ? plot.width / 90 : plot.height / 50)) {
       const [px, py] = this.toPixel(horizontal ? share : 0, horizontal ? 0 : share);
       pen.strokeStyle = colour("faint");
-      pen.globalAlpha = 0.7;
       pen.beginPath();
       if (horizontal) pen.moveTo(px, plot.y), pen.lineTo(px, plot.y + plot.height);
       else pen.moveTo(plot.x, py), pen.lineTo(plot.x + plot.width, py);
       pen.stroke();
-      pen.globalAlpha = 1;
       pen.textAlign = horizontal ? "center" : "right";
       pen.textBaseline = horizontal ? "top" : "middle";
       if (horizontal) pen.fillText(text, px, plot.y + plot.height + 6);
