@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     wrong = labels != true
     for place in range(10):
         number = issues.numbers[place]
-        found = f"given {issues.given[place]}, suggested {issues.suggested[place]}, loss {issues.score[place]:5.2f}"
+        found = f"given {issues.given[place]}, suggested {issues.suggested[place]}, score {issues.score[place]:.2f}"
         print(f"  digit {number:4d}: {found}  ({'changed' if wrong[number] else 'as published'})")
     share = wrong[torch.from_numpy(issues.numbers[: int(wrong.sum())])].float().mean()
     print(f"{wrong.sum()} labels were changed, and {share:.0%} of as many at the head of the list are such.")

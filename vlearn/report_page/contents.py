@@ -73,6 +73,8 @@ class Contents:
 
     Attributes:
         labels: ``[N]`` given labels, -1 where there is none.
+        predicted: ``[N]`` most probable classes, out of sample or by averages over the run; where probabilities are not
+            known those predicted last, and -1 where there is none.
         issues: None where there are no labels, or no model that predicts classes.
         curves: points ``[P]`` by name of the curve and steps ``[P]`` of each, NaN where there is none.
     """
@@ -81,6 +83,7 @@ class Contents:
     maps: list[Map]
     columns: list[Column]
     labels: np.ndarray
+    predicted: np.ndarray
     issues: LabelIssues | None
     tables: list[Table]
     steps: np.ndarray
@@ -109,7 +112,8 @@ def contents_of(source: Source, labels: Any = None, score: str | None = None) ->
     if record is not None and (given >= 0).any() and (has_losses or score is not None):
         issues = label_issues(record, None if labels is None else given, score)
     steps, curves = _curves(memory)
-    contents = Contents(memory.num_data, maps_of(memory), columns, given, issues, [], steps, curves)
+    predicted = np.full(memory.num_data, -1) if record is None else record.predicted.astype(np.int64)
+    contents = Contents(memory.num_data, maps_of(memory), columns, given, predicted, issues, [], steps, curves)
     contents.facts = {
         "examples": f"{memory.num_data:,}",
         "epochs recorded": f"{int((memory.kinds == 'live').sum()):,}",
@@ -134,8 +138,8 @@ def _of_table(table: SensitivityTable, labels: Any, score: str | None) -> Conten
     columns = [_column(name, name, "sweep", values) for name, values in found.items()]
     given = np.full(count, -1) if labels is None else _checked_labels(labels, count)
     issues = None if labels is None or table.output is None else label_issues(table, given, score)
-    curves: dict[str, np.ndarray] = {}
-    contents = Contents(count, map_of_table(found), columns, given, issues, [], np.zeros(0), curves)
+    predicted, no_steps = np.full(count, -1), np.zeros(0)
+    contents = Contents(count, map_of_table(found), columns, given, predicted, issues, [], no_steps, {})
     contents.facts = {"examples": f"{count:,}", "examples swept": f"{len(index):,}"}
     return _with_findings(contents)
 
@@ -211,12 +215,17 @@ def _with_findings(contents: Contents) -> Contents:
     rank = np.full(contents.num_data, np.nan)
     if issues is not None:
         rank[issues.numbers] = np.arange(1, len(issues) + 1)
-        contents.columns.insert(0, Column("rank", "rank of suspicion", "1 is the label most likely wrong", rank))
+        contents.columns[:0] = _suspicion(contents, issues, rank)
+        present = [key for key in ("score", "suggested_probability", "probability") if key in _keys(contents)] + present
         count = MOST_ROWS if issues.count is None else min(max(issues.count, MOST_ROWS), MOST_ISSUES)
         about = "Labels in the order in which they are worth a look, the most suspicious first."
         if issues.count is not None:
             about += f" About {issues.count:,} are expected to be wrong."
-        tables.append(Table("issues", "Label issues", about, issues.numbers[:count], ["rank", *present[:3]]))
+        else:
+            about += (
+                " How many are wrong is not known: the run kept no probabilities, or came to fit nearly all labels."
+            )
+        tables.append(Table("issues", "Label issues", about, issues.numbers[:count], ["rank", *present[:4]]))
     if influence:
         about = "Examples whose own loss would rise most if they were removed: the model leans on them alone."
         values = by_key[influence]
@@ -226,14 +235,14 @@ def _with_findings(contents: Contents) -> Contents:
     if issues is not None:
         memorised = issues.numbers[issues.group == "memorised"][:MOST_ROWS]
         about = "Examples that are right only because they were learned by heart, or late; the most suspicious first."
-        tables.append(Table("memorised", "Memorised", about, memorised, ["rank", *present[:3]]))
+        tables.append(Table("memorised", "Memorised", about, memorised, ["rank", *present[:4]]))
         uncertain = np.sort(issues.numbers[issues.group == "uncertain"])
         leverage = next((by_key[k] for k in ("sweep_leverage", "leverage") if k in by_key), None)
         if leverage is not None:
             about, order = "Examples of high leverage, the highest first: the model is not sure of them.", -leverage
             shown = ["sweep_leverage" if "sweep_leverage" in by_key else "leverage", *present[:3]]
         else:
-            order, shown = np.abs(by_key["agreement"] - 0.5) if "agreement" in by_key else rank, ["rank", *present[:3]]
+            order, shown = np.abs(by_key["agreement"] - 0.5) if "agreement" in by_key else rank, ["rank", *present[:4]]
             about = "Examples whose prediction was the label for about half of the run."
         ambiguous = uncertain[np.argsort(order[uncertain], kind="stable")][:MOST_ROWS]
         tables.append(Table("ambiguous", "Ambiguous", about, ambiguous, shown))
@@ -242,6 +251,25 @@ def _with_findings(contents: Contents) -> Contents:
         about = "Examples that the model would miss most if they were removed."
         tables.insert(0, Table("loo", "Leave-one-out loss", about, _largest(by_key[key]), [key]))
     return contents
+
+
+def _keys(contents: Contents) -> set[str]:
+    return {column.key for column in contents.columns}
+
+
+def _suspicion(contents: Contents, issues: LabelIssues, rank: np.ndarray) -> list[Column]:
+    """What label issues say of each example as columns; what they predict goes into the contents."""
+    columns = [Column("rank", "rank of suspicion", "1 is the label most likely wrong", rank)]
+    score = np.full(contents.num_data, np.nan)
+    score[issues.numbers] = issues.score
+    columns.append(Column("score", "suspicion", "score by which labels are ordered, see vlearn.label_issues", score))
+    if issues.probabilities is not None:
+        contents.predicted[issues.numbers] = issues.probabilities.argmax(1)
+        suggested = np.full(contents.num_data, np.nan)
+        suggested[issues.numbers] = issues.probabilities[np.arange(len(issues)), issues.suggested]
+        about = "that the model gives the suggested class, on average over the run, or without the example"
+        columns.append(Column("suggested_probability", "probability of the suggestion", about, suggested))
+    return columns
 
 
 def _largest(values: np.ndarray) -> np.ndarray:

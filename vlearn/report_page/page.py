@@ -62,7 +62,7 @@ def packed(
         for place, name in enumerate(GROUPS):
             group[issues.numbers[issues.group == name]] = place
             groups.append({"name": name, "about": GROUPS_ABOUT[name], "count": counts[name]})
-    num_classes = int(max(labels.max(initial=-1), suggested.max(initial=-1))) + 1
+    num_classes = int(max(each.max(initial=-1) for each in (labels, suggested, contents.predicted))) + 1
     named = list(names or [])[:num_classes]
     named += [str(n) for n in range(len(named), num_classes)]
     description = {
@@ -74,6 +74,7 @@ def packed(
         "columns": columns,
         "given": pack.add(_in_bytes(labels)),
         "suggested": pack.add(_in_bytes(suggested)),
+        "predicted": pack.add(_in_bytes(contents.predicted)),
         "groups": groups,
         "group": pack.add(group.astype(np.uint8)),
         "expectedIssues": None if issues is None else issues.count,

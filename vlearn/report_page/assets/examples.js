@@ -18,11 +18,13 @@ class Examples {
     this.description = description;
     this.classes = description.classes;
     this.given = array(description.given);
-    this.suggested = array(description.suggested);
+    this.suggested = array(description.suggested); // what else it may be
+    this.predicted = array(description.predicted);
     this.group = array(description.group);
     this.columns = description.columns.map((column) => ({ ...column, numbers: numbersOf(column, array) }));
     this.byKey = new Map(this.columns.map((column) => [column.key, column]));
     this.hasLabels = this.given.some((label) => label < this.classes.length);
+    this.hasPredictions = this.hasLabels && this.predicted.some((label) => label < this.classes.length);
     this.hasSuggestions = this.suggested.some((label) => label < this.classes.length);
     this.urls = new Map();
     this.places = new Map();
@@ -47,8 +49,9 @@ class Examples {
     return group ? group.name : null;
   }
 
+  // Whether the model predicts another class than the label.
   differs(number) {
-    return this.className(this.suggested[number]) !== null && this.suggested[number] !== this.given[number];
+    return this.className(this.predicted[number]) !== null && this.predicted[number] !== this.given[number];
   }
 
   image(number) {
@@ -80,7 +83,7 @@ class Examples {
     if (this.hasLabels) rows.push(["given label", this.className(this.given[number]) ?? "–", ""]);
     if (this.hasSuggestions) {
       const suggestion = this.className(this.suggested[number]) ?? "–";
-      rows.push(["suggested label", suggestion, this.differs(number) ? "differs" : ""]);
+      rows.push(this.differs(number) ? ["suggested label", suggestion, "differs"] : ["next likely label", suggestion, ""]);
     }
     if (this.groupName(number)) rows.push(["group", this.groupName(number), ""]);
     for (const [label, value] of at) rows.push([label, value, ""]);
@@ -105,7 +108,7 @@ class Examples {
     if (this.description.kind === "text") cells.push(element("td", { class: "text", textContent: text ?? "(not in this file)" }));
     if (this.hasLabels) cells.push(element("td", { textContent: this.className(this.given[number]) ?? "–" }));
     if (this.hasSuggestions) {
-      cells.push(element("td", { textContent: this.className(this.suggested[number]) ?? "–", class: this.differs(number) ? "differs" : "" }));
+      cells.push(element("td", { textContent: this.className(this.suggested[number]) ?? "–", class: this.differs(number) ? "differs" : "agrees" }));
     }
     if (this.description.groups.length) cells.push(element("td", { class: "group", textContent: this.groupName(number) ?? "–" }));
     for (const key of keys) cells.push(element("td", { class: "number", textContent: written(this.byKey.get(key).numbers[number]) }));
@@ -118,7 +121,7 @@ class Examples {
     heads.push(["Number", "of the example in the data set", ""]);
     if (this.description.kind === "text") heads.push(["Text", "", ""]);
     if (this.hasLabels) heads.push(["Given", "label", ""]);
-    if (this.hasSuggestions) heads.push(["Suggested", "label", ""]);
+    if (this.hasSuggestions) heads.push(["Suggested", "what else the label may be; strong where the model predicts another class than the label", ""]);
     if (this.description.groups.length) heads.push(["Group", "", ""]);
     for (const key of keys) heads.push([this.byKey.get(key).label, this.byKey.get(key).about, "number"]);
     return element("tr", {}, ...heads.map(([name, title, style]) => element("th", { scope: "col", textContent: name, title, class: style })));
@@ -130,6 +133,7 @@ class Examples {
     return Array.from(numbers, (number) => {
       const record = { number };
       if (this.hasLabels) record.given = this.className(this.given[number]);
+      if (this.hasPredictions) record.predicted = this.className(this.predicted[number]);
       if (this.hasSuggestions) record.suggested = this.className(this.suggested[number]);
       if (this.description.groups.length) record.group = this.groupName(number);
       for (const column of this.columns) {

@@ -3,7 +3,7 @@
 
 const CLASS_COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#9a8f00", "#882255", "#5a6fd6", "#8c6d46"];
 const GROUP_COLOURS = { unpredictable: "#d55e00", uncertain: "#e69f00", memorised: "#b04fb8", easy: "#4a90c4" };
-const AGREES = ["suggestion is the label", "suggestion differs"];
+const AGREES = ["predicted as labelled", "predicted otherwise"];
 const RAMP = ["#3f6fc4", "#2f97b0", "#3fa66b", "#b3a52a", "#e08a1e", "#d1401f"]; // seen on light and on dark
 const UNKNOWN_COLOUR = "#8a939c";
 const MOST_KEYS = 24; // classes in the legend
@@ -203,10 +203,10 @@ function stop() {
 function choicesOfColour() {
   const choices = [];
   if (blocks.description.groups.length) choices.push(["group", "Group"]);
-  if (examples.hasSuggestions) choices.push(["agreement", "Agreement of label and suggestion"]);
+  if (examples.hasPredictions) choices.push(["agrees", "Agreement of label and prediction"]);
   if (examples.hasLabels) choices.push(["given", "Given label"]);
-  if (examples.hasSuggestions) choices.push(["suggested", "Suggested label"]);
-  for (const column of examples.columns) choices.push([column.key === "agreement" ? "column-agreement" : column.key, column.label]);
+  if (examples.hasPredictions) choices.push(["predicted", "Predicted class"]);
+  for (const column of examples.columns) choices.push([column.key, column.label]);
   return choices;
 }
 
@@ -228,12 +228,12 @@ function setColour(colour, only = null) {
 function categories() {
   const { numData, groups } = blocks.description;
   if (state.colour === "group") return { names: groups.map((g) => g.name), colours: groups.map((g) => GROUP_COLOURS[g.name]), of: examples.group };
-  if (state.colour === "agreement") {
+  if (state.colour === "agrees") {
     const of = new Uint8Array(numData);
-    for (let i = 0; i < numData; i++) of[i] = examples.className(examples.suggested[i]) === null ? 2 : Number(examples.differs(i));
+    for (let i = 0; i < numData; i++) of[i] = examples.className(examples.predicted[i]) === null ? 2 : Number(examples.differs(i));
     return { names: AGREES, colours: [GROUP_COLOURS.easy, GROUP_COLOURS.unpredictable], of };
   }
-  if (state.colour === "given" || state.colour === "suggested") {
+  if (state.colour === "given" || state.colour === "predicted") {
     const names = examples.classes;
     return { names, colours: names.map((_, k) => CLASS_COLOURS[k % CLASS_COLOURS.length]), of: examples[state.colour] };
   }
@@ -255,7 +255,7 @@ function paint() {
     put(252, UNKNOWN_COLOUR, alone < 0 ? 160 : FADED);
     showKeys(found);
   } else if (state.colour) {
-    const column = examples.byKey.get(state.colour === "column-agreement" ? "agreement" : state.colour);
+    const column = examples.byKey.get(state.colour);
     for (let i = 0; i < numData; i++) {
       const value = column.numbers[i];
       colours[i] = Number.isFinite(value) ? Math.round(250 * Math.min(1, Math.max(0, shareOf(value, column)))) : 252;
