@@ -27,6 +27,7 @@ from vlearn.report_page.shown import Shown
 
 STYLES = ("vendor/uPlot.min.css", "page.css")
 SCRIPTS = ("vendor/uPlot.iife.min.js", "unpack.js", "points.js", "map.js", "examples.js", "curves.js", "page.js")
+LICENCE = "vendor/uPlot.LICENSE"  # of the first script
 EXACT_UP_TO = 200_000  # examples up to which columns keep 32 bits
 MOST_TEXTS = 20_000
 GROUPS_ABOUT = {
@@ -159,6 +160,8 @@ def page(title: str, blocks: Mapping[str, bytes], poll_seconds: float | None = N
     assets = importlib.resources.files("vlearn.report_page") / "assets"
     styles = [(assets / name).read_text(encoding="utf-8") for name in STYLES]
     scripts = [(assets / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    licence = (assets / LICENCE).read_text(encoding="utf-8")  # which asks to be in every copy
+    scripts[0] = f"/*\n{licence}*/\n{scripts[0]}"
     embedded = "\n".join(
         f'<script type="application/octet-stream" id="block-{name}">{base64.b64encode(block).decode()}</script>'
         for name, block in blocks.items()

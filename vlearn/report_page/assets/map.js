@@ -184,7 +184,10 @@ class MapView {
     });
     const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue("--" + name).trim();
     this.drawGrid(ratio, colour);
-    this.drawOverlay(ratio, colour);
+    // The names of the regions stand still, and a canvas that is drawn anew costs as much as many points.
+    const moves = this.kept >= 0 || this.selected.length > 0 || Boolean(this.outline);
+    if (moves || this.overlayMoved || !this.moving) this.drawOverlay(ratio, colour);
+    this.overlayMoved = moves;
   }
 
   drawGrid(ratio, colour) {
