@@ -124,11 +124,17 @@ def test_a_plain_memory_map_and_a_sweep_make_pages_too(tmp_path: Path) -> None:
     found = description["maps"][0]
     assert found["title"] == "Memory map"
     assert (array(arrays, found["positions"][0][0]) == MISSING).tolist() == [True, False, True, False, True]
+    # Of a regression errors are not bounded by 1, and there are no labels to suspect.
+    memory.record_sweep(5, SimpleNamespace(index=range(5), leverage=np.full(5, 0.1), prediction_error=np.arange(5.0)))
+    description, _ = unpacked(vlearn.report(memory, path=tmp_path / "memory.html").read_text())
+    assert description["maps"][0]["y"]["high"] == 4 and description["expectedIssues"] is None
     model, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 0, 1])
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 3)
     posterior = vlearn.posterior.fit(model, loader, F.cross_entropy, progress=False)
     table = vlearn.sweep(model, posterior, loader, F.cross_entropy, progress=False)
     description, _ = unpacked(vlearn.report(table, path=tmp_path / "sweep.html", labels=y).read_text())
+    with pytest.raises(ValueError, match="the sweep has example 5, but labels has 3"):
+        vlearn.report(table, path=tmp_path / "sweep.html", labels=y[:3])
     assert description["expectedIssues"] is not None and description["tables"][0]["key"] == "issues"
 
 

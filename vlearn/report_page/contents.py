@@ -38,6 +38,8 @@ ABOUT = {
     "loo_loss": "predicted loss of the example if it were removed",
     "leverage": "tr(ΛV), effective parameters that the example takes",
 }
+# What tables tell beside that by which they are ordered.
+OF_SUSPICION = ("score", "suggested_probability", "probability", "loss", "sweep_loo_loss", "loo_loss", "agreement")
 ON_A_LOGARITHMIC_SCALE = ("loss", "loo_loss", "self_influence", "leverage")
 
 
@@ -128,7 +130,10 @@ def _of_table(table: SensitivityTable, labels: Any, score: str | None) -> Conten
     if table.position is not None:
         raise ValueError("the sweep has a row for each token, but a page shows examples: sweep with per='example'.")
     index = table.index.numpy()
-    count = int(index.max(initial=-1)) + 1 if labels is None else len(labels)
+    largest = int(index.max(initial=-1))
+    count = largest + 1 if labels is None else len(labels)
+    if largest >= count:
+        raise ValueError(f"the sweep has example {largest}, but labels has {count}: give those of all, by number.")
     found: dict[str, np.ndarray] = {}
     for name in SWEPT:
         rows = getattr(table, name)
@@ -137,7 +142,9 @@ def _of_table(table: SensitivityTable, labels: Any, score: str | None) -> Conten
             found[name][index] = rows.double().numpy()
     columns = [_column(name, name, "sweep", values) for name, values in found.items()]
     given = np.full(count, -1) if labels is None else _checked_labels(labels, count)
-    issues = None if labels is None or table.output is None else label_issues(table, given, score)
+    output = table.output
+    classifies = output is not None and output.dim() == 2 and output.shape[1] > 1 and not bool(output.isnan().all())
+    issues = label_issues(table, given, score) if labels is not None and classifies else None
     predicted, no_steps = np.full(count, -1), np.zeros(0)
     contents = Contents(count, map_of_table(found), columns, given, predicted, issues, [], no_steps, {})
     contents.facts = {"examples": f"{count:,}", "examples swept": f"{len(index):,}"}
@@ -208,65 +215,68 @@ def _mean(values: np.ndarray) -> float:
 
 def _with_findings(contents: Contents) -> Contents:
     """Its tables, and the columns that they are ordered by."""
-    by_key = {column.key: column.values for column in contents.columns}
-    present = [key for key in ("loss", "probability", "agreement", "sweep_loo_loss", "loo_loss") if key in by_key]
-    issues, tables = contents.issues, contents.tables
-    influence = next((k for k in ("sweep_self_influence", "self_influence", "live_self_influence") if k in by_key), "")
-    rank = np.full(contents.num_data, np.nan)
+    issues = contents.issues
     if issues is not None:
-        rank[issues.numbers] = np.arange(1, len(issues) + 1)
-        contents.columns[:0] = _suspicion(contents, issues, rank)
-        present = [key for key in ("score", "suggested_probability", "probability") if key in _keys(contents)] + present
+        contents.columns[:0] = _suspicion(contents, issues)
+    values = {column.key: column.values for column in contents.columns}
+
+    def first(*keys: str) -> str | None:
+        return next((key for key in keys if key in values), None)
+
+    def add(key: str, title: str, about: str, numbers: np.ndarray, *shown: str | None) -> None:
+        told = [each for each in (*shown, *OF_SUSPICION) if each is not None and each in values]
+        contents.tables.append(Table(key, title, about, numbers, list(dict.fromkeys(told))[:5]))
+
+    loo, leverage = first("sweep_loo_loss", "loo_loss"), first("sweep_leverage", "leverage")
+    influence = first("sweep_self_influence", "self_influence", "live_self_influence")
+    if issues is not None:
         count = MOST_ROWS if issues.count is None else min(max(issues.count, MOST_ROWS), MOST_ISSUES)
-        about = "Labels in the order in which they are worth a look, the most suspicious first."
-        if issues.count is not None:
-            about += f" About {issues.count:,} are expected to be wrong."
-        else:
-            about += (
-                " How many are wrong is not known: the run kept no probabilities, or came to fit nearly all labels."
-            )
-        tables.append(Table("issues", "Label issues", about, issues.numbers[:count], ["rank", *present[:4]]))
-    if influence:
+        add("issues", "Label issues", _about_issues(issues), issues.numbers[:count], "rank")
+    elif loo is not None:
+        about = "Examples that the model would miss most if they were removed."
+        add("loo", "Leave-one-out loss", about, _largest(values[loo]), loo)
+    if influence is not None:
         about = "Examples whose own loss would rise most if they were removed: the model leans on them alone."
-        values = by_key[influence]
-        shown = [influence, *[key for key in ("sweep_leverage", "leverage", *present[:2]) if key in by_key]][:4]
-        numbers = _largest(values)
-        tables.append(Table("influential", "Most influential", about, numbers, shown))
+        add("influential", "Most influential", about, _largest(values[influence]), influence, leverage)
     if issues is not None:
         memorised = issues.numbers[issues.group == "memorised"][:MOST_ROWS]
         about = "Examples that are right only because they were learned by heart, or late; the most suspicious first."
-        tables.append(Table("memorised", "Memorised", about, memorised, ["rank", *present[:4]]))
+        add("memorised", "Memorised", about, memorised, "rank")
         uncertain = np.sort(issues.numbers[issues.group == "uncertain"])
-        leverage = next((by_key[k] for k in ("sweep_leverage", "leverage") if k in by_key), None)
         if leverage is not None:
-            about, order = "Examples of high leverage, the highest first: the model is not sure of them.", -leverage
-            shown = ["sweep_leverage" if "sweep_leverage" in by_key else "leverage", *present[:3]]
+            order, about = (
+                -values[leverage],
+                "Examples of high leverage, the highest first: the model is not sure of them.",
+            )
         else:
-            order, shown = np.abs(by_key["agreement"] - 0.5) if "agreement" in by_key else rank, ["rank", *present[:4]]
+            order = np.abs(values["agreement"] - 0.5) if "agreement" in values else values["rank"]
             about = "Examples whose prediction was the label for about half of the run."
-        ambiguous = uncertain[np.argsort(order[uncertain], kind="stable")][:MOST_ROWS]
-        tables.append(Table("ambiguous", "Ambiguous", about, ambiguous, shown))
-    elif "sweep_loo_loss" in by_key or "loo_loss" in by_key:
-        key = "sweep_loo_loss" if "sweep_loo_loss" in by_key else "loo_loss"
-        about = "Examples that the model would miss most if they were removed."
-        tables.insert(0, Table("loo", "Leave-one-out loss", about, _largest(by_key[key]), [key]))
+        uncertain = uncertain[np.argsort(order[uncertain], kind="stable")][:MOST_ROWS]
+        add("ambiguous", "Ambiguous", about, uncertain, leverage or "agreement")
     return contents
 
 
-def _keys(contents: Contents) -> set[str]:
-    return {column.key for column in contents.columns}
+def _about_issues(issues: LabelIssues) -> str:
+    about = "Labels in the order in which they are worth a look, the most suspicious first. "
+    if issues.count is None:
+        return about + "How many are wrong is not known: no probabilities were kept, or the run fits nearly all labels."
+    return about + f"About {issues.count:,} are expected to be wrong."
 
 
-def _suspicion(contents: Contents, issues: LabelIssues, rank: np.ndarray) -> list[Column]:
+def _suspicion(contents: Contents, issues: LabelIssues) -> list[Column]:
     """What label issues say of each example as columns; what they predict goes into the contents."""
-    columns = [Column("rank", "rank of suspicion", "1 is the label most likely wrong", rank)]
-    score = np.full(contents.num_data, np.nan)
+    rank, score, suggested = (np.full(contents.num_data, np.nan) for _ in range(3))
+    rank[issues.numbers] = np.arange(1, len(issues) + 1)
     score[issues.numbers] = issues.score
-    columns.append(Column("score", "suspicion", "score by which labels are ordered, see vlearn.label_issues", score))
+    columns = [
+        Column("rank", "rank of suspicion", "1 is the label most likely wrong", rank),
+        Column("score", "suspicion", "score by which labels are ordered, see vlearn.label_issues", score),
+    ]
     if issues.probabilities is not None:
-        contents.predicted[issues.numbers] = issues.probabilities.argmax(1)
-        suggested = np.full(contents.num_data, np.nan)
-        suggested[issues.numbers] = issues.probabilities[np.arange(len(issues)), issues.suggested]
+        known = np.isfinite(issues.probabilities).all(1)
+        numbers, probabilities = issues.numbers[known], issues.probabilities[known]
+        contents.predicted[numbers] = probabilities.argmax(1)
+        suggested[numbers] = probabilities[np.arange(len(numbers)), issues.suggested[known]]
         about = "that the model gives the suggested class, on average over the run, or without the example"
         columns.append(Column("suggested_probability", "probability of the suggestion", about, suggested))
     return columns

@@ -24,7 +24,7 @@ class Axis:
     """What an axis shows.
 
     Attributes:
-        bounds: fixed ends; default those of the data.
+        bounds: what it reaches at least, whatever the data.
     """
 
     label: str
@@ -161,7 +161,9 @@ def packed_positions(found: Map, kept: Sequence[int], add: Callable[[np.ndarray]
     """
     axes = []
     for side, axis in enumerate((found.x, found.y)):
-        low, high = axis.bounds or _range([found.at(found.snapshots[s])[side] for s in kept], axis.log)
+        low, high = _range([found.at(found.snapshots[s])[side] for s in kept], axis.log)
+        if axis.bounds is not None:
+            low, high = min(low, axis.bounds[0]), max(high, axis.bounds[1])
         axes.append({"label": axis.label, "log": axis.log, "low": low, "high": high})
     positions = []
     for s in kept:
