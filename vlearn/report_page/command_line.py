@@ -1,4 +1,4 @@
-"""``python -m vlearn report`` and ``python -m vlearn watch``."""
+"""``vlearn report`` and ``vlearn watch``, also as ``python -m vlearn``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ each class, or module:name of a dataset or of a function that makes one, looked 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlearn", description="Look at what a training run says of its data."
-    )
+    parser = argparse.ArgumentParser(prog="vlearn", description="Look at what a training run says of its data.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in {
         "report": "write one HTML file, which opens without a network",
