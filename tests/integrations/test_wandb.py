@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlearn.integrations.wandb import GeneralizationLogger
-from vlearn.optim.structures.diagnostics import Diagnostics
+from vlearn.optim.diagnostics.diagnostics import Diagnostics
 from vlearn.sensitivity import Sensitivities, SensitivityTable
 
 wandb = pytest.importorskip("wandb")

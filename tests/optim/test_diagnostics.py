@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vlearn
-from vlearn.optim.structures import diagnostics
+from vlearn.optim.diagnostics import diagnostics
 
 
 def trained(

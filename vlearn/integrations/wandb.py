@@ -29,7 +29,7 @@ class GeneralizationLogger:
     ``test_loss``, ``gap``                  as given, and test_loss - loss
     ``most_sensitive``                      table of the ``top`` examples by self-influence, with images
     ``live_self_influence_mean``, ...       ``Sensitivities.summary()`` of a minibatch, at sampled weights
-    ``hess_init_weight``, ...               the fields of ``optimizer.diagnostics()`` that are finite
+    ``hess_init_weight``, ...               the finite numbers of ``optimizer.diagnostics()``
     ======================================  ================================================================
 
     Args:
@@ -93,7 +93,8 @@ class GeneralizationLogger:
             return
         diagnostics = asdict(optimizer.diagnostics())
         step = diagnostics.pop("step")
-        values = {f"vlearn/{name}": value for name, value in diagnostics.items() if math.isfinite(value)}
+        numbers = {name: value for name, value in diagnostics.items() if isinstance(value, int | float)}
+        values = {f"vlearn/{name}": value for name, value in numbers.items() if math.isfinite(value)}
         try:
             values |= optimizer.sensitivities().summary("vlearn/live_")
         except RuntimeError as error:

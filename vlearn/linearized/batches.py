@@ -101,12 +101,10 @@ def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex
     numbering = Numbering(loader)
     for given in numbering.loader:
         drawn = numbering.drawn()
-        x, target, index = split(given, names)
-        x, target = tree_map(partial(_on, device), x), tree_map(lambda leaf: plain(_on(device, leaf)), target)
-        known = index if index is not None else drawn
-        arguments, rows = model_arguments(model, x), []
+        arguments, target, index = inputs_and_target(given, model, device, names)
+        known, rows = index if index is not None else drawn, []
         if example_index is None:
-            count = _count(x, target, None if known is None else len(known))
+            count = _count(arguments, target, None if known is None else len(known))
         else:
             rows = _told_rows(example_index, model, arguments, target)
             count = rows[0].num_examples
@@ -119,6 +117,21 @@ def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex
         else:
             numbering.check(index, drawn)
         yield Batch(*arguments, target, index, rows)
+
+
+def inputs_and_target(
+    given: Any, model: nn.Module, device: torch.device, names: Iterable[str] | None = None
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any, Tensor | None]:
+    """((positional, keyword arguments of the model), target, numbers or None) of a loader's batch, on a device.
+
+    Args:
+        names: of the model's inputs, if they are at hand.
+    Raises:
+        ValueError: if a batch is none that `split` takes.
+    """
+    x, target, index = split(given, argument_names(model) if names is None else names)
+    x, target = tree_map(partial(_on, device), x), tree_map(lambda leaf: plain(_on(device, leaf)), target)
+    return model_arguments(model, x), target, index
 
 
 def split(batch: Any, arguments: Iterable[str] = ()) -> tuple[Any, Any, Tensor | None]:

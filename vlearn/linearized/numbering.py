@@ -17,7 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
 from vlearn.collectives import process_count, process_rank
 
@@ -190,6 +200,25 @@ def _sampled(loader: Any) -> Any:
     while isinstance(getattr(loader, "iterable", None), Iterable):  # tqdm
         loader = loader.iterable
     return loader if all(hasattr(loader, name) for name in ("dataset", "sampler", "batch_sampler")) else None
+
+
+def example_count(loader: Any) -> int | None:
+    """The number of examples that a loader goes through in an epoch, all processes together; None if it does not say.
+
+    It does where its samplers are torch's own and give each example of a dataset, or of a subset, once.
+    """
+    sampled = _sampled(loader)
+    if sampled is None or isinstance(sampled.dataset, IterableDataset) or not isinstance(sampled.dataset, Sized):
+        return None
+    if sampled.batch_sampler is not None and type(sampled.batch_sampler) is not BatchSampler:
+        return None
+    sampler = sampled.sampler
+    if type(sampler) is SubsetRandomSampler:
+        return len(sampler)
+    if type(sampler) is RandomSampler and (sampler.replacement or sampler.num_samples != len(sampled.dataset)):
+        return None
+    known = (SequentialSampler, RandomSampler, DistributedSampler, UnrepeatedDistributedSampler)
+    return len(sampled.dataset) if type(sampler) in known else None
 
 
 def _index_sampler(loader: Any) -> Any:

@@ -31,6 +31,9 @@ from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
 from vlearn.collectives import averaged
 from vlearn.gaussians.gaussian import Gaussian
+from vlearn.losses.example_loss import LossFunction
+from vlearn.optim.diagnostics.diagnostics import Diagnostics, diagnose
+from vlearn.optim.diagnostics.measurements import measure
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.options import follow_betas, with_betas
@@ -41,7 +44,6 @@ from vlearn.optim.sampling.draw import Draw, Origin
 from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
 from vlearn.optim.sampling.sampler import Context, Sampler
 from vlearn.optim.step_checks import check_capture, check_first_gradients, check_passes, is_primed, waiting_draw
-from vlearn.optim.structures.diagnostics import Diagnostics, diagnose
 from vlearn.optim.structures.prior import parameters_of_prior
 from vlearn.optim.updates.block_update import BlockUpdate
 from vlearn.optim.updates.curvature import PassCurvature
@@ -599,16 +601,48 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         """Why the Hessian is not that of the loss, if that is known."""
         return None if hessian_noise(self._parameters) <= LIMIT else NOISE
 
-    def diagnostics(self) -> Diagnostics:
-        """Whether the posterior learns: range of its Hessian, how much of it is still hess_init, signal to noise.
+    def diagnostics(
+        self,
+        loader: Iterable[Any] | None = None,
+        loss_fn: LossFunction | None = None,
+        model: nn.Module | None = None,
+    ) -> Diagnostics:
+        """Whether the posterior learns, in numbers and by `advice()` in words.
+
+        Without a loader it reads the state: the range of the Hessian, how much of it is still hess_init, signal to
+        noise, how long the steps are. With one it also runs the model, in eval mode, on the first few hundred examples:
+        once at the mean and under four draws, which leaves weights, modes and random numbers as they were. Several
+        processes must all call it, and each measures its own examples.
+
+        Args:
+            loader: the training data, in batches as `vlearn.sweep` takes them, shuffled or not.
+            loss_fn: the training loss, as for `vlearn.sweep`.
+            model: the network; default the one that is watched.
 
         Raises:
-            ValueError: if no parameter requires grad.
+            ValueError: if no parameter requires grad; if only one of loader and loss_fn is given, no model is watched
+                and none given, or the loss has no value for each example.
         """
+        found = self._read_diagnostics()
+        if loader is None and loss_fn is None:
+            return found
+        if loader is None or loss_fn is None:
+            raise ValueError("diagnostics() with a loader needs loss_fn too: give both, or neither.")
+        if model is None:
+            if self._watch is None:
+                raise ValueError("diagnostics() with a loader needs the model, and none is watched: pass model=.")
+            model = self._watch.model
+        measured = measure(model, loader, loss_fn, self.at_mean, self.sampled_params, self.generator)
+        return replace(found, **measured | ({} if found.batch is None else {"batch": found.batch}))
+
+    def _read_diagnostics(self) -> Diagnostics:
+        """What the state shows, and the last recorded pass."""
         self._sampler.init_states()
         means = self._sampler.means({name: p for p, name in self._parameters.names().items()})
         found = diagnose(self._parameters, means, self._structure.diagonal_hessian(), self.nonfinite_count)
-        return replace(found, hessian_noise=hessian_noise(self._parameters))
+        trace = None if self._watch is None else self._watch.trace
+        batch = trace.num_examples if trace is not None and trace.num_examples else None
+        return replace(found, hessian_noise=hessian_noise(self._parameters), batch=batch)
 
     def watch(
         self,

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from vlearn.gaussians import ProductPosterior
+from vlearn.optim.diagnostics.diagnostics import Diagnostics
 from vlearn.optim.optimizer import VariationalOptimizer
-from vlearn.optim.structures.diagnostics import Diagnostics
 from vlearn.optim.structures.rotated import RotatedStructure
 
 R = TypeVar("R", bound=RotatedStructure)
@@ -30,6 +30,5 @@ class RotatedOptimizer(VariationalOptimizer[R, ProductPosterior]):
         if failures is not None:
             self._structure.decomposition_failures = failures
 
-    def diagnostics(self) -> Diagnostics:
-        """See `VariationalOptimizer.diagnostics`; with the number of eigendecompositions that failed."""
-        return replace(super().diagnostics(), decomposition_failures=self.decomposition_failures)
+    def _read_diagnostics(self) -> Diagnostics:
+        return replace(super()._read_diagnostics(), decomposition_failures=self.decomposition_failures)

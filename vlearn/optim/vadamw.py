@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from vlearn.gaussians import Diagonal
 from vlearn.gaussians.gaussian import Gaussian
+from vlearn.optim.diagnostics.diagnostics import Diagnostics
 from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.distributed.shards import share
 from vlearn.optim.optimizer import VariationalOptimizer
 from vlearn.optim.parameters.options import check, common_rules
 from vlearn.optim.parameters.parameters import Group, Parameters
 from vlearn.optim.sampling.draw import Draw
-from vlearn.optim.structures.diagnostics import Diagnostics
 from vlearn.optim.structures.diagonal import DiagonalStructure
 from vlearn.optim.structures.prior import Decay
 from vlearn.optim.updates.adam import Scale, ScaleEstimate, adam_step, rate_of_step
@@ -227,9 +227,9 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
         hessians = self._structure.diagonal_hessian().items()
         return {p: (h / scale).sqrt() for p, h in hessians if int(self.state[p]["step"])}
 
-    def diagnostics(self) -> Diagnostics:
+    def _read_diagnostics(self) -> Diagnostics:
         """As every optimizer's, with the scale's error; from the first step on no start is left in the Hessian."""
-        found = super().diagnostics()
+        found = super()._read_diagnostics()
         return dataclasses.replace(
             found, hess_init_weight=float(found.step == 0), scale_error=self._scale.relative_error
         )
