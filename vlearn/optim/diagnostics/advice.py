@@ -11,7 +11,7 @@ from typing import Any
 
 FEWEST_STEPS = 100  # before, a run may still settle
 STUCK = 0.9  # weight of hess_init; runs that learn have .6 at most
-LONGEST_STEP = 0.02  # in multiples of the width of a posterior from one minibatch
+LONGEST_STEP = 0.025  # in multiples of the width of a posterior from one minibatch
 WIDEST = 0.5  # nats that draws may cost an example: more were n > N effective parameters, by ½n/N
 COUNT_FACTOR = 1.5  # between numbers of examples that are taken for the same
 VARIANCE_FACTOR = 4.0  # likewise between variances of the noise
@@ -23,10 +23,11 @@ def advise(found: Mapping[str, Any]) -> list[str]:
     Args:
         found: the fields of a `Diagnostics`, by their names.
     """
-    of_count, of_noise = _of_count(found), _of_noise(found)
+    of_count, of_rate = _of_count(found), _of_rate(found)
+    of_noise = _of_noise(found, is_fitted=not of_count and not of_rate)
     # Draws of a wrong scale are wide for that reason.
     of_width = [] if of_count or of_noise else _of_width(found)
-    return [*of_count, *of_noise, *_of_start(found), *_of_rate(found), *of_width]
+    return [*of_count, *of_noise, *_of_start(found), *of_rate, *of_width]
 
 
 def _of_count(found: Mapping[str, Any]) -> list[str]:
@@ -54,14 +55,20 @@ def _of_count(found: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _of_noise(found: Mapping[str, Any]) -> list[str]:
-    """The squared errors of the loss are those of another variance than the residuals have."""
+def _of_noise(found: Mapping[str, Any], is_fitted: bool) -> list[str]:
+    """The squared errors of the loss are those of another variance than the residuals have.
+
+    Args:
+        is_fitted: nothing else explains residuals that are too large.
+    """
     residual, assumed, settings = found["residual_variance"], found["assumed_variance"], found["settings"]
     if not residual or not assumed:
         return []
     # Of ess = N/(2σ²) the draws are those of a loss that is divided by 2σ².
     by_ess = assumed * (settings["num_data"] or settings["ess"]) / settings["ess"]
     if any(1 / VARIANCE_FACTOR < residual / each < VARIANCE_FACTOR for each in (assumed, by_ess)):
+        return []
+    if residual > assumed and not is_fitted:
         return []
     return [
         f"the squared error of the loss is a likelihood of noise of variance {assumed:.2g}, but that of the residuals "
@@ -87,9 +94,10 @@ def _of_rate(found: Mapping[str, Any]) -> list[str]:
     size, rate = found["step_size"] * math.sqrt(found["batch"]), found["settings"]["lr"]
     if size < LONGEST_STEP:
         return []
+    stable = _rounded(rate * LONGEST_STEP / size / 4)
     return [
-        f"lr={rate:g} is too high, a step is {size:.2g} times as long as the posterior of one minibatch alone would be "
-        f"wide, and should be below {LONGEST_STEP:g}: set lr={_rounded(rate * LONGEST_STEP / size / 4):g}."
+        f"lr={rate:g} is too high, steps are {size:.2g} times as long as a posterior from one minibatch is wide, where "
+        f"{LONGEST_STEP:g} times is stable: set lr={stable:g}."
     ]
 
 
@@ -104,8 +112,7 @@ def _of_width(found: Mapping[str, Any]) -> list[str]:
         return [f"{cost}set draw_variance={_rounded(settings['draw_variance'] / factor):g}."]
     if found["hess_init_weight"] > 0.5:
         return [f"{cost}set hess_init={_rounded(settings['hess_init'] * factor):g}."]
-    ess, count = settings["ess"], settings["num_data"] or settings["ess"]
-    return [f"{cost}set ess={_rounded(ess * factor):g} with num_data={count:g}, or more weight_decay."]
+    return [f"{cost}set ess={_rounded(settings['ess'] * factor):g}, and num_data to the number of examples."]
 
 
 def _rounded(value: float) -> float:
