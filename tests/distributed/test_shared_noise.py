@@ -10,10 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.problems import STEPS, Draws, batches, record, replay, state_of, together
 from tests.distributed.ranks import Ranks
-from tests.optim.table import FAMILY, LOOPS, data, equal, loss_of, made, network, numbered
+from tests.optim.table import FAMILY, LOOPS, NUMBERS, data, equal, loss_of, made, named, network
+from tests.pairs import pairs
 
 pytestmark = pytest.mark.slow
 PARTS = 2
+HOW = ["as it is", "clipped", "scaled", "scaled, clipped"]
 
 
 def train(loop: str, how: str, optimizer: Any, model: Any, micro: list[Any]) -> None:
@@ -63,15 +65,21 @@ def on_one(number: int, loop: str, how: str, draws: Draws) -> list[torch.Tensor]
     return state_of(optimizer)
 
 
-@numbered
+def takes_closures(number: int, loop: str, how: str, bucket_view: bool) -> bool:
+    """Whether torch's scaler, if there is one, does."""
+    return loop != "closure" or "scaled" not in how
+
+
 @pytest.mark.parametrize(
-    ("loop", "how", "bucket_view"),
-    [
-        ("closure", "as it is", False),  # torch's scaler refuses closures
-        ("closure", "clipped", True),
-        *((loop, how, False) for loop in LOOPS if loop != "closure" for how in ("as it is", "clipped", "scaled")),
-        *((loop, "scaled, clipped", True) for loop in LOOPS if loop != "closure"),
-    ],
+    ("number", "loop", "how", "bucket_view"),
+    pairs(
+        NUMBERS,
+        list(LOOPS),
+        ["as it is", "clipped", "scaled", "scaled, clipped"],
+        [False, True],
+        allowed=takes_closures,
+    ),
+    ids=named,
 )
 def test_two_ranks_are_one_process_with_the_whole_batch(
     ranks: Ranks, number: int, loop: str, how: str, bucket_view: bool

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.problems import STEPS, alternating, batches, record, refusal, replay, state_of
 from tests.distributed.ranks import Ranks
 from tests.optim import table
-from tests.optim.table import FAMILY, FULLVON, IVON, KFACVON, equal, loss_of, network, numbered, weights
+from tests.optim.table import FAMILY, FULLVON, IVON, KFACVON, NUMBERS, equal, loss_of, network, numbered, weights
+from tests.pairs import pairs
 
 pytestmark = pytest.mark.slow
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -61,13 +62,14 @@ def on_ranks(rank: int, number: int, setting: str, contexts: int, unused: bool) 
     return draws, state_of(optimizer)
 
 
+def has_setting(number: int, setting: str, contexts: int, unused: bool) -> bool:
+    return FAMILY[number] in OF_SOME.get(setting, FAMILY)
+
+
 @pytest.mark.parametrize(
-    ("number", "setting"),
-    [(n, setting) for n in range(len(FAMILY)) for setting in SETTINGS if FAMILY[n] in OF_SOME.get(setting, FAMILY)],
-    ids=str,
+    ("number", "setting", "contexts", "unused"),
+    pairs(NUMBERS, list(SETTINGS), [1, 2], [False, True], allowed=has_setting),
 )
-@pytest.mark.parametrize("contexts", [1, 2])
-@pytest.mark.parametrize("unused", [False, True])
 def test_two_ranks_are_one_process_with_both_draws(
     ranks: Ranks, number: int, setting: str, contexts: int, unused: bool
 ) -> None:

@@ -233,7 +233,13 @@ REPRESENTATIVE = (IVON, FULLVON, KFACVON, EVON)
 representatives = pytest.mark.parametrize(
     "entry", [pytest.param(e, marks=() if e in REPRESENTATIVE else pytest.mark.slow) for e in FAMILY], ids=str
 )
-numbered = pytest.mark.parametrize("number", range(len(FAMILY)), ids=map(str, FAMILY))  # as other processes take them
+NUMBERS = range(len(FAMILY))  # as other processes take them
+numbered = pytest.mark.parametrize("number", NUMBERS, ids=map(str, FAMILY))
+
+
+def named(value: Any) -> str:
+    """The name of a test's parameter, of which whole numbers are optimizers."""
+    return str(FAMILY[value]) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def needs_parameters_apart(entry: Entry) -> None:
