@@ -210,7 +210,7 @@ def test_a_transform_of_functions_is_seen(transform):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_onednn_is_off_inside_and_as_before_outside_and_keeps_its_other_settings(monkeypatch, enabled):
     def settings() -> tuple[bool, bool]:
-        return torch._C._get_mkldnn_enabled(), torch.backends.mkldnn.deterministic
+        return torch._C._get_mkldnn_enabled(), bool(torch.backends.mkldnn.deterministic)
 
     monkeypatch.setattr(torch.backends.mkldnn, "deterministic", True)
     with nullcontext() if enabled else without_onednn():

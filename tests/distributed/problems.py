@@ -45,7 +45,7 @@ def record(optimizer: Any) -> Draws:
     """The list to which the optimizer's draws will be added."""
     draws: Draws = []
     structure, curvature = optimizer._structure, optimizer._runtime.curvature
-    jointly, cotangent = structure.draw_jointly, getattr(curvature, "cotangent", None)
+    jointly, cotangent = structure.draw_jointly, getattr(curvature, "cotangent", lambda *args: None)
 
     def drawing(blocks: list[Any], noise: Any) -> None:
         jointly(blocks, noise)

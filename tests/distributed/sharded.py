@@ -104,7 +104,8 @@ def sharded(model: nn.Module, how: str, **options: Any) -> nn.Module:
     parts = model.blocks if isinstance(model, Transformer) else [m for m in model.children() if list(m.parameters())]
     for part in parts if how != "whole" else ():  # pyright: ignore
         fully_shard(part, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
 
 
 def make(model: nn.Module, kind: str, **other: Any) -> Any:

@@ -234,7 +234,7 @@ def test_the_profiler_sees_steps_by_the_optimizers_name(entry: Entry) -> None:
     for m, o in ((model, optimizer), (copied_model, copied)):
         with torch.autograd.profiler.profile() as profile:
             plain(o, m, x, y)
-        names = {event.name for event in profile.function_events}
+        names = {event.name for event in profile.function_events or ()}
         assert {f"Optimizer.step#{entry.name}.step", f"Optimizer.zero_grad#{entry.name}.zero_grad"} <= names
 
 

@@ -233,7 +233,7 @@ class StopError(Exception):
 @family
 @pytest.mark.parametrize("error", [StopError, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("train", [True, False])
-def test_leaving_a_context_by_any_exit_restores_the_mean(entry: Entry, error: type, train: bool) -> None:
+def test_leaving_a_context_by_any_exit_restores_the_mean(entry: Entry, error: type[BaseException], train: bool) -> None:
     model, (x, y) = network(), data()
     optimizer = made(entry, "context", model)
     mean = weights(model)

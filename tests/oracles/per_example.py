@@ -94,7 +94,7 @@ def by_functorch(
 
         g = grad(lambda values: loss(output(values), label.unsqueeze(0)).sum())(weights)
         moved = {name: by_name[name].reshape(value.shape) * value for name, value in g.items()}
-        influence = sum((g[name] * moved[name]).sum() for name in g)
+        influence = torch.stack([(g[name] * moved[name]).sum() for name in g]).sum()
         return influence, jvp(output, (weights,), (moved,))[1].squeeze(0)
 
     return vmap(one)(x, target)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ T = TypeVar("T")
 NUMBERS = ("index", "idx")  # what a batch with names calls the numbers of its examples
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """One minibatch: positional and keyword arguments of the model, targets, and ``[n]`` example numbers.
 
     Attributes:
@@ -50,7 +51,8 @@ class Batch(NamedTuple):
         return Part(taken, has_rows, structure, self.index[rows])
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Part:
     """Some of the examples of a batch.
 
     Attributes:
@@ -101,10 +103,11 @@ def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex
     numbering = Numbering(loader)
     for given in numbering.loader:
         drawn = numbering.drawn()
-        arguments, target, index = inputs_and_target(given, model, device, names)
-        known, rows = index if index is not None else drawn, []
+        x, target, index = split_on(device, given, names)
+        known = index if index is not None else drawn
+        arguments, rows = model_arguments(model, x), []
         if example_index is None:
-            count = _count(arguments, target, None if known is None else len(known))
+            count = _count(x, target, None if known is None else len(known))
         else:
             rows = _told_rows(example_index, model, arguments, target)
             count = rows[0].num_examples
@@ -119,19 +122,10 @@ def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex
         yield Batch(*arguments, target, index, rows)
 
 
-def inputs_and_target(
-    given: Any, model: nn.Module, device: torch.device, names: Iterable[str] | None = None
-) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any, Tensor | None]:
-    """((positional, keyword arguments of the model), target, numbers or None) of a loader's batch, on a device.
-
-    Args:
-        names: of the model's inputs, if they are at hand.
-    Raises:
-        ValueError: if a batch is none that `split` takes.
-    """
-    x, target, index = split(given, argument_names(model) if names is None else names)
-    x, target = tree_map(partial(_on, device), x), tree_map(lambda leaf: plain(_on(device, leaf)), target)
-    return model_arguments(model, x), target, index
+def split_on(device: torch.device, batch: Any, arguments: Iterable[str] = ()) -> tuple[Any, Any, Tensor | None]:
+    """As `split`, with inputs and target on a device."""
+    x, target, index = split(batch, arguments)
+    return tree_map(partial(_on, device), x), tree_map(lambda leaf: plain(_on(device, leaf)), target), index
 
 
 def split(batch: Any, arguments: Iterable[str] = ()) -> tuple[Any, Any, Tensor | None]:

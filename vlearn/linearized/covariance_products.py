@@ -119,15 +119,15 @@ def _add_rows(
             forms = [form_of(call, p, examples) for call in calls]
             # Gradients of several calls are summed before they are squared.
             gradient = sum(form.dense() for form in forms) if len(forms) > 1 else None
-            if gradient is not None:
-                direction = gradient * variance
+            direction = None if gradient is None else gradient * variance
+            if direction is not None:
                 products.self_influence[examples] += _row_sums(gradient * direction)
             if products.tangents is None:
                 if gradient is None:
                     products.self_influence[examples] += forms[0].weighted_square(variance)
                 continue
             for call, form in zip(calls, forms, strict=True):
-                if gradient is None:
+                if direction is None:
                     tangent = form.weighted_output_jvp(variance)
                     products.self_influence[examples] += (form.b * tangent).flatten(1).sum(1)
                 else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -404,7 +404,7 @@ def _of_members(prediction: Any, batch: Batch, members: Tensor) -> tuple[Any, Ba
         has_rows = isinstance(leaf, Tensor) and leaf.shape[:1] == batch.index.shape
         return leaf[members.to(leaf.device)] if has_rows else leaf
 
-    return tree_map(rows, prediction), batch._replace(target=tree_map(rows, batch.target), index=batch.index[members])
+    return tree_map(rows, prediction), replace(batch, target=tree_map(rows, batch.target), index=batch.index[members])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ class Key(NamedTuple):
     places: tuple[int, ...] = ()
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """What one process has gone through in a round.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def batches_by_group(
             if only is not None and not bool(only[k]):
                 continue
             if batch.example_rows:  # what else belongs to an example, as the edges of a graph, is not known
-                yield k, batch._replace(members=rows)
+                yield k, replace(batch, members=rows)
                 continue
             part = batch.part(rows)
             if k in held and not held[k][-1].fits(part):

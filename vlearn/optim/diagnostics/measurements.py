@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn.capture.names import argument_names, model_arguments
 from vlearn.capture.random_state import random_state
-from vlearn.linearized.batches import device_of, inputs_and_target
+from vlearn.linearized.batches import device_of, split_on
 from vlearn.linearized.numbering import example_count
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.replay import eval_mode, random_numbers_from
@@ -71,10 +72,10 @@ def measure(
 
 def _first(loader: Iterable[Any], model: nn.Module) -> Iterator[Any]:
     """The first batches, as (arguments of the model, target)."""
-    seen, device = 0, device_of(model)
+    seen, device, names = 0, device_of(model), argument_names(model)
     for given in loader:
-        arguments, target, _ = inputs_and_target(given, model, device)
-        yield arguments, target
+        x, target, _ = split_on(device, given, names)
+        yield model_arguments(model, x), target
         seen += len(target) if isinstance(target, Tensor) and target.dim() else 1
         if seen >= EXAMPLES:
             return
