@@ -42,7 +42,7 @@ def jacobian_vector_product(lin: Linearization, direction: Vector) -> list[Tenso
         try:
             with forward_mode(root.modules()), forward_ad.dual_level():
                 weights = lin.weights | {p: forward_ad.make_dual(lin.weights[p], v) for p, v in moves.items()}
-                leaves = tensor_leaves(call_with(root, weights, *lin.batch[:2]))
+                leaves = tensor_leaves(call_with(root, weights, lin.batch.args, lin.batch.kwargs))
                 pairs = [forward_ad.unpack_dual(output) for output in _outputs(lin, leaves)]
                 return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
         except NotImplementedError:  # an operation without forward derivative
