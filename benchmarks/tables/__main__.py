@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.report.markdown import with_tables
-from benchmarks.tables import attributions, costs, losses, optimizers, removals
+from benchmarks.tables import attributions, costs, losses, optimizers, removals, settings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -51,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "class-removal-mlp": removals.classes_mlp,
     "class-removal-lenet5": removals.classes_lenet5,
     "linear": removals.linear,
+    "settings": settings.worked,
     "attribution": attributions.scores,
     "attribution-removals": attributions.removals,
 }
