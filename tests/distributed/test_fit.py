@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.distributed.problems import refusal
 from tests.distributed.ranks import Ranks
+from tests.pairs import pairs
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.posterior.fit import STRUCTURES, fit
 
@@ -82,9 +83,9 @@ def covariance(posterior: Gaussian) -> Tensor:
     return torch.cat([moved[p].flatten(1) for p in named.values()], 1)
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("curvature", ["ggn-exact", "empirical"])
+@pytest.mark.parametrize(
+    ("structure", "share", "curvature"), pairs(STRUCTURES, list(SHARES), ["ggn-exact", "empirical"])
+)
 def test_two_processes_fit_what_one_does(ranks: Ranks, structure: str, share: str, curvature: str) -> None:
     settings: Any = {"curvature": curvature, "prior_precision": "marginal-likelihood"}
     first, second = ranks(fit_on, structure, share, share == "fewer", settings)

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.problems import STEPS, batches, record, replay, state_of, train
 from tests.distributed.ranks import Ranks
 from tests.optim.networks import at_draw, covariance_of, cross_entropy
-from tests.optim.table import FAMILY, equal, loss_of, made, network, numbered, plain, weights
+from tests.optim.table import FAMILY, NUMBERS, equal, loss_of, made, named, network, numbered, plain, weights
 from tests.oracles.per_example import relative_error
+from tests.pairs import pairs
 
 pytestmark = pytest.mark.slow
 
@@ -113,9 +114,11 @@ def many_steps(rank: int, number: int, loop: str, settings: dict[str, Any]) -> l
     return state_of(optimizer)
 
 
-@numbered
-@pytest.mark.parametrize("loop", ["plain", "context"])
-@pytest.mark.parametrize("settings", [{}, {"shared_noise": True}, {"dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    ("number", "loop", "settings"),
+    pairs(NUMBERS, ["plain", "context"], [{}, {"shared_noise": True}, {"dtype": torch.bfloat16}]),
+    ids=named,
+)
 def test_the_state_of_the_ranks_stays_bitwise_equal(
     ranks: Ranks, number: int, loop: str, settings: dict[str, Any]
 ) -> None:

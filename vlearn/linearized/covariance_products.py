@@ -119,8 +119,9 @@ def _add_rows(
             forms = [form_of(call, p, examples) for call in calls]
             # Gradients of several calls are summed before they are squared.
             gradient = sum(form.dense() for form in forms) if len(forms) > 1 else None
-            direction = None if gradient is None else gradient * variance
-            if direction is not None:
+            direction = None
+            if gradient is not None:
+                direction = gradient * variance
                 products.self_influence[examples] += _row_sums(gradient * direction)
             if products.tangents is None:
                 if gradient is None:
