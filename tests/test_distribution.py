@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vlearn
-from tests.test_documents import sections
+from tests.test_documents import PAGES, README
 
 pytest.importorskip("build")
 pytestmark = pytest.mark.slow
@@ -53,9 +53,8 @@ def test_the_wheel_runs_the_script_of_the_readme_in_a_bare_environment(built: Pa
     packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path)
     (Path(packages) / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
 
-    blocks = next(iter(sections((ROOT / "README.md").read_text()).values()))
     script = tmp_path / "script.py"
-    script.write_text("\n".join(part for block in blocks for part in (block.setup, block.code)))
+    script.write_text(PAGES[README][0].code)
     run(python, "-I", script, folder=tmp_path)
     facts = "import vlearn, importlib.metadata as m; print(vlearn.__file__, vlearn.__version__, m.version('vlearn'))"
     where, version, recorded = run(python, "-I", "-c", facts, folder=tmp_path).split()

@@ -167,10 +167,11 @@ def _of_record(record: TrainingRecord, labels: np.ndarray, score: str | None) ->
     score = score or ("loss" if of_all is None else CONTESTED)
     if score not in allowed:
         raise ValueError(f"score={score!r}, but a record has {', '.join(allowed)}: use one of them.")
-    suggested = averages.predicted
+    suggested, contest = averages.predicted, None
     if of_all is not None:
         suggested, contest = _beside(labels[: record.num_data], of_all, suggested)
-    values = averages.mean("loss") * contest if score == CONTESTED else averages.mean(score)
+    # CONTESTED is allowed only where there is a contest.
+    values = averages.mean(score) if contest is None or score != CONTESTED else averages.mean("loss") * contest
     later = averages.mean("probability")
     live = record.memory.kinds == "live"
     now = later

@@ -44,7 +44,9 @@ def _of_count(found: Mapping[str, Any]) -> list[str]:
             f"{name} is {given:g}, but one minibatch alone has {seen} examples: set {name} to the number of training "
             "examples, len(dataset)."
         ]
-    if not any(1 / COUNT_FACTOR < given / count < COUNT_FACTOR for count in (known, terms)):
+    if terms is None and given > known:
+        return []
+    if not any(1 / COUNT_FACTOR < given / count < COUNT_FACTOR for count in (known, terms or known)):
         effect = "wide" if given < known else "narrow"
         return [
             f"{name} is {given:g}, but the loader has {known} examples, so that the posterior is too {effect}: set "

@@ -49,7 +49,7 @@ class Diagnostics:
         loss_at_mean, loss_at_draws: mean loss of a few hundred of the loader's examples, at the mean and over draws;
             None without a loader, as all that follow.
         num_examples: number of the loader's examples; None where it does not say. num_terms: times the entries of the
-            loss that each has, as tokens.
+            loss that each has, as tokens; None also for a loss of one's own.
         residual_variance: mean squared residual at the mean where the loss is a squared error, and assumed_variance:
             that of the noise whose negative log-likelihood it is, 1/2 of `F.mse_loss` on one output. Else None.
         settings: those of the first parameter group that `advice` speaks of; with num_data, or None where it is

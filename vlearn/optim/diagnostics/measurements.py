@@ -57,7 +57,8 @@ def measure(
             with at_draw():
                 drawn += [losses(output, target) for output, target in outputs()]
     count, entries = example_count(loader), losses.unreduced(*found[0][1:])
-    terms = None if count is None else count * entries.numel() // max(1, len(entries))
+    # How a loss of one's own makes an example's value of its entries, as tokens, is not seen.
+    terms = None if count is None or not losses.torch_style else count * entries.numel() // max(1, len(entries))
     squares = _of_squares(losses, found)
     return {
         "batch": len(found[0][0]),
