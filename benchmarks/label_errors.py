@@ -57,7 +57,6 @@ class Experiment:
 
     Attributes:
         noise, share: see `given_labels`.
-        remaining: weight of hess_init at the end, of IVON.
     """
 
     title: str
@@ -70,7 +69,6 @@ class Experiment:
     num_test: int | None = None
     batch: int = 100
     prior_precision: float = 1.0
-    remaining: float = 0.14
     folds: int = 5
 
     def cut(self, epochs: int) -> Experiment:
@@ -104,24 +102,15 @@ EXPERIMENTS = {
 SMOKE = Experiment("400 of the digits", "digits", "symmetric", "digits_cnn", 3, num_data=400, batch=50, folds=2)
 
 
-def _ivon(model: nn.Module, experiment: Experiment, count: int, total: int) -> Any:
-    return vlearn.IVON(
-        model,
-        lr=0.1,
-        ess=count,
-        weight_decay=experiment.prior_precision / count,
-        hess_init=0.1,
-        beta2=experiment.remaining ** (1 / total),
-    )
-
-
-METHODS: dict[str, Callable[[nn.Module, Experiment, int, int], Any]] = {
-    "SGD": lambda model, experiment, count, total: torch.optim.SGD(
+METHODS: dict[str, Callable[[nn.Module, Experiment, int], Any]] = {
+    "SGD": lambda model, experiment, count: torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, weight_decay=experiment.prior_precision / count
     ),
-    "AdamW": lambda model, experiment, count, total: torch.optim.AdamW(model.parameters(), lr=2e-3),
-    "IVON": _ivon,
-    "EVON": lambda model, experiment, count, total: vlearn.EVON(
+    "AdamW": lambda model, experiment, count: torch.optim.AdamW(model.parameters(), lr=2e-3),
+    "IVON": lambda model, experiment, count: vlearn.IVON(
+        model, lr=0.1, ess=count, weight_decay=experiment.prior_precision / count
+    ),
+    "EVON": lambda model, experiment, count: vlearn.EVON(
         model, lr=2.0, ess=count, weight_decay=experiment.prior_precision / count
     ),
 }
@@ -150,7 +139,7 @@ class Run:
         torch.manual_seed(seed)
         self.model = networks.build(experiment.network).to(data.tensors[0].device)
         total = steps(len(places), experiment.epochs, experiment.batch)
-        self.optimizer = METHODS[method](self.model, experiment, len(places), total)
+        self.optimizer = METHODS[method](self.model, experiment, len(places))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total)
         self.order = torch.Generator().manual_seed(seed)
         part = Subset(data, places.tolist())
