@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "family-fashion-mnist": optimizers.fashion_mnist,
     "family-digits": optimizers.digits,
     "family-cost": optimizers.cost,
+    "lines": optimizers.lines,
     "defaults": optimizers.defaults,
     "defaults-calibration": optimizers.defaults_calibration,
     "continual": optimizers.continual,

@@ -116,6 +116,45 @@ TASKS = {
 }
 
 
+def lines() -> str:
+    """The line to begin with for each kind of network, and what it reached."""
+    of_task = {name: read(f"defaults/{name}")["methods"] for name in TASKS}
+
+    def loss(name: str, method: str, which: str, quantity: str = "loss") -> float:
+        return of_task[name][method][which]["mean"][quantity]
+
+    apart = max(
+        abs(loss(name, "VAdamW", which) / loss(name, "AdamW", which) - 1)
+        for name in TASKS
+        for which in ("line", "tuned")
+    )
+    narrow = [
+        f"{TASKS[name].partition(', ')[2]} {short(loss(name, 'EVON, narrow', 'line'), 3)} "
+        f"(AdamW {short(loss(name, 'AdamW', 'line'), 3)}, tuned {short(loss(name, 'AdamW', 'tuned'), 3)})"
+        for name in ("gpt", "gru", "ft-transformer", "mlp", "lenet")
+    ]
+    wide, drawn = (short(loss("lenet", "EVON", "line", quantity), 3) for quantity in ("loss", "loss_by_draws"))
+    gap = short(read("generalization/fashion-mnist")["table"]["IVON"]["mean"]["mean_absolute_gap"], 3)
+    rows = [
+        (
+            "whatever AdamW trains: transformers, fine-tuning, tabular data, embeddings",
+            "`VAdamW(model, lr=1e-3, num_data=N)`, with AdamW's own lr",
+            f"the loss is AdamW's to {percent(apart)} on {len(TASKS)} tasks",
+        ),
+        (
+            "whatever is trained from scratch",
+            "`EVON(model, lr=2, ess=10*T, num_data=N)`, T the number of single losses: tokens, or N",
+            f"{'; '.join(narrow)}: images want ess=T, {wide}, and {drawn} by the draws",
+        ),
+        (
+            "images, where leave-one-out is to follow the test loss",
+            "`IVON(model, lr=0.1, ess=N)`",
+            f"mean gap of {gap} nats over a whole run on Fashion-MNIST, with `hess_init=0.1`",
+        ),
+    ]
+    return table(("network", "line", "measured"), rows)
+
+
 def defaults() -> str:
     """One line in other people's networks: validation losses of the tasks that are recorded."""
     columns = [("AdamW", "line"), ("VAdamW", "line"), ("EVON", "line"), ("EVON, narrow", "line")]
