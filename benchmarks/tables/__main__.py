@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.report.markdown import with_tables
-from benchmarks.tables import attributions, costs, losses, optimizers, removals, settings
+from benchmarks.tables import attributions, costs, labels, losses, optimizers, removals, settings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -53,6 +53,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "class-removal-lenet5": removals.classes_lenet5,
     "linear": removals.linear,
     "settings": settings.worked,
+    "label-errors": labels.scores,
+    "label-errors-runs": labels.runs,
     "attribution": attributions.scores,
     "attribution-removals": attributions.removals,
 }
