@@ -26,6 +26,7 @@ from tests.distributed.problems import (
 from tests.distributed.ranks import Ranks
 from tests.optim import table
 from tests.optim.table import (
+    EVON,
     FAMILY,
     IVON,
     LOOPS,
@@ -507,7 +508,7 @@ def sharded(rank: int, number: int, how: str) -> str:
 def test_sharded_parameters_are_refused_where_they_cannot_be(ranks: Ranks, number: int, how: str) -> None:
     expected = "use fully_shard (FSDP2)"
     if how == "fully_shard":
-        takes = FAMILY[number] in (IVON, VON_PRICE, VADAMW)
+        takes = FAMILY[number] in (IVON, VON_PRICE, EVON, VADAMW)
         expected = "nothing was raised" if takes else "is sharded over processes (fully_shard"
     for message in ranks(sharded, number, how):
         assert expected in message

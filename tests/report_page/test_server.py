@@ -67,11 +67,18 @@ def test_it_answers_nothing_else_and_nobody_else(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_control_c_ends_it_quietly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vlearn", "watch", str(tmp_path), "--port", "0"]
+    # A run in the background of a shell ignores the signal, and so would what it starts.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import vlearn.__main__ as m; m.main()"
+    )
+    command = [sys.executable, "-c", code, "watch", str(tmp_path), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert "Ctrl-C ends it" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0 and process.stderr.read() == ""
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            assert "Ctrl-C ends it" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()

@@ -74,7 +74,7 @@ def _eigh(factor: Tensor) -> tuple[Tensor, Tensor] | None:
     shift = torch.finfo(factor.dtype).eps * factor.diagonal().max()
     for shifted in (False, True):
         try:
-            values, basis = torch.linalg.eigh(factor + shift * torch.eye(len(factor)).to(factor) if shifted else factor)
+            values, basis = torch.linalg.eigh(factor + shift.expand(len(factor)).diag() if shifted else factor)
         except torch.linalg.LinAlgError:
             continue
         if bool(values.isfinite().all()):

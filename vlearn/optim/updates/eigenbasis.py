@@ -150,7 +150,7 @@ def _nearer(factor: Tensor, basis: Tensor | None) -> Tensor | None:
     apart = without_ties(factor, TIES)
     if apart is None:
         return None
-    if basis is not None and not torch.equal(basis, torch.eye(len(basis)).to(basis)):
+    if basis is not None and not torch.equal(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device)):
         return power_iteration(apart, basis)
     found = eigen(apart, None)
     return None if found is None else found[1]
