@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.label_errors import EXPERIMENTS, FOLDS, METHODS
 from benchmarks.report.markdown import percent, short, table
 from benchmarks.report.records import RESULTS, read
+
+SETS = ("digits-symmetric", "digits-pairs", "fashion-mnist-symmetric", "fashion-mnist-pairs", "cifar-10n-aggregate")
+SETS += ("cifar-10n-random1", "cifar-10n-random2", "cifar-10n-random3", "cifar-10n-worst")
+METHODS, FOLDS = ("SGD", "AdamW", "IVON", "EVON"), "SGD, five folds"
 
 
 def scores() -> str:
@@ -39,7 +42,7 @@ def runs() -> str:
 
 
 def _records() -> list[dict[str, Any]]:
-    return [read(f"label_errors/{name}") for name in EXPERIMENTS if (RESULTS / f"label_errors/{name}.json").exists()]
+    return [read(f"label_errors/{name}") for name in SETS if (RESULTS / f"label_errors/{name}.json").exists()]
 
 
 def _title(record: dict[str, Any]) -> str:
