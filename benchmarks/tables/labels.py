@@ -32,7 +32,7 @@ def runs() -> str:
         for place, method in enumerate((*METHODS, FOLDS)):
             about, found = record["runs"][method]["mean"], record["table"][method]
             seconds = next(iter(found.values()))["mean"]["seconds"]
-            expected = "not counted" if about["expected"] is None else f"{about['expected']:.0f}"
+            expected = "?" if about["expected"] is None else f"{about['expected']:.0f}"
             accuracy = percent(about["accuracy"]) if "accuracy" in about else ""
             suggested = percent(about["right_suggestions"]) if "right_suggestions" in about else ""
             title = _title(record) if place == 0 else ""
