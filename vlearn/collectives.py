@@ -109,15 +109,31 @@ def compute_on_one_rank(
     own = {i: task() for i, task in enumerate(tasks) if i % count == rank}
     results: list[list[Tensor] | None] = []
     for i, like in enumerate(likes):
-        result = own.get(i)
-        message = like[0].new_zeros(1 + sum(tensor.numel() for tensor in like))
-        if result is not None:
-            torch.cat([message.new_ones(1), *(tensor.reshape(-1) for tensor in result)], out=message)
+        message = as_message(own.get(i), like)
         distributed.broadcast(message, distributed.get_global_rank(group, i % count), group=group)
-        succeeded, *parts = message.split([1, *(tensor.numel() for tensor in like)])
-        parts = [part.view(tensor.shape).clone() for part, tensor in zip(parts, like, strict=True)]
-        results.append(parts if bool(succeeded) else None)
+        results.append(from_message(message, like))
     return results
+
+
+def as_message(result: list[Tensor] | None, likes: list[Tensor]) -> Tensor:
+    """A result, or None, as one tensor ``[1 + entries]``, which begins with 1 where there is a result.
+
+    Args:
+        likes: tensors of the result's shapes, dtype and device.
+    """
+    size = 1 + sum(like.numel() for like in likes)
+    message = torch.zeros(size, dtype=likes[0].dtype, device=likes[0].device)
+    if result is not None:
+        torch.cat([message.new_ones(1), *(tensor.reshape(-1) for tensor in result)], out=message)
+    return message
+
+
+def from_message(message: Tensor, likes: list[Tensor]) -> list[Tensor] | None:
+    """Undo of `as_message`."""
+    has_result, *parts = message.split([1, *(like.numel() for like in likes)])
+    if not bool(has_result):
+        return None
+    return [part.view(like.shape).clone() for part, like in zip(parts, likes, strict=True)]
 
 
 class Together:

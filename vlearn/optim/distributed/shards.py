@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.sharded.tensors import is_dtensor, shard
+from vlearn.collectives import as_message, from_message
+from vlearn.sharded.tensors import is_dtensor
 
 
 def share(parameter: Tensor, mesh: Any) -> float:
@@ -40,12 +41,9 @@ def of_first(mesh: Any, own: list[Tensor] | None, likes: list[Tensor]) -> list[T
 
     Args:
         own: this process's.
-        likes: tensors of the shapes.
+        likes: tensors of the result's shapes, dtype and device; distributed ones stand for the whole.
     """
-    message = shard(likes[0]).new_zeros(1 + sum(like.numel() for like in likes))
-    if own is not None:
-        torch.cat([message.new_ones(1), *(tensor.reshape(-1) for tensor in own)], out=message)
+    message = as_message(own, likes)
     for group in mesh.get_all_groups():
         torch.distributed.broadcast(message, torch.distributed.get_global_rank(group, 0), group=group)
-    succeeded, *parts = message.split([1, *(like.numel() for like in likes)])
-    return [part.view(like.shape) for part, like in zip(parts, likes, strict=True)] if bool(succeeded) else None
+    return from_message(message, likes)
