@@ -21,20 +21,10 @@ Row = dict[str, float]
 
 def run(task: Task, method: Any, lr: float, seed: int) -> Row:
     """Train and measure; a run whose loss was not finite has an infinite one."""
-    torch.manual_seed(seed)
-    model = task.build().train()
-    optimizer = method.make(model, lr, task)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, task.steps))
-    order = torch.Generator().manual_seed(seed)
     began = time.perf_counter()
     try:
-        for _ in range(task.epochs):
-            whole = torch.randperm(task.num_data, generator=order)[: task.num_data // task.batch * task.batch]
-            for rows in whole.split(task.batch):
-                training_step(optimizer, lambda rows=rows: checked_loss(task, model, rows))
-                schedule.step()
+        model, optimizer = train(task, method, lr, seed)
     except FloatingPointError:
-        finish(optimizer)
         return {"loss": math.inf}
     row = {"seconds": time.perf_counter() - began, **scores(task, [outputs(task, model)])}
     if hasattr(optimizer, "sampled_params"):
@@ -45,6 +35,29 @@ def run(task: Task, method: Any, lr: float, seed: int) -> Row:
         row |= {f"{name}_by_draws": value for name, value in scores(task, drawn).items()}
     finish(optimizer)
     return row
+
+
+def train(task: Task, method: Any, lr: float, seed: int) -> tuple[nn.Module, Any]:
+    """The network after its whole training, and its optimizer.
+
+    Raises:
+        FloatingPointError: if a loss was not finite.
+    """
+    torch.manual_seed(seed)
+    model = task.build().train()
+    optimizer = method.make(model, lr, task)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, task.steps))
+    order = torch.Generator().manual_seed(seed)
+    try:
+        for _ in range(task.epochs):
+            whole = torch.randperm(task.num_data, generator=order)[: task.num_data // task.batch * task.batch]
+            for rows in whole.split(task.batch):
+                training_step(optimizer, lambda rows=rows: checked_loss(task, model, rows))
+                schedule.step()
+    except FloatingPointError:
+        finish(optimizer)
+        raise
+    return model, optimizer
 
 
 def pace(step: int, steps: int) -> float:

@@ -31,7 +31,7 @@ class Experiment:
 
     Attributes:
         prior_precision: δ on the scale of the summed loss.
-        lr, hess_init, beta2: IVON's; the rate falls to zero along a cosine.
+        lr, hess_init, beta2, beta2_warmup: IVON's; the rate falls to zero along a cosine.
         sgd_lr: first and last rate of SGD with momentum .9, along a cosine.
         recorded: epochs after which IVON's LOO loss is taken; `laplace` those for the fits; `mapped` those after
             which every example's row is kept.
@@ -54,6 +54,7 @@ class Experiment:
     num_data: int | None = None
     num_test: int | None = None
     part: int = 2000
+    beta2_warmup: float | None = None
 
     def cut(self, epochs: int) -> Experiment:
         """The same with another number of epochs, recorded at the same shares of the run."""
@@ -212,7 +213,8 @@ def optimizer_of(experiment: Experiment, model: nn.Module, num_data: int, traine
     delta = experiment.prior_precision
     if trainer == "SGD":
         return supervised.sgd(model, num_data, total, prior_precision=delta, lr=experiment.sgd_lr)
-    own = {"lr": experiment.lr, "hess_init": experiment.hess_init, "beta2": experiment.beta2}
+    names = ("lr", "hess_init", "beta2", "beta2_warmup")
+    own = {name: getattr(experiment, name) for name in names}
     return supervised.ivon(model, num_data, total, prior_precision=delta, **own)
 
 

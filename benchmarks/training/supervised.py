@@ -38,10 +38,17 @@ def ivon(
     lr: float,
     hess_init: float,
     beta2: float,
+    beta2_warmup: float | None = None,
 ) -> tuple[vlearn.IVON, Any]:
     """IVON with its schedule, along which the rate falls to zero as a cosine."""
     optimizer = vlearn.IVON(
-        model, lr=lr, ess=num_data, hess_init=hess_init, beta2=beta2, weight_decay=prior_precision / num_data
+        model,
+        lr=lr,
+        ess=num_data,
+        hess_init=hess_init,
+        beta2=beta2,
+        beta2_warmup=beta2_warmup,
+        weight_decay=prior_precision / num_data,
     )
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
 
@@ -61,6 +68,7 @@ class Recipe:
     Attributes:
         lr, hess_init: IVON's; the rate falls to zero along a cosine.
         remaining: weight that hess_init still has at the end of IVON's run, β₂ᵗ; gives β₂ for any number of steps.
+        beta2_warmup: of a run whose Hessian is a running average at first.
         sgd_lr: first and last rate of SGD with momentum .9, along a cosine.
         num_data, num_test: the first examples of either half; None for all.
     """
@@ -76,6 +84,7 @@ class Recipe:
     sgd_lr: tuple[float, float]
     num_data: int | None = None
     num_test: int | None = None
+    beta2_warmup: float | None = None
 
     def cut(self, epochs: int) -> Recipe:
         """The same with another number of epochs."""
@@ -108,10 +117,12 @@ class Recipe:
         total = steps(len(data.y), epochs, self.batch)
         if trainer == "IVON":
             own = {"lr": self.lr, "hess_init": self.hess_init, "beta2": self.beta2(total)}
-            made = ivon(model, len(data.y), total, prior_precision=prior_precision, **own)
+            made = ivon(
+                model, len(data.y), total, prior_precision=prior_precision, beta2_warmup=self.beta2_warmup, **own
+            )
         else:
             made = sgd(model, len(data.y), total, prior_precision=prior_precision, lr=self.sgd_lr)
-        others = {"IVON": {"sgd_lr"}, "SGD": {"lr", "hess_init", "remaining"}}[trainer]
+        others = {"IVON": {"sgd_lr"}, "SGD": {"lr", "hess_init", "remaining", "beta2_warmup"}}[trainer]
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)} | {
             "trainer": trainer,
             "prior_precision": prior_precision,

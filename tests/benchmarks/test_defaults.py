@@ -13,8 +13,10 @@ import torch
 from benchmarks.defaults.__main__ import main
 from benchmarks.defaults.comparison import summary
 from benchmarks.defaults.control import Control
+from benchmarks.defaults.leave_one_out import LABELS, count_of, own_losses
 from benchmarks.defaults.methods import METHODS
 from benchmarks.defaults.report import show
+from benchmarks.defaults.task import IGNORED, class_loss
 from benchmarks.defaults.tasks import smoke_task, tasks
 from benchmarks.defaults.training import pace, run, scores
 from benchmarks.problems.images import default_root
@@ -36,6 +38,26 @@ def test_the_smoke_run_writes_numbers_and_goes_on_from_what_was_kept(
     assert first["methods"]["VAdamW"]["line"]["mean"]["loss"] == pytest.approx(
         first["methods"]["AdamW"]["line"]["mean"]["loss"], rel=1e-3
     )
+
+
+def test_leave_one_out_losses_of_the_lines_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--smoke", "--leave-one-out", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    written = json.loads((tmp_path / "out" / "leave_one_out" / "digits.json").read_text())
+    assert list(written["methods"]) == list(LABELS) and written["swept"] == 500
+    assert all(row["mean"]["loo_loss"] > row["mean"]["train_loss"] for row in written["methods"].values())
+    assert "Leave-one-out losses by one line" in capsys.readouterr().out
+
+
+def test_the_loss_of_a_sequence_is_the_mean_over_the_classes_it_has() -> None:
+    output, y = torch.randn(3, 5, 4), torch.randint(4, (3, 5))
+    assert torch.allclose(own_losses(output, y).mean(), class_loss(output, y))
+    y[0, 2:] = IGNORED
+    assert torch.allclose(own_losses(output, y)[0], class_loss(output[:1, :2], y[:1, :2]))
+    assert torch.allclose(own_losses(output[:, 0], y[:, 0]).mean(), class_loss(output[:, 0], y[:, 0]))
+    task = smoke_task()
+    assert count_of(task) == 500
+    assert count_of(dataclasses.replace(task, y=torch.zeros(500, 40, 40, dtype=torch.long))) == 62
 
 
 @pytest.mark.slow

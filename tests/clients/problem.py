@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vlearn
 from tests.oracles.per_example import flat, per_example
 
 EXTRA = "the client tests need an extra: pip install -e '.[clients]'"
@@ -18,6 +20,12 @@ X = torch.randn(96, 6, generator=torch.Generator().manual_seed(0), dtype=torch.f
 Y = X[:, :3].argmax(1)  # which of the first three is the largest
 SETTINGS = {"lr": 0.3, "ess": 96.0, "hess_init": 0.5}  # of IVON; the rate of the others is SLOWER
 SLOWER = {"lr": 0.05, "ess": 96.0, "hess_init": 0.5}
+LINES: dict[Any, dict[str, float]] = {  # those that need nothing of the pass, as their users write them
+    vlearn.IVON: SETTINGS,
+    vlearn.VAdamW: {"lr": 0.03, "num_data": 96},
+    vlearn.EVON: {"lr": 10.0, "ess": 960.0, "num_data": 96},
+}
+every_line = pytest.mark.parametrize("kind", LINES, ids=lambda kind: kind.__name__)
 
 
 class SeenWeights:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vlearn
-from tests.clients.problem import EXTRA, SETTINGS, SLOWER, SeenWeights, X, Y, of_classification
+from tests.clients.problem import EXTRA, LINES, SETTINGS, SLOWER, SeenWeights, X, Y, every_line, of_classification
 from tests.optim.table import closure, equal, network, states, weights
 from tests.oracles.per_example import relative_error
 
@@ -19,7 +19,7 @@ skorch = pytest.importorskip("skorch", reason=EXTRA)
 
 def classifier(kind: Any = vlearn.IVON, epochs: int = 1, callbacks: Any = None) -> Any:
     torch.manual_seed(0)
-    settings = SETTINGS if kind is vlearn.IVON else SLOWER
+    settings = LINES.get(kind, SLOWER)
     return skorch.NeuralNetClassifier(
         network,
         criterion=nn.CrossEntropyLoss,
@@ -46,8 +46,9 @@ class Watching(skorch.callbacks.Callback):
             self.steps.append((rows, dict(self.seen.by_name), variance, *batch))
 
 
-def test_a_class_and_its_keyword_arguments_train() -> None:
-    net = classifier(epochs=25).fit(X, Y)
+@every_line
+def test_a_class_and_its_keyword_arguments_train(kind: Any) -> None:
+    net = classifier(kind, epochs=25).fit(X, Y)
     assert net.history[0, "train_loss"] > 0.9 and net.history[-1, "train_loss"] < 0.4
     assert net.score(X, Y.numpy()) > 0.9
 
@@ -61,7 +62,7 @@ def test_the_steps_are_those_of_the_loop_by_hand() -> None:
     assert equal(weights(net.module_), weights(model))
 
 
-@pytest.mark.parametrize("kind", [vlearn.IVON, vlearn.VON, vlearn.VOGN])
+@pytest.mark.parametrize("kind", [vlearn.IVON, vlearn.VAdamW, vlearn.VON, vlearn.VOGN])
 def test_a_callback_that_watches_the_module_has_the_rows_of_every_step(kind: Any) -> None:
     read = Watching()
     net = classifier(kind, callbacks=[("watch", read)]).fit(X, Y)
@@ -81,9 +82,10 @@ def test_without_it_the_message_names_the_remedy() -> None:
         classifier(vlearn.VON).fit(X, Y)
 
 
-def test_a_net_goes_on_from_its_saved_files(tmp_path: Any) -> None:
+@every_line
+def test_a_net_goes_on_from_its_saved_files(kind: Any, tmp_path: Any) -> None:
     files = {"f_params": tmp_path / "params.pt", "f_optimizer": tmp_path / "optimizer.pt"}
-    net, other = classifier(epochs=2).fit(X, Y), classifier(epochs=2).initialize()
+    net, other = classifier(kind, epochs=2).fit(X, Y), classifier(kind, epochs=2).initialize()
     net.save_params(**files)
     other.load_params(**files)
     assert equal(weights(other.module_), weights(net.module_))

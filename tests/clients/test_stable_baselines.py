@@ -54,17 +54,21 @@ every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda al
 actors_and_critics = pytest.mark.parametrize("algorithm", [PPO, A2C], ids=lambda algorithm: algorithm.__name__)
 
 
-def agent(algorithm: Any, kind: Any = vlearn.IVON) -> Any:
+SETTINGS = {"ess": 1e3, "hess_init": 1.0}
+LINES = {vlearn.VAdamW: {"num_data": 64}, vlearn.EVON: {"ess": 64.0}}
+
+
+def agent(algorithm: Any, kind: Any = vlearn.IVON, lr: float = 0.03) -> Any:
     return algorithm(
         "MlpPolicy",
         Signs(),
-        learning_rate=0.03,
+        learning_rate=lr,
         seed=0,
         device="cpu",
         policy_kwargs={
             "net_arch": [16],
             "optimizer_class": kind,
-            "optimizer_kwargs": {"ess": 1e3, "hess_init": 1.0},
+            "optimizer_kwargs": LINES.get(kind, SETTINGS),
         },
         **ALGORITHMS[algorithm],
     )
@@ -85,6 +89,14 @@ def test_a_policy_learns(algorithm: Any) -> None:
     assert before < 0.75 and right_answers(model) > 0.9
     trained = [p.detach() for group in model.policy.optimizer.param_groups for p in group["params"]]
     assert equal([*model.policy.optimizer.posterior().mean.values()], trained)
+
+
+@pytest.mark.parametrize(("kind", "lr"), [(vlearn.VAdamW, 0.01), (vlearn.EVON, 10.0)])
+def test_a_policy_learns_by_the_line_of(kind: Any, lr: float) -> None:
+    model = agent(PPO, kind, lr)
+    before = right_answers(model)
+    model.learn(2000)
+    assert before < 0.75 and right_answers(model) > 0.9
 
 
 @actors_and_critics

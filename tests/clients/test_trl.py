@@ -55,6 +55,7 @@ def trainer(model: Any, folder: Any, optimizer: Any = None, kind: Any = trl.SFTT
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token="<pad>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     own = {name: settings.pop(name) for name in ("peft_config",) if name in settings}
+    line = settings.pop("line", (vlearn.IVON, SETTINGS))
     arguments = trl.SFTConfig(
         str(folder),
         use_cpu=True,
@@ -65,14 +66,10 @@ def trainer(model: Any, folder: Any, optimizer: Any = None, kind: Any = trl.SFTT
         disable_tqdm=True,
         logging_strategy="epoch",
         lr_scheduler_type="constant",
-        learning_rate=SETTINGS["lr"],
+        learning_rate=line[1]["lr"],
         **{"num_train_epochs": 1, "save_strategy": "no", **settings},
     )
-    made = (
-        {"optimizer_cls_and_kwargs": (vlearn.IVON, SETTINGS)}
-        if optimizer is None
-        else {"optimizers": (optimizer, None)}
-    )
+    made = {"optimizer_cls_and_kwargs": line} if optimizer is None else {"optimizers": (optimizer, None)}
     return kind(
         model=model,
         args=arguments,
@@ -89,10 +86,15 @@ def history(run: Any) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+LINES = [(vlearn.IVON, SETTINGS), (vlearn.VAdamW, {"lr": 0.01, "num_data": 24})]
+LINES += [(vlearn.EVON, {"lr": 10.0, "ess": 1e4, "num_data": 24})]
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "LoRA"])
-def test_a_class_and_its_keyword_arguments_train(adapters: bool, tmp_path: Any) -> None:
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[0].__name__)
+def test_a_class_and_its_keyword_arguments_train(line: Any, adapters: bool, tmp_path: Any) -> None:
     own = {"peft_config": LoraConfig(**LORA)} if adapters else {}
-    run = trainer(language_model(), tmp_path, num_train_epochs=20, **own)
+    run = trainer(language_model(), tmp_path, num_train_epochs=20, line=line, **own)
     run.train()
     loss = history(run)
     assert loss[0] > 2 and loss[-1] < (0.8 if adapters else 0.4) * loss[0]
