@@ -190,6 +190,23 @@ def test_a_part_is_swept_the_same_each_time_by_the_numbers_of_the_whole(tmp_path
     assert recorder.record.column("count").tolist() == [0] * 5 + [2] * 16 + [0] * 3
 
 
+def test_the_loss_of_held_out_data_stands_beside_every_sweep(tmp_path):
+    model, held_out = network(), TensorDataset(X[:7].flip(0), Y[:7])
+    optimizer = OPTIMIZERS["IVON"](model)
+    sweeps = Sweeps(2, test=DataLoader(held_out, 4))
+    with Recorder(tmp_path, model, optimizer, sweeps=sweeps) as recorder:
+        for _ in range(2):
+            train(model, optimizer, recorder.follow(loader()))
+        expected = F.cross_entropy(model.eval()(held_out.tensors[0]), held_out.tensors[1]).item()
+        recorder.begin_batch((X, Y), numbers=torch.arange(N))
+        F.cross_entropy(model.train()(X), Y).backward()
+        recorder.end_batch()
+        recorder.end_epoch()
+        recorder.end_epoch(test_loss=0.25)
+    known = recorder.record.memory.test_loss
+    np.testing.assert_allclose(known[recorder.record.memory.kinds == "sweep"], [expected, 0.25], rtol=1e-5)
+
+
 def test_an_example_that_a_part_has_twice_is_swept_once(tmp_path):
     model = network()
     optimizer, part = OPTIMIZERS["IVON"](model), Subset(DATA, [3, 3, 1, 7])

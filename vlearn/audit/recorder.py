@@ -15,14 +15,13 @@ from vlearn.audit.captured_outputs import CapturedOutputs
 from vlearn.audit.example_numbers import ExampleNumbers, Following, Key
 from vlearn.audit.metric_loggers import check_logger, log_metrics
 from vlearn.audit.shared_record import SharedRecord, from_each
-from vlearn.audit.sweeps import Sweeps
+from vlearn.audit.sweeps import Sweeps, Swept
 from vlearn.capture.pytrees import Selector
 from vlearn.collectives import process_count, process_rank
 from vlearn.linearized.batches import split
 from vlearn.losses.example_loss import LossFunction
 from vlearn.posterior.adaptive_state import unwrapped
 from vlearn.record import TrainingRecord
-from vlearn.sensitivity.sweep import SensitivityTable
 
 
 class Recorder:
@@ -240,7 +239,7 @@ class Recorder:
 
         Args:
             step: of the training, counted in optimizer steps; default that of the last batch.
-            test_loss: mean loss on test data, if known; kept with a sweep.
+            test_loss: mean loss on test data, if known; kept with a sweep. Default that of the sweep's `test` data.
         """
         shared, at = self._started(), self._step if step is None else step + self._offset
         self._epoch += 1
@@ -252,10 +251,11 @@ class Recorder:
                 shared.record.new_snapshot(at)
             metrics = shared.record.summary(self._prefix)
         if self._sweeps is not None and self._sweeps.is_due(self._epoch):
-            table = self._sweep(self._sweeps)
-            if shared.record is not None and table is not None:
-                shared.record.record_sweep(at, table, test_loss)
-                metrics |= table.summary(f"{self._prefix}sweep_")
+            swept = self._sweep(self._sweeps)
+            if shared.record is not None and swept is not None:
+                test_loss = swept.test_loss if test_loss is None else test_loss
+                shared.record.record_sweep(at, swept.table, test_loss)
+                metrics |= swept.table.summary(f"{self._prefix}sweep_")
         if shared.record is not None:
             log_metrics(self._logger, metrics, at)
             self.logged(metrics, at)
@@ -382,23 +382,23 @@ class Recorder:
             return
         self._started().add_self_influence(numbers, values, self._step)
 
-    def _sweep(self, sweeps: Sweeps) -> SensitivityTable | None:
-        """The table of all processes' shares, by number; None, with a warning, where there is none to be had."""
-        own: tuple[SensitivityTable | None, str] = (None, "")
+    def _sweep(self, sweeps: Sweeps) -> Swept | None:
+        """The sweep of all processes' shares, by number; None, with a warning, where there is none to be had."""
+        swept, failure = None, ""
         try:
             if not hasattr(self.loader, "dataset") or not hasattr(self.loader.dataset, "__getitem__"):
                 raise ValueError("the training loader has no map-style dataset that can be swept.")
             loss_fn, output = self.sweep_loss or self.loss_fn or nn.functional.cross_entropy, self.sweep_output
             share = (process_rank(), process_count())
-            table, places = sweeps.run(self._predictor(), self._optimizer, self.loader, loss_fn, output, share)
-            own = (replace(table, index=self.numbers.of_places(torch.from_numpy(places))), "")
+            swept = sweeps.run(self._predictor(), self._optimizer, self.loader, loss_fn, output, share)
+            numbers = self.numbers.of_places(torch.from_numpy(swept.places))
+            swept = swept._replace(table=replace(swept.table, index=numbers))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            own = (None, f"{type(error).__name__}: {error}")
-        table, failure = own
+            failure = f"{type(error).__name__}: {error}"
         failure = next(filter(None, from_each(failure)), "")
-        if table is not None and not failure:
+        if swept is not None and not failure:
             try:
-                return table.gather()
+                return swept._replace(table=swept.table.gather())
             except ValueError as error:  # in all processes alike
                 failure = str(error)
         self._warn(f"The data are not swept: {failure} See the posterior and options of vlearn.audit.Sweeps.")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior.adaptive_state import unwrapped
 from vlearn.posterior.fit import fit
 from vlearn.sensitivity.sweep import SensitivityTable, sweep
+
+
+class Swept(NamedTuple):
+    """One sweep: its table, the place ``[n]`` of each row in the dataset, and the mean loss of test data, if any."""
+
+    table: SensitivityTable
+    places: np.ndarray
+    test_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Sweeps:
         batch_size: of the sweep; default the training loader's.
         seed: of the part, and of the probes.
         options: further arguments of `vlearn.sweep`, as ``{"leverage": "exact"}``.
+        test: loader of held-out data, whose mean loss is recorded beside every sweep; every process goes through it.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -44,6 +53,7 @@ class Sweeps:
     batch_size: int | None = None
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    test: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.every, int) and self.every < 1:
@@ -70,8 +80,8 @@ class Sweeps:
         loss_fn: Any,
         output: Any,
         share: tuple[int, int] = (0, 1),
-    ) -> tuple[SensitivityTable, np.ndarray]:
-        """Sweep a share of the examples: a table, and the place of each of its rows in the loader's dataset.
+    ) -> Swept:
+        """Sweep a share of the examples.
 
         Args:
             loader: of the training, whose dataset, batch size and collate function are taken.
@@ -92,9 +102,14 @@ class Sweeps:
             options.setdefault("loo_loss", getattr(posterior, "uncalibrated_reason", None) is None)
             options.setdefault("generator", torch.Generator(next(model.parameters()).device).manual_seed(self.seed))
             table = sweep(model, posterior, swept, **options)
+            test_loss = None
+            if self.test is not None:
+                least: dict[str, Any] = {"leverage": None, "loo_loss": False, "deviation": None}
+                held_out = sweep(model, posterior, self.test, loss_fn, output=output, progress=False, **least)
+                test_loss = held_out.loss.double().mean().item()
         if len(table) != len(own):
             raise ValueError(f"the sweep has {len(table)} rows for {len(own)} examples: an item must be one example.")
-        return table, own
+        return Swept(table, own, test_loss)
 
     def _loader(self, dataset: Any, places: np.ndarray, like: Any) -> DataLoader:
         own = like.batch_size or getattr(getattr(like, "batch_sampler", None), "batch_size", None)
