@@ -35,7 +35,7 @@ test-torch: export OMP_NUM_THREADS := 1
 test-torch: .venv-torch-$(VERSION)/.dev  ## run TESTS, or every test, beside torch VERSION
 	$(<D)/bin/python -m pytest -n $(WORKERS) -m "" $(TESTS)
 
-lint: $(VENV)/.dev  ## check style, types and the tables of README and manual
+lint: $(VENV)/.dev  ## check style, types, and tables and numbers of README and manual
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

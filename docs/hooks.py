@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = "benchmarks/results"
 LINK = re.compile(r"\]\((?P<path>(?:\.\./)+[^)#\s]+)(?P<anchor>#[^)\s]+)?\)")
-COMMENT = re.compile(r"^<!--.*?-->\n", re.DOTALL | re.MULTILINE)
+COMMENT = re.compile(r"^<!--.*?-->\n|<!--/?n\b.*?-->", re.DOTALL | re.MULTILINE)
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
 NORM = re.compile(r"<mo>(&#x0(?:2016|007C);)</mo>")  # bars, which would grow with what comes after them
@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links out of docs/ into those of the site, and drop the comments that tables stand between."""
+    """Turn links out of docs/ into those of the site, and drop the comments that tables and numbers stand between."""
     folder = Path(page.file.src_uri).parent
 
     def on_site(link: re.Match[str]) -> str:

@@ -1,1 +1,1 @@
-"""The tables of the README and the manual, written from `results/`: `python -m benchmarks.tables`."""
+"""Tables and numbers of the README and the manual, written from `results/`: `python -m benchmarks.tables`."""

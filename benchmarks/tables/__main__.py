@@ -1,8 +1,8 @@
-"""Writes the tables of the README and the manual from the numbers in `benchmarks/results/`.
+"""Writes the tables of the README and the manual, and the numbers between them, from those in `benchmarks/results/`.
 
     python -m benchmarks.tables [--check]
 
-Each table stands between the markers of `benchmarks.report.markdown`. `--check` writes nothing: it prints what would
+Each stands between the markers of `benchmarks.report.markdown`. `--check` writes nothing: it prints what would
 change and exits with 1 if anything would.
 """
 
@@ -15,11 +15,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.report.markdown import with_tables
-from benchmarks.tables import attributions, costs, labels, losses, optimizers, removals, settings
+from benchmarks.report.markdown import with_numbers, with_tables
+from benchmarks.tables import (
+    attributions,
+    costs,
+    labels,
+    losses,
+    optimizers,
+    prose_losses,
+    prose_optimizers,
+    prose_removals,
+    removals,
+    settings,
+)
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 TABLES: dict[str, Callable[[], str]] = {
     "optimizers": optimizers.family,
     "family-fashion-mnist": optimizers.fashion_mnist,
@@ -52,12 +63,23 @@ TABLES: dict[str, Callable[[], str]] = {
     "class-removal-mlp": removals.classes_mlp,
     "class-removal-lenet5": removals.classes_lenet5,
     "linear": removals.linear,
+    "changed-labels": removals.changed_labels,
     "settings": settings.worked,
     "label-errors": labels.scores,
     "label-errors-runs": labels.runs,
     "attribution": attributions.scores,
     "attribution-removals": attributions.removals,
 }
+NUMBERS: dict[str, Callable[[], str]] = {
+    **prose_optimizers.NUMBERS,
+    **prose_losses.NUMBERS,
+    **prose_removals.NUMBERS,
+}
+
+
+def written(text: str) -> str:
+    """The document with its tables and numbers as the results have them."""
+    return with_numbers(with_tables(text, TABLES), NUMBERS)
 
 
 def differences(documents: Sequence[Path]) -> list[str]:
@@ -67,22 +89,22 @@ def differences(documents: Sequence[Path]) -> list[str]:
         now = path.read_text(encoding="utf-8")
         name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         lines += difflib.unified_diff(
-            now.splitlines(), with_tables(now, TABLES).splitlines(), str(name), f"{name}, from results/", lineterm=""
+            now.splitlines(), written(now).splitlines(), str(name), f"{name}, from results/", lineterm=""
         )
     return lines
 
 
 def main(argv: list[str] | None = None, documents: Sequence[Path] = DOCUMENTS) -> int:
-    """Write the tables, 0; or check them, 1 if a document is out of date."""
+    """Write tables and numbers, 0; or check them, 1 if a document is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     if parser.parse_args(argv).check:
         changed = differences(documents)
         if changed:
-            print(*changed, "Tables are out of date: run `make tables`.", sep="\n", file=sys.stderr)
+            print(*changed, "Tables or numbers are out of date: run `make tables`.", sep="\n", file=sys.stderr)
         return int(bool(changed))
     for path in documents:
-        path.write_text(with_tables(path.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

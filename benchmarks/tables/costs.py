@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report.markdown import table
+from benchmarks.report.markdown import roughly, table
 from benchmarks.report.records import read
 
 
@@ -76,10 +76,8 @@ def sensitivities() -> str:
     }
     by_network = read("sensitivity_cost")["multiples"]["threads=1"]
     rows = [(label, *(f"{row[name]:.2f}" for row in by_network.values())) for name, label in labels.items()]
-    rows += [(label, *(_roughly(row.get(name)) for row in by_network.values())) for name, label in others.items()]
+    rows += [
+        (label, *(roughly(row[name]) if name in row else "-" for row in by_network.values()))
+        for name, label in others.items()
+    ]
     return table(("", *by_network), rows)
-
-
-def _roughly(value: float | None) -> str:
-    """Two digits, or all those before the point."""
-    return "-" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"

@@ -15,7 +15,7 @@ METHODS, FOLDS = ("SGD", "AdamW", "IVON", "EVON"), "SGD, five folds"
 def scores() -> str:
     """Average precision of every score, by the optimizer that trained; and of cleanlab's recipe."""
     rows = []
-    for record in _records():
+    for record in records():
         found = record["table"]
         for place, score in enumerate(found["SGD"]):
             title = _title(record) if place == 0 else ""
@@ -28,7 +28,7 @@ def scores() -> str:
 def runs() -> str:
     """What the runs were: accuracy, how many labels were counted as wrong, the suggestions, seconds."""
     rows = []
-    for record in _records():
+    for record in records():
         for place, method in enumerate((*METHODS, FOLDS)):
             about, found = record["runs"][method]["mean"], record["table"][method]
             seconds = next(iter(found.values()))["mean"]["seconds"]
@@ -41,7 +41,8 @@ def runs() -> str:
     return table(header, rows)
 
 
-def _records() -> list[dict[str, Any]]:
+def records() -> list[dict[str, Any]]:
+    """The results of every set of labels that has been run."""
     return [read(f"label_errors/{name}") for name in SETS if (RESULTS / f"label_errors/{name}.json").exists()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.report.markdown import percent, short, table
-from benchmarks.report.records import read
+from benchmarks.report.records import RESULTS, read
 
 KRONECKER, DIAGONAL = "SGD + Laplace, Kronecker", "SGD + Laplace, diagonal"
 
@@ -116,6 +116,20 @@ TASKS = {
 }
 
 
+def recorded() -> list[dict[str, Any]]:
+    """What every method reached in other people's networks, of each task that has been run."""
+    return [read(f"defaults/{name}")["methods"] for name in TASKS if (RESULTS / f"defaults/{name}.json").exists()]
+
+
+def largest_difference() -> float:
+    """The largest difference of VAdamW's loss from AdamW's over the tasks, by the line and tuned, as a share."""
+    return max(
+        abs(methods["VAdamW"][which]["mean"]["loss"] / methods["AdamW"][which]["mean"]["loss"] - 1)
+        for methods in recorded()
+        for which in ("line", "tuned")
+    )
+
+
 def lines() -> str:
     """The line to begin with for each kind of network, and what it reached."""
     of_task = {name: read(f"defaults/{name}")["methods"] for name in TASKS}
@@ -123,11 +137,6 @@ def lines() -> str:
     def loss(name: str, method: str, which: str, quantity: str = "loss") -> float:
         return of_task[name][method][which]["mean"][quantity]
 
-    apart = max(
-        abs(loss(name, "VAdamW", which) / loss(name, "AdamW", which) - 1)
-        for name in TASKS
-        for which in ("line", "tuned")
-    )
     narrow = [
         f"{TASKS[name].partition(', ')[2]} {short(loss(name, 'EVON, narrow', 'line'), 3)} "
         f"(AdamW {short(loss(name, 'AdamW', 'line'), 3)}, tuned {short(loss(name, 'AdamW', 'tuned'), 3)})"
@@ -139,7 +148,7 @@ def lines() -> str:
         (
             "whatever AdamW trains: transformers, fine-tuning, tabular data, embeddings",
             "`VAdamW(model, lr=1e-3, num_data=N)`, with AdamW's own lr",
-            f"the loss is AdamW's to {percent(apart)} on {len(TASKS)} tasks",
+            f"the loss is AdamW's to {percent(largest_difference())} on {len(recorded())} tasks",
         ),
         (
             "whatever is trained from scratch",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report.markdown import short, table
+from benchmarks.report.markdown import percent, short, table
 from benchmarks.report.records import read
 
 GUARDED = "[guarded](#five-hundred-removals)"
@@ -183,3 +183,17 @@ def linear() -> str:
 
     rows = [(label, *(error(row, name) for row in sets.values())) for name, label in labels.items()]
     return table(("", *sets), rows)
+
+
+def changed_labels() -> str:
+    """Which measure finds labels that were changed at random."""
+    found = read("memory_maps/measures")["table"]
+    shares = {
+        "changed, of its top 1%": "share_of_top_1_percent",
+        "among as many on top, of all changed": "share_found",
+    }
+    rows = [
+        (name, *(percent(row["mean"][share], 0) for share in shares.values()))
+        for name, row in sorted(found.items(), key=lambda item: -item[1]["mean"]["share_found"])
+    ]
+    return table(("", *shares), rows)
