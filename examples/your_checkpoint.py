@@ -11,9 +11,9 @@ labels a tenth were changed at random. Its training has no line of vlearn. Only 
 3. the images whose loss would then be largest have the most suspicious labels;
 4. `vlearn.influence` tells which training images a wrong prediction leans on.
 
-The posterior is of the last layer: it finds the labels, and predicts a test loss that is somewhat low (1.38 for 1.61).
-That of all layers, --structure kronecker, takes three minutes, finds fewer of them, and far overstates the loss of a
-network that has seen each image four times (13.5).
+The posterior is of the last layer: it finds the labels, and predicts a test loss that is somewhat low. That of all
+layers, --structure kronecker, takes three minutes, finds fewer of them, and far overstates the loss of a network that
+has seen each image four times.
 """
 
 from __future__ import annotations

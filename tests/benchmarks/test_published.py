@@ -60,7 +60,7 @@ def test_the_published_shortcut_of_another_loss_is_refused():
 
 @pytest.mark.parametrize(("prior_precision", "published"), [(1.0, 0.379), (60.0, 0.559)])
 def test_the_published_estimate_hardly_sees_that_a_class_is_gone(prior_precision, published):
-    """Refits without the class lose 3.586 and 1.497 on it (tests/sensitivity/test_groups.py)."""
+    """Refits without the class lose 3.586 and 1.497 on it (tests/sensitivity/test_leave_group_out.py)."""
     oracle, model, posterior, loader = three_classes(prior_precision)
     found = leave_class_out(swept(model, posterior, loader), oracle.y)
     assert float(found[0]) == pytest.approx(published, abs=2e-3)
