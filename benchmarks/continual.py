@@ -35,6 +35,7 @@ DIAGONAL = {"lr": 0.1, "hess_init": 0.1, "beta2": 0.9999, "beta2_warmup": 10}
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "IVON": lambda model, count, prior: vlearn.IVON(model, ess=count, weight_decay=1 / count, prior=prior, **DIAGONAL),
     "VAdamW": lambda model, count, prior: vlearn.VAdamW(model, lr=3e-3, weight_decay=0, num_data=count, prior=prior),
+    "EVON": lambda model, count, prior: vlearn.EVON(model, lr=5.0, ess=count, weight_decay=1 / count, prior=prior),
     "KFACVON": lambda model, count, prior: vlearn.KFACVON(
         model, lr=0.05, ess=count, weight_decay=1 / count, hess_init=0.1, beta2_warmup=5, beta2=0.999, prior=prior
     ),

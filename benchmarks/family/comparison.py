@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import vlearn
 from benchmarks.family.methods import GRID, METHODS, MOST, Problem, posterior_of
 from benchmarks.family.scores import at_mean, by_draws, linearised, scores
 from benchmarks.problems import images as datasets
 from benchmarks.problems import networks
+from benchmarks.problems.batches import batches
 from benchmarks.problems.images import Images
 from benchmarks.reference import laplace
 from benchmarks.report.records import over_seeds
@@ -23,10 +25,14 @@ from benchmarks.training.checkpoint import kept
 from benchmarks.training.evaluation import loo_loss
 from benchmarks.training.loop import finish, training_step
 from benchmarks.training.supervised import steps
+from vlearn.gaussians.gaussian import Gaussian
 from vlearn.gaussians.protocol import Posterior
+from vlearn.gaussians.stopped_training import TrainingTime
 from vlearn.posterior import from_laplace
 
 LAPLACE = {"SGD + Laplace, diagonal": "diag", "SGD + Laplace, Kronecker": "kron"}
+FIT, STOPPED = "SGD + fit, Kronecker", "SGD + fit, with the training time"
+AFTERWARDS = (*LAPLACE, FIT, STOPPED)  # posteriors of SGD's weights, which predict through the linearised network
 Row = dict[str, float]
 
 
@@ -69,8 +75,8 @@ DEFAULT = ("digits", "fashion-mnist-5k")
 
 def train(
     experiment: Experiment, data: Images, method: str, lr: float, seed: int
-) -> tuple[nn.Module, Posterior | None, Problem]:
-    """Train a network; returns it with the posterior that the optimizer's state is, and what it was given."""
+) -> tuple[nn.Module, Posterior | None, Problem, TrainingTime]:
+    """Train a network; it, the posterior of the optimizer's state, what it was given, and the time that SGD had."""
     torch.manual_seed(seed)
     model = networks.build(experiment.network).to(data.x.device)
     problem = Problem(len(data.y), experiment.prior_precision, seed, experiment.hess_init, experiment.beta2)
@@ -87,7 +93,8 @@ def train(
     if posterior is not None:
         posterior = posterior.clone()
     finish(optimizer)
-    return model, posterior, problem
+    time = vlearn.posterior.training_time(optimizer, total, schedule) if method == "SGD" else math.inf
+    return model, posterior, problem, time
 
 
 def row(model: nn.Module, posterior: Posterior | None, data: Images, draws: int, linear: bool = False) -> Row:
@@ -104,22 +111,37 @@ def row(model: nn.Module, posterior: Posterior | None, data: Images, draws: int,
 
 
 def rows_of(experiment: Experiment, data: Images, method: str, lr: float, seed: int) -> dict[str, Row]:
-    """Train once and measure: the method's row, and with SGD's those of the Laplace approximations."""
-    model, posterior, problem = train(experiment, data, method, lr, seed)
-    posteriors = {method: posterior}
+    """Train once and measure: the method's row, and with SGD's those of the posteriors of its weights."""
+    model, posterior, problem, time = train(experiment, data, method, lr, seed)
+    posteriors: dict[str, Posterior | None] = {method: posterior}
     if method == "SGD":
         for name, structure in LAPLACE.items():
             la = laplace.fit(model, data.x, data.y, structure, problem.prior_precision, batch=200)
             posteriors[name] = from_laplace(la)
+        posteriors[FIT] = fit = fitted(model, data, problem.prior_precision)
+        posteriors[STOPPED] = fit.stopped_at(time)
     train_loss = scores(at_mean(model, data.x), data.y)["nll"]
     rows = {}
     for name, each in posteriors.items():
-        values = row(model, each, data, experiment.draws, linear=name in LAPLACE) | {"train_nll": train_loss}
+        values = row(model, each, data, experiment.draws, linear=name in AFTERWARDS) | {"train_nll": train_loss}
         if each is not None:
             values["loo_loss"] = loo_loss(model, each, data)
             values["loo_gap"] = values["loo_loss"] - values["nll"]
         rows[name] = values
     return rows
+
+
+def fitted(model: nn.Module, data: Images, prior_precision: float) -> Gaussian:
+    """This library's K-FAC at the model's weights."""
+    generator = torch.Generator(data.x.device).manual_seed(0)
+    return vlearn.posterior.fit(
+        model,
+        batches(data.x, data.y),
+        F.cross_entropy,
+        prior_precision=prior_precision,
+        generator=generator,
+        progress=False,
+    )
 
 
 def tune(experiment: Experiment, data: Images, method: str, runs: Path, advance: Advance) -> dict[float, Row]:
@@ -136,7 +158,7 @@ def tune(experiment: Experiment, data: Images, method: str, runs: Path, advance:
 
     def measure(lr: float) -> Row:
         try:
-            model, posterior, _ = train(experiment, part, method, lr, seed=0)
+            model, posterior, _, _ = train(experiment, part, method, lr, seed=0)
         except FloatingPointError:
             return {"nll": math.inf, "nll_by_draws": math.inf}
         return row(model, posterior, part, experiment.draws)
@@ -190,6 +212,6 @@ def run_experiment(
 
 
 def in_order(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows in the order of the table: SGD, its Laplace approximations, then the others."""
-    first = ["SGD", *LAPLACE]
+    """The rows in the order of the table: SGD, the posteriors of its weights, then the others."""
+    first = ["SGD", *(name for name in AFTERWARDS if name in rows)]
     return {name: rows[name] for name in (*first, *(each for each in rows if each not in first))}

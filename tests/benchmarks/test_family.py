@@ -39,7 +39,7 @@ def test_the_smoke_run_writes_figures_and_prints_every_method(
     assert family.main(["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
     numbers = json.loads((out / "digits.json").read_text())
-    assert set(numbers["table"]) == {*METHODS, *comparison.LAPLACE}
+    assert set(numbers["table"]) == {*METHODS, *comparison.AFTERWARDS}
     for name, row in numbers["table"].items():
         assert np.isfinite(row["mean"]["nll"])
         assert ("loo_loss" in row["mean"]) == (name != "SGD")
@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_with_the_first_model_that_is_missing(
 
 def test_the_grid_goes_on_while_the_best_rate_is_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "METHODS", {"SGD": dataclasses.replace(METHODS["SGD"], rate=1.0)})
-    monkeypatch.setattr(comparison, "train", lambda experiment, images, method, lr, seed: (lr, None, None))
+    monkeypatch.setattr(comparison, "train", lambda experiment, images, method, lr, seed: (lr, None, None, None))
     images = datasets.load("digits").first(20, 10)
 
     def tried(best: float) -> list[float]:
@@ -117,7 +117,7 @@ def test_a_rate_that_diverges_is_not_chosen() -> None:
 def test_every_method_trains_and_its_state_is_read(method: str) -> None:
     images = datasets.load("digits").first(100, 50)
     experiment = dataclasses.replace(comparison.SMOKE, epochs=2, num_data=100)
-    model, posterior, problem = comparison.train(experiment, images, method, METHODS[method].rate, seed=0)
+    model, posterior, problem, _ = comparison.train(experiment, images, method, METHODS[method].rate, seed=0)
     assert problem.weight_decay == 0.05
     assert (posterior is None) == (method == "SGD")
     if posterior is not None:
@@ -154,7 +154,7 @@ def test_the_calibration_error_is_the_weighted_distance_of_confidence_and_accura
 @pytest.mark.filterwarnings("ignore:ASDL backend is used:UserWarning")
 def test_the_linearised_prediction_is_that_of_laplace_torch() -> None:
     images = datasets.load("digits").first(100, 40)
-    model, _, problem = comparison.train(
+    model, _, problem, _ = comparison.train(
         dataclasses.replace(comparison.SMOKE, num_data=100), images, "SGD", 0.1, seed=0
     )
     la = laplace.fit(model, images.x, images.y, "kron", problem.prior_precision)
