@@ -4,18 +4,20 @@
     python -m benchmarks.group_removal --smoke    # a few seconds on digits
 
 Each optimizer trains on 5,000 images of Fashion-MNIST. Its mean leave-one-out loss is held against the test loss. Then
-three groups of 3% of the images are left out, each group at once (`vlearn.check_removals`): from the trained state, by
-the same optimizer, with the same minibatches and random numbers, a third of the rate falling to zero over eight epochs.
-The rise of each one's own loss is held against the prediction: 450 truths for five times eight epochs.
+three groups of 3% of the images are left out, each group at once (`vlearn.check_removals`): from the trained mean, with
+the same minibatches, by SGD whose rate falls to zero over eight epochs. It is SGD for all of them, since an optimizer
+that draws moves the losses by more than a removal does, even with the same random numbers. The rise of each one's own
+loss is held against three predictions: of the optimizer's own state, for training on to the end and for as long as SGD
+did (`stopped_at`), and of an EK-FAC fit at the same weights, which says what a state could know: 450 truths for five
+times eight epochs.
 
-The two ask different things. Removing an example now and training on asks for the curvature of the loss where the
-network is; the leave-one-out loss of a network that overfits asks what it would be had it never seen the example, and
-that depends on all of its training (`benchmarks.stopped_training`).
+Removing an example now and training on asks for the curvature of the loss where the network is; the leave-one-out loss
+of a network that overfits asks what it would be had it never seen the example, and that depends on all of its training
+(`benchmarks.stopped_training`).
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -40,7 +42,8 @@ from benchmarks.report.terminal import Advance, print_table
 from benchmarks.training.checkpoint import Checkpoint, kept
 from benchmarks.training.supervised import Training, steps
 
-LAST = 1 / 3  # of the rate, where training goes on
+RATE, MOMENTUM = 0.03, 0.9  # of SGD at first, where training goes on
+STATE, STOPPED, FIT = "its state", "its state, stopped", "EK-FAC made there, stopped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,19 +127,16 @@ def train(experiment: Experiment, method: str, data: Images, seed: int, runs: Pa
 
 
 def measure(experiment: Experiment, method: str, data: Images, seed: int, runs: Path, advance: Advance) -> Any:
-    """Losses at the mean, and what leaving out groups does beside what the state predicts."""
+    """Losses at the mean, and what leaving out groups does beside what is predicted."""
     training = train(experiment, method, data, seed, runs, advance)
     model, optimizer = training.model, training.optimizer
     assert isinstance(optimizer, (vlearn.IVON, vlearn.EVON, vlearn.KFACVON))
-    loader, saved = batches(data.x, data.y), optimizer.state_dict()
-    table = vlearn.sweep(model, optimizer.posterior(), loader, F.cross_entropy, None, progress=False)
+    loader, total = batches(data.x, data.y), steps(len(data.y), experiment.more_epochs, experiment.batch)
 
     def train_on(network: nn.Module, keep: Tensor) -> None:
-        own = optimizer_of(method, network.train(), experiment)
-        own.load_state_dict(copy.deepcopy(saved))
-        for group in own.param_groups:
-            group["lr"] = group["initial_lr"] = METHODS[method][0] * LAST
-        schedule = falling(own, steps(len(data.y), experiment.more_epochs, experiment.batch))
+        decay = experiment.prior_precision / experiment.num_data
+        own = torch.optim.SGD(network.train().parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=decay)
+        schedule = falling(own, total)
         for epoch in range(experiment.more_epochs):
             for index in torch.randperm(len(data.y)).split(experiment.batch):
                 own.zero_grad()
@@ -145,8 +145,23 @@ def measure(experiment: Experiment, method: str, data: Images, seed: int, runs: 
                 own.step()
                 schedule.step()
             advance(f"{experiment.title}: {method}, seed {seed}, on without a group: {epoch + 1}")
-        own.unwatch()
 
+    posterior, time = optimizer.posterior(), 0.5 * RATE * (total + 1) / (1 - MOMENTUM)  # Σ lr/(1 - momentum)
+    fit = vlearn.posterior.fit(
+        model,
+        loader,
+        F.cross_entropy,
+        structure="eigenvalue-corrected",
+        prior_precision=experiment.prior_precision,
+        generator=torch.Generator().manual_seed(seed),
+        progress=False,
+    )
+    posteriors = {STATE: posterior, STOPPED: posterior.stopped_at(time), FIT: fit.stopped_at(time)}
+    tables = {
+        name: vlearn.sweep(model, each, loader, F.cross_entropy, None, progress=False)
+        for name, each in posteriors.items()
+    }
+    table = tables[STATE]
     check = vlearn.check_removals(
         model,
         table,
@@ -165,11 +180,11 @@ def measure(experiment: Experiment, method: str, data: Images, seed: int, runs: 
         "train_loss": float(table.loss.mean()),
         "loo_loss": float(table.loo_loss.mean()),
         "test_loss": test_loss,
-        "pearson": check.pearson[0],
-        "slope": check.slope[0],
-        "mean_ratio": check.mean_ratio[0],
         "highest_pearson": check.highest_pearson,
     }
+    for name, each in tables.items():
+        own = dataclasses.replace(check, predicted=(each.loo_loss.double() - each.loss.double())[check.index])
+        numbers |= {f"{quantity}: {name}": getattr(own, quantity)[0] for quantity in ("pearson", "slope")}
     return {"numbers": numbers, "predicted": check.predicted.numpy(), "retrained": check.retrained.numpy()}
 
 
@@ -202,13 +217,12 @@ def draw(record: dict[str, Any]) -> Figure:
 
 
 def print_results(record: dict[str, Any]) -> None:
-    """Print the means and deviations over the seeds."""
-    names = ("train_loss", "loo_loss", "test_loss", "pearson", "slope", "mean_ratio", "highest_pearson")
-    rows = [
-        (method, *(f"{row['mean'][name]:.3f}±{row['deviation'][name]:.3f}" for name in names))
-        for method, row in record["table"].items()
-    ]
-    header = ("", "train", "LOO", "test", "Pearson", "slope", "ratio\nof means", "highest\nPearson")
+    """Print the means over the seeds."""
+    names = ["train_loss", "loo_loss", "test_loss", "highest_pearson"]
+    names += [f"{quantity}: {name}" for name in (STATE, STOPPED, FIT) for quantity in ("pearson", "slope")]
+    rows = [(method, *(f"{row['mean'][name]:.2f}" for name in names)) for method, row in record["table"].items()]
+    header = ["", "train", "LOO", "test", "highest\nPearson"]
+    header += [f"{quantity}\n{name}" for name in ("state", "stopped", "EK-FAC") for quantity in ("Pearson", "slope")]
     print_table(f"Groups left out: {record['experiment']['title']}", header, rows)
 
 

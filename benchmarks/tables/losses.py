@@ -94,6 +94,23 @@ def prior_precision() -> str:
     return table((*header, "Pearson over the grid"), rows)
 
 
+def running_average() -> str:
+    """A run that overfits, by IVON with a running average of the Hessian, on both data sets."""
+    tables = [read(f"running_average/{name}")["table"] for name in ("mnist", "fashion-mnist")]
+
+    def cells(mean: dict[str, float]) -> list[str]:
+        apart = f"{percent(mean['mean_relative_gap'], 0)}, {percent(mean['largest_relative_gap'], 0)}"
+        return [apart, _last(mean), percent(mean["test_accuracy"])]
+
+    rows = [(name, *(cell for found in tables for cell in cells(found[name]["mean"]))) for name in tables[0]]
+    header = [
+        f"{title}: {column}"
+        for title in ("MNIST", "Fashion-MNIST")
+        for column in ("mean and largest |LOO / test - 1|", "last train / LOO / test loss", "accuracy")
+    ]
+    return table(("", *header), rows)
+
+
 def _gap(row: dict[str, Any]) -> str:
     return f"{row['mean']['mean_absolute_gap']:.3f} ± {row['deviation']['mean_absolute_gap']:.3f}"
 

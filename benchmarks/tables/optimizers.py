@@ -189,6 +189,20 @@ def defaults_calibration() -> str:
     return table(("", *(f"{method}, {which}" for method, which in columns)), rows)
 
 
+def defaults_leave_one_out() -> str:
+    """Training, leave-one-out and validation loss by vlearn's lines, where there are classes."""
+    rows = []
+    for name, label in TASKS.items():
+        if (RESULTS / f"defaults/leave_one_out/{name}.json").exists():
+            methods = read(f"defaults/leave_one_out/{name}")["methods"]
+            rows.append((label, *(_three_losses(found["mean"]) for found in methods.values())))
+    return table(("train / LOO / validation loss", "VAdamW, line", "EVON, line", "EVON, narrow, line"), rows)
+
+
+def _three_losses(mean: dict[str, float]) -> str:
+    return " / ".join(short(mean[key], 3) for key in ("train_loss", "loo_loss", "loss"))
+
+
 def _calibration(mean: dict[str, float]) -> str:
     """ "loss, error" of the mean, and those of the draws after a slash."""
     pairs = [(mean["loss"], mean["calibration_error"])]
