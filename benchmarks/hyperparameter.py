@@ -6,7 +6,8 @@ At each δ the network is trained by `vlearn.IVON`, whose state is the posterior
 approximation at the end: laplace-torch's, and vlearn's own, which knows for how long SGD has trained. All posteriors
 go through the same equation over all training examples, LOO = mean ℓ(y_i, f_i + V_i e_i): is its minimum where the
 test loss has its own (Nickl et al., 2023, arXiv:2310.19273, Fig. 4)? The regret is what choosing δ by LOO costs: the
-test loss there, less the smallest of the grid.
+test loss there, less the smallest of the grid. "mnist-5000-warmed-up" and "fashion-mnist-5000-warmed-up" train by IVON
+alone, with a running average of the Hessian.
 
 Each grid point saves its state after every epoch under --runs; the same command goes on where it was interrupted. As
 published a case takes days on a CPU; those with 5,000 examples take minutes on one core.

@@ -28,9 +28,10 @@ from benchmarks.report.records import over_seeds
 from benchmarks.report.terminal import Advance, print_table
 from benchmarks.training import recorded_runs
 from benchmarks.training.recorded_runs import train
-from vlearn.plot.style import INK
+from vlearn.plot.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, tidy
 
 WITHIN = 0.1  # of the test loss, at every recorded epoch
+COLORS = (GREY, SKY, GREEN, BLUE, PURPLE, ORANGE, VERMILLION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +97,13 @@ def row(curves: Curves) -> dict[str, float]:
 def draw(record: dict[str, Any]) -> Figure:
     """Leave-one-out loss in multiples of the test loss over the epochs of the first seed."""
     figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    for name, each in record["curves"].items():
+    for (name, each), color in zip(record["curves"].items(), COLORS, strict=False):
         curves = Curves(**each[0])
         ratio = np.array(curves.loo_loss[IVON]) / np.array(curves.test_loss)
-        ax.plot(curves.steps, ratio, marker="o", markersize=4, linewidth=1.6, label=name)
+        ax.plot(curves.steps, ratio, marker="o", markersize=4, linewidth=1.6, color=color, label=name)
     ax.axhspan(1 - WITHIN, 1 + WITHIN, color=INK, alpha=0.12, linewidth=0, label=f"within {WITHIN:.0%}")
-    ax.set(xlabel="epoch", ylabel="leave-one-out / test loss", yscale="log", title=record["experiment"]["title"])
+    ax.set(yscale="log", title=record["experiment"]["title"])
+    tidy(ax, "epoch", "leave-one-out / test loss")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 

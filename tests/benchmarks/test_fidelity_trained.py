@@ -1,5 +1,4 @@
 import dataclasses
-import statistics
 
 import pytest
 
@@ -13,25 +12,18 @@ from benchmarks.problems.digits import Digits
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "delta"), [("K-FAC", 1.0), ("EK-FAC", 5.0)])  # all four are on record
 def test_kfacvon_trained_from_scratch_predicts_the_test_loss_and_removals(method, delta):
-    slopes = []
-    for seed in range(2):  # a training's slope varies by .1
-        settings = dataclasses.replace(SETTINGS, prior_precision=delta, retrained=20, seed=seed)
-        found = fidelity_trained.compare(settings, Digits.load(settings, standardised=False), method)
-        assert found["unconverged"] == 0
-        assert found["mean"]["loo_loss"] == pytest.approx(found["mean"]["test_loss"], rel=0.2)
-        slopes.append(found["minimum"]["slope"])
-    assert 0.6 < statistics.mean(slopes) < 1.5
-    if method == "K-FAC":  # EK-FAC's single trainings come as low as .58
-        assert all(0.6 < slope < 1.5 for slope in slopes)
+    settings = dataclasses.replace(SETTINGS, prior_precision=delta, retrained=20)
+    found = fidelity_trained.compare(settings, Digits.load(settings, standardised=False), method)
+    assert found["unconverged"] == 0
+    assert found["mean"]["loo_loss"] == pytest.approx(found["mean"]["test_loss"], rel=0.2)
+    # A training's slope varies by .1, and those of EK-FAC come as low as .58.
+    assert (0.6 if method == "K-FAC" else 0.5) < found["minimum"]["slope"] < 1.5
 
 
 @pytest.mark.slow
 def test_evon_trained_from_scratch_ranks_and_sizes_removals():
-    found = []
-    for seed in range(2):
-        settings = dataclasses.replace(SETTINGS, prior_precision=5.0, retrained=20, seed=seed)
-        found.append(fidelity_trained.compare(settings, Digits.load(settings, standardised=False), "EVON"))
-        assert found[-1]["unconverged"] == 0
-        assert found[-1]["mean"]["loo_loss"] == pytest.approx(found[-1]["mean"]["test_loss"], rel=0.2)
-    assert statistics.mean(each["minimum"]["pearson"] for each in found) > 0.95
-    assert 0.6 < statistics.mean(each["minimum"]["slope"] for each in found) < 1.5
+    settings = dataclasses.replace(SETTINGS, prior_precision=5.0, retrained=20)
+    found = fidelity_trained.compare(settings, Digits.load(settings, standardised=False), "EVON")
+    assert found["unconverged"] == 0
+    assert found["mean"]["loo_loss"] == pytest.approx(found["mean"]["test_loss"], rel=0.2)
+    assert found["minimum"]["pearson"] > 0.95 and 0.6 < found["minimum"]["slope"] < 1.5
