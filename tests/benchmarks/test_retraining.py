@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def test_the_smoke_run_compares_every_method_on_both_targets(
 
 @pytest.mark.parametrize("name", list(retraining.SMOKE))
 def test_an_interrupted_run_goes_on_after_the_last_removal(name: str, tmp_path: Path) -> None:
-    experiment = dataclasses.replace(retraining.SMOKE[name], num_data=40, retrained=3, held=2)
+    experiment = retraining.SMOKE[name]
     images = datasets.load("digits").first(experiment.num_data)
 
     def stop(said: str) -> None:
