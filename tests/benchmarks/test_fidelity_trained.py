@@ -29,7 +29,7 @@ def test_kfacvon_trained_from_scratch_predicts_the_test_loss_and_removals(method
 def test_evon_trained_from_scratch_ranks_and_sizes_removals():
     found = []
     for seed in range(2):
-        settings = dataclasses.replace(SETTINGS, prior_precision=5.0, retrained=20, seed=seed)
+        settings = dataclasses.replace(SETTINGS, prior_precision=5.0, epochs=40, retrained=20, seed=seed)
         found.append(fidelity_trained.compare(settings, Digits.load(settings, standardised=False), "EVON"))
         assert found[-1]["unconverged"] == 0
         assert found[-1]["mean"]["loo_loss"] == pytest.approx(found[-1]["mean"]["test_loss"], rel=0.2)
