@@ -92,7 +92,7 @@ PUBLISHED = {
     ),
 }
 SMOKE = {
-    "digits": dataclasses.replace(DIGITS, num_data=150, prior_precision=5.0, epochs=5, held=5, beta2=0.9, retrained=6),
+    "digits": dataclasses.replace(DIGITS, num_data=60, prior_precision=5.0, epochs=5, held=5, beta2=0.9, retrained=6),
     "digits-warm-start": dataclasses.replace(
         FASHION,
         title="digits, small CNN",

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.library import Library
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 
 DEVICE = "pretend"
 aten = torch.ops.aten
@@ -126,11 +125,10 @@ _open: list[Launches] = []
 class _OnCpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        on_device = any(isinstance(leaf, PretendTensor) for leaf in tree_iter((args, kwargs)))
-        on_device = on_device or torch.device(kwargs.get("device") or "cpu").type == DEVICE
-        if not on_device and not _is_free(func) and func.namespace == "aten":
-            for counts in _open:
-                counts.on_cpu[_name(func)] += 1
+        if not _is_free(func) and func.namespace == "aten":
+            on_device = any(isinstance(leaf, PretendTensor) for leaf in _leaves((args, kwargs)))
+            if not on_device and torch.device(kwargs.get("device") or "cpu").type != DEVICE:
+                _count("on_cpu", func)
         return func(*args, **kwargs)
 
 
@@ -146,10 +144,12 @@ def counted() -> Iterator[Launches]:
         _open.remove(counts)
 
 
+@cache
 def _name(func: Any) -> str:
     return func.name().removeprefix("aten::").partition(".")[0]
 
 
+@cache
 def _is_free(func: Any) -> bool:
     return func.is_view or _name(func) in FREE
 
@@ -163,8 +163,25 @@ def _held(leaf: Any) -> Any:
     return leaf.held if isinstance(leaf, PretendTensor) else leaf
 
 
+# In the place of torch's pytrees: an operation has no other containers, and it has many tensors.
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return [value]
+    return [leaf for each in value for leaf in (_leaves(each) if isinstance(each, (list, tuple, dict)) else (each,))]
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(change, each) for each in value])
+    if isinstance(value, dict):
+        return {key: _mapped(change, each) for key, each in value.items()}
+    return change(value)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    name, leaves = _name(func), list(tree_iter((args, kwargs)))
+    name, leaves = _name(func), _leaves((args, kwargs))
     on_cpu = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, PretendTensor)]
     _check_one_device(func, name, on_cpu, leaves)
     to_cpu = name == "_to_copy" and _is_cpu(kwargs.get("device"))
@@ -181,7 +198,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _count("operations", func, _kernels(name, args))
     device = kwargs.get("device")
     kwargs = {key: value for key, value in kwargs.items() if key != "device"}
-    held = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    held = func(*_mapped(_held, args), **_mapped(_held, kwargs))
     if to_cpu or (device is not None and _is_cpu(device)) or name in ("_local_scalar_dense", "equal", "is_nonzero"):
         return held
     mine = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, PretendTensor)}
@@ -193,7 +210,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # A conjugate is a flag, which only the tensor that is held would have.
         return mine.get(id(value)) if id(value) in mine else PretendTensor(value.resolve_conj().resolve_neg())
 
-    return tree_map(wrapped, held)
+    return _mapped(wrapped, held)
 
 
 def _check_one_device(func: Any, name: str, on_cpu: list[Tensor], leaves: list[Any]) -> None:
@@ -238,8 +255,10 @@ def _kernels(name: str, args: Any) -> int:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).is_contiguous() if tensor.dim() else True
+    held = _held(tensor)
+    if held.is_contiguous():
+        return True
+    return held.permute(sorted(range(held.dim()), key=held.stride, reverse=True)).is_contiguous()
 
 
 class _Module:

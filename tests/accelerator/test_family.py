@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import vlearn
 from tests.accelerator.pretend import counted
-from tests.optim.table import LOOPS, Entry, data, equal, family, loss_of, made, network, plain, states, weights
+from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, family, loss_of, made, network, plain, states, weights
+from tests.pairs import pairs
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -144,9 +145,11 @@ def test_a_run_is_taken_up_again_there(entry: Entry, device: torch.device) -> No
     assert all(t.device.type == device.type or t.dim() == 0 for t in states(again))
 
 
-@family
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("entry", "value", "dtype"),
+    pairs(FAMILY, [math.nan, math.inf, -math.inf], [torch.float64, torch.float32, torch.bfloat16]),
+    ids=str,
+)
 def test_a_gradient_that_is_not_finite_is_refused_there(
     entry: Entry, value: float, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,16 +25,39 @@ from benchmarks.report.terminal import Advance
 METHODS = {"IVON", "VON", "Laplace, diagonal", "Laplace, Kronecker", "Adam", "gradient norm", "EL2N", "TracIn"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Smoke:
+    """A smoke run: the folder of its results, what it printed, and what `run_seed` gave of each experiment."""
+
+    out: Path
+    printed: str
+    whole: dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
+    folder, printed, whole = tmp_path_factory.mktemp("smoke"), io.StringIO(), {}
+    run_seed = retraining.run_seed
+
+    def kept(experiment: Any, *rest: Any) -> dict[str, Any]:
+        whole[experiment.title] = run_seed(experiment, *rest)
+        return whole[experiment.title]
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.chdir(folder)
+        patch.setattr(retraining, "run_seed", kept)
+        assert retraining.main(["--smoke", "--runs", str(folder / "runs"), "--out", str(folder / "out")]) == 0
+    return Smoke(folder / "out", printed.getvalue(), whole)
+
+
 @pytest.mark.slow
-def test_the_smoke_run_compares_every_method_on_both_targets(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert retraining.main(["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+def test_the_smoke_run_compares_every_method_on_both_targets(smoke: Smoke) -> None:
     for name, more in (
         ("digits", {"IVON, as trained", "full Gauss-Newton", "full, refined", "full, own Hessian"}),
         ("digits-warm-start", set()),
     ):
-        numbers = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        numbers = json.loads((smoke.out / f"{name}.json").read_text())
         (run,) = numbers["seeds"]
         for target in ("probabilities", "own_loss"):
             rows = run["table"][target]
@@ -38,12 +65,13 @@ def test_the_smoke_run_compares_every_method_on_both_targets(
             values = [row["pearson"][0] for row in rows.values()]
             assert values == sorted(values, reverse=True)
             assert "slope" not in rows["EL2N"] and "slope" in rows["IVON"]
-            assert (tmp_path / "out" / f"{name}-{target.replace('_', '-')}.png").exists()
-    assert "predicted against true |Δp|₁" in capsys.readouterr().out
+            assert (smoke.out / f"{name}-{target.replace('_', '-')}.png").exists()
+    assert "predicted against true |Δp|₁" in smoke.printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(retraining.SMOKE))
-def test_an_interrupted_run_goes_on_after_the_last_removal(name: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_after_the_last_removal(name: str, tmp_path: Path, smoke: Smoke) -> None:
     experiment = retraining.SMOKE[name]
     images = datasets.load("digits").first(experiment.num_data)
 
@@ -51,14 +79,13 @@ def test_an_interrupted_run_goes_on_after_the_last_removal(name: str, tmp_path: 
         if "without 2 of" in said:
             raise KeyboardInterrupt
 
-    def run(folder: str, advance: Advance) -> dict:
-        return retraining.run_seed(experiment, images, 0, tmp_path / folder, advance)
+    def run(advance: Advance) -> dict:
+        return retraining.run_seed(experiment, images, 0, tmp_path, advance)
 
-    whole = run("whole", lambda said: None)
     with pytest.raises(KeyboardInterrupt):
-        run("cut", stop)
+        run(stop)
     said: list[str] = []
-    resumed = run("cut", said.append)
+    resumed, whole = run(said.append), smoke.whole[experiment.title]
     assert sum("retrained without" in each for each in said) == experiment.retrained - 2
     assert not any("estimated by" in each for each in said)
     for target in retraining.TARGETS:

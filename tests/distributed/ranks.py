@@ -1,6 +1,7 @@
 """Two processes that run functions of the tests as the ranks of a gloo group.
 
-They are started once, because importing torch takes seconds; the group is new for every function. A rank that fails
+They are started once, and from a process that has imported torch, which takes seconds; the group is new for every
+function. A rank that fails
 is named with its traceback, and one that hangs is killed.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 TIMEOUT = 60.0  # seconds; a collective gives up earlier
+IMPORTED = ["tests.distributed.ranks", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "vlearn"]
 
 
 class Ranks:
@@ -58,7 +61,8 @@ class Ranks:
     def start(self) -> None:
         if self.processes:
             return
-        spawn = multiprocessing.get_context("spawn")
+        spawn: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+        spawn.set_forkserver_preload(IMPORTED)
         for _ in range(self.count):
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
@@ -78,6 +82,8 @@ class Ranks:
 
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what was imported is no garbage, and the library looks for wrappers among all other objects
     while True:
         try:
             function, args, rank, count, store = pipe.recv()

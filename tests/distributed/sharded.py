@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vlearn
 
-STEPS = 20
+STEPS = 8  # past the warm-up of IVON.warmup and two new bases of EVON
 VOCABULARY, WIDTH = 11, 6
 KEPT = ("momentum", "hessian", "out_factor", "in_factor", "out_basis", "in_basis")
 

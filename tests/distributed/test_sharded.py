@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from tests.distributed.ranks import Ranks
 from tests.distributed.sharded import (
     MAKERS,
-    STEPS,
     assert_equal,
     batch,
     loss_of,
@@ -31,11 +31,11 @@ optimizers = pytest.mark.parametrize("maker", list(MAKERS))
 def trained(rank: int, kind: str, maker: str, how: str) -> dict[str, dict[str, Tensor]]:
     model = sharded(new_model(kind), how)
     optimizer = make(model, maker)
-    long = maker == "EVON" and kind == "transformer"  # dozens of messages in a step
-    train(model, optimizer, kind, range(8 if long else STEPS))
+    train(model, optimizer, kind)
     return results(model, optimizer)
 
 
+@cache
 def alone(kind: str, maker: str) -> dict[str, dict[str, Tensor]]:
     return trained(0, kind, maker, "plain")
 
@@ -52,15 +52,17 @@ def assert_same(found: Any, expected: Any, maker: str) -> None:
 @optimizers
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])
 def test_two_ranks_make_the_steps_of_one_process(ranks: Ranks, maker: str, how: str) -> None:
+    expected = alone("mlp", maker)
     for found in ranks(trained, "mlp", maker, how):
-        assert_same(found, alone("mlp", maker), maker)
+        assert_same(found, expected, maker)
 
 
 @optimizers
 @pytest.mark.parametrize("how", ["fsdp", "hsdp"])
 def test_four_ranks_make_the_steps_of_one_process(four_ranks: Ranks, maker: str, how: str) -> None:
+    expected = alone("transformer", maker)
     for found in four_ranks(trained, "transformer", maker, how):
-        assert_same(found, alone("transformer", maker), maker)
+        assert_same(found, expected, maker)
 
 
 # -- tensor parallelism --------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def many_steps(rank: int, number: int, loop: str, settings: dict[str, Any]) -> l
     optimizer = made(FAMILY[number], loop, wrapper, loss_scale=1 / 2, **settings)
     dtype = next(model.parameters()).dtype
     micro = [(x.to(dtype), y) for x, y in batches(rank, 2)]
-    for _ in range(30):
+    for _ in range(10):
         train(loop, optimizer, wrapper, micro, no_sync=True)
     return state_of(optimizer)
 
