@@ -6,8 +6,8 @@ At each δ the network is trained by `vlearn.IVON`, whose state is the posterior
 approximation at the end: laplace-torch's, and vlearn's own, which knows for how long SGD has trained. All posteriors
 go through the same equation over all training examples, LOO = mean ℓ(y_i, f_i + V_i e_i): is its minimum where the
 test loss has its own (Nickl et al., 2023, arXiv:2310.19273, Fig. 4)? The regret is what choosing δ by LOO costs: the
-test loss there, less the smallest of the grid. "mnist-5000-warmed-up" and "fashion-mnist-5000-warmed-up" train by IVON
-alone, with a running average of the Hessian.
+test loss there, less the smallest of the grid. "fashion-mnist-5000-warmed-up" trains by IVON alone, with a running
+average of the Hessian.
 
 Each grid point saves its state after every epoch under --runs; the same command goes on where it was interrupted. As
 published a case takes days on a CPU; those with 5,000 examples take minutes on one core.
@@ -83,13 +83,13 @@ EXPERIMENTS = {
     "mnist": MNIST,
     "fashion-mnist": FASHION,
 }
-# IVON with the running average that `benchmarks.running_average` chooses.
-EXPERIMENTS |= {
-    f"{name}-warmed-up": dataclasses.replace(
-        EXPERIMENTS[name], title=f"{EXPERIMENTS[name].title}, warmed up", trainers=("IVON",), beta2_warmup=WARM_UP
-    )
-    for name in ("mnist-5000", "fashion-mnist-5000")
-}
+# IVON with the running average that `benchmarks.running_average` chooses; on MNIST, at this rate, it diverges.
+EXPERIMENTS["fashion-mnist-5000-warmed-up"] = dataclasses.replace(
+    EXPERIMENTS["fashion-mnist-5000"],
+    title="5,000 of Fashion-MNIST, LeNet-5, warmed up",
+    trainers=("IVON",),
+    beta2_warmup=WARM_UP,
+)
 PUBLISHED = ("mnist", "fashion-mnist")  # days on a CPU: they run where they are named
 SMOKE = Experiment(
     title="digits, small CNN",
