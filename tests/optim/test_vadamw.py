@@ -41,8 +41,9 @@ def linear_problem(seed: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-@pytest.mark.parametrize("factor", [1.0, 100.0], ids=["as it is", "loss times 100"])
-@pytest.mark.parametrize("ess", [None, 400.0], ids=["narrow draws", "the posterior's draws"])
+@pytest.mark.parametrize(
+    ("factor", "ess"), [(1.0, None), (100.0, 400.0)], ids=["narrow draws", "the posterior's draws, loss times 100"]
+)
 def test_the_scale_is_that_of_the_true_curvature(factor: float, ess: float | None) -> None:
     x, y = linear_problem(0)
     model = nn.Linear(6, 1).double()

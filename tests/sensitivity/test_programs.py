@@ -1,5 +1,7 @@
 """Random programs over a few shared layers: whatever a model does with its weights, exact or refused."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,8 +131,28 @@ def test_any_program_with_dropout_is_exact_or_refused(names):
         assert set(names) - set(RULED), f"{names} need no fallback of the whole model"
 
 
+def every_two(names, length):
+    """Programs of so many operations, in which every one comes right after every one, itself too."""
+    missing, walk = set(product(names, names)), [names[0]]
+    while missing:
+        here = [pair for pair in sorted(missing) if pair[0] == walk[-1]]
+        # Those that lead to itself first, then where most are missing.
+        pair = max(here or sorted(missing), key=lambda p: (p[0] == p[1], sum(q[0] == p[1] for q in missing)))
+        walk += pair[1:] if here else pair
+        missing.discard(pair)
+    return [walk[start : start + length] for start in range(0, len(walk) - 1, length - 1)]
+
+
 @pytest.mark.slow
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+def test_every_two_operations_after_one_another_are_exact():
+    programs = every_two(sorted(set(OPERATIONS) - {"dropout"}), 8)
+    assert len(programs) < 60
+    for names in programs:
+        check(names)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @given(st.lists(st.sampled_from(sorted(set(OPERATIONS) - {"dropout"})), min_size=1, max_size=8))
 def test_any_longer_program_is_exact(names):
     check(names)
