@@ -40,14 +40,20 @@ def estimates(name: str, task: Task, seeds: int, runs: Path, advance: Advance) -
 
 
 def measure(task: Task, method: Any, seed: int) -> Row:
-    """One training, and a sweep of a random part of its examples by the optimizer's own posterior."""
+    """One training, and a sweep of a random part of its examples; the leave-one-out loss is NaN where it is refused."""
     model, optimizer = train(task, method, method.rate, seed)
     validation = scores(task, [outputs(task, model)])
     chosen = torch.randperm(task.num_data, generator=torch.Generator().manual_seed(seed))[: count_of(task)]
     finish(optimizer)
     batches = [(task.x[rows], task.y[rows], rows) for rows in chosen.split(task.batch)]
+    posterior = optimizer.posterior()
     table = vlearn.sweep(
-        model, optimizer.posterior(), batches, lambda output, y: own_losses(task.outputs(output), y), leverage=None
+        model,
+        posterior,
+        batches,
+        lambda output, y: own_losses(task.outputs(output), y),
+        leverage=None,
+        loo_loss=getattr(posterior, "uncalibrated_reason", None) is None,
     )
     rows = {"train_loss": table.loss, "loo_loss": table.loo_loss}
     return {"loss": validation["loss"], **{key: column.double().mean().item() for key, column in rows.items()}}

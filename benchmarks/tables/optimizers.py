@@ -201,7 +201,8 @@ def defaults_leave_one_out() -> str:
 
 
 def _three_losses(mean: dict[str, float]) -> str:
-    return " / ".join(short(mean[key], 3) for key in ("train_loss", "loo_loss", "loss"))
+    losses = (mean[key] for key in ("train_loss", "loo_loss", "loss"))
+    return " / ".join("refused" if loss is None else short(loss, 3) for loss in losses)
 
 
 def _calibration(mean: dict[str, float]) -> str:
