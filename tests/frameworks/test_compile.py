@@ -16,8 +16,6 @@ from tests.optim.table import LOOPS, data, equal, network, weights
 pytestmark = [  # the compiler hides these itself, which "error" overrides
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
-    # An optimizer that has not met its model yet looks at the calls of all modules.
-    pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks on modules"),
 ]
 
 X, Y = data(dtype=torch.float32)
