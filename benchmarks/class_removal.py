@@ -125,7 +125,7 @@ SMOKE = Experiment(
     title="digits, small CNN",
     dataset="digits",
     network="digits_cnn",
-    epochs=10,
+    epochs=5,
     batch=20,
     prior_precision=5.0,
     lr=0.5,
@@ -134,7 +134,7 @@ SMOKE = Experiment(
     sgd_lr=(1e-1, 1e-3),
     num_data=200,
     num_test=200,
-    retrained_epochs=10,
+    retrained_epochs=4,
 )
 
 

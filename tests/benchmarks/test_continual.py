@@ -16,7 +16,7 @@ def test_the_smoke_run_prints_every_table(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "heads", "epochs"), [("FullVON", 1, 30), ("IVON", continual.TASKS, 60)])
+@pytest.mark.parametrize(("name", "heads", "epochs"), [("FullVON", 1, 15), ("IVON", continual.TASKS, 60)])
 def test_tasks_with_a_prior_come_near_all_tasks_at_once_and_without_one_are_forgotten(
     name: str, heads: int, epochs: int
 ) -> None:

@@ -175,7 +175,7 @@ def test_probes_and_sampled_labels_have_the_exact_one_as_their_mean() -> None:
             F.cross_entropy,
             "diagonal",
             curvature=curvature,
-            draws=2000,
+            draws=400,
             generator=torch.Generator().manual_seed(0),
         )
         precision = 1 / flat(dict(found.variance)) - 1
@@ -337,7 +337,7 @@ def test_sequences_have_the_convention_of_their_loss() -> None:
         F.cross_entropy,
         "diagonal",
         curvature="sampled",
-        draws=3000,
+        draws=1000,
         prior_precision=PRIOR,
         generator=torch.Generator().manual_seed(0),
     )

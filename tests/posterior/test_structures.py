@@ -17,8 +17,11 @@ def parameters_of():
     return dict(model.named_parameters())
 
 
+NAMES = tuple(parameters_of())
+
+
 def flat(tensors):
-    return torch.cat([tensors[name].flatten() for name in parameters_of()])
+    return torch.cat([tensors[name].flatten() for name in NAMES])
 
 
 @pytest.fixture(params=STRUCTURES)

@@ -9,6 +9,7 @@ import vlearn
 from tests.oracles.networks import CASES
 from tests.oracles.per_example import moving, per_example, relative_error
 from tests.oracles.refits import ridge
+from tests.pairs import pairs
 from tests.posterior.structures import NUM_DATA, STRUCTURES, posterior_of
 from tests.sensitivity.test_closed_form import half_square
 from tests.sensitivity.test_influence import LABELS, arguments_of, influence_of, inputs, network
@@ -17,7 +18,7 @@ from tests.sensitivity.test_refined import regression
 from vlearn.linearized import gauss_newton
 from vlearn.posterior import measured_scale
 
-MANY = 400  # steps, with which the networks of these tests are solved to rounding
+MANY = 150  # steps, with which the networks of these tests are solved to rounding
 SLOW = pytest.mark.slow
 PATHS = pytest.mark.parametrize("few_outputs", [32, pytest.param(0, marks=SLOW)], ids=["by output", "by vector"])
 PRIOR = 0.7
@@ -77,9 +78,9 @@ def test_networks_equal_dense_solves(name, few_outputs, monkeypatch):
     assert float(found.residual.max()) < 1e-12
 
 
-@PATHS
-@pytest.mark.parametrize("structure", [s if s == "mixed" else pytest.param(s, marks=SLOW) for s in STRUCTURES])
-def test_any_structure_preconditions_in_any_chunks(structure, few_outputs, monkeypatch):
+@SLOW
+@pytest.mark.parametrize(("structure", "few_outputs", "chunk"), pairs(list(STRUCTURES), [32, 0], [None, 4]), ids=str)
+def test_any_structure_preconditions_in_any_chunks(structure, few_outputs, chunk, monkeypatch):
     monkeypatch.setattr(gauss_newton, "FEW_OUTPUTS", few_outputs)
     model, _, _, test = arguments_of(network(nn.LayerNorm(8)))
     train = [(inputs(), LABELS)]
@@ -89,9 +90,8 @@ def test_any_structure_preconditions_in_any_chunks(structure, few_outputs, monke
     prior = torch.cat([torch.full((p.numel(),), posterior.prior_precision[n]) for n, p in moving(model).items()])
     dense = truth.ggn() * (NUM_DATA / 12) + torch.diag(prior.double())
     exact = truth.gradients @ torch.linalg.solve(dense, tests.gradients.mT)
-    found = [influence_of(model, posterior, train, test, refine=MANY, chunk=chunk) for chunk in (None, 4)]
-    assert relative_error(found[0].values, exact) < 1e-8
-    assert relative_error(found[1].values, exact) < 1e-8
+    found = influence_of(model, posterior, train, test, refine=MANY, chunk=chunk)
+    assert relative_error(found.values, exact) < 1e-8
 
 
 def test_each_step_comes_nearer_in_the_norm_of_the_curvature():
