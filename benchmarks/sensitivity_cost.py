@@ -203,7 +203,9 @@ def _cell(value: float | None) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, help="folder of the data sets")
-    parser.add_argument("--smoke", action="store_true", help="a few rounds on tiny batches of two networks; nothing is written")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few rounds on tiny batches of two networks; nothing is written"
+    )
     arguments = parser.parse_args(argv)
     subjects = SUBJECTS
     if arguments.smoke:
