@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,21 +60,41 @@ def test_wrong_labels_are_found_and_shown_on_a_page(
 
 
 @pytest.mark.slow
-def test_processes_shard_a_model_and_go_on_in_other_numbers(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, of a view and a checkpoint, as in a script
+def test_processes_shard_a_model_and_go_on_in_other_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_two(folder: Path, steps: int) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        arguments = [str(ROOT / "sharded.py"), "--folder", str(folder), "--steps", str(steps)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)}
+        ran = subprocess.run(
+            [*command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    def by_one(folder: Path, steps: int) -> str:
+        """In this process, as the launcher would start it."""
+        with monkeypatch.context() as patch:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                patch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+            for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["sharded.py", "--folder", str(folder), "--steps", str(steps)])
+            loaded("sharded").main()
+        return capsys.readouterr().out
+
     losses = {}
-    for name, counts in {"one": (1, 1), "several": (2, 1)}.items():
+    for name, parts in {"at once": [by_one], "two, then one": [by_two, by_one]}.items():
         (tmp_path / name).mkdir()
-        for count in counts:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            arguments = [str(ROOT / "sharded.py"), "--folder", str(tmp_path / name), "--steps", "3"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)}
-            ran = subprocess.run(
-                [*command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180
-            )
-            assert ran.returncode == 0, ran.stderr
-            assert ran.stdout.count("passages it remembers") == count
-        losses[name] = next(line for line in ran.stdout.splitlines() if line.startswith("step 6: loss"))
-    assert losses["one"] == losses["several"]
+        printed = ""
+        for run in parts:
+            printed = run(tmp_path / name, 6 // len(parts))
+            assert printed.count("passages it remembers") == (2 if run is by_two else 1)
+        losses[name] = next(line for line in printed.splitlines() if line.startswith("step 6: loss"))
+    assert losses["at once"] == losses["two, then one"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Lightning, Accelerate and Hugging Face's Trainer shard the model themselves, the last two after the optimizer."""
 
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ class Classifier(lightning.LightningModule):
         return DataLoader(dataset(), batch_size=8, sampler=DistributedSampler(dataset(), shuffle=False))
 
 
-def by_lightning() -> dict[str, Tensor]:
+def by_lightning(folder: str) -> dict[str, Tensor]:
     module = Classifier()
     off = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
     trainer = lightning.Trainer(
@@ -102,7 +104,8 @@ def shard_on_cpus() -> None:
     accelerate.state.AcceleratorState.__init__ = init_as_accelerator
 
 
-def by_accelerate() -> dict[str, Tensor]:
+def by_accelerate(folder: str) -> dict[str, Tensor]:
+    shard_on_cpus()
     plugin = accelerate.FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
     )
@@ -136,6 +139,9 @@ class Sentences(Dataset[dict[str, Tensor]]):
 def by_trainer(folder: str) -> dict[str, Tensor]:
     from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
+    accelerate.state.AcceleratorState._reset_state()
+    accelerate.state.GradientState._reset_state()
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as its launcher does
     config = BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=3
     )
@@ -164,11 +170,10 @@ def by_trainer(folder: str) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    how, folder = sys.argv[2], sys.argv[1]
-    if how == "lightning":
-        found = by_lightning()
-    else:
-        shard_on_cpus()
-        found = by_accelerate() if how == "accelerate" else by_trainer(folder)
-    assert any(isinstance(t, Tensor) for t in found.values())
-    torch.save(found, f"{folder}/rank{torch.distributed.get_rank()}.pt")
+    found: dict[str, Any] = {}
+    for how, train in {"lightning": by_lightning, "accelerate": by_accelerate, "trainer": by_trainer}.items():
+        try:
+            found[how] = train(sys.argv[1])
+        except Exception:
+            found[how] = traceback.format_exc()
+    torch.save(found, f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.pt")
