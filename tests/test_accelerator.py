@@ -1,4 +1,4 @@
-"""The tests on a pretend accelerator, `tests/accelerator`, each file in a process that has had no other device.
+"""The tests on a pretend accelerator, `tests/accelerator`, in processes that have had no other device.
 
 By hand: VLEARN_PRETEND=1 python -m pytest tests/accelerator
 """
@@ -20,14 +20,18 @@ QUICK = ("test_capturable.py", "test_multi_tensor.py", "test_pretend.py")
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=() if path.name in QUICK else pytest.mark.slow, id=path.stem) for path in FILES]
+    "paths",
+    [
+        *(pytest.param([path], marks=pytest.mark.slow, id=path.stem) for path in FILES if path.name not in QUICK),
+        pytest.param([path for path in FILES if path.name in QUICK], id="the quick ones"),
+    ],
 )
-def test_on_a_pretend_accelerator(path: Path) -> None:
+def test_on_a_pretend_accelerator(paths: list[Path]) -> None:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} has no devices that are written in Python")
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *map(str, paths)],
         cwd=ROOT,
         env={**own, "VLEARN_PRETEND": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
