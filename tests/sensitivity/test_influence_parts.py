@@ -199,6 +199,28 @@ def wide_posterior(model):
     return vlearn.posterior.Kronecker(mean, factors, every, dict.fromkeys(mean, 50.0), 50.0)
 
 
+def any_eigenvalues(model):
+    """EK-FAC in the basis of the former: its eigenvalues are any."""
+    kronecker = wide_posterior(model)
+    factors = {
+        tuple(each.pop("names")): vlearn.posterior.KroneckerFactors(
+            each["out_basis"], each["in_basis"], each["hessian"] * (0.5 + torch.rand_like(each["hessian"]))
+        )
+        for each in kronecker.block_state()["factors"]
+    }
+    return vlearn.posterior.Kronecker(
+        kronecker.mean, factors, kronecker.prior_precision, dict.fromkeys(kronecker.mean, 50.0), 50.0
+    )
+
+
+def independent(model):
+    """Variances of their own for all entries."""
+    mean = {name: p.detach().clone() for name, p in moving(model).items()}
+    return vlearn.posterior.Diagonal.from_precision(
+        mean, {name: 1 + torch.rand_like(p) for name, p in mean.items()}, 50
+    )
+
+
 def wide_inputs(count, positions=None):
     shape = (count, 160) if positions is None else (count, positions, 160)
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
@@ -206,11 +228,13 @@ def wide_inputs(count, positions=None):
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("positions", [(None, None), (2, None), (None, 2), (2, 2)])
-def test_every_way_to_hold_a_layer_equals_explicit_gradients(positions, again, monkeypatch):
+@pytest.mark.parametrize("make_posterior", [wide_posterior, any_eigenvalues, independent])
+def test_every_way_to_hold_a_layer_equals_explicit_gradients(make_posterior, positions, again, monkeypatch):
     model = Wide()
-    posterior = wide_posterior(model)
-    blocks = [posterior.block(group) for group in dict.fromkeys(posterior.groups.values())]
-    assert Terms.of(blocks[0]) is not None and Terms.of(blocks[1]) is None
+    posterior = make_posterior(model)
+    if make_posterior is not independent:
+        blocks = [posterior.block(group) for group in dict.fromkeys(posterior.groups.values())]
+        assert (Terms.of(blocks[0]) is not None) == (make_posterior is wide_posterior) and Terms.of(blocks[1]) is None
     model.again = again
     x, y = wide_inputs(9, positions[0]), torch.arange(9) % 3
     test_x, test_y = wide_inputs(5, positions[1]), torch.arange(5) % 3

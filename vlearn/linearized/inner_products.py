@@ -1,13 +1,17 @@
 """Inner products ⟨g_i, Σg_j⟩ of the gradients of a pass with directions that are held.
 
-Of a layer at one position under a Kronecker Σ both gradients have rank one, G = b aᵀ, and in the coordinates in which Σ
-is diagonal, with v its variances,
+Of a layer at one position both gradients have rank one, G = b aᵀ, and in the coordinates in which Σ is diagonal, with v
+its variances,
 
-    ⟨G_i, ΣG_j⟩ = Σ_oi v_oi (b̃_i ∘ b̃_j)_o (ã_i ∘ ã_j)_i = Σ_r ⟨p_r ∘ b̃_i, b̃_j⟩ ⟨q_r ∘ ã_i, ã_j⟩,   v = Σ_r p_r q_rᵀ
+    ⟨G_i, ΣG_j⟩ = Σ_oi v_oi (b̃_i ∘ b̃_j)_o (ã_i ∘ ã_j)_i
 
-The eigenvalues of K-FAC are products, so that v = 1/(N(d_B d_Aᵀ + wd)) has few terms to rounding, 18 in float32 for a
-layer of 120 x 401. A pair then costs 18·(O + I) products in the place of O·I, and O + I numbers are held in its place.
-Elsewhere Σg_j is held, and the gradients are formed a few examples at a time.
+so that O + I numbers are held of each, and no gradient is formed. The eigenvalues of K-FAC are products, so that
+v = 1/(N(d_B d_Aᵀ + wd)) = Σ_r p_r q_rᵀ has few terms to rounding, 18 in float32 for a layer of 120 x 401, and
+
+    ⟨G_i, ΣG_j⟩ = Σ_r ⟨p_r ∘ b̃_i, b̃_j⟩ ⟨q_r ∘ ã_i, ã_j⟩
+
+costs 18·(O + I) products for a pair in the place of O·I. Elsewhere Σg_j is held, and the gradients are formed a few
+examples at a time.
 """
 
 from __future__ import annotations
@@ -21,16 +25,18 @@ from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
 from vlearn.gaussians.covariance import Covariance
-from vlearn.gaussians.covariance_blocks import KroneckerBlock
+from vlearn.gaussians.covariance_blocks import Block, KroneckerBlock
 from vlearn.linearized.kronecker_products import RotatedGradients, RotatedLayer
 from vlearn.linearized.solver import Vectors
-from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks
+from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, form_of
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded
 
 BlockParameters = tuple[Tensor, ...]
 WORTHWHILE = 0.7  # of the products of the full sum, up to which that by terms is faster
+MOST_TERMS = 80  # of a v = 1/(x yᵀ + c) to rounding in float64, over twelve orders of magnitude
+PAIR_ENTRIES = 2**20  # of the products of pairs of examples that are held together, so that they stay in cache
 
 
 class Terms:
@@ -46,30 +52,16 @@ class Terms:
 
     @classmethod
     def of(cls, block: KroneckerBlock) -> Terms | None:
-        """The terms; None where they do not pay, as of EK-FAC, whose eigenvalues are any.
-
-        By elimination with full pivoting (adaptive cross approximation), until no entry of what is left is above
-        rounding.
-        """
-        v = block.variances.double()
+        """The terms; None where they do not pay, as of EK-FAC, whose eigenvalues are any."""
+        v = block.variances
         if not v.numel():
             return None
-        # Weighted by the mean precision of row and column, near which the squares b̃² and ã² lie: the terms cancel
-        # where these are large, and an error there would be one of what is small.
-        rows, columns = (v.reciprocal().mean(axis) for axis in (1, 0))
-        left = rows.unsqueeze(1) * v * columns
-        negligible = 4 * torch.finfo(block.variances.dtype).eps * left.max()
-        out: list[Tensor] = []
-        inputs: list[Tensor] = []
-        while (len(out) + 1) * sum(v.shape) <= WORTHWHILE * v.numel():
-            i, j = divmod(int(left.abs().argmax()), v.shape[1])
-            if left[i, j].abs() <= negligible:
-                terms = torch.stack(out) / rows, torch.stack(inputs) / columns
-                return cls(*(each.to(block.variances.dtype) for each in terms))
-            out.append(left[:, j] / left[i, j].abs().sqrt())
-            inputs.append(left[i] / left[i, j].abs().sqrt() * left[i, j].sign())
-            left = left - torch.outer(out[-1], inputs[-1])
-        return None
+        # The terms of a part of the rows and columns are no more than those of all.
+        part = v[:: max(1, len(v) // (2 * MOST_TERMS)), :: max(1, v.shape[1] // (2 * MOST_TERMS))]
+        if _eliminated(part, MOST_TERMS) is None:
+            return None
+        found = _eliminated(v, min(MOST_TERMS, int(WORTHWHILE * v.numel() / sum(v.shape))))
+        return None if found is None else cls(*found)
 
 
 @dataclass(frozen=True)
@@ -80,12 +72,26 @@ class RankOne:
     b: Tensor
     block: KroneckerBlock
 
-    def inner(self, others: RankOne, terms: Terms) -> Tensor:
-        """⟨G_n, ΣG_m⟩ ``[n, m]`` with the others as columns."""
+    def inner(self, others: RankOne, terms: Terms | None) -> Tensor:
+        """⟨G_n, ΣG_m⟩ ``[n, m]`` with the others as columns, by the terms of v where it has few."""
+        if terms is None:
+            return self._full_sum(others)
         total = self.a.new_zeros(len(self.a), len(others.a))
         for p, q in zip(terms.out, terms.inputs, strict=True):
             total.addcmul_((self.b * p) @ others.b.mT, (self.a * q) @ others.a.mT)
         return total
+
+    def _full_sum(self, others: RankOne) -> Tensor:
+        sides, v = [(self.b, others.b), (self.a, others.a)], self.block.variances
+        if v.shape[0] < v.shape[1]:
+            sides, v = sides[::-1], v.mT
+        (wide, of_wide), (narrow, of_narrow) = sides
+        at_once = max(1, PAIR_ENTRIES // max(1, wide.numel()))
+        parts = []
+        for x, y in zip(of_wide.split(at_once), of_narrow.split(at_once), strict=True):
+            pairs = (wide * x.unsqueeze(1)) @ v  # [m, n, narrow]
+            parts.append(pairs.mul_(narrow) @ y.unsqueeze(2))
+        return torch.cat(parts).squeeze(2).mT
 
     def moved(self) -> list[Tensor]:
         """ΣG ``[m, *shape]`` of each parameter of the block."""
@@ -164,9 +170,9 @@ class InnerProducts:
         for examples in _slices(count, sum(p.numel() for p in rest), None):
             products: list[tuple[BlockParameters, Tensor]] = []
             for block, layer in layers.items():
-                rows, terms = _rank_one(layer.rows(examples)), self._terms[block]
-                assert rows is not None and terms is not None
-                products.append((block, rows.inner(directions.rank_one[block], terms)))
+                rows = _rank_one(layer.rows(examples))
+                assert rows is not None
+                products.append((block, rows.inner(directions.rank_one[block], self._terms[block])))
             if rest:
                 with as_recorded(recorded.trace):
                     gradients = dense_gradients(recorded, rest, examples)
@@ -174,17 +180,16 @@ class InnerProducts:
             yield examples, products
 
     def _layers(self, calls_of: Mapping[Tensor, Sequence[LayerCall]]) -> Iterator[tuple[BlockParameters, RotatedLayer]]:
-        """The layers used once and at one position, of the blocks whose variances are a sum of few products."""
-        for block, _ in self._covariance.blocks:
-            layer = (
-                None if any(p not in calls_of for p in block) else RotatedLayer.of(block, calls_of, self._covariance)
-            )
+        """The layers used once and at one position, of the blocks that are diagonal in coordinates of a layer."""
+        for block, own in self._covariance.blocks:
+            if any(p not in calls_of for p in block):
+                continue
+            layer = RotatedLayer.of(block, calls_of, self._covariance) or _of_entries(block, own, calls_of)
             if layer is None or _rank_one(layer.rows(slice(0, 1))) is None:
                 continue
             if block not in self._terms:
                 self._terms[block] = Terms.of(layer.block)
-            if self._terms[block] is not None:
-                yield block, layer
+            yield block, layer
 
 
 def joined(held: Sequence[Directions]) -> Directions:
@@ -211,6 +216,41 @@ def joined(held: Sequence[Directions]) -> Directions:
         for block, rows in held[0].rank_one.items()
     }
     return Directions(index, dense, rank_one)
+
+
+def _eliminated(v: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """(p ``[R, O]``, q ``[R, I]``) with v = Σ_r p_r q_rᵀ to rounding; None where that takes more than `most` terms.
+
+    By elimination with full pivoting (adaptive cross approximation), until no entry of what is left is above rounding.
+    """
+    dtype, v = v.dtype, v.double()
+    # Weighted by the mean precision of row and column, near which the squares b̃² and ã² lie: the terms cancel where
+    # these are large, and an error there would be one of what is small.
+    rows, columns = (v.reciprocal().mean(axis) for axis in (1, 0))
+    left = rows.unsqueeze(1) * v * columns
+    negligible = 4 * torch.finfo(dtype).eps * left.max()
+    out: list[Tensor] = []
+    inputs: list[Tensor] = []
+    while len(out) < most:
+        i, j = divmod(int(left.abs().argmax()), v.shape[1])
+        if left[i, j].abs() <= negligible:
+            return (torch.stack(out) / rows).to(dtype), (torch.stack(inputs) / columns).to(dtype)
+        out.append(left[:, j] / left[i, j].abs().sqrt())
+        inputs.append(left[i] / left[i, j].abs().sqrt() * left[i, j].sign())
+        left = left - torch.outer(out[-1], inputs[-1])
+    return None
+
+
+def _of_entries(
+    parameters: BlockParameters, block: Block, calls_of: Mapping[Tensor, Sequence[LayerCall]]
+) -> RotatedLayer | None:
+    """The layer of a matrix with independent entries, which are those of the identity's coordinates."""
+    p, calls = parameters[0], calls_of[parameters[0]]
+    if not block.is_elementwise or p.dim() < 2 or len(calls) > 1 or calls[0].rule is None:
+        return None
+    if form_of(calls[0], p, slice(0, 1)).kind != "matrix":
+        return None
+    return RotatedLayer(calls[0], parameters, KroneckerBlock(None, None, block.variances.flatten(1), block.shapes))
 
 
 def _rank_one(rows: RotatedGradients | None) -> RankOne | None:

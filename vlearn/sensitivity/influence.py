@@ -113,9 +113,10 @@ def influence(
     loss. Of an example on itself it is the self-influence.
 
     Σg_j is held for a chunk of test examples, for each of which the training data are gone through once: the cost is
-    2·N_train·N_test·P operations beside a forward and a backward pass of the training data per chunk. Layers at one
-    position under a K-FAC posterior need but a few times I + O in the place of their P = I·O entries, and as much less
-    memory (`vlearn.linearized.inner_products`).
+    2·N_train·N_test·P operations beside a forward and a backward pass of the training data per chunk. Of a layer at one
+    position, under a diagonal or a Kronecker posterior, I + O numbers of each test example are held in the place of its
+    P = I·O entries; under K-FAC as many operations, a few times, are all that a pair takes
+    (`vlearn.linearized.inner_products`).
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.
