@@ -23,6 +23,7 @@ class Task:
         batch, epochs: of training.
         classifies: targets are classes, of each example or of each position of one; IGNORED ones are left out.
         outputs: what the network returns -> the tensor that loss and accuracy read.
+        other_source: the validation half is not drawn as the training half was, as the last scenes of a text.
     """
 
     build: Callable[[], nn.Module]
@@ -35,6 +36,7 @@ class Task:
     epochs: int
     classifies: bool = True
     outputs: Callable[[Any], Tensor] = lambda output: output
+    other_source: bool = False
 
     @property
     def num_data(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,13 +24,13 @@ TENTHS = 10  # parts of the text, nearly its plays
 def gpt(root: Path) -> Task:
     """GPT-2's architecture with two blocks of width 64, on characters."""
     vocabulary, halves = characters(root)
-    return Task(lambda: LanguageModel(vocabulary, LENGTH, 64, 2), *_windows(halves), class_loss, batch=16, epochs=1)
+    return _language_task(lambda: LanguageModel(vocabulary, LENGTH, 64, 2), halves)
 
 
 def gru(root: Path) -> Task:
     """One GRU of width 128 on characters."""
     vocabulary, halves = characters(root)
-    return Task(lambda: Recurrent(vocabulary, 128), *_windows(halves), class_loss, batch=16, epochs=1)
+    return _language_task(lambda: Recurrent(vocabulary, 128), halves)
 
 
 def bert(root: Path) -> Task:
@@ -105,6 +106,11 @@ def words(root: Path) -> Tensor:
     found = re.findall(r"[a-z']+|[^\sa-z']", text(root).lower())
     known = {word: i for i, (word, _) in enumerate(Counter(found).most_common(WORDS - 1), 1)}
     return torch.tensor([known.get(word, 0) for word in found])
+
+
+def _language_task(build: Callable[[], nn.Module], halves: tuple[Tensor, Tensor]) -> Task:
+    """To predict the next character, in an epoch."""
+    return Task(build, *_windows(halves), class_loss, batch=16, epochs=1, other_source=True)
 
 
 def _windows(halves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -191,17 +191,17 @@ def defaults_calibration() -> str:
 
 
 def defaults_leave_one_out() -> str:
-    """Training, leave-one-out and validation loss by vlearn's lines, where there are classes."""
+    """Training, leave-one-out and held-out loss by vlearn's lines, where there are classes."""
     rows = []
     for name, label in TASKS.items():
         if (RESULTS / f"defaults/leave_one_out/{name}.json").exists():
             methods = read(f"defaults/leave_one_out/{name}")["methods"]
             rows.append((label, *(_three_losses(found["mean"]) for found in methods.values())))
-    return table(("train / LOO / validation loss", "VAdamW, line", "EVON, line", "EVON, narrow, line"), rows)
+    return table(("train / LOO / held-out loss", "VAdamW, line", "EVON, line", "EVON, narrow, line"), rows)
 
 
 def _three_losses(mean: dict[str, float]) -> str:
-    losses = (mean[key] for key in ("train_loss", "loo_loss", "loss"))
+    losses = (mean[key] for key in ("train_loss", "loo_loss", "held_out_loss"))
     return " / ".join("refused" if loss is None else short(loss, 3) for loss in losses)
 
 
