@@ -39,6 +39,16 @@ def _soap_lowest() -> str:
     return f"{sum(not any(of_task) for of_task in below)}"
 
 
+def _of_leave_one_out(task: str) -> dict[str, float]:
+    """EVON's losses by its one line."""
+    return read(f"defaults/leave_one_out/{task}")["methods"]["EVON"]["mean"]
+
+
+def _apart(losses: dict[str, float]) -> float:
+    """What leave-one-out is off, in parts of the held-out loss."""
+    return abs(losses["loo_loss"] / losses["held_out_loss"] - 1)
+
+
 def _contested_above_folds() -> str:
     """For how many sets of labels and optimizers the contested loss is above cleanlab's recipe."""
     above = []
@@ -99,6 +109,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "narrow-below-line": lambda: _narrow_below("line"),
     "narrow-below-tuned": lambda: _narrow_below("tuned"),
     "soap-lowest": _soap_lowest,
+    "gru-of-other-scenes": lambda: short(_of_leave_one_out("gru")["loss"], 3),
+    "text-apart": lambda: percent(max(_apart(_of_leave_one_out(name)) for name in ("gpt", "gru"))),
     "contested-above": _contested_above_folds,
     "sweep-all": lambda: _seconds_of_all("sweep with LOO, s"),
     "train-all": lambda: _seconds_of_all("plain forward + backward, s"),
