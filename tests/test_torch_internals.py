@@ -37,6 +37,7 @@ from vlearn._torch_internals import (
     lets_processes_stop_early,
     next_sequence_number,
     saved_axis,
+    saved_order,
     sequence_number,
     set_versions,
     sharded_parameters,
@@ -173,6 +174,14 @@ def test_a_reduction_tells_its_axis_and_a_product_has_none():
     axes = [saved_axis(y.grad_fn) for y in (x.mean(0), x.mean(1), x.softmax(0), x.softmax(1))]
     assert None not in axes and axes[0] != axes[1] and axes[2] != axes[3]
     assert saved_axis((x * x).grad_fn) is None
+
+
+def test_an_index_tells_which_rows_it_has_taken():
+    x, order = leaf(), torch.tensor([1, 0])
+    for taken in (x[order], x.index_select(0, order), x[order, 0]):
+        assert torch.equal(saved_order(taken.grad_fn), order)
+    for other in (x.index_select(1, order), x[:, order], x[0], x * x):
+        assert saved_order(other.grad_fn) is None
 
 
 def test_a_sum_tells_the_factor_of_its_second_term():

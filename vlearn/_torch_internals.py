@@ -77,6 +77,14 @@ def saved_axis(node: Any) -> str | None:
     return str(node._saved_dim) if hasattr(node, "_saved_dim") else None
 
 
+def saved_order(node: Any) -> Tensor | None:
+    """Which rows along the first axis the operation of a graph's node has taken, if it indexes."""
+    kind = type(node).__name__
+    if kind == "IndexSelectBackward0":
+        return node._saved_index if node._saved_dim == 0 else None
+    return node._saved_indices[0] if kind == "IndexBackward0" else None
+
+
 def added_factor(node: Any) -> Any:
     """The factor α of a node AddBackward0, of a + α b."""
     return node._saved_alpha

@@ -82,12 +82,12 @@ def test_one_example_with_one_position_is_no_problem():
     assert swept(sequence_first(nn.Linear(5, 5)), torch.randn(1, 1, 5)).self_influence.shape == (1,)
 
 
-def test_the_model_runs_once_more_for_each_kind_of_pass_whatever_its_shape():
+def test_the_model_runs_again_for_each_kind_of_pass_whatever_its_shape_and_when_its_passes_have_doubled():
     calls = []
     model = Model(lambda m, x: (calls.append(len(x)), m.fc(x).mean(1))[1], fc=nn.Linear(5, 3))
     optimizer = vlearn.IVON(model, lr=0.1, ess=20)
     # With one example less; then some of the examples, all of them, and some once more, see `check_independent`.
-    for size, expected in ((N, [N, N - 1, 3, N, 3]), (N, [N]), (3, [3, 2, 3, 2]), (N, [N])):
+    for size, expected in ((N, [N, N - 1, 3, N, 3]), (N, [N, 3, N, 3]), (3, [3, 2, 3, 2]), (N, [N])):
         calls.clear()
         F.cross_entropy(model(torch.randn(size, N, 5)), LABELS[:size]).backward()
         optimizer.sensitivities()

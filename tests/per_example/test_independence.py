@@ -9,7 +9,7 @@ import vlearn
 from tests.optim.table import FAMILY, equal, states, weights
 from tests.oracles.networks import Model
 from tests.oracles.per_example import relative_error
-from tests.sensitivity.small import C, D, N, covariance_of, inputs, loss_of, optimizer_of, truth_at, weights_of
+from tests.sensitivity.small import LABELS, C, D, N, covariance_of, inputs, loss_of, optimizer_of, truth_at, weights_of
 
 ORDER = torch.tensor([2, 0, 5, 3, 1, 4])
 
@@ -85,6 +85,65 @@ def test_a_model_that_comes_to_let_examples_meet_after_a_clean_step_is_refused(n
     loss_of(model, inputs()).backward()
     with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
         optimizer.sensitivities()
+
+
+GATED = {
+    "a gate between the examples": lambda m, h: h + m.gate * (torch.softmax(h @ h.T, 1) @ h),
+    "a gate of their values alone": lambda m, h: h * (1 + m.gate * h.detach().mean(0)),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gate_that_opens_in_training_is_seen_when_the_passes_have_doubled(name):
+    model = between(GATED[name])
+    optimizer = optimizer_of(model)
+    for number in range(1, 9):
+        model.gate = 0.5 if number > 5 else 0.0
+        optimizer.zero_grad()
+        loss_of(model, inputs()).backward()
+        if number == 8:
+            with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+                optimizer.sensitivities()
+        else:
+            optimizer.sensitivities()
+        optimizer.step()
+
+
+class Sorting(nn.Module):
+    """Averages sequences in the order of their lengths, as before packing, and puts them back."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.out = nn.Linear(D, 4), nn.Linear(4, C)
+        self.double()
+
+    def forward(self, x, lengths):
+        order = lengths.argsort(descending=True, stable=True)
+        is_there = torch.arange(x.shape[1]) < lengths[order].unsqueeze(1)
+        h = torch.tanh(self.into(x[order])) * is_there.unsqueeze(2)
+        return self.out(h.sum(1) / lengths[order].unsqueeze(1))[order.argsort()]
+
+
+def test_an_order_that_is_another_only_in_a_later_batch_is_refused_there():
+    sequences = torch.randn(3 * N, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    lengths = torch.tensor([4] * 2 * N + [2, 4, 1, 3, 4, 2])
+    cut = [((sequences[i : i + N], lengths[i : i + N]), LABELS) for i in range(0, 3 * N, N)]
+    model = Sorting()
+    posterior = optimizer_of(model).posterior()
+    assert len(vlearn.sweep(model, posterior, cut[:2], F.cross_entropy, progress=False)) == 2 * N
+    with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+        vlearn.sweep(model, posterior, cut, F.cross_entropy, progress=False)
+    model = Sorting()
+    optimizer = optimizer_of(model)
+    for number, (x, y) in enumerate(cut):
+        optimizer.zero_grad()
+        F.cross_entropy(model(*x), y).backward()
+        if number < 2:
+            optimizer.sensitivities()
+            continue
+        with pytest.raises(RuntimeError, match="depends on the other examples of the batch"):
+            optimizer.sensitivities()
 
 
 @pytest.mark.parametrize("entry", [entry for entry in FAMILY if entry.captures], ids=str)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from vlearn._torch_internals import saved_axis, sequence_number
+from vlearn._torch_internals import saved_axis, saved_order, sequence_number
 
 Node = Any
 
@@ -77,8 +77,10 @@ def outputs_inside(outputs: list[Tensor], ends: set[Node]) -> list[tuple[set[int
 _has_axis: dict[type, bool] = {}  # whether the nodes of a type say along which axis they work
 
 
-def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, int], int]:
-    """(place of each node in one walk through a graph, a fingerprint of what the walk has met).
+def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, int], int, list[Tensor]]:
+    """(place of each node in one walk through a graph, a fingerprint of what the walk has met, orders of rows).
+
+    An order says which rows an operation has taken along the first axis, as one that sorts the examples.
 
     Two graphs of the same operations in the same connections have the same fingerprint, whatever the sizes of their
     tensors; an operation along another axis, as a mean over the batch instead of the features, has another. The walk
@@ -89,6 +91,7 @@ def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, in
     """
     place: dict[Node, int] = {}
     met: list[Any] = []
+    orders: list[Tensor] = []
     waiting = list(outputs)
     while waiting:
         node = waiting.pop()
@@ -103,9 +106,12 @@ def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, in
             _has_axis[kind] = axis is not None
             if axis is not None:
                 met.append(axis)
+        if kind.__name__.startswith("Index"):
+            order = saved_order(node)
+            orders += [] if order is None else [order]
         if node not in inputs:
             waiting += [n for n, _ in node.next_functions if n is not None]
-    return place, hash(tuple(met))
+    return place, hash(tuple(met)), orders
 
 
 def leaves_read_before(outputs: Iterable[Node], number: int, leaves: Container[Tensor]) -> list[Tensor]:

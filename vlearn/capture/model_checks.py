@@ -39,7 +39,7 @@ class ModelChecks:
 
     Attributes:
         unattributed: the parameters that the recorded calls of a kind of pass do not explain.
-        independent: kinds of passes in which no example's output depends on the other examples.
+        independent: how many passes have come of each kind in which no example's output depends on the other examples.
         example_rows: where an index gives the examples, by what the rows of each call go, see
             `vlearn.per_example.measured_rows`.
         example_axes: along which axes the examples lie in a kind of pass, see `vlearn.per_example.measured_axes`.
@@ -49,7 +49,7 @@ class ModelChecks:
     """
 
     unattributed: dict[Any, UnattributedParameters] = field(default_factory=dict)
-    independent: dict[Any, None] = field(default_factory=dict)
+    independent: dict[Any, int] = field(default_factory=dict)
     example_rows: dict[Any, Any] = field(default_factory=dict)
     example_axes: dict[Any, Any] = field(default_factory=dict)
     with_examples: dict[Any, None] = field(default_factory=dict)

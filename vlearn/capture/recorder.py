@@ -200,7 +200,7 @@ class Recorder:
         trace = self.trace
         assert trace.root is not None
         outputs, inputs = nodes_of(tensor_leaves(output)), set(nodes_of(tensor_leaves((args, kwargs))))
-        place, trace.graph_structure = structure(outputs, inputs)
+        place, trace.graph_structure, trace.orders = structure(outputs, inputs)
         calls = tuple(
             (
                 call.path,

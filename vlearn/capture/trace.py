@@ -52,7 +52,8 @@ class Trace:
         find_rows: (root, args, kwargs) -> that, called as the pass begins; None if no index gives them.
         examples: of a subset (`RecordedPass.subset`), which of the whole batch's examples it has; else None.
         in_train_mode: the modules that were in train mode.
-        graph_structure: a fingerprint, see `vlearn.capture.autograd_graph.structure`.
+        graph_structure, orders: a fingerprint, and the orders in which rows were taken; see
+            `vlearn.capture.autograd_graph.structure`.
         kind: what tells kinds of passes apart, see `vlearn.capture.model_checks`.
         random_state: of the generators, as the pass began.
         positions: which tensors of the output required grad; output_axes: along which axis of each the examples lie,
@@ -86,6 +87,7 @@ class Trace:
         self.versions: list[int] = []
         self.in_train_mode: list[nn.Module] = []
         self.graph_structure = 0
+        self.orders: list[Tensor] = []
         self.kind: Any = None
         self.random_state: Any = None
         self.output: Any = None

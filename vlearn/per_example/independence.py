@@ -2,14 +2,17 @@
 
 They must not see one another. `h - h.mean(0)` between two layers, attention over the batch, a batch sorted on the way:
 each layer's examples look right, but the gradients that come back are sums over several examples. So for every kind of
-pass a few examples are run through the model once, twice over:
+pass a few examples are run through the model, twice over:
 
     values      alone they must give what they give within the batch; not asked of a model that draws random numbers
     gradients   with c_n on the output of example n, what comes back must be c_n times what came with 1; powers of two,
                 so that rounding makes no difference
 
-What neither shows: examples that meet only in a model that draws random numbers, and without a gradient; and a model
-that passed, and then comes to let them meet without a gradient and without another operation in its graph.
+A kind that passed is looked at again whenever its passes have doubled in number, since a gate between examples may open
+in training, or a clipping of the batch begin. Whether rows were taken in their own order makes another kind.
+
+What neither shows: examples that meet only in a model that draws random numbers, and without a gradient; and those that
+come to meet in some passes of a kind that are not looked at.
 """
 
 from __future__ import annotations
@@ -44,9 +47,14 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     _check_outputs_have_examples(trace)
     few = min(total - 1, FEW)
     calls = tuple((call.path, call.number) for call in trace.layer_calls)
-    kind = (calls, few, trace.paths_in_train_mode, trace.graph_structure)
-    right = ModelChecks.of(root).independent
-    if few < 1 or kind in right:
+    if few < 1:
+        return
+    in_order = tuple(map(_is_in_order, trace.orders))
+    kind = (calls, few, trace.paths_in_train_mode, trace.graph_structure, in_order)
+    passes = ModelChecks.of(root).independent
+    number = passes.get(kind, 0) + 1
+    if number & (number - 1):  # no power of two
+        passes[kind] = number
         return
     with as_recorded(trace):
         dependent = _interact_in_values(trace, weights, few) or _interact_in_gradients(trace, weights, few)
@@ -59,7 +67,14 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
             "model treat dimension 0 as examples, in their order and without statistics over them (GroupNorm, "
             "LayerNorm or filter response normalisation instead of the batch's)."
         )
-    remember(right, kind)
+    remember(passes, kind, number)
+
+
+def _is_in_order(order: Tensor) -> bool:
+    """Whether all rows are taken, one after the other."""
+    if order.dtype == torch.bool:
+        return bool(order.all())
+    return order.dim() == 1 and torch.equal(order, torch.arange(len(order), device=order.device, dtype=order.dtype))
 
 
 def _check_outputs_have_examples(trace: Trace) -> None:
