@@ -114,6 +114,7 @@ TASKS = {
     "gru": "tinyshakespeare, GRU",
     "embedding": "embeddings of passages (InfoNCE)",
     "ft-transformer": "kin8nm, FT-Transformer",
+    "ppo": "CartPole, PPO: mean return, at best 500",
 }
 
 
@@ -123,12 +124,17 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def largest_difference() -> float:
-    """The largest difference of VAdamW's loss from AdamW's over the tasks, by the line and tuned, as a share."""
+    """The largest difference of VAdamW's validation loss from AdamW's, by the line and tuned, as a share."""
     return max(
         abs(methods["VAdamW"][which]["mean"]["loss"] / methods["AdamW"][which]["mean"]["loss"] - 1)
-        for methods in recorded()
+        for methods in with_data()
         for which in ("line", "tuned")
     )
+
+
+def with_data() -> list[dict[str, Any]]:
+    """Those of the recorded tasks that have a validation loss, not a return."""
+    return [methods for methods in recorded() if "return" not in methods["AdamW"]["line"]["mean"]]
 
 
 def lines() -> str:
@@ -147,9 +153,9 @@ def lines() -> str:
     gap = short(read("generalization/fashion-mnist")["table"]["IVON"]["mean"]["mean_absolute_gap"], 3)
     rows = [
         (
-            "whatever AdamW trains: transformers, fine-tuning, tabular data, embeddings",
+            "whatever AdamW trains: transformers, fine-tuning, tabular data, embeddings, policies",
             "`VAdamW(model, lr=1e-3, num_data=N)`, with AdamW's own lr",
-            f"the loss is AdamW's to {percent(largest_difference())} on {len(recorded())} tasks",
+            f"the loss is AdamW's to {percent(largest_difference())} on {len(with_data())} tasks; PPO solves CartPole",
         ),
         (
             "whatever is trained from scratch",
@@ -166,16 +172,22 @@ def lines() -> str:
 
 
 def defaults() -> str:
-    """One line in other people's networks: validation losses of the tasks that are recorded."""
+    """One line in other people's networks: validation losses, and a policy's return, of the tasks that are recorded."""
     columns = [("AdamW", "line"), ("VAdamW", "line"), ("EVON", "line"), ("EVON, narrow", "line")]
     columns += [("AdamW", "tuned"), ("VAdamW", "tuned"), ("EVON", "tuned"), ("SOAP", "tuned"), ("SGD", "tuned")]
     columns += [("ivon-opt", "line")]
     rows = []
     for name, label in TASKS.items():
         methods = read(f"defaults/{name}")["methods"]
-        losses = [methods.get(method, {}).get(which, {}).get("mean", {}).get("loss") for method, which in columns]
-        rows.append((label, *("" if loss is None else short(loss, 3) for loss in losses)))
+        means = [methods.get(method, {}).get(which, {}).get("mean", {}) for method, which in columns]
+        rows.append((label, *(_loss_or_return(mean) for mean in means)))
     return table(("", *(f"{method}, {which}" for method, which in columns)), rows)
+
+
+def _loss_or_return(mean: dict[str, float]) -> str:
+    if mean.get("loss") is None:
+        return ""
+    return f"{mean['return']:.0f}" if "return" in mean else short(mean["loss"], 3)
 
 
 def defaults_calibration() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.report.markdown import both, percent, roughly, short
 from benchmarks.report.records import read
 from benchmarks.tables import labels
-from benchmarks.tables.optimizers import largest_difference, recorded
+from benchmarks.tables.optimizers import largest_difference, recorded, with_data
 
 MLP = "MLP 784-500-300-10"
 # Of a forward pass, by layer: outputs times inputs, and of a convolution times positions.
@@ -20,8 +20,9 @@ MULTIPLICATIONS = {
 
 
 def _loss(methods: dict[str, Any], method: str, which: str) -> float:
-    """The validation loss; NaN, which is below nothing, where the method was not run."""
-    return methods.get(method, {}).get(which, {}).get("mean", {}).get("loss", math.nan)
+    """The validation loss, infinite where the method diverged; NaN, which is below nothing, where it was not run."""
+    loss = methods.get(method, {}).get(which, {}).get("mean", {}).get("loss", math.nan)
+    return math.inf if loss is None else loss
 
 
 def _narrow_below(which: str) -> str:
@@ -37,6 +38,11 @@ def _soap_lowest() -> str:
         if "SOAP" in each
     ]
     return f"{sum(not any(of_task) for of_task in below)}"
+
+
+def _of_policy(method: str) -> dict[str, float]:
+    """What PPO reached by a method's one line."""
+    return read("defaults/ppo")["methods"][method]["line"]["mean"]
 
 
 def _of_leave_one_out(task: str) -> dict[str, float]:
@@ -105,10 +111,13 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "nearest-truth": lambda: _logistic("nearest Gaussian", "from_truth", 4),
     "diagonal-truth": lambda: _logistic("nearest diagonal Gaussian", "from_truth", 3),
     "tasks": lambda: f"{len(recorded())}",
+    "tasks-with-data": lambda: f"{len(with_data())}",
     "vadamw-apart": lambda: percent(largest_difference()),
     "narrow-below-line": lambda: _narrow_below("line"),
     "narrow-below-tuned": lambda: _narrow_below("tuned"),
     "soap-lowest": _soap_lowest,
+    "ppo-evon": lambda: f"{_of_policy('EVON')['return']:.0f}",
+    "ppo-narrow": lambda: f"{_of_policy('EVON, narrow')['return']:.0f}",
     "gru-of-other-scenes": lambda: short(_of_leave_one_out("gru")["loss"], 3),
     "text-apart": lambda: percent(max(_apart(_of_leave_one_out(name)) for name in ("gpt", "gru"))),
     "contested-above": _contested_above_folds,

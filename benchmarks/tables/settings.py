@@ -71,7 +71,7 @@ def _defaults(name: str) -> list[tuple[str, ...]]:
             continue
         lr = found["best"] if which == "tuned" else found["rate"]
         mean = found[which]["mean"]
-        result = f"validation loss {short(mean['loss'], 3)}"
+        result = f"return {mean['return']:.0f}" if "return" in mean else f"validation loss {short(mean['loss'], 3)}"
         if "accuracy" in mean:
             result += f", {percent(mean['accuracy'])}"
         size = _size(given["num_data"], given["batch"], given["epochs"])
