@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import vlearn
 from vlearn.posterior import Diagonal
@@ -76,21 +77,6 @@ class Dying(TensorDataset):
         return super().__getitem__(index)
 
 
-class Counting(nn.Module):
-    """Counts the examples that the model sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.seen = network(), 0
-        self.inner.register_forward_pre_hook(self._count)
-
-    def _count(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.seen += len(args[0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,19 +119,57 @@ def test_a_sweep_goes_on_where_it_was_killed(tmp_path: Path, per: str, at: int) 
     assert_equal(swept(DataLoader(data, batch_size=4), **options), expected)
 
 
-def test_what_is_there_is_not_swept_again_but_for_the_first_batch(tmp_path: Path) -> None:
-    model = Counting()
+def test_what_is_there_is_compared_and_not_swept_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    module = sys.modules["vlearn.sensitivity.sweep"]
+    rows_of = module._rows_of  # pyright: ignore
+    monkeypatch.setattr(
+        module, "_rows_of", lambda lin, *rest: (batches.append(len(lin.batch.index)), rows_of(lin, *rest))[1]
+    )
     with pytest.raises(KeyboardInterrupt):
-        swept(DataLoader(Dying(dataset(), 9), batch_size=2), model, out=tmp_path, leverage=None, deviation=None)
-    first, model.seen = model.seen, 0
+        swept(DataLoader(Dying(dataset(), 9), batch_size=2), out=tmp_path)
+    assert batches == [2] * 4
+    batches.clear()
     shuffled = DataLoader(dataset(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
-    table = swept(shuffled, model, out=tmp_path, leverage=None, deviation=None)
-    assert model.seen <= 6 * first / 8, "a batch to compare, and two batches that have 8 or 9"
-    model.seen = 0
-    assert_equal(table, swept(DataLoader(dataset(), batch_size=2), model, leverage=None, deviation=None))
-    before, model.seen = model.seen, 0
-    assert_equal(swept(DataLoader(dataset(), batch_size=2), model, out=tmp_path, leverage=None, deviation=None), table)
-    assert model.seen < before / 3, "all is there"
+    table = swept(shuffled, out=tmp_path)
+    assert len(batches) <= 2, "two batches that have 8 or 9"
+    assert_equal(table, swept(DataLoader(dataset(), batch_size=2)))
+    batches.clear()
+    assert_equal(swept(DataLoader(dataset(), batch_size=2), out=tmp_path), table)
+    assert not batches, "all is there"
+
+
+def corrected(data: TensorDataset) -> TensorDataset:
+    x, y = (column.clone() for column in data.tensors)
+    y[N - 1] = (y[N - 1] + 1) % CLASSES
+    return TensorDataset(x, y)
+
+
+@pytest.mark.parametrize("per", ["example", "token"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (corrected, "example 9 has the loss"),
+        (lambda data: Subset(data, range(N - 3)), "the loader has not given 3 of its examples, as number 7"),
+    ],
+    ids=["a corrected label", "dropped examples"],
+)
+def test_rows_of_data_that_have_changed_since_are_refused(tmp_path: Path, per: str, change: Any, message: str) -> None:
+    data = dataset(tokens=per == "token")
+    options: dict[str, Any] = {"per": per, "leverage": None, "out": tmp_path}
+    options |= {"loss_fn": of_tokens} if per == "token" else {}
+    swept(DataLoader(data, batch_size=4), **options)
+    with pytest.raises(ValueError, match=f"holds a sweep of other data, or with another loss_fn: .*{message}"):
+        swept(DataLoader(change(data), batch_size=4), **options)
+
+
+def test_tokens_that_come_to_be_ignored_are_refused(tmp_path: Path) -> None:
+    x, y = dataset(tokens=True).tensors
+    options: dict[str, Any] = {"per": "token", "leverage": None, "out": tmp_path, "loss_fn": of_tokens}
+    swept(DataLoader(TensorDataset(x, y), batch_size=4), **options)
+    ignored = torch.where(torch.arange(LENGTH) == 1, -100, y)
+    with pytest.raises(ValueError, match="other tokens of a sequence count"):
+        swept(DataLoader(TensorDataset(x, ignored), batch_size=4), **options)
 
 
 @pytest.mark.parametrize(

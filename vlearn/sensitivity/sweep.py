@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -131,9 +132,10 @@ def sweep(
             argument of the model's forward that gives the example of each row, ``[rows]``, or a callable of the
             forward's arguments; see `VariationalOptimizer.watch`. There are as many examples as targets.
         out: a folder to which the rows of each batch are written as they come, so that no column is held in memory.
-            After a kill the same command, of as many processes or others, goes on where it was: what is there already
-            is only read from the loader. Its table, in the order of the examples' numbers, is on disk,
-            and `SensitivityTable.open` opens it again; ``np.load("rows.npy", mmap_mode="r")["loss"]`` without vlearn.
+            After a kill the same command, of as many processes or others, goes on where it was: of what is there
+            already only the losses are computed, to see that the data are the same. Its table, in the order of the
+            examples' numbers, is on disk, and `SensitivityTable.open` opens it again;
+            ``np.load("rows.npy", mmap_mode="r")["loss"]`` without vlearn.
         sync: sweep the data of all processes of torch.distributed, where the loader of each gives its own share, as by
             an `UnrepeatedDistributedSampler`; of the processes of a DistributedDataParallel model where that is given.
             All must call it, and all get the table of all, see `SensitivityTable.gather`; each probes with random
@@ -181,10 +183,16 @@ def sweep(
                     yield _rows_of(lin, options, generator)
                 del lin  # its graph goes before the next part comes
 
+        def key_of(batch: Batch) -> dict[str, np.ndarray]:
+            found = [_key_of(lin) for lin in parts(batch)]
+            return {name: np.concatenate([part[name].cpu().numpy() for part in found]) for name in found[0]}
+
         def go_through(table: GrowingTable | TableOnDisk) -> None:
             given = batches(loader, model, example_index)
             shown = with_progress_bar(given, loader, progress, "sweep")
-            _sweep_into(table, shown, rows_of, may_be_empty=process_count() > 1 and not isinstance(loader, Iterator))
+            _sweep_into(
+                table, shown, rows_of, key_of, may_be_empty=process_count() > 1 and not isinstance(loader, Iterator)
+            )
 
         if out is None or network is None:
             in_memory = GrowingTable()
@@ -209,18 +217,23 @@ def _sweep_into(
     table: GrowingTable | TableOnDisk,
     given: Iterable[Batch],
     rows_of: Callable[[Batch], Iterator[SensitivityTable]],
+    key_of: Callable[[Batch], dict[str, np.ndarray]],
     may_be_empty: bool,
 ) -> None:
     """Go through the batches of this process.
 
+    Args:
+        key_of: what `TableOnDisk.compare` takes of a batch.
     Raises:
         ValueError: if there are none, where no other process may have some or an iterator may be used up.
     """
     count = 0
     for batch in given:
         count += 1
-        if table.lacks(batch.index):
+        if isinstance(table, GrowingTable) or table.lacks(batch.index):
             table.add(rows_of(batch))
+        else:
+            table.compare(**key_of(batch))
     if not count and not may_be_empty:
         raise ValueError("the loader gave no batch: pass one that can be iterated again.")
 
@@ -292,6 +305,8 @@ def _sweep_to_disk(
     table = processes.agreed(lambda: TableOnDisk(record, processes.rank))  # all have read before any writes
     try:
         processes.agreed(partial(go_through, table))
+        not_given = processes.each(table.not_given)
+        processes.agreed(partial(table.check_given, not_given))
     finally:
         table.close()
     in_first(record.complete)
@@ -311,6 +326,16 @@ def _token_rows_of(
         mask = counts[:, position]
         counted: dict[str, Any] = {name: None if column is None else column[mask] for name, column in columns.items()}
         yield SensitivityTable(**counted)
+
+
+def _key_of(lin: Linearization) -> dict[str, Tensor]:
+    """Number and loss of the examples, or of the tokens that count with their positions."""
+    loss = lin.loss.double()
+    if loss.dim() == 1:
+        return {"index": lin.batch.index, "loss": loss}
+    counts = kept_tokens(lin)
+    examples, position = counts.cpu().nonzero().unbind(1)
+    return {"index": lin.batch.index[examples], "loss": loss[counts], "position": position}
 
 
 def _kept(rows: Tensor, options: SweepOptions) -> Tensor:

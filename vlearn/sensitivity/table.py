@@ -253,12 +253,16 @@ class TableOnDisk:
     def __init__(self, record: RowRecord, part: int):
         earlier = record.key()
         self._earlier = earlier[np.argsort(earlier["index"], kind="stable")]
-        self._compared = not len(earlier)
+        self._numbers, starts = np.unique(self._earlier["index"], return_index=True)
+        self._starts = np.append(starts, len(earlier))
+        self._given = np.zeros(len(self._numbers), bool)
         self._path, self._writer = record.path, record.writer(part)
 
     def lacks(self, index: Tensor) -> bool:
-        """Whether some of a batch's examples are still to be swept, or to be compared, as those of one batch are."""
-        return not (self._compared and bool(self._has(index).all()))
+        """Whether some of a batch's examples are still to be swept."""
+        has, places = self._find(index.numpy())
+        self._given[places[has]] = True
+        return not has.all()
 
     def add(self, batch: Iterable[SensitivityTable]) -> None:
         """Write the rows of one batch, all or, after a kill, none of them; those that are there already stay.
@@ -267,34 +271,70 @@ class TableOnDisk:
             ValueError: if rows that are there already are of other examples.
         """
         rows = np.concatenate([_records(part) for part in batch])
-        has = self._has(torch.from_numpy(rows["index"]))
-        if has.any() and not self._compared:
-            self._compare(rows[has.numpy()])
-        rows = rows[~has.numpy()]
+        has, _ = self._find(rows["index"])
+        self.compare(**{name: rows[name][has] for name in self._earlier.dtype.names or ()})
+        rows = rows[~has]
         if len(rows):
             self._writer.append(rows)
+
+    def compare(self, index: np.ndarray, **columns: np.ndarray) -> None:
+        """Compare examples of the loader with their rows that are there already, by their losses.
+
+        Args:
+            index: ``[n]`` their numbers.
+            columns: "loss" ``[n]`` and, where tokens are the examples, "position" ``[n]``.
+        Raises:
+            ValueError: if they are other examples.
+        """
+        earlier, given = self._rows_of(index), {"index": index, **columns}
+        both = {name: np.concatenate([earlier[name], given[name]]) for name in given}
+        source = np.repeat([0, 1], [len(earlier), len(index)])
+        try:
+            example_order(source=source, names=["the folder", "the loader"], **both)
+        except ValueError as error:
+            raise self._of_other_data(str(error)) from None
+        names = [name for name in given if name != "loss"]
+        before, now = (np.unique([rows[name] for name in names], axis=1) for rows in (earlier, given))
+        if not np.array_equal(before, now):
+            raise self._of_other_data("other tokens of a sequence count")
+
+    def not_given(self) -> list[int]:
+        """The numbers of the rows that are there already and that the loader has not given so far."""
+        return self._numbers[~self._given].tolist()
+
+    def check_given(self, not_given: Iterable[list[int]]) -> None:
+        """Raise ValueError if rows that are there already are of examples that no process's loader has given.
+
+        Args:
+            not_given: what `not_given` is in each process.
+        """
+        lacking = sorted(set.intersection(*map(set, not_given)))
+        if lacking:
+            raise self._of_other_data(
+                f"the loader has not given {len(lacking)} of its examples, as number {lacking[0]}"
+            )
 
     def close(self) -> None:
         """Let other processes write."""
         self._writer.close()
 
-    def _has(self, index: Tensor) -> Tensor:
-        numbers = torch.from_numpy(np.ascontiguousarray(self._earlier["index"]))
-        if not len(numbers):
-            return torch.zeros(index.shape, dtype=torch.bool, device="cpu")
-        return numbers[torch.searchsorted(numbers, index.contiguous()).clamp(max=len(numbers) - 1)] == index
+    def _find(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(Whether each number is there already ``[n]``, its place among those that are)."""
+        if not len(self._numbers):
+            return np.zeros(len(index), bool), np.zeros(len(index), int)
+        places = np.searchsorted(self._numbers, index).clip(max=len(self._numbers) - 1)
+        return self._numbers[places] == index, places
 
-    def _compare(self, rows: np.ndarray) -> None:
-        self._compared = True
-        earlier = self._earlier[np.isin(self._earlier["index"], rows["index"])]
-        columns = {name: np.concatenate([earlier[name], rows[name]]) for name in earlier.dtype.names or ()}
-        source = np.repeat([0, 1], [len(earlier), len(rows)])
-        try:
-            example_order(source=source, names=["the folder", "the loader"], **columns)
-        except ValueError as error:
-            raise ValueError(
-                f"{self._path} holds a sweep of other data, or with another loss_fn: use another path ({error})"
-            ) from None
+    def _rows_of(self, index: np.ndarray) -> np.ndarray:
+        """The rows that are there already of some numbers."""
+        has, places = self._find(np.unique(index))
+        ends = zip(self._starts[places[has]], self._starts[places[has] + 1], strict=True)
+        return self._earlier[np.concatenate([np.empty(0, int), *(np.arange(start, end) for start, end in ends)])]
+
+    def _of_other_data(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self._path} holds a sweep of other data, or with another loss_fn: use another path, or delete it ({why})"
+        )
 
 
 def _records(rows: SensitivityTable) -> np.ndarray:
