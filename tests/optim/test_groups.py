@@ -198,3 +198,31 @@ def test_a_step_that_no_gradient_reaches_changes_nothing(entry: Entry, loop: str
     with pytest.raises(RuntimeError, match="without a draw") if loop == "context" else nullcontext():
         LOOPS[loop](optimizer, lambda x: model(x) + elsewhere, x, y)
     assert equal(weights(model) + states(optimizer), before)
+
+
+@family
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_pass_through_the_frozen_model_leaves_the_training_as_it_was(entry: Entry, waiting: bool) -> None:
+    """A discriminator, frozen while its generator trains; `waiting` is that pass between two micro-batches."""
+    x, y = data()
+
+    def train(with_generator: bool) -> list[torch.Tensor]:
+        model, code = network(), torch.ones(12, 6, dtype=torch.float64, requires_grad=True)
+        optimizer = made(entry, "plain", model)
+        torch.manual_seed(3)
+        rows = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part in (slice(0, 5), slice(5, 12)):
+                loss_of(model, x[part], y[part]).backward()
+                rows.append(optimizer.sensitivities().self_influence)
+                if with_generator and (waiting or part.start):
+                    model.requires_grad_(False)
+                    code.grad = None
+                    loss_of(model, code, y).backward()
+                    assert code.grad is not None
+                    model.requires_grad_(True)
+            optimizer.step()
+        return weights(model) + states(optimizer) + rows
+
+    assert equal(train(True), train(False))

@@ -300,7 +300,7 @@ class Watch:
         if self.options.example_index is not None:
             trace.find_rows = partial(told_rows, self.options.example_index)
         consumer = self._consumer
-        if consumer is not None and consumer.probes:
+        if consumer is not None and consumer.probes and trace.tracked:
             trace.probe = OutputProbe(lambda output: select(output, consumer.output), self._cotangent)
         return trace
 
@@ -433,13 +433,17 @@ class Watch:
             return
         if trace is None or self._collected or not trace.received:
             return
+        if not trace.tracked:  # all was frozen
+            return
         self._collected = True
         try:
             recorded = self.last_pass(as_probed=consumer.probes)
             if not recorded.num_examples:
                 raise ValueError("the minibatch has none. Leave it out.")
-            with torch.autocast(next(iter(draw.samples())).device.type, enabled=False):
-                wanted = {p for p in draw.parameters if draw.gradient_of(p) is not None}
+            with torch.autocast(next(iter(trace.tracked)).device.type, enabled=False):
+                # Also of what has been frozen since, as a discriminator is while its generator trains.
+                tracked = (p for p in draw.parameters if p in trace.tracked)
+                wanted = {p for p in tracked if p.grad is not None or p in draw.gradients}
                 sums = consumer.sums(recorded, wanted)
                 # A probe's rows have the weights of a mean over the rows that the loss depends on.
                 count = recorded.num_examples if consumer.probes else recorded.num_with_loss
