@@ -176,6 +176,19 @@ def test_a_run_of_few_steps_is_not_judged_by_them() -> None:
     assert told_of(step=99, hess_init_weight=1.0, step_size=1.0, loss_at_draws=0.1) == []
 
 
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("scale", [10.0, 1.0, 0.01])
+def test_before_the_first_step_only_residuals_too_small_for_the_noise_are_told(name: str, scale: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = getattr(vlearn, name)(model, **EACH[name])
+    batches = [(torch.randn(N, 3), scale * torch.randn(N, 1))]
+    told = [each for each in optimizer.diagnostics(batches, F.mse_loss).advice() if "squared error" in each]
+    assert len(told) == (scale < 0.1)
+
+
 def test_residuals_that_another_fault_explains_are_not_taken_for_noise() -> None:
     residuals = {"residual_variance": 50.0, "assumed_variance": 0.5, "loss_at_draws": 0.1}
     assert "multiply the loss by 0.01." in only(told_of(**residuals))

@@ -24,7 +24,7 @@ def advise(found: Mapping[str, Any]) -> list[str]:
         found: the fields of a `Diagnostics`, by their names.
     """
     of_count, of_rate = _of_count(found), _of_rate(found)
-    of_noise = _of_noise(found, is_fitted=not of_count and not of_rate)
+    of_noise = _of_noise(found, is_fitted=bool(found["step"]) and not of_count and not of_rate)
     # Draws of a wrong scale are wide for that reason.
     of_width = [] if of_count or of_noise else _of_width(found)
     return [*of_count, *of_noise, *_of_start(found), *of_rate, *of_width]
@@ -66,8 +66,9 @@ def _of_noise(found: Mapping[str, Any], is_fitted: bool) -> list[str]:
     residual, assumed, settings = found["residual_variance"], found["assumed_variance"], found["settings"]
     if not residual or not assumed:
         return []
-    # Of ess = N/(2σ²) the draws are those of a loss that is divided by 2σ².
-    by_ess = assumed * (settings["num_data"] or settings["ess"]) / settings["ess"]
+    # Of ess = N/(2σ²) the draws are those of a loss that is divided by 2σ². VAdamW's is infinite before its first step.
+    ess = settings["ess"]
+    by_ess = assumed * (settings["num_data"] or ess) / ess if ess < math.inf else assumed
     if any(1 / VARIANCE_FACTOR < residual / each < VARIANCE_FACTOR for each in (assumed, by_ess)):
         return []
     if residual > assumed and not is_fitted:
