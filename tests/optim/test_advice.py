@@ -215,6 +215,29 @@ def test_squared_errors_are_known_by_their_slope(loss: Callable[..., Tensor], as
         assert found.residual_variance == pytest.approx(found.loss_at_mean * assumed, rel=1e-4)
 
 
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cross_entropy_is_no_squared_error_however_its_gradients_are_rounded(
+    confidence: float, dtype: torch.dtype
+) -> None:
+    for seed in range(25):
+        torch.manual_seed(seed)
+        model = nn.Linear(5, 3, dtype=dtype)
+        x = torch.randn(6, 5, dtype=dtype)
+        with torch.no_grad():
+            model.weight *= confidence
+        found = vlearn.IVON(model, lr=0.1, ess=6).diagnostics([(x, torch.randint(3, (6,)))], F.cross_entropy)
+        assert found.residual_variance is None
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_squared_error_is_known_by_its_slope_at_targets_of_any_size(size: float) -> None:
+    model = nn.Linear(3, 2)
+    batches = [(torch.randn(20, 3), size * torch.randn(20, 2))]
+    found = vlearn.IVON(model, lr=0.1, ess=20).diagnostics(batches, F.mse_loss)
+    assert found.assumed_variance == pytest.approx(1.0, rel=1e-4)
+
+
 def test_measuring_leaves_everything_as_it_was() -> None:
     runs = []
     for measures in (True, False):

@@ -18,6 +18,7 @@ from vlearn.per_example.replay import eval_mode, random_numbers_from
 
 EXAMPLES = 500  # after so many no further batch is taken
 DRAWS = 4
+ROUNDING = 1e3  # times eps, relative to the largest gradient: a smaller change of one is noise
 
 
 @torch.no_grad()
@@ -93,13 +94,18 @@ def _of_squares(losses: ExampleLoss, found: list[tuple[Tensor, Any, Any]]) -> tu
             return None
         wide = output.double() if output.device.type != "mps" else output
         target = target.to(wide.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
+        numbers = torch.arange(wide.numel(), device=wide.device, dtype=wide.dtype).reshape(wide.shape)
+        shift = 1 + numbers.cos() / 2  # softmax does not see one that is the same for all outputs
         try:
-            here, above, below = (_residual(losses, wide + step, target) for step in (0.0, 1.0, -3.0))
+            here, above, below = (_residual(losses, wide + step * shift, target) for step in (0.0, 1.0, -3.0))
         except RuntimeError:  # a loss that takes no float64, or has no gradient
             return None
-        slopes = torch.stack([above - here, (here - below) / 3]).flatten()
+        slopes = torch.stack([(above - here) / shift, (here - below) / (3 * shift)]).flatten()
         slope = float(slopes[0]) if slope is None else slope
-        if not slope > 0 or not bool(torch.isclose(slopes, torch.full_like(slopes, slope), rtol=1e-4).all()):
+        rounding = ROUNDING * torch.finfo(wide.dtype).eps * float(here.abs().max())
+        if not slope > rounding:
+            return None
+        if not bool(torch.isclose(slopes, torch.full_like(slopes, slope), rtol=1e-4, atol=0.0).all()):
             return None
         total += float((here / slope).square().sum())
         count += here.numel()
