@@ -184,8 +184,11 @@ def sweep(
                 del lin  # its graph goes before the next part comes
 
         def key_of(batch: Batch) -> dict[str, np.ndarray]:
-            found = [_key_of(lin) for lin in parts(batch)]
-            return {name: np.concatenate([part[name].cpu().numpy() for part in found]) for name in found[0]}
+            found: list[dict[str, Tensor]] = []
+            for lin in parts(batch):
+                found.append(_key_of(lin))
+                del lin  # as above
+            return {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
 
         def go_through(table: GrowingTable | TableOnDisk) -> None:
             given = batches(loader, model, example_index)
@@ -329,12 +332,12 @@ def _token_rows_of(
 
 
 def _key_of(lin: Linearization) -> dict[str, Tensor]:
-    """Number and loss of the examples, or of the tokens that count with their positions."""
-    loss = lin.loss.double()
+    """Number and loss of each example ``[n]``, on the CPU; of the tokens that count, with their positions."""
+    loss = lin.loss.cpu().double()
     if loss.dim() == 1:
         return {"index": lin.batch.index, "loss": loss}
-    counts = kept_tokens(lin)
-    examples, position = counts.cpu().nonzero().unbind(1)
+    counts = kept_tokens(lin).cpu()
+    examples, position = counts.nonzero().unbind(1)
     return {"index": lin.batch.index[examples], "loss": loss[counts], "position": position}
 
 

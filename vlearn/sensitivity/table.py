@@ -196,10 +196,6 @@ class GrowingTable:
         self.count = 0
         self._columns: dict[str, Tensor | None] = {}
 
-    def lacks(self, index: Tensor) -> bool:
-        """Whether some of a batch's examples are still to be swept: all are."""
-        return True
-
     def add(self, batch: Iterable[SensitivityTable]) -> None:
         """Add the rows of one batch, of one part or position of it after the other."""
         for rows in batch:
@@ -260,9 +256,7 @@ class TableOnDisk:
 
     def lacks(self, index: Tensor) -> bool:
         """Whether some of a batch's examples are still to be swept."""
-        has, places = self._find(index.numpy())
-        self._given[places[has]] = True
-        return not has.all()
+        return not self._find(index.numpy())[0].all()
 
     def add(self, batch: Iterable[SensitivityTable]) -> None:
         """Write the rows of one batch, all or, after a kill, none of them; those that are there already stay.
@@ -272,7 +266,8 @@ class TableOnDisk:
         """
         rows = np.concatenate([_records(part) for part in batch])
         has, _ = self._find(rows["index"])
-        self.compare(**{name: rows[name][has] for name in self._earlier.dtype.names or ()})
+        if has.any():
+            self.compare(**{name: rows[name][has] for name in self._earlier.dtype.names or ()})
         rows = rows[~has]
         if len(rows):
             self._writer.append(rows)
@@ -297,9 +292,11 @@ class TableOnDisk:
         before, now = (np.unique([rows[name] for name in names], axis=1) for rows in (earlier, given))
         if not np.array_equal(before, now):
             raise self._of_other_data("other tokens of a sequence count")
+        has, places = self._find(index)
+        self._given[places[has]] = True
 
     def not_given(self) -> list[int]:
-        """The numbers of the rows that are there already and that the loader has not given so far."""
+        """The numbers of the rows that are there already and that have not been compared so far."""
         return self._numbers[~self._given].tolist()
 
     def check_given(self, not_given: Iterable[list[int]]) -> None:
