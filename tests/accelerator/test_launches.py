@@ -142,7 +142,7 @@ def test_kfac_von_waits_once_in_a_step_however_many_layers_it_has(
         loss.backward()
         with counted() as counts:
             optimizer.step()
-        if step in (2, 4, 6):
+        if step + 1 not in (1, 2, 4, 8) and step % 5:
             waits = 2 if curvature == "empirical" else 1  # one to count the examples that the loss counts
             assert counts.reads.total() == waits and not counts.uploads, (counts.reads, counts.uploads)
 

@@ -106,9 +106,9 @@ def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, in
             _has_axis[kind] = axis is not None
             if axis is not None:
                 met.append(axis)
-        if kind.__name__.startswith("Index"):
-            order = saved_order(node)
-            orders += [] if order is None else [order]
+        order = saved_order(node)
+        if order is not None:
+            orders.append(order)
         if node not in inputs:
             waiting += [n for n, _ in node.next_functions if n is not None]
     return place, hash(tuple(met)), orders

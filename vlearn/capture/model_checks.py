@@ -1,7 +1,8 @@
-"""What has been found out about a model's passes, so that each kind of pass is looked at once.
+"""What has been found out about a model's passes, so that not each of them is looked at.
 
 A kind is the sequence of recorded calls, the set of modules in train mode and the structure of the graph: a model that
-comes to do something else makes another kind of pass, and is looked at again.
+comes to do something else makes another kind of pass, and is looked at again. Most is looked at once for each kind;
+whether examples meet, again when its passes have doubled in number (`vlearn.per_example.independence`).
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ class RankOne:
         return total
 
     def _full_sum(self, others: RankOne) -> Tensor:
+        """(b̃_n ∘ b̃_m)ᵀ v (ã_n ∘ ã_m); the matrix product comes first, and leaves the narrower side to be summed."""
         sides, v = [(self.b, others.b), (self.a, others.a)], self.block.variances
         if v.shape[0] < v.shape[1]:
             sides, v = sides[::-1], v.mT

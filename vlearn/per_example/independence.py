@@ -46,9 +46,9 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
     assert root is not None
     _check_outputs_have_examples(trace)
     few = min(total - 1, FEW)
-    calls = tuple((call.path, call.number) for call in trace.layer_calls)
     if few < 1:
         return
+    calls = tuple((call.path, call.number) for call in trace.layer_calls)
     in_order = tuple(map(_is_in_order, trace.orders))
     kind = (calls, few, trace.paths_in_train_mode, trace.graph_structure, in_order)
     passes = ModelChecks.of(root).independent
