@@ -428,6 +428,52 @@ def test_an_ensemble_draw_leaves_a_waiting_draw_as_it_was(entry: Entry) -> None:
 
 
 @family
+@pytest.mark.parametrize("ask", ["ensemble", "diagnostics"])
+@pytest.mark.parametrize("loop", ["plain", "closure", "modes"])
+def test_what_is_asked_between_forward_and_backward_leaves_the_pass_as_it_was(
+    entry: Entry, ask: str, loop: str
+) -> None:
+    x, y = data()
+
+    def train(asks: bool) -> list[torch.Tensor]:
+        model = network()
+        optimizer = made(entry, loop, model)
+        torch.manual_seed(3)
+
+        class Asked(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                output, state = model(x), torch.get_rng_state()
+                if asks and ask == "ensemble":
+                    with torch.no_grad(), optimizer.sampled_params():
+                        model(x)
+                elif asks:
+                    optimizer.diagnostics([(x, y)], nn.functional.cross_entropy, model)
+                torch.set_rng_state(state)
+                return output
+
+        for _ in range(3):
+            LOOPS[loop](optimizer, Asked(), x, y)
+        return weights(model)
+
+    assert equal(train(True), train(False))
+
+
+@family
+def test_backward_after_an_ensemble_is_refused_whatever_draw_is_in_the_weights(entry: Entry) -> None:
+    model, (x, y) = network(), data()
+    optimizer = made(entry, "context", model)
+    with optimizer.sampled_params():
+        losses = [loss_of(model, x, y) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[0].backward()
+    with optimizer.sampled_params(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[1].backward()
+    optimizer.train()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[2].backward()
+
+
+@family
 def test_misuse_names_the_remedy_and_changes_nothing(entry: Entry) -> None:
     model, (x, y) = network(), data()
     optimizer = entry.make(model.parameters())

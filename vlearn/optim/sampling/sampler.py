@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlearn._torch_internals import next_sequence_number
+from vlearn._torch_internals import next_sequence_number, set_versions
 from vlearn.collectives import process_count
 from vlearn.optim.distributed.local_gradients import LocalGradients
 from vlearn.optim.distributed.processes import Processes
@@ -25,6 +26,8 @@ from vlearn.optim.sampling.gradient_origin import GradientOrigin
 from vlearn.optim.sampling.noise import Noise
 from vlearn.optim.sampling.protocols import Curvature, PassListener, Structure
 from vlearn.sharded.tensors import whole
+
+_ENSEMBLE_VERSIONS = count(2**30)  # that weights have in no other state: more than they are ever written
 
 
 class Context(Enum):
@@ -420,13 +423,16 @@ class Sampler:
     @contextmanager
     def _ensemble_context(self) -> Iterator[None]:
         with self.at_mean():
-            draw = None
+            draw, versions = None, {p: p._version for p in self.parameters.trainable()}
             try:
                 draw = self._make_draw(Origin.ENSEMBLE)
+                # A graph of before waits for its weights to come back; one of inside must never find others.
+                set_versions(dict.fromkeys(draw.parameters, next(_ENSEMBLE_VERSIONS)))
                 yield
             finally:
                 if draw is not None:
                     draw.discard()
+                    set_versions({p: versions[p] for p in draw.parameters})
                     self._buffers = draw.reusable_buffers()
 
     def train(self) -> None:
