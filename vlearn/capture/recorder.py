@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from vlearn._torch_internals import view_base
+from vlearn._torch_internals import in_functorch_transform, view_base
 from vlearn.capture.autograd_graph import (
     CallSubgraph,
     Node,
@@ -36,6 +36,11 @@ _COMPUTE = frozenset(("forward", "_conv_forward", "_output_padding"))  # which a
 _NOT_IN_GRAPH = (
     "a parameter of {name} got its gradient from a backward pass inside the backward pass, whose graph cannot be seen "
     "(reentrant checkpointing): use checkpoint(..., use_reentrant=False)."
+)
+
+_DIFFERENTIATES = (
+    "the forward pass calls torch.autograd.grad or backward() itself, as for forces, through which no example's "
+    "gradient can be followed: use torch.func.grad there."
 )
 
 
@@ -67,13 +72,18 @@ class Recorder:
         self._given_up = False
         self._stand_ins: dict[LayerCall, tuple[list[LayerCall], list[LayerCall]]] = {}  # see `_stand_by`
         self._adopters: list[tuple[LayerCall, _Frame, list[nn.Module]]] = []  # see `_await_uncalled`
+        self._handles: list[Any] = []  # of hooks that are there until the root has run
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is about to run; the first call of all is that of the root."""
-        self._unless_given_up(self._enter, module, args, kwargs)
+        if not in_functorch_transform():
+            self._unless_given_up(self._enter, module, args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A module has run."""
+        if in_functorch_transform():  # of the model's own: what it uses inside belongs to the call around it
+            self.trace.num_calls[module] = self.trace.num_calls.get(module, 0) + 1
+            return
         self._unless_given_up(self._leave, module, args, kwargs, output)
 
     def _unless_given_up(self, record: Callable[..., None], module: nn.Module, *call: Any) -> None:
@@ -154,6 +164,9 @@ class Recorder:
         )
 
     def _leave_root(self, frame: _Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        remove_all(self._handles)
+        if any(call.reached for call in self.trace.layer_calls):
+            self.trace.problems.append(_DIFFERENTIATES)
         self._settle()
         self._attribute_remaining(frame, args, kwargs, output)
         self.trace.keep_output(output)  # takes the edges of all calls
@@ -458,6 +471,7 @@ class Recorder:
         trace = self.trace
         if trace.edges is not None:
             trace.edges.append((call, position, get_gradient_edge(tensor)))
+            self._handles.append(tensor.register_hook(partial(call.receive, position)))
             return
         tensor.register_hook(partial(call.receive, position))
         if trace.probe is not None:
