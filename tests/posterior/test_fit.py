@@ -237,6 +237,20 @@ def test_a_shared_weight_is_one_parameter() -> None:
     assert relative_error(flat(dict(found.variance)), 1 / precision) < 1e-10
 
 
+def test_a_fit_between_forward_and_step_is_at_the_mean_and_leaves_the_draw() -> None:
+    model, x = mlp()
+    expected = fit(model, in_batches(x), F.cross_entropy, **EXACT)
+    optimizer = vlearn.IVON(model, lr=0.1, ess=N)
+    loss = F.cross_entropy(model(x), labels)
+    draw = [p.detach().clone() for p in model.parameters()]
+    found = fit(model, in_batches(x), F.cross_entropy, **EXACT)
+    assert all(torch.equal(found.mean[name], expected.mean[name]) for name in expected.mean)
+    assert torch.equal(covariance(found, model), covariance(expected, model))
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), draw, strict=True))
+    loss.backward()
+    optimizer.step()
+
+
 def test_prior_precisions_come_by_name_and_from_an_optimizers_penalty() -> None:
     model, x = mlp()
     by_name = {name: 1.0 + n for n, (name, _) in enumerate(model.named_parameters())}

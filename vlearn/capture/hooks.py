@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlearn._torch_internals import graph_task_id
+from vlearn._torch_internals import forward_pre_hooks, graph_task_id
 from vlearn.capture.names import module_paths
 from vlearn.capture.recorder import Recorder
 from vlearn.capture.trace import Trace
@@ -38,6 +38,17 @@ def hooks_are_silent() -> bool:
 def is_recomputed() -> bool:
     """Whether a forward pass that runs now is one that checkpointing makes inside the backward pass."""
     return not _paused.get() and graph_task_id() != -1
+
+
+@contextmanager
+def weights_at_mean(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights are the mean also where an optimizer that watches the model has a draw in them."""
+    owners = (getattr(hook, "__self__", None) for module in model.modules() for hook in forward_pre_hooks(module))
+    with ExitStack() as stack:
+        for context in [getattr(owner, "weights_at_mean", None) for owner in owners]:
+            if context is not None:
+                stack.enter_context(context())
+        yield
 
 
 @contextmanager

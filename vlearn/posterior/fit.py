@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn.capture.hooks import weights_at_mean
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
@@ -58,7 +59,8 @@ def fit(
 
         Σ⁻¹ = N·H + δ,  H the curvature of the mean loss per example, δ the precision of the prior
 
-    Only `eval` mode is used, so BatchNorm is no problem; the model is left as it was. Each batch costs a forward pass,
+    Only `eval` mode is used, so BatchNorm is no problem; the model is left as it was, also where an optimizer that
+    watches it has a draw in its weights. Each batch costs a forward pass,
     `draws` backward passes without weight gradients, and products of the size of a layer. Parameters that are frozen
     stay; those of layers without a Kronecker form (see `vlearn.per_example.kronecker_factors`) get a diagonal one.
 
@@ -118,7 +120,7 @@ def fit(
             "training_time": times_by_name(training_time, times_of),
         }
 
-    with processes.alike(checked), eval_mode(model), native_recurrence(model.modules()):
+    with weights_at_mean(model), processes.alike(checked), eval_mode(model), native_recurrence(model.modules()):
         passes = CurvaturePasses(
             curvature, draws, likelihood, processes.own_generator(generator, next(iter(named.values())).device)
         )
@@ -132,10 +134,11 @@ def fit(
             shares = processes.each(partial(fitting.go_through, shown))
             fitting.end_round(shares, processes)
             count = sum(share.count for share in shares)
-    named = fitting.named
+        named = fitting.named
+        mean = {name: p.detach().clone() for name, p in named.items()}
     scale = Scale(
         names={p: name for name, p in named.items()},
-        mean={name: p.detach().clone() for name, p in named.items()},
+        mean=mean,
         num_data=float(num_data or count),
         prior_precision=given_prior_precision(prior_precision, named, float(num_data or count)),
     )

@@ -7,6 +7,7 @@ alone is at the mean and inert.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 from weakref import ref
 
@@ -42,6 +43,10 @@ class Watcher(Protocol):
         """A module's weights are about to be loaded."""
         ...
 
+    def at_mean(self) -> AbstractContextManager[None]:
+        """A context in which the weights are the mean."""
+        ...
+
 
 class Link:
     """What a module's hooks hold: the watch, if there is one.
@@ -67,6 +72,10 @@ class Link:
         """Forward hook of a module."""
         if self.watch is not None:
             self.watch.after(module, args, kwargs, output)
+
+    def weights_at_mean(self) -> AbstractContextManager[None]:
+        """See `vlearn.capture.hooks.weights_at_mean`."""
+        return nullcontext() if self.watch is None else self.watch.at_mean()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         # The module's parameters are copied before its hooks: put the mean into the copies.

@@ -6,6 +6,7 @@ The outermost call of any module is the one that counts, whichever the user call
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import get_ident
 from types import FrameType
@@ -346,6 +347,10 @@ class Watch:
         draw = self.draw
         if draw is not None:
             self._mean_copies.put(draw, module, state_dict, prefix)
+
+    def at_mean(self) -> AbstractContextManager[None]:
+        """A context in which the weights are the mean; a draw is put back afterwards."""
+        return self.sampler.at_mean()
 
     def weights_loaded(self) -> None:
         """The loaded weights are the mean, so a draw that waits is void."""
