@@ -237,6 +237,14 @@ def test_a_shared_weight_is_one_parameter() -> None:
     assert relative_error(flat(dict(found.variance)), 1 / precision) < 1e-10
 
 
+def test_a_group_without_weight_decay_is_told_to_give_prior_precisions_by_name() -> None:
+    model, x = mlp()
+    weights, biases = ([p for p in model.parameters() if p.dim() == dim] for dim in (2, 1))
+    optimizer = torch.optim.SGD([{"params": weights, "weight_decay": 1e-2}, {"params": biases}], lr=0.1)
+    with pytest.raises(ValueError, match="SGD has no weight decay for '0.bias', .* give prior_precision by name"):
+        fit(model, in_batches(x), F.cross_entropy, prior_precision=optimizer)
+
+
 def test_a_fit_between_forward_and_step_is_at_the_mean_and_leaves_the_draw() -> None:
     model, x = mlp()
     expected = fit(model, in_batches(x), F.cross_entropy, **EXACT)

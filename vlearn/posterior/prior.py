@@ -43,6 +43,11 @@ def given_prior_precision(given: PriorPrecision, named: Mapping[str, Tensor], nu
             f"{MARGINAL_LIKELIHOOD!r}: use 1.0."
         )
     for name, value in prior.items():
+        if value == 0 and isinstance(given, Optimizer):
+            raise ValueError(
+                f"{type(given).__name__} has no weight decay for {name!r}, so that its prior precision is 0, but it "
+                "must be positive: give prior_precision by name, as {name: value} of every parameter that is fitted."
+            )
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"the prior precision of {name!r} is {value:g}, but it must be positive: use 1.0.")
     return prior
