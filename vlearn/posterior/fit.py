@@ -82,7 +82,8 @@ def fit(
         convention: "expand" or "reduce", for layers that act at several positions.
         likelihood: of curvature="sampled": "categorical", "bernoulli", "gaussian" or output -> distribution.
         output: which of several outputs the loss's curvature is taken of.
-        generator: of the probes; with sync each process takes a seed of its own from it.
+        generator: of the probes; with sync each process takes a seed of its own from it. Default torch's global one,
+            which goes on, as in every pass through a DataLoader: a training after the fit draws other numbers.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
         example_index: of batches whose examples are concatenated, see `sweep`.
         training_time: η of a network that was not trained to the end, a number or numbers by name or parameter, see

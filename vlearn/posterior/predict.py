@@ -44,7 +44,7 @@ def predict(
         x: one batch: a tensor, or a tuple or list (positional) or dict (keyword arguments) of them, as in `sweep`.
         draws: number of draws, > 0.
         link: model output -> what is averaged; default the softmax of scores ``[N, C]``.
-        generator: of the draws.
+        generator: of the draws; default torch's global one, which goes on: a training after it draws other numbers.
     Returns:
         ``[N, C]`` averaged class probabilities (with the default link).
     Raises:

@@ -116,7 +116,8 @@ def sweep(
         output: which of several outputs loss, deviation and leverage speak of; a callable loss_fn gets the
             whole output all the same.
         progress: show a progress bar; default where standard error is a terminal and tqdm is installed.
-        generator: of the probe.
+        generator: of the probe; default torch's global one, which goes on, as in every pass through a DataLoader: a
+            training after the sweep draws other numbers.
         refined: Δf = (I - VΛ)⁻¹ V e, exact for linear regression, instead of its first order V e. For a Σ that is the
             inverse of Σ JᵀΛJ and a prior at these very weights; a diagonal or Kronecker Σ overstates it.
         threshold: examples whose largest eigenvalue of VΛ reaches it keep V e; at .95 the refined form is 20 times
