@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -36,6 +37,7 @@ from vlearn._torch_internals import (
     let_go_of_gathered_weights,
     lets_processes_stop_early,
     next_sequence_number,
+    roots_of_backward_passes,
     saved_axis,
     saved_order,
     sequence_number,
@@ -103,6 +105,26 @@ def test_a_backward_pass_has_a_number_of_its_own_and_outside_there_is_none():
     assert graph_task_id() == -1
     outer, nested, after = seen
     assert outer == after and len({-1, outer, nested}) == 3
+
+
+def test_what_a_backward_pass_was_started_from_is_seen_from_within():
+    x = leaf()
+    y, seen = 2 * x, []
+    loss, other, gradient = y.sum(), x.sum(), torch.full_like(y, 5.0)
+
+    def look(_: Tensor) -> None:
+        with ThreadPoolExecutor(1) as elsewhere:  # as where an accelerator's nodes run
+            seen.extend((roots_of_backward_passes(), elsewhere.submit(roots_of_backward_passes).result()))
+
+    y.register_hook(look)
+    loss.backward(retain_graph=True)
+    torch.autograd.grad([loss, other, y], [x], [None, None, gradient])
+    assert roots_of_backward_passes() == []
+    for passes in seen[:2]:
+        (root, of_one), *_ = passes[0]
+        assert root is loss and float(of_one) == 1
+    for passes in seen[2:]:
+        assert [root for root, _ in passes[0]] == [loss, other, y] and passes[0][2][1] is gradient
 
 
 def test_nodes_are_numbered_in_the_order_in_which_they_are_made():

@@ -47,6 +47,23 @@ def current_node() -> Any:
     return torch._C._current_autograd_node()  # pyright: ignore
 
 
+def roots_of_backward_passes() -> list[list[tuple[Any, Tensor | None]]]:
+    """What each backward pass that runs now was started from: tensors, or edges, each with its given gradient.
+
+    Passes that were started from elsewhere than Python are not seen.
+    """
+    started = getattr(torch.autograd.graph, "_engine_run_backward", None)
+    found: list[list[tuple[Any, Tensor | None]]] = []
+    # An accelerator's nodes run on threads of their own.
+    for innermost in (sys._getframe(), *sys._current_frames().values()):
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if started is not None and frame.f_code is started.__code__:
+                found.append(list(zip(frame.f_locals["t_outputs"], frame.f_locals["args"][0], strict=True)))
+            frame = frame.f_back
+    return found
+
+
 def next_sequence_number() -> int:
     """The number that the next node of the autograd graph gets which this thread makes; they rise by one."""
     return torch._C._autograd._get_sequence_nr()  # pyright: ignore

@@ -43,12 +43,12 @@ def residual_of(loss: Loss, output: Tensor) -> Tensor:
     return torch.autograd.grad(loss(leaf), leaf)[0]
 
 
-def makeup(output: Tensor, reduction: str = "mean", loss_scale: float = 1.0) -> LossMakeup:
+def makeup(output: Tensor, loss: Loss, reduction: str = "mean", loss_scale: float = 1.0) -> LossMakeup:
     """As a watch tells it."""
-    count = len(output)
+    count, value = len(output), float(loss(output.detach()))
     if reduction == "sum":
-        return LossMakeup(lambda rows: 1.0, 1 / loss_scale)
-    return LossMakeup(lambda rows: count / rows, count / loss_scale)
+        return LossMakeup(lambda rows: 1.0, 1 / loss_scale, lambda: value)
+    return LossMakeup(lambda rows: count / rows, count / loss_scale, lambda: value)
 
 
 def second_moment(
@@ -113,13 +113,20 @@ CATEGORICAL: dict[str, tuple[Tensor, int, Loss]] = {
 }
 
 
+MUST_BE_TOLD = ("examples with weights", "soft labels", "distillation")
+
+
 @pytest.mark.parametrize("name", CATEGORICAL)
 @pytest.mark.parametrize("scale", [1.0, 0.25, 65536.0])
 def test_the_curvature_of_classes_is_that_of_the_loss(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factor of the whole loss that nobody told makes no difference, but for the weights of single examples."""
+    """A factor of the whole loss that nobody told makes no difference, but for weights of examples and soft labels."""
     output, axis, loss = CATEGORICAL[name]
-    told = makeup(output, loss_scale=scale if name == "examples with weights" else 1.0)
-    found = second_moment(monkeypatch, "categorical", lambda f: scale * loss(f), output, axis, told)
+
+    def scaled(f: Tensor) -> Tensor:
+        return scale * loss(f)
+
+    told = makeup(output, scaled, loss_scale=scale if name in MUST_BE_TOLD else 1.0)
+    found = second_moment(monkeypatch, "categorical", scaled, output, axis, told)
     assert relative_error(found, len(output) * curvature(loss, output, axis)) < 1e-10
 
 
@@ -131,7 +138,7 @@ def test_a_sum_is_the_curvature_of_the_own_losses(name: str, monkeypatch: pytest
     def loss(f: Tensor) -> Tensor:
         return ce(f, labels, reduction="sum")
 
-    found = second_moment(monkeypatch, "categorical", loss, output, axis, makeup(output, "sum"))
+    found = second_moment(monkeypatch, "categorical", loss, output, axis, makeup(output, loss, "sum"))
     assert relative_error(found, curvature(loss, output, axis)) < 1e-10
 
 
@@ -150,24 +157,33 @@ def test_log_probabilities_have_the_curvature_of_the_scores_before_them(
     """Λ has no part along 1, so that going back through log_softmax leaves it as it is."""
     scores, loss = randn(N, C), LOG_LOSSES[name]
     output = scores.log_softmax(1)
-    found = second_moment(monkeypatch, "categorical", loss, output, 1, makeup(output))
+    found = second_moment(monkeypatch, "categorical", loss, output, 1, makeup(output, loss))
     assert relative_error(found, N * curvature(lambda f: loss(f.log_softmax(1)), scores, 1)) < 1e-10
 
 
-def test_a_focal_loss_has_the_weights_of_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    output, labels = randn(N, C), classes(N)
+def focal(f: Tensor, detached: bool) -> Tensor:
+    losses = ce(f, classes(len(f)), reduction="none")
+    weight = (1 - (-losses).exp()).square()
+    return ((weight.detach() if detached else weight) * losses).mean()
+
+
+def test_a_focal_loss_with_constant_weights_has_their_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = randn(N, C)
+    p = output.softmax(1)
+    weight = (1 - p.gather(1, classes(N)[:, None])).square()
+    expected = weight.unsqueeze(2) * (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1))
 
     def loss(f: Tensor) -> Tensor:
-        losses = ce(f, labels, reduction="none")
-        return ((1 - (-losses).exp()).square() * losses).mean()
+        return focal(f, detached=True)
 
-    p = output.softmax(1)
-    factor = -N * residual_of(loss, output).gather(1, labels[:, None]) / (1 - p.gather(1, labels[:, None]))
-    expected = factor.unsqueeze(2) * (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1))
-    found = second_moment(monkeypatch, "categorical", loss, output, 1, makeup(output))
+    found = second_moment(monkeypatch, "categorical", loss, output, 1, makeup(output, loss))
     assert relative_error(found, expected) < 1e-10
+
+    def scaled(f: Tensor) -> Tensor:
+        return 65536 * loss(f)
+
     with pytest.raises(ValueError, match=r"multiplied by a factor that was not told.*use watch\(model, loss_scale"):
-        second_moment(monkeypatch, "categorical", lambda f: 65536 * loss(f), output, 1, makeup(output))
+        second_moment(monkeypatch, "categorical", scaled, output, 1, makeup(output, scaled))
 
 
 def bce(target: Tensor, **arguments: Any) -> Loss:
@@ -185,6 +201,11 @@ BINARY: dict[str, tuple[Tensor, Loss]] = {
     "pos_weight of each channel": (randn(N, C, 3, 2), bce(yes_no(N, C, 3, 2), pos_weight=WEIGHTS.reshape(C, 1, 1))),
     "soft labels": (randn(N, C), bce(randn(N, C, seed=4).sigmoid())),
     "smoothed labels": (randn(N, C), bce(yes_no(N, C) * 0.9 + 0.05)),
+    "soft labels of one logit": (randn(N, 1), bce(randn(N, 1, seed=4).sigmoid())),
+    "examples with weights": (randn(N, 1), bce(yes_no(N, 1), weight=torch.linspace(0.1, 2, N)[:, None])),
+    "examples with weights below 1": (randn(N, 1), bce(yes_no(N, 1), weight=torch.linspace(0.1, 0.9, N)[:, None])),
+    "a weight for each entry": (randn(N, C), bce(yes_no(N, C), weight=randn(N, C, seed=4).sigmoid())),
+    "two examples with weights": (randn(2, 1), bce(yes_no(2, 1), weight=torch.tensor([[0.2], [1.7]]).double())),
 }
 
 
@@ -192,8 +213,12 @@ BINARY: dict[str, tuple[Tensor, Loss]] = {
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_the_curvature_of_yes_and_no_is_that_of_the_loss(name: str, scale: float) -> None:
     output, loss = BINARY[name]
-    told = makeup(output, loss_scale=scale)
-    u = probe("bernoulli", "ggn", output, residual_of(lambda f: scale * loss(f), output), told, None)
+
+    def scaled(f: Tensor) -> Tensor:
+        return scale * loss(f)
+
+    told = makeup(output, scaled, loss_scale=scale)
+    u = probe("bernoulli", "ggn", output, residual_of(scaled, output), told, None)
     truth = torch.autograd.functional.hessian(loss, output).reshape(output.numel(), -1).diagonal()  # type: ignore
     assert relative_error(u.square().reshape(-1), len(output) * truth) < 1e-10
 
@@ -201,7 +226,8 @@ def test_the_curvature_of_yes_and_no_is_that_of_the_loss(name: str, scale: float
 def test_sampled_answers_have_the_same_mean() -> None:
     output, loss = BINARY["several labels"]
     residual, generator = residual_of(loss, output), torch.Generator().manual_seed(0)
-    u = torch.stack([probe("bernoulli", "sampled", output, residual, makeup(output), generator) for _ in range(4000)])
+    told = makeup(output, loss)
+    u = torch.stack([probe("bernoulli", "sampled", output, residual, told, generator) for _ in range(4000)])
     p, squares = output.sigmoid(), u.square()
     truth = N * p * (1 - p) / output.numel()
     assert bool(((squares.mean(0) - truth).abs() <= 5 * squares.std(0) / 4000**0.5).all())
@@ -209,11 +235,21 @@ def test_sampled_answers_have_the_same_mean() -> None:
 
 def test_sampled_classes_lie_along_the_axis_of_the_loss() -> None:
     output, axis, loss = CATEGORICAL["[N, C, H, W]"]
-    u = probe("categorical", "sampled", output, residual_of(loss, output), makeup(output), None)
+    u = probe("categorical", "sampled", output, residual_of(loss, output), makeup(output, loss), None)
     assert bool((u.sum(axis).abs() < 1e-12).all()) and bool((u.lt(0).sum(axis) == 1).all())
 
 
 REAL = randn(N, C, seed=6)
+
+
+def p_of(f: Tensor, labels: Tensor) -> Tensor:
+    return f.softmax(1).gather(1, labels[:, None])
+
+
+def binary_focal(f: Tensor, target: Tensor) -> Tensor:
+    losses = F.binary_cross_entropy_with_logits(f, target, reduction="none")
+    return ((1 - (-losses).exp()).square() * losses).mean()
+
 
 # name: (likelihood, output, loss, what the message says)
 REFUSED: dict[str, tuple[Any, Tensor, Loss, str]] = {
@@ -241,6 +277,79 @@ REFUSED: dict[str, tuple[Any, Tensor, Loss, str]] = {
         lambda f: F.binary_cross_entropy(f, yes_no(9, C)),
         "binary cross-entropy with logits",
     ),
+    **{
+        f"a temperature of {t}": ("categorical", randn(N, C), lambda f, t=t: ce(f / t, classes(N)), "f / 2")
+        for t in (0.5, 1.5, 2, 4)
+    },
+    **{
+        f"two classes at {t}": ("categorical", randn(9, 2), lambda f, t=t: ce(f / t, yes_no(9).long()), "f / 2")
+        for t in (0.5, 1.5, 2, 4)
+    },
+    "distillation at a temperature": (
+        "categorical",
+        randn(N, C),
+        lambda f: 4 * F.kl_div((f / 2).log_softmax(1), SOFT, reduction="batchmean"),
+        "choose likelihood=",
+    ),
+    "adjusted logits": ("categorical", randn(N, C), lambda f: ce(f + WEIGHTS.log(), classes(N)), "choose likelihood="),
+    "an entropy bonus": (
+        "categorical",
+        randn(N, C),
+        lambda f: ce(f, classes(N)) + 0.1 * (f.softmax(1) * f.log_softmax(1)).sum(1).mean(),
+        "choose likelihood=",
+    ),
+    "generalised cross-entropy": (
+        "categorical",
+        randn(N, C),
+        lambda f: ((1 - p_of(f, classes(N)) ** 0.7) / 0.7).mean(),
+        "choose likelihood=",
+    ),
+    "1 - p_y": ("categorical", randn(N, C), lambda f: (1 - p_of(f, classes(N))).mean(), "choose likelihood="),
+    "poly-1": (
+        "categorical",
+        randn(N, C),
+        lambda f: ce(f, classes(N)) + (1 - p_of(f, classes(N))).mean(),
+        "choose likelihood=",
+    ),
+    "focal": ("categorical", randn(N, C), lambda f: focal(f, detached=False), "choose likelihood="),
+    "Brier": (
+        "categorical",
+        randn(N, C),
+        lambda f: (f.softmax(1) - F.one_hot(classes(N), C)).square().sum(1).mean(),
+        "choose likelihood=",
+    ),
+    "class weights and smoothing": (
+        "categorical",
+        randn(N, C),
+        lambda f: ce(f, classes(N), WEIGHTS, label_smoothing=0.1),
+        "weigh classes or examples without",
+    ),
+    "soft labels with weights": (
+        "categorical",
+        randn(N, C),
+        lambda f: (ce(f, SOFT, reduction="none") * torch.linspace(0.2, 2, N)).mean(),
+        "weigh classes or examples without",
+    ),
+    "soft labels and another term": (
+        "categorical",
+        randn(N, C),
+        lambda f: ce(f, SOFT) + 0.1,
+        "Categorical(logits=f) of soft labels in a loss with other terms",
+    ),
+    "twice the logits before they move": ("categorical", torch.zeros(N, C), lambda f: ce(2 * f, classes(N)), "f / 2"),
+    "a temperature of yes and no": ("bernoulli", randn(9, 1), lambda f: bce(yes_no(9, 1))(f / 4), "choose"),
+    "an adjusted logit": ("bernoulli", randn(9, 1), lambda f: bce(yes_no(9, 1))(f + 1.5), "choose"),
+    "squared error of a sigmoid": ("bernoulli", randn(9, 1), lambda f: F.mse_loss(f.sigmoid(), yes_no(9, 1)), "choose"),
+    "focal of yes and no": ("bernoulli", randn(9, 1), lambda f: binary_focal(f, yes_no(9, 1)), "choose"),
+    "half the squared error": ("gaussian", randn(N, C), lambda f: F.mse_loss(f, REAL) / 2, "if it is 0.5 times that"),
+    "summed squared errors": (
+        "gaussian",
+        randn(N, C),
+        lambda f: (f - REAL).square().sum(1).mean(),
+        "if it is 3 times that",
+    ),
+    "huber as squares": ("gaussian", randn(N, C), lambda f: F.huber_loss(f, REAL, delta=0.3), "taken at its word"),
+    "log cosh": ("gaussian", randn(N, C), lambda f: (f - REAL).cosh().log().mean(), "taken at its word"),
     "classes as numbers": ("gaussian", randn(9, C), lambda f: ce(f, classes(9)), "use likelihood='categorical'"),
     "yes and no as numbers": ("gaussian", randn(9, 1), bce(yes_no(9, 1)), "use likelihood='bernoulli'"),
 }
@@ -250,8 +359,8 @@ REFUSED: dict[str, tuple[Any, Tensor, Loss, str]] = {
 def test_another_likelihood_than_that_of_the_loss_is_refused(name: str) -> None:
     likelihood, output, loss, message = REFUSED[name]
     with pytest.raises(ValueError) as error:
-        probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output), None)
-    assert f"likelihood={likelihood!r}, but" in str(error.value) and message in str(error.value)
+        probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output, loss), None)
+    assert f"likelihood={likelihood!r}" in str(error.value) and message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +369,10 @@ def test_another_likelihood_than_that_of_the_loss_is_refused(name: str) -> None:
     ids=["one-hot targets", "targets of ±1 at zeros"],
 )
 def test_squared_errors_of_labels_are_no_classes(output: Tensor, target: Tensor) -> None:
-    residual = residual_of(lambda f: F.mse_loss(f, target), output)
-    u = probe("gaussian", "ggn", output, residual, makeup(output), None)
+    def loss(f: Tensor) -> Tensor:
+        return F.mse_loss(f, target)
+
+    u = probe("gaussian", "ggn", output, residual_of(loss, output), makeup(output, loss), None)
     assert relative_error(u.square(), torch.full_like(output, 2 * len(output) / output.numel())) < 1e-12
 
 
@@ -274,7 +385,8 @@ def test_lower_precision_is_enough(name: str, dtype: torch.dtype) -> None:
     low = output.to(dtype)
     residual = residual_of(lambda f: loss(f.double()), low)
     assert residual.dtype == dtype
-    u = probe("categorical", "ggn", low, residual, makeup(output), torch.Generator().manual_seed(0))
+    told = makeup(low, lambda f: loss(f.double()))
+    u = probe("categorical", "ggn", low, residual, told, torch.Generator().manual_seed(0))
     assert u.shape == output.shape and bool(u.isfinite().all())
 
 
@@ -282,7 +394,7 @@ def test_lower_precision_is_enough(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
 def test_a_gradient_that_is_zero_or_has_overflowed_says_nothing(likelihood: str, value: float) -> None:
     output = randn(N, C)
-    u = probe(likelihood, "ggn", output, torch.full_like(output, value), makeup(output), None)
+    u = probe(likelihood, "ggn", output, torch.full_like(output, value), makeup(output, torch.mean), None)
     assert bool(u.isfinite().all())
     assert likelihood == "gaussian" or value or not bool(u.any())
 
@@ -305,8 +417,8 @@ def test_what_rounding_leaves_of_the_gradient_of_fitted_data_is_not_looked_at(dt
     """p_y - 1 is 0 or about 1e-7, and the other classes' p far below."""
     labels = torch.arange(64) % 4
     output = (size * F.one_hot(labels, 4) + randn(64, 4)).to(dtype)
-    residual = residual_of(lambda f: ce(f, labels), output)
-    u = probe("categorical", "ggn", output, residual, makeup(output), None)
+    told = makeup(output, lambda f: ce(f, labels))
+    u = probe("categorical", "ggn", output, residual_of(lambda f: ce(f, labels), output), told, None)
     assert bool(u.isfinite().all()) and float(u.abs().max()) < 0.1
 
 
@@ -320,7 +432,7 @@ def test_a_loss_that_is_computed_in_low_precision_is_known(rows: int, size: floa
         labels = output.argmax(-1).where(randn(rows, seed=seed) < 1.3, torch.arange(rows) % width)
         target = F.one_hot(labels, width).to(dtype)
         for likelihood, loss in (("categorical", lambda f, y=labels: ce(f, y)), ("bernoulli", bce(target))):
-            u = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output), None)
+            u = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output, loss), None)
             assert bool(u.isfinite().all())
 
 
@@ -331,13 +443,79 @@ def test_small_minibatches_are_enough(rows: int) -> None:
         weight = torch.tensor([0.2, 1.0, 5.0, 1.0]).double()
         target = F.one_hot(labels, 4).double()
         for likelihood, loss in (
-            ("categorical", lambda f, y=labels, w=weight: ce(f, y, w, label_smoothing=0.1)),
+            ("categorical", lambda f, y=labels: ce(f, y, label_smoothing=0.1)),
             ("categorical", lambda f, y=labels, w=weight: ce(f, y, w)),
             ("bernoulli", lambda f, y=target, w=weight: bce(y, pos_weight=w)(f)),
             ("bernoulli", lambda f, y=target: bce(0.9 * y + 0.05)(f)),
         ):
-            u = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output), None)
+            u = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output, loss), None)
             assert bool(u.isfinite().all())
+
+
+MIXED = 0.7 * F.one_hot(classes(8), C).double() + 0.3 * F.one_hot(classes(8).flip(0), C)
+MADE_OF_HARD_LABELS: dict[str, tuple[str, Tensor, Loss]] = {
+    "smoothed": ("categorical", randn(8, C), lambda f: ce(f, classes(8), label_smoothing=0.1)),
+    "mixed": ("categorical", randn(8, C), lambda f: ce(f, MIXED)),
+    "mixed and smoothed": ("categorical", randn(8, C), lambda f: ce(f, MIXED, label_smoothing=0.1)),
+    "two classes": ("categorical", randn(8, 2), lambda f: ce(f, yes_no(8).long(), label_smoothing=0.1)),
+    "yes and no": ("bernoulli", randn(8, 1), bce(yes_no(8, 1) * 0.9 + 0.05)),
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_HARD_LABELS)
+def test_smoothed_and_mixed_labels_are_known_beside_other_terms_of_the_loss(name: str) -> None:
+    likelihood, output, loss = MADE_OF_HARD_LABELS[name]
+    told = makeup(output, lambda f: loss(f) + 7)
+    u = probe(likelihood, "ggn", output, residual_of(loss, output), told, None)
+    alone = probe(likelihood, "ggn", output, residual_of(loss, output), makeup(output, loss), None)
+    p = output.softmax(1) if likelihood == "categorical" else output.sigmoid()
+    if p.shape[1] < 3:  # one column of the root: all signs have the same squares
+        assert relative_error(u.square(), p * (1 - p)) < 1e-10
+    assert u.shape == alone.shape
+
+
+@pytest.mark.parametrize("kind", [vlearn.VON, vlearn.KFACVON, vlearn.FullVON])
+@pytest.mark.parametrize(
+    ("likelihood", "loss"),
+    [
+        ("categorical", lambda f: ce(f / 2, classes(20))),
+        ("categorical", lambda f: (1 - p_of(f, classes(20))).mean()),
+        ("bernoulli", lambda f: bce(yes_no(20, C))(f / 4)),
+        ("gaussian", lambda f: (f - randn(20, C, seed=6)).square().sum(1).mean()),
+    ],
+    ids=["temperature", "1 - p_y", "yes and no", "summed squares"],
+)
+def test_a_step_by_another_loss_is_refused_and_nothing_has_moved(kind: Any, likelihood: str, loss: Loss) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, C)).double()
+    optimizer = kind(model, lr=0.01, ess=20, likelihood=likelihood)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss(model(randn(20, 3))).backward()
+    with pytest.raises(RuntimeError, match=f"likelihood={likelihood!r}"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "loss"),
+    [("categorical", lambda f: ce(f / 2, classes(20))), ("bernoulli", lambda f: bce(yes_no(20, C))(f / 2))],
+    ids=["categorical", "bernoulli"],
+)
+def test_a_temperature_is_refused_as_soon_as_the_outputs_differ(likelihood: str, loss: Loss) -> None:
+    """Of outputs that are all zero it has the gradient and the value of smoothed labels."""
+    model = nn.Linear(3, C).double()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    optimizer = vlearn.VON(model, lr=1.0, ess=1e30, likelihood=likelihood)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model(randn(20, 3))).backward()
+        optimizer.step()
+
+    step()
+    with pytest.raises(RuntimeError, match="choose likelihood="):
+        step()
 
 
 class Pixels(nn.Module):
@@ -355,6 +533,32 @@ STEPS: dict[str, tuple[Any, Callable[[], nn.Module], Tensor, Loss]] = {
     "segmentation": ("categorical", lambda: Pixels(C), randn(N, 2, 2, 3), lambda f: ce(f, classes(N, 2, 3))),
     "masks": ("bernoulli", lambda: Pixels(1), randn(N, 2, 2, 3), bce(yes_no(N, 1, 2, 3))),
     "labels": ("bernoulli", lambda: nn.Linear(4, C), randn(N, 4), bce(yes_no(N, C), pos_weight=WEIGHTS)),
+    "soft labels": ("categorical", lambda: nn.Linear(4, C), randn(N, 4), lambda f: ce(f, SOFT)),
+    "distillation": (
+        "categorical",
+        lambda: nn.Linear(4, C),
+        randn(N, 4),
+        lambda f: F.kl_div(f.log_softmax(1), SOFT, reduction="batchmean"),
+    ),
+    "weights of examples": (
+        "bernoulli",
+        lambda: nn.Linear(4, 1),
+        randn(N, 4),
+        bce(yes_no(N, 1), weight=torch.linspace(0.1, 0.9, N)[:, None]),
+    ),
+    "squares": ("gaussian", lambda: nn.Linear(4, C), randn(N, 4), lambda f: F.mse_loss(f, REAL)),
+    "half the summed squares": (
+        lambda f: torch.distributions.Independent(torch.distributions.Normal(f, 1.0), 1),
+        lambda: nn.Linear(4, C),
+        randn(N, 4),
+        lambda f: (f - REAL).square().sum(1).mean() / 2,
+    ),
+    "a temperature": (
+        lambda f: torch.distributions.Categorical(logits=f / 2),
+        lambda: nn.Linear(4, C),
+        randn(N, 4),
+        lambda f: ce(f / 2, classes(N)),
+    ),
 }
 
 

@@ -106,7 +106,8 @@ def test_sampled_labels_have_the_same_mean(likelihood: str) -> None:
     residual = p - F.one_hot(torch.tensor([0, 2]), 3)
     if likelihood != "categorical":
         residual = 2 * (output - 1) if likelihood == "gaussian" else output.sigmoid() - 1
-    arguments = (given, "sampled", output, residual, LossMakeup(lambda rows: 1.0), None)
+    makeup = LossMakeup(lambda rows: 1.0, value=lambda: float((output - 1).square().sum()))
+    arguments = (given, "sampled", output, residual, makeup, None)
     u = torch.stack([probe(*arguments) for _ in range(4000)])
     truth = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     if likelihood == "gaussian":
@@ -163,9 +164,10 @@ def test_the_axis_of_the_classes_is_found(sizes: tuple[int, ...], soft: bool, mo
     torch.manual_seed(0)
     output = torch.randn(4, 3, *sizes, dtype=torch.float64, requires_grad=True)
     y = torch.randn(4, 3, *sizes, dtype=torch.float64).softmax(1) if soft else torch.randint(0, 3, (4, *sizes))
-    (residual,) = torch.autograd.grad(F.cross_entropy(output, y, label_smoothing=0.1), output)
+    loss = F.cross_entropy(output, y, label_smoothing=0.1)
+    (residual,) = torch.autograd.grad(loss, output)
     last = output.detach().movedim(1, -1)
-    makeup = LossMakeup(lambda rows: 4 / rows, 4.0)
+    makeup = LossMakeup(lambda rows: 4 / rows, 4.0, loss.item)
 
     def squares(output: Tensor, residual: Tensor) -> Tensor:
         return mean_over_signs(

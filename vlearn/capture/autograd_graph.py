@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from vlearn._torch_internals import saved_axis, saved_order, sequence_number
+from vlearn._torch_internals import roots_of_backward_passes, saved_axis, saved_order, sequence_number
 
 Node = Any
 
@@ -112,6 +112,34 @@ def structure(outputs: Iterable[Node], inputs: set[Node]) -> tuple[dict[Node, in
         if node not in inputs:
             waiting += [n for n, _ in node.next_functions if n is not None]
     return place, hash(tuple(met)), orders
+
+
+def value_of_backward(node: Node) -> float | None:
+    """The number whose gradient the backward pass takes that runs through a node now: as a rule, the loss.
+
+    It is Σ ⟨tensor, its given gradient⟩ over the tensors that the pass was started from and that were made of the
+    node's output. None where no such pass is seen, or one that was started from edges.
+    """
+    for roots in roots_of_backward_passes():
+        made = [(root, gradient) for root, gradient in roots if _leads_to(root, node)]
+        if made and all(isinstance(root, Tensor) for root, _ in made):
+            parts = [root.detach() * (1.0 if gradient is None else gradient.detach()) for root, gradient in made]
+            return sum(float(part.cpu().double().sum()) for part in parts)
+    return None
+
+
+def _leads_to(root: Any, node: Node) -> bool:
+    """Whether the graph of a tensor, or of an edge, has a node."""
+    waiting = [root.grad_fn if isinstance(root, Tensor) else root.node]
+    seen = {None, *waiting}
+    while waiting:
+        each = waiting.pop()
+        if each is node:
+            return True
+        before = {n for n, _ in each.next_functions} - seen if each is not None else set()
+        seen |= before
+        waiting += before
+    return False
 
 
 def leaves_read_before(outputs: Iterable[Node], number: int, leaves: Container[Tensor]) -> list[Tensor]:

@@ -20,8 +20,7 @@ from vlearn.losses.residual_checks import (
     LossMakeup,
     binary_weights,
     categorical_weights,
-    refusal,
-    shown_likelihood,
+    check_squared_error,
 )
 
 Likelihood = str | Callable[[Tensor], Distribution]
@@ -49,8 +48,7 @@ def probe(
         makeup: how the loss is made up of the examples' own.
         generator: of the random numbers (a distribution samples with torch's global one).
     Raises:
-        ValueError: if the residual is not that of the likelihood. That of "gaussian" is one as long as it is not that
-            of hard labels, and that of a callable always.
+        ValueError: if the loss is not seen to be that of the likelihood. A callable is taken at its word.
     """
     wide = output.detach() if torch.finfo(output.dtype).bits >= 32 else output.detach().float()
     if likelihood == "categorical":
@@ -60,8 +58,7 @@ def probe(
     if likelihood == "bernoulli":
         return _bernoulli(wide, how, generator) * binary_weights(output.detach(), residual, makeup).to(wide).sqrt()
     if likelihood == "gaussian":
-        if shown_likelihood(output.detach(), residual) is not None:
-            raise refusal("gaussian", output.detach(), residual)
+        check_squared_error(output.detach(), residual, makeup)
         z = _signs(wide, generator) if how == "ggn" else _normal(wide, generator)
         u, rows = math.sqrt(2) * z, wide.numel()  # (f - y)² has the curvature 2; y ~ N(f, 1/2)
     else:

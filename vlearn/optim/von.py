@@ -58,8 +58,9 @@ class VON(VariationalOptimizer[DiagonalStructure, Diagonal]):
         likelihood: what the loss is the negative logarithm of: "categorical" (softmax cross-entropy of scores or
             log-probabilities, over whichever axis; with class weights, ignored targets, soft labels),
             "bernoulli" (binary cross-entropy of logits), "gaussian" (`F.mse_loss`: (f - y)², averaged over all
-            entries), or a callable output -> torch Distribution, averaged too. step() refuses a loss whose gradient is
-            not that of the first two, and with "gaussian" one that is theirs.
+            entries), or a callable output -> torch Distribution, averaged too and taken at its word. Of the first
+            three step() refuses a loss that its gradient in the output and its value do not show to be that one.
+            Weights of examples and classes are read where the labels are hard.
         output: which of several outputs of the model the likelihood is of: a key, an index or a callable.
         damping: added to the preconditioner alone, never to the posterior.
         foreach: multi-tensor operations; default wherever a block has several tensors.

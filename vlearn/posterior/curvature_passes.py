@@ -76,5 +76,6 @@ class CurvaturePasses:
         if self.curvature == "ggn":
             return lin.probe(self.generator)
         count, averaged = len(lin.loss), lin.losses.reduction != "sum"
-        makeup = LossMakeup(lambda rows: count / rows if averaged else 1.0)
+        value = float(lin.loss.sum())
+        makeup = LossMakeup(lambda rows: count / rows if averaged else 1.0, value=lambda: value)
         return probe(self.likelihood, "sampled", lin.output, lin.residual, makeup, self.generator)

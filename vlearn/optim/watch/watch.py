@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from threading import get_ident
 from types import FrameType
 from typing import Any, Protocol
@@ -17,8 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlearn._torch_internals import forward_pre_hooks, frame_of_call, has_compiled, in_functorch_transform
-from vlearn.capture.autograd_graph import leaves_read_before, nodes_of
+from vlearn._torch_internals import (
+    current_node,
+    forward_pre_hooks,
+    frame_of_call,
+    has_compiled,
+    in_functorch_transform,
+)
+from vlearn.capture.autograd_graph import leaves_read_before, nodes_of, value_of_backward
 from vlearn.capture.hooks import hooks_are_silent, is_recomputed
 from vlearn.capture.names import module_paths, named_parameters
 from vlearn.capture.output_probe import OutputProbe
@@ -384,7 +390,7 @@ class Watch:
         def weight_of(count: int) -> float:
             return trace.num_examples / count if averaged else 1.0
 
-        makeup = LossMakeup(weight_of, self._scale.told)
+        makeup = LossMakeup(weight_of, self._scale.told, cache(partial(value_of_backward, current_node())))
         return self._consumer.cotangent(output, residual, makeup, sampler.draw.noise)
 
     def last_pass(self, prefix: str = "", as_probed: bool = False) -> RecordedPass:
