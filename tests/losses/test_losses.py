@@ -266,7 +266,9 @@ def test_the_probe_of_an_example_between_two_classes_is_exact(seed):
     scores.requires_grad_()
     zero = torch.zeros_like(scores, requires_grad=True)
     generator = torch.Generator().manual_seed(seed)
-    (probe,) = hessian_probe(residual(scores), scores, lambda: (residual(zero), zero), generator)
+    found, is_clipped = hessian_probe(residual(scores), scores, lambda: (residual(zero), zero), generator)
+    (probe,) = found
+    assert not bool(is_clipped)
     p = scores.detach()[0].softmax(0)
     difference = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)
     assert relative_error(torch.outer(probe, probe), p[1] * p[3] * torch.outer(difference, difference)) < 1e-12
@@ -294,6 +296,24 @@ def test_the_curvature_of_a_loss_linear_in_the_output_is_zero():
     output = inputs().requires_grad_()
     (residual,) = torch.autograd.grad((output * 3).sum(), output, create_graph=True)
     assert torch.equal(output_hessian(residual, output), torch.zeros(N, D, D, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_probe_tells_which_examples_curve_downwards(rotated):
+    """Rotated outputs take the path of dense matrices, others that of diagonal ones."""
+    turn = torch.linalg.qr(inputs()[:3, :3])[0] if rotated else torch.eye(3, dtype=torch.float64)
+    factors = torch.tensor([[2.0, 1.0, 0.0], [2.0, -1.0, 0.0]], dtype=torch.float64)
+
+    def residual(output):
+        return torch.autograd.grad((factors * (output @ turn).square()).sum() / 2, output, create_graph=True)[0]
+
+    output, zero = (torch.ones(2, 3, dtype=torch.float64, requires_grad=True) * k for k in (1, 0))
+    found = [hessian_probe(residual(output), output, lambda: (residual(zero), zero)) for _ in range(2000)]
+    assert all(is_clipped.tolist() == [False, True] for _, is_clipped in found)
+    u = torch.stack([u for u, _ in found])
+    products = u.unsqueeze(3) * u.unsqueeze(2)
+    truth = turn @ torch.diag_embed(factors.clamp_min(0)) @ turn.T
+    assert bool(((products.mean(0) - truth).abs() <= 5 * products.std(0) / 2000**0.5 + 1e-9).all())
 
 
 def test_negative_curvature_is_dropped_from_the_leverage():

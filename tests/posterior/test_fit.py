@@ -400,6 +400,68 @@ def test_a_regression_has_the_likelihoods_of_its_loss() -> None:
         assert relative_error(covariance(found, model), torch.linalg.inv(precision)) < 1e-10
 
 
+# -- losses that are not convex in the output ------------------------------------------------------------------------
+
+
+def robust(output: Tensor, target: Tensor) -> Tensor:
+    """That of Cauchy noise, which curves downwards where |f₀ + f₁ - y| > 1, and a square."""
+    return torch.log1p((output.sum(1) - target).square()) + output[:, 1].square() / 10
+
+
+def robust_regression() -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
+    """(Model, x, y, Σ JᵀΛJ, the same without the negative eigenvalues of Λ) by torch.func alone."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(N, 3).double(), torch.randn(N).double()
+    with torch.no_grad():
+        weight, bias = model.weight, model.bias
+        output = x @ weight.T + bias
+        hessian = torch.func.vmap(torch.func.hessian(lambda f, t: robust(f[None], t[None])[0]))(output, y)
+        eye = torch.eye(2, dtype=torch.float64)
+        jacobian = torch.stack([torch.cat([torch.kron(eye, row[None]), eye], 1) for row in x])
+        values, vectors = torch.linalg.eigh(hessian)
+        positive = vectors @ torch.diag_embed(values.clamp_min(0)) @ vectors.mT
+        whole, part = (torch.einsum("ncp,ncd,ndq->pq", jacobian, each, jacobian) for each in (hessian, positive))
+    assert 0.1 < float((values[:, 0] < 0).double().mean()) < 0.9
+    return model, x, y, whole, part
+
+
+@pytest.mark.parametrize("structure", ["full", "last-layer", "diagonal"])
+def test_what_curves_downwards_counts_in_dense_and_diagonal_structures(structure: str) -> None:
+    model, x, y, whole, _ = robust_regression()
+    found = fit(model, in_batches(x, y), robust, structure, **{**EXACT, "prior_precision": 9.0})
+    precision = whole + 9 * torch.eye(8, dtype=torch.float64)
+    expected = precision.diagonal().diag() if structure == "diagonal" else precision
+    assert relative_error(covariance(found, model), torch.linalg.inv(expected)) < 1e-10
+
+
+def test_probes_and_kronecker_factors_leave_it_out_and_say_of_how_many_examples() -> None:
+    model, x, y, whole, part = robust_regression()
+    downwards = torch.linalg.eigvalsh(
+        torch.func.vmap(torch.func.hessian(lambda f, t: robust(f[None], t[None])[0]))(model(x).detach(), y)
+    )[:, 0].lt(0)
+    share = f"{downwards.double().mean():.0%} of the examples"
+    with pytest.warns(UserWarning, match=f"curves downwards in the output of {share}, which probes cannot hold"):
+        found = fit(model, in_batches(x, y), robust, "diagonal", draws=1000, prior_precision=9.0)
+    assert relative_error(1 / flat(dict(found.variance)), part.diagonal() + 9) < 0.02
+    assert relative_error(whole.diagonal() + 9, part.diagonal() + 9) > 0.04
+    for structure in ("kronecker", "eigenvalue-corrected", "last-layer-kronecker"):
+        with pytest.warns(UserWarning, match=f"of {share}, which Kronecker factors cannot hold: that was left out"):
+            fit(model, in_batches(x, y), robust, structure, **EXACT)
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_a_curvature_that_is_no_precision_is_refused(structure: str) -> None:
+    model, x, y, _, _ = robust_regression()
+
+    def downwards(output: Tensor, target: Tensor) -> Tensor:
+        return -output.square().sum(1)
+
+    with pytest.raises(ValueError, match="not positive definite.* larger prior_precision, or use curvature='ggn'"):
+        fit(model, in_batches(x, y), downwards, structure, **EXACT)
+    with pytest.raises(ValueError, match="prior_precision='marginal-likelihood' of a curvature with negative"):
+        fit(model, in_batches(x, y), downwards, structure, **{**EXACT, "prior_precision": "marginal-likelihood"})
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 

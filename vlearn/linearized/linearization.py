@@ -168,32 +168,32 @@ class Linearization:
         Args:
             generator: of the direction.
         """
-        u = self._probe(generator)
-        if u is not None:
-            return self.quadratic_and_product(u, product=False)[0]
+        found = self._probe(generator)
+        if found is not None:
+            return self.quadratic_and_product(found[0], product=False)[0]
         z = random_signs(self.output, generator)
         product = self.quadratic_and_product(z)[1]
         assert product is not None
         curved = product_by_differences(self._residual_at, self.output, z)
         return (curved * product).reshape(len(z), -1).sum(1)
 
-    def probe(self, generator: torch.Generator | None) -> Tensor:
-        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ without its negative part.
+    def probe(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """A random direction of the selected output that holds its curvature, see `hessian_probe`.
 
         Raises:
             RuntimeError: if the loss has no second derivative in torch and its output is large.
         """
-        u = self._probe(generator)
-        if u is None:
+        found = self._probe(generator)
+        if found is None:
             raise RuntimeError(
                 "the loss has no second derivative in torch, and its output is too large for differences of its first: "
                 "use curvature='empirical'."
             )
-        return u
+        return found
 
     @torch.enable_grad()
-    def _probe(self, generator: torch.Generator | None) -> Tensor | None:
-        """A random direction u ``[N, ...]`` of the selected output, E[uuᵀ] = Λ; None where that is not to be had."""
+    def _probe(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor] | None:
+        """As `probe`; None where that is not to be had."""
         chosen = self.chosen
 
         def at_zero() -> tuple[Tensor, Tensor]:

@@ -96,11 +96,11 @@ def hessian_probe(
     output: Tensor,
     at_zero: Callable[[], tuple[Tensor, Tensor]],
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """A random u_n ``[N, ...]`` with E[u_n u_nᵀ] = Λ_n: R_n z, z of independent signs.
+) -> tuple[Tensor, Tensor]:
+    """(A random u_n ``[N, ...]`` with E[u_n u_nᵀ] = Λ_n without its negative part, whether that is not zero ``[N]``).
 
-    Where Λ is that of a softmax along one axis at each position, as in language models, or diagonal, as that of squared
-    errors, only vectors are formed; else Λ itself is.
+    u_n = R_n z, z of independent signs. Where Λ is that of a softmax along one axis at each position, as in language
+    models, or diagonal, as that of squared errors, only vectors are formed; else Λ itself is.
 
     Args:
         residual: gradient of the summed losses with respect to `output`, made with create_graph=True.
@@ -110,26 +110,27 @@ def hessian_probe(
     """
     softmax = _softmax_hessian(residual, output, at_zero)
     if softmax is not None:
-        return _softmax_probe(output.detach(), *softmax, random_signs(output, generator))
+        u = _softmax_probe(output.detach(), *softmax, random_signs(output, generator))
+        return u, torch.zeros(len(output), dtype=torch.bool, device=output.device)
     diagonal = _diagonal_hessian(residual, output)
     if diagonal is not None:
-        return diagonal.clamp_min(0).sqrt() * random_signs(output, generator)
+        flat = diagonal.reshape(len(output), -1)
+        is_negative = flat < -100 * torch.finfo(flat.dtype).eps * flat.abs().amax(1, keepdim=True)
+        return diagonal.clamp_min(0).sqrt() * random_signs(output, generator), is_negative.any(1)
     return root_probe(output_hessian(residual, output), output, generator)
 
 
-def root_probe(hessian: Tensor, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def root_probe(hessian: Tensor, output: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """As `hessian_probe`, from Λ ``[N, C, C]``."""
-    return _times_root(hessian, output, random_signs(output, generator))
+    root, signs = signed_root(hessian, output)
+    z = random_signs(output, generator).reshape(len(output), -1, 1)
+    return (root @ (z * signs.clamp_min(0).unsqueeze(2))).reshape(output.shape), signs.lt(0).any(1)
 
 
 def random_signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Independent ±1."""
     bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=like.dtype)
     return bits.mul_(2).sub_(1)
-
-
-def _times_root(hessian: Tensor, output: Tensor, z: Tensor) -> Tensor:
-    return (hessian_root(hessian, output) @ z.reshape(*z.shape[:1], -1, 1)).reshape(output.shape)
 
 
 def hessian_by_differences(residual: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:

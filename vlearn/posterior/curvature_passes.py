@@ -4,7 +4,8 @@ Each gives gradients G_n of examples whose sum of G_n G_nᵀ over the passes, we
 mean: with Λ_n = ∂²ℓ_n/∂f_n² and R_n R_nᵀ = Λ_n,
 
     ggn         G_n = J_nᵀ R_n z, z of random signs; the mean over `draws` passes is J_nᵀΛ_nJ_n on average
-    ggn-exact   G_nc = J_nᵀ R_n e_c for each of the C outputs; their sum is J_nᵀΛ_nJ_n
+    ggn-exact   G_nc = J_nᵀ R_n e_c for each of the C outputs; their sum is J_nᵀΛ_nJ_n. Where Λ_n has negative
+                eigenvalues it is R_n diag(±1) R_nᵀ, and the passes of the negative ones are taken away
     sampled     G_n = J_nᵀ ∂ℓ/∂f of labels that are sampled from the model; its mean is the Fisher matrix
     empirical   G_n = g_n, the gradients of the training labels
 """
@@ -12,13 +13,13 @@ mean: with Λ_n = ∂²ℓ_n/∂f_n² and R_n R_nᵀ = Λ_n,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vlearn.linearized.linearization import Linearization
 from vlearn.losses.likelihood import Likelihood, probe
-from vlearn.losses.output_hessian import hessian_root
+from vlearn.losses.output_hessian import signed_root
 from vlearn.losses.residual_checks import LossMakeup
 from vlearn.per_example.recorded_pass import RecordedPass
 
@@ -32,15 +33,19 @@ class CurvaturePasses:
 
     Attributes:
         curvature: one of `CURVATURES`.
+        signed: whether passes may be taken away; else negative eigenvalues of Λ_n are left out, as "ggn" always does.
         draws: the number of random passes for each batch.
         likelihood: of "sampled" labels.
         generator: of the random numbers.
+        clipped: for each batch, the number of examples of which negative eigenvalues were left out.
     """
 
     curvature: str
+    signed: bool
     draws: int
     likelihood: Likelihood
     generator: torch.Generator | None
+    clipped: list[int] = field(default_factory=list)
 
     @property
     def second_order(self) -> bool:
@@ -65,16 +70,24 @@ class CurvaturePasses:
                     f"curvature='ggn-exact' makes a backward pass for each of the {size} outputs: use 'ggn', which "
                     "makes draws=."
                 )
-            root = hessian_root(lin.hessian(), lin.output)
-            for c in range(size):
-                yield lin.backprop(root[:, :, c].reshape(lin.output.shape), last=c == size - 1), 1.0
+            root, signs = signed_root(lin.hessian(), lin.output)
+            columns = [(column, 1.0) for column in (root * (signs > 0).unsqueeze(1)).unbind(2)]
+            if self.signed:
+                below = zip((root * (signs < 0).unsqueeze(1)).unbind(2), (signs < 0).any(0), strict=True)
+                columns += [(column, -1.0) for column, has_any in below if bool(has_any)]
+            else:
+                self.clipped.append(int((signs < 0).any(1).sum()))
+            for number, (column, weight) in enumerate(columns, 1):
+                yield lin.backprop(column.reshape(lin.output.shape), last=number == len(columns)), weight
             return
         for draw in range(self.draws):
             yield lin.backprop(self._direction(lin), last=draw == self.draws - 1), 1 / self.draws
 
     def _direction(self, lin: Linearization) -> torch.Tensor:
         if self.curvature == "ggn":
-            return lin.probe(self.generator)
+            u, is_clipped = lin.probe(self.generator)
+            self.clipped.append(int(is_clipped.sum()))
+            return u
         count, averaged = len(lin.loss), lin.losses.reduction != "sum"
         value = float(lin.loss.sum())
         makeup = LossMakeup(lambda rows: count / rows if averaged else 1.0, value=lambda: value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +32,8 @@ from vlearn.posterior.processes import FitProcesses, Share
 from vlearn.posterior.statistics import DenseStatistics, DiagonalStatistics, KroneckerStatistics, Scale, Statistics
 
 STRUCTURES = ("diagonal", "kronecker", "eigenvalue-corrected", "full", "last-layer", "last-layer-kronecker")
+NOT_ROUNDING = 1e-5  # of an eigenvalue relative to the largest
+SIGNED = ("diagonal", "full", "last-layer")  # which can take curvature away
 LARGEST_DENSE = 2**13  # parameters: their products take 512 MiB in float64
 
 
@@ -57,7 +60,7 @@ def fit(
 ) -> Gaussian:
     """Fit a Gaussian posterior N(θ, Σ) at the present weights of a trained network: a Laplace approximation.
 
-        Σ⁻¹ = N·H + δ,  H the curvature of the mean loss per example, δ the precision of the prior
+        Σ⁻¹ = N·H + δ,  H = (1/N) Σᵢ JᵢᵀΛᵢJᵢ the curvature of the mean loss, δ the precision of the prior
 
     Only `eval` mode is used, so BatchNorm is no problem; the model is left as it was, also where an optimizer that
     watches it has a draw in its weights. Each batch costs a forward pass,
@@ -76,7 +79,9 @@ def fit(
             optimizer that trained the model with an L2 penalty (N·weight_decay), or "marginal-likelihood", the most
             likely number.
         curvature: "ggn", the Gauss-Newton matrix by `draws` random probes of each example; "ggn-exact" by one backward
-            pass for each output; "sampled" by labels sampled from the model; "empirical" by the training labels.
+            pass for each output; "sampled" by labels sampled from the model; "empirical" by the training labels. Where
+            the loss is not convex in the output, as of a model that predicts a variance too, "ggn-exact" counts what
+            curves downwards in dense and diagonal structures; "ggn" and Kronecker factors leave it out, and warn.
         draws: number of probes for each example.
         num_data: number of training examples N; default as many as the loader gives.
         convention: "expand" or "reduce", for layers that act at several positions.
@@ -98,7 +103,8 @@ def fit(
         A posterior that `sweep`, `influence`, `leave_group_out` and `predict` take. It is a copy: later training does
         not change it.
     Raises:
-        ValueError: if an argument breaks its rule, nothing can be fitted, or the processes have different networks.
+        ValueError: if an argument breaks its rule, nothing can be fitted, the curvature and the prior are not positive
+            definite, or the processes have different networks.
         RuntimeError: if the examples have no gradients of their own, or the fit failed in another process.
     """
     model, _ = whole_network(model)
@@ -123,7 +129,11 @@ def fit(
 
     with weights_at_mean(model), processes.alike(checked), eval_mode(model), native_recurrence(model.modules()):
         passes = CurvaturePasses(
-            curvature, draws, likelihood, processes.own_generator(generator, next(iter(named.values())).device)
+            curvature,
+            structure in SIGNED,
+            draws,
+            likelihood,
+            processes.own_generator(generator, next(iter(named.values())).device),
         )
         fitting = _Fitting(model, ExampleLoss(loss_fn), passes, structure, convention, output, prior_precision, named)
         rounds = count = 0
@@ -137,6 +147,7 @@ def fit(
             count = sum(share.count for share in shares)
         named = fitting.named
         mean = {name: p.detach().clone() for name, p in named.items()}
+    _warn_of_clipping(passes, fitting.seen)
     scale = Scale(
         names={p: name for name, p in named.items()},
         mean=mean,
@@ -148,6 +159,11 @@ def fit(
     if prior_precision == MARGINAL_LIKELIHOOD:
         norm = sum(float(m.double().square().sum()) for m in scale.mean.values())
         eigenvalues = scale.num_data * statistics.eigenvalues()
+        if float(eigenvalues.min()) < -NOT_ROUNDING * float(eigenvalues.abs().max()):
+            raise ValueError(
+                f"prior_precision={MARGINAL_LIKELIHOOD!r} of a curvature with negative eigenvalues, the least of which "
+                f"is {float(eigenvalues.min()):.3g}: give a number, or use curvature='ggn', which leaves them out."
+            )
         # The first process's: others may round otherwise.
         likeliest = processes.each(partial(most_likely_precision, eigenvalues, norm))[0]
         scale = replace(scale, prior_precision=dict.fromkeys(named, likeliest))
@@ -164,6 +180,7 @@ class _Fitting:
         named: the parameters, of the last layer alone once a batch has shown which it is.
         statistics: None where only a batch would tell of what.
         counts: of the examples of each process in the first round.
+        seen: number of the examples of this process, once for each time.
     """
 
     model: nn.Module
@@ -176,6 +193,7 @@ class _Fitting:
     named: dict[str, Tensor]
     statistics: Statistics | None = None
     counts: list[int] = field(default_factory=list)
+    seen: int = 0
 
     @property
     def rounds(self) -> int:
@@ -195,6 +213,7 @@ class _Fitting:
             moving = Covariance.unknown(self.named.values())
             lin = linearize(self.model, moving, batch, self.losses, self.output, self.passes.second_order)
             count += len(batch.index)
+            self.seen += len(batch.index)
             assert self.statistics is not None
             for recorded, weight in self.passes.of(lin):
                 self.statistics.add(recorded, weight)
@@ -254,6 +273,20 @@ def _check(
         raise ValueError(f"num_data={num_data!r}, but it must be positive: use the number of training examples.")
     if not callable(likelihood) and likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood={likelihood!r}, but it must be one of {', '.join(map(repr, LIKELIHOODS))}.")
+
+
+def _warn_of_clipping(passes: CurvaturePasses, seen: int) -> None:
+    """Say of how many examples a part of the curvature was left out."""
+    by_probes = passes.curvature == "ggn"
+    clipped = sum(passes.clipped) / (passes.draws if by_probes else 1)
+    if clipped:
+        warnings.warn(
+            f"the loss curves downwards in the output of {clipped / seen:.0%} of the examples, which "
+            f"{'probes' if by_probes else 'Kronecker factors'} cannot hold: that was left out, so that Σ⁻¹ is larger "
+            "than the Gauss-Newton matrix and the prior. curvature='ggn-exact' with structure='full', 'last-layer' or "
+            "'diagonal' counts it.",
+            stacklevel=2,
+        )
 
 
 def _statistics(structure: str, convention: str, named: Mapping[str, Tensor], prior: Mapping[str, float]) -> Statistics:

@@ -25,6 +25,11 @@ from vlearn.per_example.kronecker_factors import Basis, Layer, factor_sums, laye
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.posterior.processes import Key
 
+_NOT_POSITIVE = (
+    "the curvature of the data and the prior together are not positive definite, so that they are no precision: the "
+    "loss is not at a minimum, or curves downwards in the output. Train on, give a larger prior_precision, or use "
+    "curvature='ggn', which leaves out what curves downwards, or 'empirical'."
+)
 FACTORS = ("out_factor", "in_factor")  # of a layer, see `factor_sums`
 
 
@@ -111,6 +116,9 @@ class DiagonalStatistics:
     def posterior(self, scale: Scale) -> Diagonal:
         """See `Statistics`."""
         hessian = {scale.names[p]: h for p, h in self.hessian.items()}
+        for name, h in hessian.items():
+            if h.numel() and not float(h.min()) * scale.num_data + scale.prior_precision[name] > 0:
+                raise ValueError(_NOT_POSITIVE)
         return Diagonal(
             {name: scale.mean[name] for name in hessian},
             hessian,
@@ -307,7 +315,7 @@ class DenseStatistics:
 
     def eigenvalues(self) -> Tensor:
         """See `Statistics`."""
-        return torch.linalg.eigvalsh(self.hessian).clamp_min(0)
+        return torch.linalg.eigvalsh(self.hessian)
 
     def posterior(self, scale: Scale) -> Full:
         """See `Statistics`."""
@@ -316,9 +324,12 @@ class DenseStatistics:
         precision = (self.hessian * scale.num_data).diagonal_scatter(
             scale.num_data * self.hessian.diagonal() + torch.cat(prior)
         )
+        precision = precision.to(_wide(self._wanted[0]))
+        if int(torch.linalg.cholesky_ex(precision).info) != 0:
+            raise ValueError(_NOT_POSITIVE)
         return Full(
             {name: scale.mean[name] for name in names},
-            precision.to(_wide(self._wanted[0])),
+            precision,
             scale.num_data,
             prior_precision={name: scale.prior_precision[name] for name in names},
         )
