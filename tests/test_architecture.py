@@ -18,6 +18,7 @@ ORACLES = sorted((ROOT / "tests" / "oracles").rglob("*.py"))
 RIGHT_BELOW = {
     "_torch_internals": (),
     "_extras": (),
+    "_short_repr": (),
     "collectives": (),
     "layers": (),
     "losses": (),
@@ -25,7 +26,7 @@ RIGHT_BELOW = {
     "sharded": ("_torch_internals",),
     "per_example": ("capture", "sharded"),
     "gaussians": ("per_example",),
-    "linearized": ("gaussians", "losses", "collectives", "_extras"),
+    "linearized": ("gaussians", "losses", "collectives", "_extras", "_short_repr"),
     "posterior": ("linearized",),
     "sensitivity": ("linearized", "record"),
     "optim.kernels": ("sharded",),

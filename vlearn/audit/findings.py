@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vlearn._extras import require
+from vlearn._short_repr import ShortRepr
 from vlearn.audit.confident_learning import noise_joint
 from vlearn.record import TrainingRecord
 from vlearn.record.running_averages import AVERAGED
@@ -24,8 +25,8 @@ LEARNED_BY_HEART = 0.99  # share of the labels, from which on a run that agrees 
 HIGH_LEVERAGE = 2.0  # times the mean, from which on an example counts as a point of high leverage
 
 
-@dataclass(frozen=True)
-class LabelIssues:
+@dataclass(frozen=True, repr=False)
+class LabelIssues(ShortRepr):
     """Examples in the order in which their labels are worth a look, the worst first.
 
     Attributes:

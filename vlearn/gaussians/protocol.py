@@ -46,6 +46,21 @@ class Posterior(Protocol):
         ...
 
 
+def check_posterior(posterior: object) -> None:
+    """Raise TypeError where it is none, as an optimizer in place of its posterior."""
+    if callable(getattr(posterior, "covariance", None)):
+        return
+    name = type(posterior).__name__
+    if callable(getattr(posterior, "posterior", None)):
+        raise TypeError(
+            f"posterior is the {name} itself, but it must be what {name} has learned: optimizer.posterior()."
+        )
+    raise TypeError(
+        f"posterior is of type {name}, but it must be that of an optimizer, optimizer.posterior(), or of a fit, "
+        "vlearn.posterior.fit(model, loader, loss_fn)."
+    )
+
+
 def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     """The model's parameters by the posterior's names: the same objects, or else the same names.
 
@@ -53,8 +68,10 @@ def match(model: nn.Module, posterior: Posterior) -> dict[str, nn.Parameter]:
     them; the copy that such a wrapper holds is matched like the model itself.
 
     Raises:
+        TypeError: if the posterior is none.
         ValueError: if none matches, or one by name has another shape.
     """
+    check_posterior(posterior)
     own = dict(model.named_parameters())
     same = {id(p): name for name, p in posterior.parameters.items()}
     matched = {same[id(p)]: p for p in own.values() if id(p) in same}

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.data import Dataset, IterableDataset
 
 from vlearn.capture.names import argument_names, model_arguments
 from vlearn.capture.pytrees import plain
@@ -96,9 +97,11 @@ def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex
     Args:
         example_index: which example each row of concatenated inputs is of, see `vlearn.sweep`.
     Raises:
+        TypeError: if the loader gives no batches.
         ValueError: if a batch is none that `split` takes, has no tensors, or its examples cannot be numbered.
     """
     check_example_index(example_index)
+    _check_loader(loader)
     device, names = device_of(model), argument_names(model)
     numbering = Numbering(loader)
     for given in numbering.loader:
@@ -120,6 +123,17 @@ def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex
         else:
             numbering.check(index, drawn)
         yield Batch(*arguments, target, index, rows)
+
+
+def _check_loader(loader: object) -> None:
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(
+            f"the loader is a {type(loader).__name__}, which gives single examples: pass DataLoader(dataset, "
+            "batch_size=...), or batch_size=None if its items are batches."
+        )
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        name = getattr(loader, "__name__", type(loader).__name__)
+        raise TypeError(f"the loader is {name}, which gives no batches: pass a DataLoader, or a list of (x, y).")
 
 
 def split_on(device: torch.device, batch: Any, arguments: Iterable[str] = ()) -> tuple[Any, Any, Tensor | None]:

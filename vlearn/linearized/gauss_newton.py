@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
-from vlearn.gaussians.protocol import Posterior, match
+from vlearn.gaussians.protocol import Posterior, check_posterior, match
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, linearize
@@ -82,6 +82,7 @@ class GaussNewton:
     @staticmethod
     def check(posterior: Posterior) -> None:
         """Raise ValueError if a posterior has no H of its own."""
+        check_posterior(posterior)
         if getattr(posterior, "uncalibrated_draws", True):
             posterior.require_calibrated("prior for the curvature of the training data")
         training_time = getattr(posterior, "training_time", math.inf)

@@ -130,8 +130,10 @@ def whole_network(model: nn.Module, posterior: Posterior | None = None) -> tuple
     also while an optimizer's draw is in the model.
 
     Raises:
+        TypeError: if the model is none.
         RuntimeError: if tensor parallelism has sharded it.
     """
+    _check_module(model)
     if not is_sharded_model(model):
         return model, posterior
     entries = model.state_dict()
@@ -145,8 +147,18 @@ def whole_network(model: nn.Module, posterior: Posterior | None = None) -> tuple
     return whole.module_of[model], posterior
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}, but it must be the nn.Module that was trained.")
+
+
 def check_whole(model: nn.Module) -> None:
-    """Raise RuntimeError if a model is sharded: its layers have their weights but for a moment."""
+    """Raise RuntimeError if a model is sharded: its layers have their weights but for a moment.
+
+    Raises:
+        TypeError: if it is no model.
+    """
+    _check_module(model)
     if is_sharded_model(model):
         raise RuntimeError(
             "the model is sharded over processes (fully_shard, tensor parallelism), but the whole network is needed "

@@ -37,6 +37,7 @@ class ExampleLoss:
         checked: shapes of outputs and targets for which each loss was seen to be of its own example.
 
     Raises:
+        TypeError: if loss_fn is no function.
         ValueError: if loss_fn cannot be called with an output and a target.
     """
 
@@ -167,6 +168,10 @@ def _is_torchs(loss_fn: LossFunction) -> bool:
 
 
 def _check_takes_output_and_target(loss_fn: LossFunction) -> None:
+    if not callable(loss_fn) or isinstance(loss_fn, type):
+        given = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else f"of type {type(loss_fn).__name__}"
+        made = f": pass {loss_fn.__name__}()" if isinstance(loss_fn, type) else ""
+        raise TypeError(f"loss_fn is {given}, but it is called with the model's output and the target{made}.")
     try:
         signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
     except (TypeError, ValueError):

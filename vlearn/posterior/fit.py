@@ -103,6 +103,7 @@ def fit(
         A posterior that `sweep`, `influence`, `leave_group_out` and `predict` take. It is a copy: later training does
         not change it.
     Raises:
+        TypeError: if an argument is of another kind, as a dataset in place of its loader.
         ValueError: if an argument breaks its rule, nothing can be fitted, the curvature and the prior are not positive
             definite, or the processes have different networks.
         RuntimeError: if the examples have no gradients of their own, or the fit failed in another process.

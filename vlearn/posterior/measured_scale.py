@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn._short_repr import ShortRepr
 from vlearn.gaussians.protocol import Posterior
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.gauss_newton import GaussNewton, check_steps
@@ -21,8 +22,8 @@ from vlearn.per_example.measured_rows import ExampleIndex
 GRADIENT_ENTRIES = 2**25  # entries of the gradients that are solved for at once; as many vectors again take part
 
 
-@dataclass(frozen=True)
-class MeasuredScale:
+@dataclass(frozen=True, repr=False)
+class MeasuredScale(ShortRepr):
     """Self-influences by a posterior's Σ beside those by H⁻¹, on the CPU.
 
     Attributes:
@@ -79,6 +80,7 @@ def measured_scale(
     Returns:
         The scale, with the examples' self-influences by Σ and by H⁻¹.
     Raises:
+        TypeError: if an argument is of another kind, as an optimizer in place of its posterior.
         ValueError: if an argument breaks its rule, or the posterior has no H of its own.
         RuntimeError: if the examples of a batch have no gradient of their own.
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vlearn.capture.names import model_arguments
 from vlearn.gaussians.protocol import Posterior, match
@@ -48,11 +49,14 @@ def predict(
     Returns:
         ``[N, C]`` averaged class probabilities (with the default link).
     Raises:
+        TypeError: if the posterior is none, as an optimizer itself, or x is a loader.
         ValueError: if draws is not positive, the posterior belongs to another model, or the output is not scores
             ``[N, C]`` and no link is given.
     """
     if draws < 1:
         raise ValueError(f"draws={draws}, but it must be positive: use 64.")
+    if isinstance(x, DataLoader):
+        raise TypeError("x is a DataLoader, but predict takes one batch: call it for each batch's x.")
     model, posterior = whole_network(model, posterior)
     names = match(model, posterior)
     args, kwargs = model_arguments(model, x)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlearn._short_repr import ShortRepr
 from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
 from vlearn.linearized.batches import batches, with_progress_bar
@@ -30,8 +31,8 @@ Estimate = tuple[float, float, float]  # value, and the ends of its 95% interval
 RESAMPLED = 2000
 
 
-@dataclass(frozen=True)
-class RemovalCheck:
+@dataclass(frozen=True, repr=False)
+class RemovalCheck(ShortRepr):
     """What removing examples has changed, beside what was predicted; all in the loss's units.
 
     Attributes:

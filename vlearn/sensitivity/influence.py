@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from vlearn._short_repr import ShortRepr
 from vlearn.collectives import joined_rows, process_count, told_by_all
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior, match
@@ -32,8 +33,8 @@ SOLVER_VECTORS = 8  # as many vectors of their size do conjugate gradients hold
 By = str | Callable[[str], Any] | None
 
 
-@dataclass(frozen=True)
-class Influence:
+@dataclass(frozen=True, repr=False)
+class Influence(ShortRepr):
     """First-order change of each test example's loss if a training example were removed, on the CPU.
 
     Attributes:
@@ -58,8 +59,8 @@ class Influence:
     position: Tensor | None = None
     residual: Tensor | None = None
     top_k: int | None = None
-    seen: dict[int, float] | None = None
-    network: Fingerprint | None = None
+    seen: dict[int, float] | None = field(default=None, repr=False)
+    network: Fingerprint | None = field(default=None, repr=False)
 
     def gather(self, group: Any = None) -> Influence:
         """The influence of all processes' training examples, each of which has gone through its own share of them.
@@ -146,6 +147,7 @@ def influence(
     Returns:
         Values with the numbers of their examples.
     Raises:
+        TypeError: if an argument is of another kind, as an optimizer in place of its posterior.
         ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be
             numbered, or the training loader gives one twice, or others when it is iterated again; if `by` divides
             parameters that Σ correlates, or is joined with what has no parts; if `refine` does not know the prior; if

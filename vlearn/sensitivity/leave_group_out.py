@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn._short_repr import ShortRepr
 from vlearn.capture.pytrees import Selector, shapes
 from vlearn.gaussians.covariance import Covariance
-from vlearn.gaussians.protocol import Posterior
+from vlearn.gaussians.protocol import Posterior, check_posterior
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
@@ -31,8 +32,8 @@ VECTOR_ENTRIES = 2**28  # entries of the vectors in parameter space that are hel
 Curve = Callable[[Vectors, Tensor], Vectors]  # (v, active ``[K]``) -> J_Mᵀ Λ_M J_M v
 
 
-@dataclass(frozen=True)
-class GroupTable:
+@dataclass(frozen=True, repr=False)
+class GroupTable(ShortRepr):
     """One row per group, on the CPU (Nickl et al., 2023, arXiv:2310.19273).
 
     Attributes:
@@ -129,6 +130,7 @@ def leave_group_out(
     Returns:
         One row per group.
     Raises:
+        TypeError: if an argument is of another kind, as an optimizer in place of its posterior.
         ValueError: if an argument breaks its rule, the posterior belongs to another model, the loader lacks examples
             of a group, `refine` does not know the prior, or the processes differ in more than their data.
         RuntimeError: if the examples of a batch have no gradient of their own, or it failed in another process.
@@ -142,6 +144,7 @@ def leave_group_out(
 
     def settings() -> dict[str, Any]:
         _check(threshold, tolerance, max_iterations, refine)
+        check_posterior(posterior)
         if refine:
             GaussNewton.check(posterior)
         posterior.require_calibrated("loss without a group")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn._short_repr import ShortRepr
 from vlearn.capture.pytrees import Selector, select
 from vlearn.gaussians.covariance import Covariance
 from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
@@ -17,8 +18,8 @@ from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.sensitivity.summary import row_norms, summarize
 
 
-@dataclass(frozen=True)
-class Sensitivities:
+@dataclass(frozen=True, repr=False)
+class Sensitivities(ShortRepr):
     """One row per example of a minibatch (Nickl et al., 2023, arXiv:2310.19273).
 
     Attributes:

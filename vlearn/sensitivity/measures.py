@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.gaussians.diagonal import Diagonal
-from vlearn.gaussians.protocol import Posterior
+from vlearn.gaussians.protocol import Posterior, check_posterior
 from vlearn.linearized.batches import batches
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
@@ -40,6 +40,7 @@ def cooks_distance(
         threshold: examples whose largest eigenvalue of VΛ reaches it get the first order, eᵀVe / P.
     """
     check_threshold(threshold)
+    check_posterior(posterior)
     posterior.require_calibrated("Cook's distance")
 
     def of(lin: Linearization) -> Tensor:
@@ -77,6 +78,7 @@ def memorization(model: nn.Module, posterior: Posterior, loader: Iterable[Any], 
     Raises:
         ValueError: if the targets are not class labels ``[N]``.
     """
+    check_posterior(posterior)
     posterior.require_calibrated("memorization")
 
     def of(lin: Linearization) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlearn.capture.pytrees import Selector
 from vlearn.collectives import process_count
-from vlearn.gaussians.protocol import Posterior
+from vlearn.gaussians.protocol import Posterior, check_posterior
 from vlearn.linearized.batches import Batch, batches, device_of, with_progress_bar
 from vlearn.linearized.linearization import Linearization, OutputTooLargeError, at_mean, linearize
 from vlearn.linearized.processes import Fingerprint, Processes, whole_network
@@ -49,7 +49,8 @@ class SweepOptions:
     per: str
 
     def check(self, posterior: Posterior) -> None:
-        """Raise ValueError if an option breaks its rule, RuntimeError if the posterior has no scale for it."""
+        """Raise where an option breaks its rule, or the posterior has no scale for it or is none."""
+        check_posterior(posterior)
         if self.loo_loss or self.refined:
             posterior.require_calibrated("leave-one-out loss")
         if self.leverage not in ("probe", "exact", None):
@@ -145,6 +146,7 @@ def sweep(
     Returns:
         One row per example, or token; in loader's order, with `out` or `sync` in that of their numbers.
     Raises:
+        TypeError: if an argument is of another kind, as an optimizer in place of its posterior.
         ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be
             numbered, `out` holds a sweep of something else, or the processes differ in more than their data.
         RuntimeError: if the examples of a batch have no gradient of their own, the posterior has no scale, another

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlearn._extras import require
+from vlearn._short_repr import ShortRepr
 from vlearn.collectives import joined_rows, process_count, told_by_all
 from vlearn.linearized.processes import Fingerprint, same_network
 from vlearn.record.example_order import example_order
@@ -18,8 +20,8 @@ from vlearn.record.row_record import RowRecord
 from vlearn.sensitivity.summary import row_norms, summarize
 
 
-@dataclass(frozen=True)
-class SensitivityTable:
+@dataclass(frozen=True, repr=False)
+class SensitivityTable(ShortRepr):
     """One row per example, on the CPU, in loader order (Nickl et al., 2023, arXiv:2310.19273).
 
     Attributes:
@@ -58,7 +60,7 @@ class SensitivityTable:
     deviation_norm: Tensor | None = None
     largest_eigenvalue: Tensor | None = None
     output: Tensor | None = None
-    network: Fingerprint | None = None
+    network: Fingerprint | None = field(default=None, repr=False)
 
     @property
     def num_first_order(self) -> int | None:
@@ -121,6 +123,23 @@ class SensitivityTable:
         rows: dict[str, Any] = {name: None if column is None else column[order] for name, column in columns.items()}
         return SensitivityTable(**rows, network=network)
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """What there is with one value for each row, ``[N]``, by name: all but outputs and their changes."""
+        kept = {name: getattr(self, name) for name in COLUMNS}
+        return {
+            name: column.numpy()
+            for name, column in kept.items()
+            if column is not None and column.dim() == 1 and not (name == "loo_loss" and column.isnan().all())
+        }
+
+    def to_pandas(self) -> Any:
+        """The same as a ``pandas.DataFrame``, which sorts, filters and joins them."""
+        return require("pandas", extra="pandas", feature="to_pandas()").DataFrame(self.columns())
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the same as a Parquet file."""
+        self.to_pandas().to_parquet(path, index=False)
+
     def summary(self, prefix: str = "") -> dict[str, float]:
         """Summarize the table by a few floats, as Lightning's ``log_dict`` or any other logger takes them.
 
@@ -179,7 +198,7 @@ def not_kept(rows: Tensor) -> Tensor:
 
 
 OUTPUTS = ("deviation", "output")  # may not be kept
-COLUMNS = tuple(field.name for field in fields(SensitivityTable) if field.name != "network")
+COLUMNS = tuple(each.name for each in fields(SensitivityTable) if each.name != "network")
 Kinds = dict[str, tuple[torch.Size, torch.dtype] | None]
 
 
