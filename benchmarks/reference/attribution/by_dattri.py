@@ -64,13 +64,18 @@ def arnoldi(subject: Subject, regularization: float = 1e-2, projection: int = 10
     return _scorer(partial(_inner_products, attributor, subject))
 
 
-def ekfac(subject: Subject, damping: float) -> Scorer:
-    """Grosse et al., 2023."""
+def ekfac_factors(subject: Subject) -> Any:
+    """The attributor, whose factors no damping changes."""
     functions = _dattri("algorithm.influence_function")
-    model = subject.own_model()
-    attributor = functions.IFAttributorEKFAC(_loss_task(model, subject), damping=damping)
+    attributor = functions.IFAttributorEKFAC(_loss_task(subject.own_model(), subject))
     with _quiet():
         attributor.cache(_loader(subject.x, subject.y))
+    return attributor
+
+
+def ekfac(subject: Subject, attributor: Any, damping: float) -> Scorer:
+    """Grosse et al., 2023."""
+    attributor.damping = damping
     return _scorer(partial(_inner_products, attributor, subject))
 
 
@@ -111,7 +116,7 @@ METHODS = (
             for regularization, projection in ((1e-2, 100), (1e-1, 100), (1.0, 100), (1e-2, 20), (1e-3, 10))
         ],
     ),
-    Method("influence, EK-FAC", "dattri", ekfac, [{"damping": value} for value in DAMPING]),
+    Method("influence, EK-FAC", "dattri", ekfac, [{"damping": value} for value in DAMPING], ekfac_factors),
     Method("TracIn", "dattri", tracin),
 )
 
