@@ -114,6 +114,7 @@ TASKS = {
     "gru": "tinyshakespeare, GRU",
     "embedding": "embeddings of passages (InfoNCE)",
     "ft-transformer": "kin8nm, FT-Transformer",
+    "lora": "lines in capitals, GPT-2 with LoRA",
     "ppo": "CartPole, PPO: mean return, at best 500",
 }
 
@@ -123,10 +124,10 @@ def recorded() -> list[dict[str, Any]]:
     return [read(f"defaults/{name}")["methods"] for name in TASKS if (RESULTS / f"defaults/{name}.json").exists()]
 
 
-def largest_difference() -> float:
-    """The largest difference of VAdamW's validation loss from AdamW's, by the line and tuned, as a share."""
+def largest_excess() -> float:
+    """By how much VAdamW's validation loss is above AdamW's at most, by the line and tuned, as a share."""
     return max(
-        abs(methods["VAdamW"][which]["mean"]["loss"] / methods["AdamW"][which]["mean"]["loss"] - 1)
+        methods["VAdamW"][which]["mean"]["loss"] / methods["AdamW"][which]["mean"]["loss"] - 1
         for methods in with_data()
         for which in ("line", "tuned")
     )
@@ -150,12 +151,13 @@ def lines() -> str:
         for name in ("gpt", "gru", "ft-transformer", "mlp", "lenet")
     ]
     wide, drawn = (short(loss("lenet", "EVON", "line", quantity), 3) for quantity in ("loss", "loss_by_draws"))
+    count = len(with_data())
     gap = short(read("generalization/fashion-mnist")["table"]["IVON"]["mean"]["mean_absolute_gap"], 3)
     rows = [
         (
             "whatever AdamW trains: transformers, fine-tuning, tabular data, embeddings, policies",
             "`VAdamW(model, lr=1e-3, num_data=N)`, with AdamW's own lr",
-            f"the loss is AdamW's to {percent(largest_difference())} on {len(with_data())} tasks; PPO solves CartPole",
+            f"a loss at most {percent(largest_excess())} above AdamW's on {count} tasks; PPO solves CartPole",
         ),
         (
             "whatever is trained from scratch",
