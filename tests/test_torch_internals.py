@@ -340,7 +340,7 @@ def test_the_part_of_a_parameter_has_a_place(group):
     assert tuple(global_offset(weight)) == (0, 0)  # in several processes: tests/distributed/test_sharded.py
 
 
-@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="fully_shard of torch 2.6 gathers on accelerators alone")
 def test_a_module_of_fully_shard_shows_what_it_gathers(group):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     fully_shard(model[0])

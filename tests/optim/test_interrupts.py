@@ -177,16 +177,16 @@ def bent(kind: str) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
 
     model = Model(forward, **parts).double()
     if kind == "dict":  # backward goes through one of the outputs alone
-        return model, lambda m, x: m(x)["hidden"].square().sum()
+        return model, lambda m, x: m(x)["hidden"].square().mean()
     if kind == "parts":
-        return model, lambda m, x: m.out(m.block(m.into(x))).square().sum()
+        return model, lambda m, x: m.out(m.block(m.into(x))).square().mean()
     if kind == "recurrent":
-        return model, lambda m, x: m(x).square().sum() + m(2 * x).square().sum()
+        return model, lambda m, x: m(x).square().mean() + m(2 * x).square().mean()
     if kind == "hidden outputs":
-        return model, lambda m, x: m(x).logits.square().sum()
+        return model, lambda m, x: m(x).logits.square().mean()
     if kind == "gradient of a gradient":
         return model, _curvature
-    return model, lambda m, x: m(x).square().sum()
+    return model, lambda m, x: m(x).square().mean()
 
 
 def _curvature(model: nn.Module, x: Tensor) -> Tensor:

@@ -372,14 +372,16 @@ def check_squared_error(output: Tensor, residual: Tensor, makeup: LossMakeup) ->
     expected, agree = squares / told, _agreement(output, residual)
     if 0 < float(squares) < math.inf and not makeup.has_value(expected, agree * expected):
         value = makeup.value()
-        ratio = float("nan") if not value else float(squares / value) / told
+        ratio = float(squares / value) / told if value else 0.0
+        scaled = (
+            f"if it is {ratio:.4g} times that, tell watch(model, loss_scale={ratio:.4g}) where it was divided for "
+            "accumulation or multiplied by a gradient scaler; "
+        )
         raise ValueError(
             "likelihood='gaussian' is that of F.mse_loss, the mean of (f - y)² over all entries, but the gradient of "
-            f"the loss and its value are not those of it: if it is {ratio:.4g} times that, tell "
-            f"watch(model, loss_scale={ratio:.4g}) where it was divided for accumulation or multiplied by a gradient "
-            "scaler; where that is meant, or the loss has other terms or is another, give its likelihood, which is "
-            "taken at its word and averaged: lambda f: Normal(f, 1.0) of (f - y)²/2, in Independent(..., 1) of the sum "
-            "over the last axis."
+            f"the loss and its value are not those of it: {scaled if ratio > 0 else ''}where the loss has another "
+            "factor or other terms, or is another, give its likelihood, which is taken at its word and averaged: "
+            "lambda f: Normal(f, 1.0) of (f - y)²/2, in Independent(..., 1) of the sum over the last axis."
         )
 
 

@@ -94,7 +94,7 @@ def _move_factors(
         torch._foreach_div_(shares, [state["learned"] for state, _, _ in news])
         torch._foreach_clamp_max_(shares, 1)
         for (state, name, new), share in zip(news, shares, strict=True):
-            state[name].lerp_(new, share)
+            state[name].lerp_(new, share.to(new.dtype))
         torch._foreach_mul_(ages, 0)
     for state, statistics in pairs:
         if "squares" in statistics:
