@@ -123,6 +123,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "soap-lowest": _soap_lowest,
     "ppo-evon": lambda: f"{_of_policy('EVON')['return']:.0f}",
     "ppo-narrow": lambda: f"{_of_policy('EVON, narrow')['return']:.0f}",
+    "ppo-clipped": lambda: percent(_of_policy("EVON")["beyond the clip"], 0),
+    "ppo-clipped-narrow": lambda: percent(_of_policy("EVON, narrow")["beyond the clip"], 0),
     "gru-of-other-scenes": lambda: short(_of_leave_one_out("gru")["loss"], 3),
     "text-apart": lambda: percent(max(_apart(_of_leave_one_out(name)) for name in ("gpt", "gru"))),
     "contested-above": _contested_above_folds,
