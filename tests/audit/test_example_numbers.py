@@ -120,7 +120,7 @@ def test_a_concatenation_counts_through_its_parts():
     numbers = ExampleNumbers(both)
     assert all(number == held for number, held in pairs(numbers, DataLoader(Subset(both, [22, 3]), 2, shuffle=True)))
     assert numbers.num_data == N + 5
-    with pytest.raises(ValueError, match="has examples that are not of the given dataset"):
+    with pytest.raises(ValueError, match="has examples that are not of the dataset that was given, or that came first"):
         ExampleNumbers(WHOLE).follow(DataLoader(both, 4))
 
 
@@ -129,8 +129,15 @@ def test_without_a_whole_a_subset_counts_its_own_places():
     assert sorted(found) == [(0, 4), (1, 2), (2, 19)]
 
 
+def test_a_dataset_that_is_made_again_of_the_same_tensors_has_the_same_places():
+    numbers = ExampleNumbers()
+    for _ in range(2):
+        loader = DataLoader(TensorDataset(*WHOLE.tensors), 3, shuffle=True)
+        assert all(number == held for number, held in pairs(numbers, loader, epochs=1))
+
+
 def test_another_dataset_is_refused():
-    with pytest.raises(ValueError, match="TensorDataset has examples that are not of the given dataset"):
+    with pytest.raises(ValueError, match="TensorDataset has examples that are not of the dataset"):
         ExampleNumbers(WHOLE).follow(DataLoader(TensorDataset(torch.zeros(3)), 2))
 
 
@@ -268,5 +275,5 @@ class TestHuggingFaceDatasets:
     def test_a_dataset_without_some_columns_has_the_same_places(self, dataset):
         lost = dataset.remove_columns(["row"])
         assert all(n == held for n, held in pairs(ExampleNumbers(dataset), DataLoader(lost, 3, shuffle=True)))
-        with pytest.raises(ValueError, match="not of the given dataset"):
+        with pytest.raises(ValueError, match="not of the dataset that was given, or that came first"):
             ExampleNumbers(dataset).follow(DataLoader(lost.select(range(19, -1, -1)), 3))

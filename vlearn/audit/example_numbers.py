@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
 from vlearn.linearized.numbering import MOVED_LOADERS, Drawn, IndexedDataset, example_numbers, followed
 
@@ -213,13 +213,14 @@ class ExampleNumbers:
                     f"{len(column)}: give the dataset that is trained on."
                 )
             return column
-        if dataset is self.dataset or _same_rows(dataset, self.dataset):
+        if dataset is self.dataset or _same_tensors(dataset, self.dataset) or _same_rows(dataset, self.dataset):
             return None
         places = _places(dataset, self.dataset)
         if places is None or (places < 0).any():
             raise ValueError(
-                f"the loader's {type(dataset).__name__} has examples that are not of the given dataset: give the whole "
-                "one (a ConcatDataset of its parts), or the one that is trained on, or key=."
+                f"the loader's {type(dataset).__name__} has examples that are not of the dataset that was given, or "
+                "that came first: make it once, before the loop, and give the whole one (a ConcatDataset of its "
+                "parts), or key=."
             )
         return places
 
@@ -247,6 +248,13 @@ def _places(dataset: Any, whole: Any) -> np.ndarray | None:
             ]
         )
     return None
+
+
+def _same_tensors(dataset: Any, whole: Any) -> bool:
+    """Whether a dataset is another that was made again."""
+    if not (isinstance(dataset, TensorDataset) and isinstance(whole, TensorDataset)):
+        return False
+    return len(dataset.tensors) == len(whole.tensors) and all(map(operator.is_, dataset.tensors, whole.tensors))
 
 
 def _same_rows(dataset: Any, whole: Any) -> bool:
