@@ -95,8 +95,7 @@ def test_tokens_equal_explicit_gradients_of_each_tokens_loss(kind):
     loss_fn = {"torch": F.cross_entropy, "module": nn.CrossEntropyLoss()}.get(kind, rows_by_token)
     model, twin = (language_model(classes, classes_first) for _ in "ab")
     table = swept(model, loss_fn, lambda: (x, y), per="token")
-    keep = (y != -100).T.flatten()
-    n, t = (grid.T.flatten()[keep] for grid in torch.meshgrid(torch.arange(N), torch.arange(T), indexing="ij"))
+    n, t = (y != -100).nonzero().unbind(1)
     assert torch.equal(table.index, n) and torch.equal(table.position, t)
     for position in range(T):
         truth = token_truth(twin.eval(), x, y, position, (lambda f: f.mT) if classes_first else (lambda f: f))
@@ -119,7 +118,7 @@ def test_the_probe_of_a_tokens_leverage_is_unbiased():
     table = vlearn.sweep(
         model, posterior, loader, rows_by_token, "probe", per="token", progress=False, generator=generator
     )
-    probes = table.leverage.reshape(T, repeats, N)
+    probes = table.leverage.reshape(repeats, N, T).permute(2, 0, 1)
     error = probes.std(1) / repeats**0.5
     for position in range(T):
         truth = token_truth(language_model().eval(), x, y, position)

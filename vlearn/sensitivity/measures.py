@@ -8,8 +8,8 @@
     tracin           Σ_t η_t g_i(θ_t)ᵀ g_j(θ_t)            Pruthi et al., 2020
     memorization     p_y(f) - p_y(f + Δf)                  Feldman and Zhang, 2020, by the predicted output without i
 
-Each goes through the data once, in eval mode, and gives one value per example in the order of the examples' numbers
-(the loader's order, unless it yields (x, y, index)). Those without a posterior take the weights as they are.
+Each goes through the data once, in eval mode, and gives one value per example in the order of the examples' numbers, as
+`sweep` has them. Those without a posterior take the weights as they are.
 """
 
 from __future__ import annotations

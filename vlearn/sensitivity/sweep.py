@@ -144,7 +144,7 @@ def sweep(
             numbers of its own. Some may have fewer batches, or none. Without it, a process sweeps what its own loader
             gives and waits for nobody.
     Returns:
-        One row per example, or token; in loader's order, with `out` or `sync` in that of their numbers.
+        One row per example, or token, in the order of the examples' numbers, then of positions.
     Raises:
         TypeError: if an argument is of another kind, as an optimizer in place of its posterior.
         ValueError: if an argument breaks its rule, the posterior belongs to another model, the examples cannot be

@@ -22,7 +22,7 @@ from vlearn.sensitivity.summary import row_norms, summarize
 
 @dataclass(frozen=True, repr=False)
 class SensitivityTable(ShortRepr):
-    """One row per example, on the CPU, in loader order (Nickl et al., 2023, arXiv:2310.19273).
+    """One row per example, on the CPU, in the order of their numbers (Nickl et al., 2023, arXiv:2310.19273).
 
     Attributes:
         index: ``[N]`` example numbers.
@@ -221,10 +221,16 @@ class GrowingTable:
             self._add(rows)
 
     def rows(self, network: Fingerprint | None = None) -> SensitivityTable:
-        """The table of all rows."""
+        """The table of all rows, in the order of the examples' numbers, then of positions."""
         columns: dict[str, Any] = {
-            name: None if column is None else column[: self.count].clone() for name, column in self._columns.items()
+            name: None if column is None else column[: self.count] for name, column in self._columns.items()
         }
+        if self.count:
+            order = columns["index"].argsort(stable=True)
+            if columns["position"] is not None:
+                order = columns["position"].argsort(stable=True)
+                order = order[columns["index"][order].argsort(stable=True)]
+            columns = {name: None if column is None else column[order] for name, column in columns.items()}
         if not self.count:
             nothing = torch.empty(0, device="cpu")
             required = ("loss", "loo_loss", "self_influence", "prediction_error")
