@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -104,6 +105,8 @@ def _repeated(optimizer: Optimizer, scheduler: LRScheduler) -> list[list[Group]]
     again.optimizer = SGD([{"params": [torch.zeros(1, requires_grad=True)]} for _ in optimizer.param_groups], lr=1.0)
     for group, own in zip(again.optimizer.param_groups, optimizer.param_groups, strict=True):
         group.update({**{key: value for key, value in own.items() if key != "params"}, "lr": own["initial_lr"]})
+        # Schedulers write into rates and momenta that are tensors.
+        group.update({key: value.tolist() for key, value in group.items() if isinstance(value, Tensor)})
     again.last_epoch = -1
     settings: list[list[Group]] = []
     with warnings.catch_warnings():
