@@ -254,6 +254,8 @@ def test_the_response_of_the_steps_is_nearly_that_of_the_flow() -> None:
         lambda p: torch.optim.AdamW(p, lr=0.2, weight_decay=0.0),
         lambda p: torch.optim.RMSprop(p, lr=0.2, alpha=0.0),
         lambda p: torch.optim.RMSprop(p, lr=0.2, alpha=0.0, momentum=0.7),
+        lambda p: torch.optim.RMSprop(p, lr=0.2, alpha=0.95),
+        lambda p: torch.optim.RMSprop(p, lr=0.2, momentum=0.7),
     ],
 )
 def test_adaptive_optimizers_have_a_time_for_each_parameter(make: Callable[[Any], torch.optim.Optimizer]) -> None:

@@ -28,9 +28,10 @@ Group = dict[str, Any]
 def training_time(optimizer: Optimizer, steps: int, scheduler: LRScheduler | None = None) -> TrainingTime:
     """The time η of the gradient flow that a torch optimizer has followed.
 
-        SGD                    η = Σ_t lr_t/(1 - momentum), less what the momentum has not built up yet
-        Adam, AdamW, RMSprop,  η = Σ_t lr_t / mean(√v̂ + ε) of each parameter, √v̂ as it is at the end
+        SGD                  η = Σ_t lr_t/(1 - momentum), less what the momentum has not built up yet
+        Adam, AdamW,         η = Σ_t lr_t / mean(√v̂ + ε) of each parameter, √v̂ as it is at the end
         vlearn.VAdamW
+        RMSprop              the same with lr_t/√(1 - αᵗ), since it divides by the v that has not built up yet
 
     An adaptive optimizer descends along P∇L, P = 1/(√v̂ + ε), so that time runs at another pace for every weight; the
     mean over a parameter's entries stands for it. With P's best rank-one approximation in a Kronecker fit, or with √v̂
@@ -86,10 +87,11 @@ def _sum_of_rates(optimizer: Optimizer, settings: Sequence[Group], steps: int) -
         group = settings[step * len(settings) // steps]
         # Adam's first moment is an average, debiased: its c_t is 1.
         momentum = float(group.get("momentum", 0.0)) if isinstance(optimizer, SGD | RMSprop) else 0.0
-        direction = 1.0
+        # RMSprop's second moment is an average from zero, and not debiased.
+        direction = (1 - float(group["alpha"]) ** (step + 1)) ** -0.5 if isinstance(optimizer, RMSprop) else 1.0
         if momentum:
             kept = 1 - float(group.get("dampening", 0.0)) if step else 1.0
-            buffer = momentum * buffer + kept
+            buffer = momentum * buffer + kept * direction
             direction = 1 + momentum * buffer if group.get("nesterov", False) else buffer
         total += float(group["lr"]) * direction
     return total
