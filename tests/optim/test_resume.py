@@ -153,6 +153,13 @@ def test_a_state_of_another_optimizer_or_other_groups_is_refused_and_nothing_cha
         optimizer.load_state_dict(entry.make(network()[0]).state_dict())
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict(entry.make([{"params": [p]} for p in network().parameters()]).state_dict())
+    for peer in (torch.optim.SGD(network().parameters(), lr=0.3), torch.optim.AdamW(network().parameters())):
+        with pytest.raises(ValueError, match="has no 'ess', so it is another optimizer's: load the model's weights"):
+            optimizer.load_state_dict(peer.state_dict())
+    backwards = entry.make(reversed(list(network().named_parameters())))
+    with pytest.raises(ValueError, match=r"\[0\] is of a parameter of shape \(5, 6\), but .* one of \(3,\) there"):
+        backwards.load_state_dict(saved)
+    assert not backwards.state
     assert equal(weights(model) + states(optimizer), before)
     plain(optimizer, model, x, y)
 

@@ -323,7 +323,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         """As in torch. A draw that waits is dropped; float32 state of narrower parameters stays float32.
 
         Raises:
-            ValueError: if it is another optimizer's.
+            ValueError: if it is another optimizer's, or of parameters of other shapes.
         """
         self._sampler.discard()
         self._parameters.count_load()

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.kernels.nonfinite import is_low_precision
+
+_REMEDY = "load the model's weights alone and start a new optimizer."
 
 
 @contextmanager
@@ -22,8 +25,11 @@ def loaded_as_saved(optimizer: Optimizer) -> Iterator[None]:
         if foreign:
             raise ValueError(
                 f"state_dict['state'] has {foreign[0]!r}, which is no parameter, so it is another optimizer's: "
-                "load the model's weights alone and start a new optimizer."
+                f"{_REMEDY}"
             )
+        if any({"ess", "hess_init"}.isdisjoint(group) for group in state["param_groups"]):  # which each of ours has
+            raise ValueError(f"state_dict['param_groups'] has no 'ess', so it is another optimizer's: {_REMEDY}")
+        _check_shapes(optimizer, state)
         loaded.update(state)
 
     before = optimizer.register_load_state_dict_pre_hook(check_own)
@@ -33,6 +39,19 @@ def loaded_as_saved(optimizer: Optimizer) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
+
+
+def _check_shapes(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raise ValueError if a state is that of a parameter of another shape; torch refuses groups of other sizes."""
+    for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        for number, p in zip(saved["params"], own["params"], strict=False):
+            momentum, shape = state["state"].get(number, {}).get("momentum"), as_real(p.detach()).shape
+            if momentum is not None and momentum.shape != shape:
+                raise ValueError(
+                    f"state_dict['state'][{number!r}] is of a parameter of shape {tuple(momentum.shape)}, but the "
+                    f"optimizer has one of {tuple(shape)} there: give it the parameters in the order in which they "
+                    f"were saved, or, for another model, {_REMEDY}"
+                )
 
 
 def _take_as_saved(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
