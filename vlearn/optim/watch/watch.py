@@ -379,11 +379,11 @@ class Watch:
             self.sampler.forget_zeroed_passes()
 
     def _cotangent(self, output: Tensor, residual: Tensor) -> Tensor | None:
-        """What the probe of the pass that runs backward sends back; None of a pass that is not wanted any more."""
+        """What the probe of the pass that runs backward sends back; None where it has no examples, or is not wanted."""
         sampler, trace = self._sampler(), self.trace
         if sampler is None or sampler.draw is None or self._consumer is None:
             return None
-        if trace is None or trace.probe is None or not trace.probe.running:
+        if trace is None or trace.probe is None or not trace.probe.running or not trace.num_examples:
             return None
         averaged = self.options.loss_reduction == "mean" and trace.kwargs.get("num_items_in_batch") is None
 
