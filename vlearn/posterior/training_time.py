@@ -106,16 +106,14 @@ def _repeated(optimizer: Optimizer, scheduler: LRScheduler) -> list[list[Group]]
     again.__dict__ = copy.deepcopy(kept)
     again.optimizer = SGD([{"params": [torch.zeros(1, requires_grad=True)]} for _ in optimizer.param_groups], lr=1.0)
     for group, own in zip(again.optimizer.param_groups, optimizer.param_groups, strict=True):
-        group.update({**{key: value for key, value in own.items() if key != "params"}, "lr": own["initial_lr"]})
-        # Schedulers write into rates and momenta that are tensors.
-        group.update({key: value.tolist() for key, value in group.items() if isinstance(value, Tensor)})
+        group.update(_numbers({**own, "params": group["params"], "lr": own["initial_lr"]}))
     again.last_epoch = -1
     settings: list[list[Group]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no step of this optimizer comes before
         begin_schedule(again)
         for _ in range(scheduler.last_epoch):
-            settings.append([dict(group) for group in again.optimizer.param_groups])
+            settings.append([_numbers(group) for group in again.optimizer.param_groups])
             type(again).step(again)
     for group, own in zip(again.optimizer.param_groups, optimizer.param_groups, strict=True):
         if not math.isclose(float(group["lr"]), float(own["lr"]), rel_tol=1e-6, abs_tol=1e-12):
@@ -123,3 +121,8 @@ def _repeated(optimizer: Optimizer, scheduler: LRScheduler) -> list[list[Group]]
     if not settings:
         raise ValueError("it has not been stepped")
     return settings
+
+
+def _numbers(group: Group) -> Group:
+    """A copy with numbers for the rates that are tensors, into which schedulers write."""
+    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
