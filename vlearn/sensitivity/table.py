@@ -226,10 +226,8 @@ class GrowingTable:
             name: None if column is None else column[: self.count] for name, column in self._columns.items()
         }
         if self.count:
-            order = columns["index"].argsort(stable=True)
-            if columns["position"] is not None:
-                order = columns["position"].argsort(stable=True)
-                order = order[columns["index"][order].argsort(stable=True)]
+            keys = [columns[name].numpy() for name in ("position", "index") if columns[name] is not None]
+            order = torch.from_numpy(np.lexsort(keys))  # by the last key first
             columns = {name: None if column is None else column[order] for name, column in columns.items()}
         if not self.count:
             nothing = torch.empty(0, device="cpu")
