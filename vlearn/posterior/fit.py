@@ -63,9 +63,9 @@ def fit(
         Σ⁻¹ = N·H + δ,  H = (1/N) Σᵢ JᵢᵀΛᵢJᵢ the curvature of the mean loss, δ the precision of the prior
 
     Only `eval` mode is used, so BatchNorm is no problem; the model is left as it was, also where an optimizer that
-    watches it has a draw in its weights. Each batch costs a forward pass,
-    `draws` backward passes without weight gradients, and products of the size of a layer. Parameters that are frozen
-    stay; those of layers without a Kronecker form (see `vlearn.per_example.kronecker_factors`) get a diagonal one.
+    watches it has a draw in its weights. Each batch costs a forward pass, `draws` backward passes without weight
+    gradients, and products of the size of a layer. Parameters that are frozen stay; those of layers without a Kronecker
+    form (see `vlearn.per_example.kronecker_factors`) get a diagonal one.
 
     Args:
         model: the trained network.
@@ -286,7 +286,7 @@ def _warn_of_clipping(passes: CurvaturePasses, seen: int) -> None:
             f"{'probes' if by_probes else 'Kronecker factors'} cannot hold: that was left out, so that Σ⁻¹ is larger "
             "than the Gauss-Newton matrix and the prior. curvature='ggn-exact' with structure='full', 'last-layer' or "
             "'diagonal' counts it.",
-            stacklevel=2,
+            stacklevel=5,
         )
 
 
