@@ -97,6 +97,23 @@ def test_adding_a_group_drops_the_draw_that_waits_and_training_goes_on(entry: En
 
 
 @family
+def test_a_new_head_of_a_watched_model_joins_under_the_names_of_the_model(entry: Entry) -> None:
+    model, (x, y) = network(), data()
+    optimizer = entry.make(model)
+    plain(optimizer, model, x, y)
+    old, model[2] = model[2], nn.Linear(5, 3).double()
+    before = weights(old), weights(model[2])
+    optimizer.add_param_group({"params": model[2].parameters(), "weight_decay": 0.1})
+    assert optimizer.param_groups[1]["param_names"] == ["2.weight", "2.bias"]
+    plain(optimizer, model, x, y)
+    assert equal(weights(old), before[0]) and not equal(weights(model[2]), before[1])
+    mean = optimizer.posterior().mean
+    assert set(mean) == {"0.weight", "0.bias", "param_2", "param_3", "2.weight", "2.bias"}  # the old head has places
+    assert torch.equal(mean["2.weight"], model[2].weight) and torch.equal(mean["param_2"], old.weight)
+    assert len(optimizer.sensitivities().self_influence) == len(y)
+
+
+@family
 def test_a_parameter_without_gradient_in_some_draws_counts_as_zero_there(entry: Entry) -> None:
     needs_gradients_alone(entry)
     x, y = data()

@@ -216,7 +216,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch: settings that are missing are the optimizer's defaults. A draw that waits is dropped.
 
-        A `prior` in the group is that of its own parameters; the optimizer's `prior=` is not one of the defaults.
+        Parameters without names have those of the watched model, where the others have names too. A `prior` in the
+        group is that of its own parameters; the optimizer's `prior=` is not one of the defaults.
 
         Raises:
             ValueError, TypeError: if a setting breaks its rule, or a parameter is complex or sharded.
@@ -226,6 +227,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             param_group = with_betas(param_group, self.defaults)
             prior = param_group.pop("prior", None)
             self._check_group({**self.defaults, **param_group})
+            param_group["params"] = self._named_as_in_model(param_group["params"])
         self._parameters.attach(self.param_groups, self.state)
         self._sampler.discard()
         super().add_param_group(param_group)
@@ -242,6 +244,16 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         self._runtime.betas[len(self.param_groups) - 1] = group["betas"]
         self._sampler.follow_gradients(group["params"])
         self._runtime.search.start(group["params"])
+
+    def _named_as_in_model(self, params: Any) -> Any:
+        """Parameters of a new group with their names in the watched model, if the first group has names."""
+        if self._watch is None or "param_names" not in self.param_groups[0] or isinstance(params, set):
+            return params
+        given = [params] if isinstance(params, Tensor) else list(params)
+        if not all(isinstance(p, Tensor) for p in given):
+            return given
+        names, count = {p: name for name, p in named_parameters(self._watch.model)}, len(self._parameters.every())
+        return [(names.get(p, f"param_{number}"), p) for number, p in enumerate(given, count)]
 
     def _take_prior(self, prior: Any, candidates: list[Tensor], whole: bool) -> None:
         """Put a prior into the state of parameters that have none yet.

@@ -93,14 +93,18 @@ class Parameters:
         return next(group for group in self.groups if any(p is q for q in group["params"]))
 
     def names(self) -> dict[Tensor, str]:
-        """The name of every parameter: as given, else as in the watched model, else by position."""
+        """The name of every parameter: as given, else as in the watched model, else by position.
+
+        Of several with one name, as where a head was replaced, the last has it and the others theirs by position.
+        """
         names: dict[Tensor, str] = {}
         for group in self.groups:
             given = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 name = given[i] if given else self.names_in_model.get(p, f"param_{len(names)}")
                 names[p] = uncompiled_name(name)
-        return names
+        last = {name: p for p, name in names.items()}
+        return {p: name if last[name] is p else f"param_{i}" for i, (p, name) in enumerate(names.items())}
 
     def any_group_has(self, setting: str) -> bool:
         """Whether a setting is on in any group."""
