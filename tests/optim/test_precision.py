@@ -372,8 +372,11 @@ def test_what_the_user_writes_into_narrow_parameters_wins_over_the_master_mean(
 
 
 @family
-def test_a_model_may_be_cast_between_steps_and_load_a_state_of_another_dtype(entry: Entry) -> None:
-    before, after = torch.float32, torch.bfloat16
+@pytest.mark.parametrize("other_dtype", [torch.bfloat16, torch.float64])
+def test_a_model_may_be_cast_between_steps_and_load_a_state_of_another_dtype(
+    entry: Entry, other_dtype: torch.dtype
+) -> None:
+    before, after = torch.float32, other_dtype
     for first, second in ((before, after), (after, before)):
         model = network(dtype=first)
         optimizer = entry.make(model)

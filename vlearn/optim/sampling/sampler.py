@@ -18,7 +18,7 @@ from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.entries import as_real
 from vlearn.optim.kernels.multi_tensor import cast, reconcile, reconciled
 from vlearn.optim.kernels.nonfinite import are_zero, first_nonfinite, is_low_precision
-from vlearn.optim.parameters.parameters import ByName, Parameters
+from vlearn.optim.parameters.parameters import ByName, Parameters, state_dtype
 from vlearn.optim.sampling.accumulator import Contribution, DrawAverage, PassSums
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, keep_means, partition
 from vlearn.optim.sampling.draw import Draw, DrawState, Origin
@@ -114,8 +114,10 @@ class Sampler:
         with torch.inference_mode(False):
             self._structure.init_states()
             for p in self.parameters.every():
-                state = self.parameters.state.get(p)
+                state, dtype = self.parameters.state.get(p, {}), state_dtype(p)
                 # The model may have been cast, or the state saved by a run of another dtype.
+                if "momentum" in state and state["momentum"].dtype != dtype:
+                    state |= {k: v.to(dtype) for k, v in state.items() if k != "step" and v.is_floating_point()}
                 if state and is_low_precision(p) != ("mean" in state):
                     if is_low_precision(p):
                         means = {} if self.draw is None else self.draw.means()
