@@ -33,6 +33,27 @@ def test_every_structure_equals_its_dense_covariance(name, structure):
     assert_exact(case.model, case.call, case.x, case.target, case.loss, structure)
 
 
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker", "full", "last-layer"])
+@pytest.mark.parametrize("narrow", ["model", "posterior"])
+def test_the_model_may_be_of_another_dtype_than_its_posterior(structure, narrow):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(9, 2, 5, dtype=torch.float64), torch.arange(9) % 3
+
+    def fitted(dtype):
+        told = {"curvature": "ggn-exact", "prior_precision": 1.0, "progress": False}
+        return vlearn.posterior.fit(model.to(dtype), [(x.to(dtype), y)], F.cross_entropy, structure, **told)
+
+    def swept(posterior, dtype):
+        return vlearn.sweep(model.to(dtype), posterior, [(x.to(dtype), y)], F.cross_entropy, "exact", progress=False)
+
+    expected = swept(fitted(torch.float64), torch.float64)
+    dtypes = (torch.float64, torch.float32) if narrow == "model" else (torch.float32, torch.float64)
+    table = swept(fitted(dtypes[0]), dtypes[1])
+    for name in ("self_influence", "deviation", "loo_loss", "leverage"):
+        assert relative_error(getattr(table, name).double(), getattr(expected, name)) < 1e-5
+
+
 def conv(kernel, channels, outputs, **arguments):
     body = nn.Sequential(nn.Conv2d(channels, outputs, kernel, **arguments), nn.Tanh(), nn.Flatten())
     x = torch.randn(4, channels, 7, 6, dtype=torch.float64)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlearn.capture.layer_call import LayerCall
@@ -115,8 +116,8 @@ def _add_rows(
     for examples in chunks(products.self_influence.shape[0], entries_of(calls, parameters)):
         rows: dict[LayerCall, Tensor] = {}
         for p in parameters:
-            variance = covariance.block_of(p)[1].variances
             forms = [form_of(call, p, examples) for call in calls]
+            variance = covariance.block_of(p)[1].variances.to(forms[0].b.dtype)  # the model may be of another than Σ
             # Gradients of several calls are summed before they are squared.
             gradient = sum(form.dense() for form in forms) if len(forms) > 1 else None
             direction = None
@@ -181,7 +182,7 @@ def _add_dense(
         if products.tangents is None:
             continue
         for call in calls:
-            moving = {p: directions[p] for p in call.parameters if p in directions}
+            moving = {p: directions[p].to(_wide(p)) for p in call.parameters if p in directions}
             if call.rule is not None:
                 for p, direction in moving.items():
                     _add_row_tangent(products, call, examples, form_of(call, p, examples).output_jvp(direction))
@@ -213,6 +214,11 @@ def _add_row_tangent(products: CovarianceProducts, call: LayerCall, examples: sl
     if rows.shape[2] == 1:  # a bias moves every position alike
         rows = rows.expand_as(call.rule.rows(call.module, rows.new_empty(1).expand(shape)))
     products.add(call, 0, examples, call.rule.from_rows(call.module, rows, shape))
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """The dtype of a parameter's gradients of single examples."""
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _row_sums(tensor: Tensor) -> Tensor:
