@@ -324,3 +324,31 @@ def test_a_layer_whose_output_only_the_loss_reads_has_its_rows():
     truth = self_influence(model, WithFeatures, rows, optimizer.posterior(), without=["unused"])
     torch.testing.assert_close(live.self_influence, truth)
     assert all(model.unused is not p for call in optimizer._watch.trace.layer_calls for p in call.parameters)
+
+
+def test_where_another_optimizer_has_moved_other_weights_the_next_pass_tells():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    other = torch.optim.Adam(model[0].parameters(), lr=0.1)
+    optimizer = vlearn.IVON(model[2].parameters(), lr=0.1, ess=6)
+
+    def step():
+        model.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        with torch.no_grad():  # past the modules, which would show the mean
+            inputs = F.linear(X, model[0].weight, model[0].bias).tanh()
+            residuals = F.linear(inputs, model[2].weight, model[2].bias).softmax(1) - F.one_hot(Y)
+        other.step()
+        optimizer.step()
+        variance = optimizer.posterior().variance
+        squares = torch.einsum("no,ni->noi", residuals.square(), inputs.square())
+        weight, bias = squares * variance["2.weight"], residuals.square() * variance["2.bias"]
+        return weight.sum((1, 2)) + bias.sum(1)
+
+    for _ in range(2):
+        step()
+    with pytest.raises(RuntimeError, match="another optimizer has stepped since the pass, ask again after the next"):
+        optimizer.sensitivities()
+    for _ in range(2):
+        expected = step()
+        torch.testing.assert_close(optimizer.sensitivities().self_influence, expected)

@@ -54,12 +54,17 @@ def check_row_sums(trace: Trace, weights: Weights) -> None:
         of_model = _sums_of_model(trace, weights)
         wrong = _differing(trace, rows, of_model) & differing
         if wrong:
-            name = _name_of(root, wrong.pop())
+            name, again = _name_of(root, wrong.pop()), ""
+            if came is None:
+                # The replay has the present weights, of which other optimizers may have moved those that are not
+                # tracked: the next pass tells by its own gradients.
+                checks.takes_gradients[trace.kind] = True
+                again = " If another optimizer has stepped since the pass, ask again after the next pass."
             raise RuntimeError(
                 f"the examples' gradients of {name} do not add up to the gradient of the pass, so they are not its "
                 "parts: the model may reach the parameter by a second reference that is no attribute of its module (a "
                 "list, a closure), a hook may change its gradient, or a layer rule may not fit its layer. Use the "
-                "parameter by its attribute, or leave it out of the posterior."
+                f"parameter by its attribute, or leave it out of the posterior.{again}"
             )
         if came is not None and not _is_penalty(differing, rows, came, weights):
             names = ", ".join(sorted(_name_of(root, p) for p in differing))
