@@ -8,6 +8,7 @@ are listed in `CONVENTIONS` under the module or the class that has them, and the
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 CONVENTIONS: dict[Any, tuple[str, ...]] = {
     torch: (
@@ -130,7 +131,14 @@ def without_onednn() -> Iterator[None]:
 
 def begin_schedule(scheduler: LRScheduler) -> None:
     """Set the first learning rates of a schedule, as its constructor does."""
-    scheduler._initial_step()
+    scheduler.last_epoch = -1
+    if not isinstance(scheduler, SequentialLR):
+        scheduler._initial_step()
+        return
+    scheduler.last_epoch = 0
+    for each in scheduler._schedulers:
+        each.optimizer, each.last_epoch = scheduler.optimizer, -1
+    begin_schedule(scheduler._schedulers[bisect_right(scheduler._milestones, 0)])
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:

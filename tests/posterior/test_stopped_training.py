@@ -164,6 +164,12 @@ def test_it_predicts_what_a_short_training_without_an_example_gives(momentum: fl
 
 # -- the time of SGD -------------------------------------------------------------------------------------------------
 
+
+def in_sequence(optimizer: SGD) -> Any:
+    parts = [schedules.LinearLR(optimizer, total_iters=10), schedules.CosineAnnealingLR(optimizer, 40)]
+    return schedules.SequentialLR(optimizer, parts, [10])
+
+
 SCHEDULES: dict[str, Callable[[SGD], Any]] = {
     "cosine": lambda o: schedules.CosineAnnealingLR(o, 50),
     "steps": lambda o: schedules.StepLR(o, 10, 0.5),
@@ -175,6 +181,7 @@ SCHEDULES: dict[str, Callable[[SGD], Any]] = {
     "warm restarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 10),
     "constant": lambda o: schedules.ConstantLR(o),
     "polynomial": lambda o: schedules.PolynomialLR(o, 50),
+    "a rise, then a cosine": in_sequence,
 }
 
 
@@ -329,9 +336,8 @@ def never_stepped(optimizer: SGD) -> Any:
     return schedules.StepLR(optimizer, 3)
 
 
-def in_sequence(optimizer: SGD) -> Any:
-    parts = [schedules.LinearLR(optimizer, total_iters=10), schedules.CosineAnnealingLR(optimizer, 40)]
-    return schedules.SequentialLR(optimizer, parts, [10])
+def chained(optimizer: SGD) -> Any:
+    return schedules.ChainedScheduler([schedules.LinearLR(optimizer), schedules.ExponentialLR(optimizer, 0.9)])
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -341,7 +347,7 @@ def in_sequence(optimizer: SGD) -> Any:
         (torch.optim.Adam([nn.Parameter(torch.zeros(1))]), None, 5, ValueError, "Adam has taken no step"),
         (torch.optim.NAdam([nn.Parameter(torch.zeros(1))]), None, 5, TypeError, "NAdam is not among SGD"),
         (sgd(), None, 0, ValueError, "steps=0, but it must be a positive whole number"),
-        (sgd(), in_sequence, 5, ValueError, "the rates of this SequentialLR cannot be computed again"),
+        (sgd(), chained, 5, ValueError, "the rates of this ChainedScheduler cannot be computed again"),
         (sgd(), lambda o: schedules.StepLR(sgd(), 3), 5, ValueError, "it sets those of another optimizer"),
         (sgd(), never_stepped, 5, ValueError, "of this StepLR cannot be computed again .it has not been stepped"),
         (sgd(), schedules.ReduceLROnPlateau, 5, ValueError, "of this ReduceLROnPlateau cannot be computed again"),

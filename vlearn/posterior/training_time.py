@@ -101,13 +101,10 @@ def _repeated(optimizer: Optimizer, scheduler: LRScheduler) -> list[list[Group]]
     """The parameter groups of every setting of a schedule so far, by running it again from its beginning."""
     if unwrapped(scheduler.optimizer) is not optimizer:
         raise ValueError("it sets those of another optimizer")
-    again: Any = copy.copy(scheduler)
-    kept = {key: value for key, value in scheduler.__dict__.items() if key not in ("optimizer", "step")}
-    again.__dict__ = copy.deepcopy(kept)
+    again: Any = _without_optimizer(scheduler)
     again.optimizer = SGD([{"params": [torch.zeros(1, requires_grad=True)]} for _ in optimizer.param_groups], lr=1.0)
     for group, own in zip(again.optimizer.param_groups, optimizer.param_groups, strict=True):
         group.update(_numbers({**own, "params": group["params"], "lr": own["initial_lr"]}))
-    again.last_epoch = -1
     settings: list[list[Group]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no step of this optimizer comes before
@@ -126,3 +123,12 @@ def _repeated(optimizer: Optimizer, scheduler: LRScheduler) -> list[list[Group]]
 def _numbers(group: Group) -> Group:
     """A copy with numbers for the rates that are tensors, into which schedulers write."""
     return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
+
+
+def _without_optimizer(scheduler: LRScheduler) -> LRScheduler:
+    """A copy that has no optimizer, of which `begin_schedule` gives it to what runs inside."""
+    again: Any = copy.copy(scheduler)
+    kept = {key: value for key, value in scheduler.__dict__.items() if key not in ("optimizer", "step")}
+    inside = [_without_optimizer(each) for each in kept.pop("_schedulers", ())]
+    again.__dict__ = copy.deepcopy(kept) | ({"_schedulers": inside} if inside else {})
+    return again
