@@ -65,6 +65,19 @@ def test_an_ignored_label_has_no_row():
     assert torch.equal(scores.columns["margin"].isnan(), y == 1)
 
 
+@pytest.mark.parametrize("shape", [(N,), (N, 4, T)], ids=str)
+def test_ignored_labels_may_lie_beyond_the_classes(shape):
+    z, y = normal(N, C, *shape[1:]), labels(*shape)
+    y.view(N, -1)[:2, 0] = 255
+    scores = output_scores(z, y, nn.CrossEntropyLoss(ignore_index=255))
+    counted = (y != 255).view(N, -1)
+    rows = F.cross_entropy(z, y, ignore_index=255, reduction="none").view(N, -1)
+    torch.testing.assert_close(scores.columns["loss"], rows.sum(1) / counted.sum(1), equal_nan=True)
+    assert torch.equal(scores.columns["margin"].isnan(), ~counted.any(1))
+    with pytest.raises(ValueError, match=r"marks what is ignored, give loss_fn=nn.CrossEntropyLoss\(ignore_index=255"):
+        output_scores(z, y)
+
+
 @pytest.mark.parametrize("classes_last", [False, True])
 @pytest.mark.parametrize("loss_fn", [None, F.cross_entropy], ids=["default", "named"])
 def test_a_sequence_is_the_mean_over_the_tokens_that_count(classes_last, loss_fn):

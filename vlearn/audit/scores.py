@@ -79,7 +79,7 @@ def output_scores(
 
 
 def _labels(output: Tensor, target: Any, loss_fn: LossFunction | None, is_trusted: bool) -> Tensor | None:
-    """Labels ``[N, ...]`` of which the output has classes, or None.
+    """Labels ``[N, ...]`` of which the output has classes, -1 where they are ignored; or None.
 
     Raises:
         ValueError: if they do not fit the output.
@@ -94,12 +94,15 @@ def _labels(output: Tensor, target: Any, loss_fn: LossFunction | None, is_truste
     if output.dim() != target.dim() + 1 or output.shape[0] != target.shape[0]:
         return None
     classes = output.shape[-1 if _classes_last(output, target) else 1]
-    if target.numel() and not (is_trusted and target.device.type != "cpu") and int(target.max()) >= classes:
+    labels = target.long()
+    labels = labels.masked_fill(labels == _ignore_index(loss_fn), -1)  # which may lie beyond the classes, as 255 does
+    if labels.numel() and not (is_trusted and labels.device.type != "cpu") and int(labels.max()) >= classes:
         raise ValueError(
-            f"the target holds class {int(target.max())}, but the output {tuple(output.shape)} has {classes} classes: "
-            "is it the model's output for these targets?"
+            f"the target holds class {int(labels.max())}, but the output {tuple(output.shape)} has {classes} classes: "
+            "is it the model's output for these targets? Where that is no class, but marks what is ignored, give "
+            f"loss_fn=nn.CrossEntropyLoss(ignore_index={int(labels.max())})."
         )
-    return target.long()
+    return labels
 
 
 def _classes_last(output: Tensor, target: Tensor) -> bool:
@@ -119,7 +122,7 @@ def _classes_last(output: Tensor, target: Tensor) -> bool:
 
 
 def _of_one_label(output: Tensor, labels: Tensor, target: Tensor, loss_fn: LossFunction | None) -> OutputScores:
-    ignored = (labels == _ignore_index(loss_fn)) | (labels < 0)
+    ignored = labels < 0
     columns = _of_logits(output, labels.clamp(min=0))
     if loss_fn is not None:
         columns["loss"] = ExampleLoss(loss_fn)(output, target)
@@ -131,12 +134,13 @@ def _of_positions(output: Tensor, labels: Tensor, loss_fn: LossFunction | None) 
     """Means over each example's positions that are not ignored."""
     if _classes_last(output, labels):
         output = output.movedim(-1, 1)
-    counted = (labels != _ignore_index(loss_fn)) & (labels >= 0)
+    counted = labels >= 0
     example = counted.nonzero()[:, 0]
     logits = output.movedim(1, -1)[counted]  # [M, C]
     columns = _of_logits(logits, labels[counted])
     if loss_fn is not None:
-        rows = ExampleLoss(loss_fn, per="token")(output.flatten(2), labels.flatten(1))
+        target = labels.masked_fill(~counted, _ignore_index(loss_fn))
+        rows = ExampleLoss(loss_fn, per="token")(output.flatten(2), target.flatten(1))
         columns["loss"] = rows[counted.flatten(1)]
     counts = torch.bincount(example, minlength=len(labels))
     return OutputScores(
