@@ -152,6 +152,18 @@ def test_labels_that_do_not_fit_the_output_are_refused():
         output_scores(normal(N, C, 3), labels(N, 4))
 
 
+@pytest.mark.parametrize("loss_fn", [None, F.binary_cross_entropy_with_logits], ids=["classes", "several labels"])
+def test_an_output_that_is_nan_agrees_with_no_label(loss_fn):
+    z = normal(N, C)
+    z[2] = torch.nan
+    y = torch.zeros(N, dtype=torch.long) if loss_fn is None else torch.zeros(N, C)
+    scores = output_scores(z, y, loss_fn)
+    for values in scores.columns.values():
+        assert values.isnan().nonzero().tolist() == [[2]]
+    one = output_scores(z if loss_fn is None else z[:, :1], y if loss_fn is None else y[:, :1], loss_fn)
+    assert one.predicted is not None and one.predicted[2] == -1 and (one.predicted[3:] >= 0).all()
+
+
 def test_half_precision_is_widened_and_no_gradient_is_kept():
     z = normal(N, C).half().requires_grad_()
     columns = output_scores(z, labels(N)).columns

@@ -29,8 +29,8 @@ class OutputScores:
 
     Attributes:
         columns: ``[N]`` ``loss``, ``margin``, ``probability``, ``agreement``, ``prediction_error`` by name, NaN where
-            no target of an example counts.
-        predicted: ``[N]`` most probable class; None unless an example has one label.
+            no target of an example counts or the output is NaN.
+        predicted: ``[N]`` most probable class, -1 where the output is NaN; None unless an example has one label.
         label: ``[N]`` label, -1 where it is ignored; None likewise.
         probabilities: ``[N, C]`` of all classes, or of the several labels; None likewise.
     """
@@ -127,7 +127,7 @@ def _of_one_label(output: Tensor, labels: Tensor, target: Tensor, loss_fn: LossF
     if loss_fn is not None:
         columns["loss"] = ExampleLoss(loss_fn)(output, target)
     columns = {name: values.masked_fill(ignored, torch.nan) for name, values in columns.items()}
-    return OutputScores(columns, output.argmax(1), labels.masked_fill(ignored, -1), output.softmax(1))
+    return OutputScores(columns, _predicted(output), labels.masked_fill(ignored, -1), output.softmax(1))
 
 
 def _of_positions(output: Tensor, labels: Tensor, loss_fn: LossFunction | None) -> OutputScores:
@@ -166,13 +166,18 @@ def _of_several_labels(output: Tensor, target: Any, loss_fn: LossFunction) -> Ou
         "loss": ExampleLoss(loss_fn)(output, target),
         "margin": margin.mean(1),
         "probability": margin.sigmoid().mean(1),
-        "agreement": (margin > 0).to(margin.dtype).mean(1),
+        "agreement": (margin > 0).to(margin.dtype).masked_fill(margin.isnan(), torch.nan).mean(1),
         "prediction_error": (probabilities - labels).abs().mean(1),
     }
     if logits.shape[1] > 1:
         return OutputScores(columns, probabilities=probabilities)
     both = torch.cat([1 - probabilities, probabilities], 1)
-    return OutputScores(columns, both.argmax(1), labels[:, 0].round().long(), both)
+    return OutputScores(columns, _predicted(both), labels[:, 0].round().long(), both)
+
+
+def _predicted(output: Tensor) -> Tensor:
+    """Most probable class ``[N]``, -1 where an output is NaN, of which argmax takes the first for the largest."""
+    return output.argmax(1).masked_fill(output.isnan().any(1), -1)
 
 
 def _of_logits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -198,7 +203,7 @@ def _of_part(z: Tensor, y: Tensor) -> dict[str, Tensor]:
         "loss": loss,
         "margin": own[:, 0] - others,
         "probability": probability,
-        "agreement": (z.argmax(1) == y).to(z.dtype),
+        "agreement": (z.argmax(1) == y).to(z.dtype).masked_fill(z.isnan().any(1), torch.nan),
         "prediction_error": (squares.clamp(min=0) / 2).sqrt(),
     }
 
