@@ -410,6 +410,17 @@ def test_sequences_are_recorded_by_the_mean_of_their_tokens(tmp_path):
     assert recorder.record.probabilities is None
 
 
+@pytest.mark.parametrize("first", [4, 7], ids=["known by an earlier batch", "told"])
+def test_sequences_as_long_as_there_are_classes_are_recorded(tmp_path, first):
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    batches = [(tokens, tokens.roll(1)) for tokens in (torch.randint(0, 7, (3, length)) for length in (first, 7))]
+    with Recorder(tmp_path, model, num_data=6, classes_last=True if first == 7 else None) as recorder:
+        for x, y in recorder.follow(batches):
+            F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    expected = [F.cross_entropy(model(x).movedim(2, 1), y, reduction="none").mean(1) for x, y in batches]
+    np.testing.assert_allclose(recorder.record.column("loss"), torch.cat(expected).detach(), rtol=1e-5)
+
+
 def test_a_regression_records_the_loss_that_is_named(tmp_path):
     model, y = nn.Linear(6, 1), torch.randn(N, 1)
     with Recorder(tmp_path, model, loss_fn=F.mse_loss) as recorder:

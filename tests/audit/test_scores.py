@@ -94,8 +94,14 @@ def test_a_sequence_is_the_mean_over_the_tokens_that_count(classes_last, loss_fn
 
 
 def test_classes_that_may_be_in_two_dimensions_are_refused():
-    with pytest.raises(ValueError, match="in either of two dimensions"):
-        output_scores(normal(N, C, C), labels(N, C))
+    z, y = normal(N, C, C), labels(N, C)
+    with pytest.raises(ValueError, match="in either of two dimensions: give classes_last=True"):
+        output_scores(z, y)
+    for classes_last in (False, True):
+        expected = F.cross_entropy(z.movedim(2, 1) if classes_last else z, y, reduction="none").mean(1)
+        scores = output_scores(z, y, classes_last=classes_last)
+        torch.testing.assert_close(scores.columns["loss"], expected)
+        assert scores.classes_last is classes_last
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.long], ids=str)

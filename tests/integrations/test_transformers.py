@@ -196,6 +196,22 @@ def test_the_labels_of_tokens_are_not_shifted_where_the_loss_does_not(tmp_path: 
     assert_recorded(callback.recorder.record, made.seen, lambda z, n: F.cross_entropy(z, labels[n]))
 
 
+def test_tokens_as_many_as_there_are_classes_are_recorded_and_swept(tmp_path: Any) -> None:
+    labels = torch.randint(0, T, (N, T), generator=GENERATOR)
+    labels[:, -1] = -100
+    config = classifier().config
+    config.num_labels = T
+    model = transformers.DistilBertForTokenClassification(config)
+    callback = SensitivityCallback(tmp_path / "run", sweeps=3)
+    made = trainer(model, tmp_path, Items(labels), [callback])
+    made.train()
+    record = callback.recorder.record
+    assert_recorded(record, made.seen, lambda z, n: F.cross_entropy(z, labels[n]))
+    with torch.no_grad():
+        expected = F.cross_entropy(model.eval()(TOKENS).logits.movedim(2, 1), labels, reduction="none").sum(1)
+    np.testing.assert_allclose(record.memory.column("loss")[-1], expected / (T - 1), rtol=1e-4)
+
+
 def test_several_labels_and_regressions_have_their_own_loss(tmp_path: Any) -> None:
     many = (torch.rand(N, C, generator=GENERATOR) > 0.5).float()
     callback = SensitivityCallback(tmp_path / "many", sweeps=3)

@@ -90,18 +90,26 @@ class CapturedOutputs:
                 takes_inputs = any(each is leaf for each in given for leaf in self._inputs)
                 self._calls.append(Call(name, tensor.detach(), tensor._version, takes_inputs or not given))
 
-    def outputs(self, calls: list[Call], target: Any, loss_fn: LossFunction | None, loss: Any) -> list[Tensor]:
+    def outputs(
+        self,
+        calls: list[Call],
+        target: Any,
+        loss_fn: LossFunction | None,
+        loss: Any,
+        classes_last: bool | None = None,
+    ) -> list[Tensor]:
         """The outputs of the module that is chosen, by these calls if none is yet.
 
         Args:
             target: of the batch.
             loss: what the training loop made of it, which tells outputs apart; None where that is not known.
+            classes_last: of `output_scores`.
 
         Raises:
             ValueError: if no output fits the target, or several do.
         """
         if self._chosen is None:
-            self._chosen = self._choice(calls, target, loss_fn, loss)
+            self._chosen = self._choice(calls, target, loss_fn, loss, classes_last)
             self.takes_inputs = any(call.takes_inputs for call in calls if call.name == self._chosen)
             for name, handle in self._handles.items():
                 if name != self._chosen:
@@ -124,13 +132,15 @@ class CapturedOutputs:
         tensors = tensor_leaves(output)
         return tensors[0] if len(tensors) == 1 else None
 
-    def _choice(self, calls: list[Call], target: Any, loss_fn: LossFunction | None, loss: Any) -> str:
+    def _choice(
+        self, calls: list[Call], target: Any, loss_fn: LossFunction | None, loss: Any, classes_last: bool | None
+    ) -> str:
         rows = len(target) if isinstance(target, Tensor) and target.dim() else None
         fitting: dict[str, OutputScores] = {}
         for call in calls:
             if rows is None or len(call.output) == rows:
                 try:
-                    fitting[call.name] = output_scores(call.output, target, loss_fn)
+                    fitting[call.name] = output_scores(call.output, target, loss_fn, classes_last=classes_last)
                 except (ValueError, RuntimeError, IndexError, TypeError):  # it is not what the loss takes
                     continue
         if not fitting:

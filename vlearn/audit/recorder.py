@@ -46,6 +46,8 @@ class Recorder:
         output: which tensor of its output; default the only one, or ``logits``.
         targets: callable from a batch to its targets; default the second entry, or "labels" or "label" of a dict.
         loss_fn: the training loss, see `vlearn.sweep`; default cross-entropy of whole numbers.
+        classes_last: whether outputs of sequences or images have their classes in the last dimension and not in the
+            second, where the shapes fit both; default what the batches before have shown.
         probabilities: keep average probabilities of all classes; default up to 2²⁶ entries ``[N, C]``.
         self_influence_every: also record an optimizer of vlearn's live self-influence at every k-th batch.
         sweeps: when to sweep the data, `Sweeps`, or a number of epochs.
@@ -82,6 +84,7 @@ class Recorder:
         output: Selector = None,
         targets: Callable[[Any], Any] | None = None,
         loss_fn: LossFunction | None = None,
+        classes_last: bool | None = None,
         probabilities: bool | None = None,
         self_influence_every: int | None = None,
         sweeps: Sweeps | int | None = None,
@@ -94,7 +97,7 @@ class Recorder:
             raise ValueError(f"self_influence_every={self_influence_every}, but it must be positive: 1 is every batch.")
         self.numbers = ExampleNumbers(dataset, key, num_data)
         self._path, self._module, self._output = path, module, output
-        self.targets, self.loss_fn = targets, loss_fn
+        self.targets, self.loss_fn, self.classes_last = targets, loss_fn, classes_last
         self._probabilities, self._overwrite = probabilities, overwrite
         self._self_influence_every = self_influence_every
         self._sweeps = Sweeps(sweeps) if isinstance(sweeps, int) else sweeps
@@ -224,13 +227,13 @@ class Recorder:
             return
         target = target.to(calls[0].output.device) if isinstance(target, Tensor) else target
         shared = self._started()
-        for output in self._captured.outputs(calls, target, self.loss_fn, loss):
+        for output in self._captured.outputs(calls, target, self.loss_fn, loss, self.classes_last):
             if len(output) != len(numbers):
                 raise ValueError(
                     f"the output has {len(output)} rows for {len(numbers)} examples: let the model give one for each, "
                     "or select them by output=."
                 )
-            shared.add(numbers, output, target, self.loss_fn, self._step)
+            shared.add(numbers, output, target, self.loss_fn, self._step, self.classes_last)
         if self._self_influence_every is not None and (self._batches - 1) % self._self_influence_every == 0:
             self._add_self_influence(numbers)
 

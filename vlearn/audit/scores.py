@@ -33,18 +33,24 @@ class OutputScores:
         predicted: ``[N]`` most probable class, -1 where the output is NaN; None unless an example has one label.
         label: ``[N]`` label, -1 where it is ignored; None likewise.
         probabilities: ``[N, C]`` of all classes, or of the several labels; None likewise.
+        classes_last: whether the output's last dimension has the classes; None unless an example has several positions.
     """
 
     columns: dict[str, Tensor]
     predicted: Tensor | None = None
     label: Tensor | None = None
     probabilities: Tensor | None = None
+    classes_last: bool | None = None
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def output_scores(
-    output: Tensor, target: Any, loss_fn: LossFunction | None = None, is_trusted: bool = False
+    output: Tensor,
+    target: Any,
+    loss_fn: LossFunction | None = None,
+    is_trusted: bool = False,
+    classes_last: bool | None = None,
 ) -> OutputScores:
     """Loss, margin, probability and agreement of each example, averaged over its tokens or labels if it has several.
 
@@ -53,6 +59,7 @@ def output_scores(
         target: ``[N]`` or ``[N, T]`` labels, or what else the loss takes.
         loss_fn: as of `vlearn.sweep`; default cross-entropy, where the target is whole numbers.
         is_trusted: the labels are classes of the output, which an accelerator need not be asked.
+        classes_last: whether the output is ``[N, T, C]`` and not ``[N, C, T]``, where its shape fits both.
 
     Returns:
         float32 or wider, on the output's device.
@@ -64,7 +71,7 @@ def output_scores(
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
     if loss_fn is not None and _is_binary(loss_fn):
         return _of_several_labels(output, target, loss_fn)
-    labels = _labels(output, target, loss_fn, is_trusted)
+    labels = _labels(output, target, loss_fn, is_trusted, classes_last)
     if labels is None:
         if loss_fn is None:
             given = f"{tuple(target.shape)} and {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
@@ -75,10 +82,12 @@ def output_scores(
         return OutputScores({"loss": ExampleLoss(loss_fn)(output, target).detach()})
     if labels.dim() == 1:
         return _of_one_label(output, labels, target, loss_fn)
-    return _of_positions(output, labels, loss_fn)
+    return _of_positions(output, labels, loss_fn, classes_last)
 
 
-def _labels(output: Tensor, target: Any, loss_fn: LossFunction | None, is_trusted: bool) -> Tensor | None:
+def _labels(
+    output: Tensor, target: Any, loss_fn: LossFunction | None, is_trusted: bool, classes_last: bool | None
+) -> Tensor | None:
     """Labels ``[N, ...]`` of which the output has classes, -1 where they are ignored; or None.
 
     Raises:
@@ -93,7 +102,7 @@ def _labels(output: Tensor, target: Any, loss_fn: LossFunction | None, is_truste
         return None
     if output.dim() != target.dim() + 1 or output.shape[0] != target.shape[0]:
         return None
-    classes = output.shape[-1 if _classes_last(output, target) else 1]
+    classes = output.shape[-1 if _classes_last(output, target, classes_last) else 1]
     labels = target.long()
     labels = labels.masked_fill(labels == _ignore_index(loss_fn), -1)  # which may lie beyond the classes, as 255 does
     if labels.numel() and not (is_trusted and labels.device.type != "cpu") and int(labels.max()) >= classes:
@@ -105,14 +114,17 @@ def _labels(output: Tensor, target: Any, loss_fn: LossFunction | None, is_truste
     return labels
 
 
-def _classes_last(output: Tensor, target: Tensor) -> bool:
+def _classes_last(output: Tensor, target: Tensor, otherwise: bool | None) -> bool:
+    """Whether the last dimension has the classes, by the shapes, or what is known otherwise where they fit both."""
     first = output.shape[2:] == target.shape[1:]
     last = output.shape[:-1] == target.shape
     if target.dim() > 1 and first and last:
-        raise ValueError(
-            f"an output {tuple(output.shape)} for targets {tuple(target.shape)} may have its classes in either of two "
-            "dimensions: let output= move them to the last, and pad to another length."
-        )
+        if otherwise is None:
+            raise ValueError(
+                f"an output {tuple(output.shape)} for targets {tuple(target.shape)} may have its classes in either of "
+                "two dimensions: give classes_last=True where they are in the last, else False."
+            )
+        return otherwise
     if not first and not last:
         raise ValueError(
             f"an output {tuple(output.shape)} has no classes for targets {tuple(target.shape)}: it must be "
@@ -130,9 +142,12 @@ def _of_one_label(output: Tensor, labels: Tensor, target: Tensor, loss_fn: LossF
     return OutputScores(columns, _predicted(output), labels.masked_fill(ignored, -1), output.softmax(1))
 
 
-def _of_positions(output: Tensor, labels: Tensor, loss_fn: LossFunction | None) -> OutputScores:
+def _of_positions(
+    output: Tensor, labels: Tensor, loss_fn: LossFunction | None, classes_last: bool | None
+) -> OutputScores:
     """Means over each example's positions that are not ignored."""
-    if _classes_last(output, labels):
+    classes_last = _classes_last(output, labels, classes_last)
+    if classes_last:
         output = output.movedim(-1, 1)
     counted = labels >= 0
     example = counted.nonzero()[:, 0]
@@ -148,7 +163,8 @@ def _of_positions(output: Tensor, labels: Tensor, loss_fn: LossFunction | None) 
             name: torch.zeros(len(labels), dtype=values.dtype, device=values.device).index_add(0, example, values)
             / counts
             for name, values in columns.items()
-        }
+        },
+        classes_last=classes_last,
     )
 
 

@@ -39,17 +39,26 @@ class SharedRecord:
         self._averages = RunningAverages(num_data)  # unused in the first process
         self._waiting: list[tuple[Tensor, Tensor, Tensor, int]] = []
         self._loss_fn: LossFunction | None = None
+        self._classes_last: bool | None = None  # as a batch has shown
         self._is_trusted = False  # whether a batch has shown that its labels are the output's classes
         self.record: TrainingRecord | None = None
         if process_rank() == 0:
             self.record = TrainingRecord(num_data, path, probabilities=probabilities, overwrite=overwrite)
 
-    def add(self, numbers: Tensor, output: Tensor, target: Any, loss_fn: LossFunction | None, step: int) -> None:
+    def add(
+        self,
+        numbers: Tensor,
+        output: Tensor,
+        target: Any,
+        loss_fn: LossFunction | None,
+        step: int,
+        classes_last: bool | None = None,
+    ) -> None:
         """Add what a batch's output says of its examples; a small one may wait for others until `add_waiting`.
 
         Args:
             numbers: ``[n]``, on the CPU.
-            output, target, loss_fn: of `output_scores`.
+            output, target, loss_fn, classes_last: of `output_scores`.
         """
         is_small = isinstance(target, Tensor) and output.dim() == 2 and output.numel() <= LARGEST_KEPT
         if self._is_trusted and is_small and len(target) == len(output):
@@ -63,8 +72,11 @@ class SharedRecord:
                 self.add_waiting()
             return
         self.add_waiting()
-        self._add(numbers, output_scores(output, target, loss_fn, self._is_trusted), torch.full_like(numbers, step))
+        classes_last = self._classes_last if classes_last is None else classes_last
+        scores = output_scores(output, target, loss_fn, self._is_trusted, classes_last)
+        self._add(numbers, scores, torch.full_like(numbers, step))
         self._is_trusted = True
+        self._classes_last = self._classes_last if scores.classes_last is None else scores.classes_last
 
     def add_waiting(self) -> None:
         """Bring what the last outputs say from the device to the averages."""

@@ -145,8 +145,11 @@ class SensitivityHooks:
             recorder.loss_fn = _loss_of(model)
         if self._shift is None and isinstance(logits, Tensor):
             self._shift = _is_shifted(model, logits, self._labels, output, kwargs)
-        if self._shift and recorder.sweep_loss is None and recorder.loss_fn is None:
-            recorder.sweep_loss = _causal_loss
+        if isinstance(self._labels, Tensor) and self._labels.dim() == 2 and recorder.classes_last is None:
+            recorder.classes_last = True
+        is_of_tokens = isinstance(self._labels, Tensor) and _are_of_tokens(logits, self._labels)
+        if is_of_tokens and recorder.sweep_loss is None and recorder.loss_fn is None:
+            recorder.sweep_loss = _causal_loss if self._shift else _token_loss
 
     def _end_batch(self, step: int) -> None:
         target = _shifted(self._labels) if self._shift else self._labels
@@ -193,15 +196,19 @@ def _shifted(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1)
 
 
+def _are_of_tokens(logits: Any, labels: Tensor) -> bool:
+    """Whether there is a label, a whole number, for the logits of each position."""
+    is_whole = isinstance(logits, Tensor) and not labels.is_floating_point()
+    return is_whole and labels.dim() > 1 and logits.shape[:-1] == labels.shape
+
+
 def _is_shifted(model: nn.Module, logits: Tensor, labels: Any, output: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a model's loss takes the logits of a position for the label of the next.
 
     Raises:
         ValueError: if that cannot be seen.
     """
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
-        return False
-    if labels.dim() < 2 or labels.shape[1] < 2:
+    if not isinstance(labels, Tensor) or not _are_of_tokens(logits, labels) or labels.shape[1] < 2:
         return False
     loss, items = getattr(output, "loss", None), kwargs.get("num_items_in_batch")
     fitting = set()
@@ -236,7 +243,11 @@ def _squared_error(output: Any, target: Tensor) -> Tensor:
 
 def _causal_loss(output: Any, target: Tensor) -> Tensor:
     """Mean over the tokens of each example of the loss of the next token."""
-    target = _shifted(target)
+    return _token_loss(output, _shifted(target))
+
+
+def _token_loss(output: Any, target: Tensor) -> Tensor:
+    """Mean over the tokens of each example of the loss of its labels."""
     rows = F.cross_entropy(output.logits.movedim(-1, 1), target, reduction="none")
     return rows.sum(1) / (target != -100).sum(1).clamp(min=1)
 
