@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import logging
 import pickle
 import random
 from types import SimpleNamespace
@@ -547,11 +548,35 @@ class TestRefusals:
             ({"self_influence_every": 0}, "self_influence_every=0, but it must be positive"),
             ({"num_data": 3, "dataset": DATA}, "num_data=3, but the dataset has 24 examples"),
             ({"sweeps": 0}, "every=0, but it must be positive"),
+            ({"sweeps": [1, 3]}, r"sweeps=\[1, 3\], but it must be a number of epochs, or vlearn.audit.Sweeps"),
+            ({"targets": "y"}, "targets='y', but it must be a callable"),
+            ({"loss_fn": nn.CrossEntropyLoss}, r"loss_fn is the class CrossEntropyLoss.*: pass CrossEntropyLoss\(\)"),
+            ({"logger": logging.getLogger()}, "logger is a RootLogger, but it must have log_metrics"),
         ],
     )
     def test_bad_arguments(self, tmp_path, options, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             Recorder(tmp_path / "run", network(), **options)
+        assert not (tmp_path / "run").exists()
+
+    def test_arguments_in_another_order(self, tmp_path):
+        model = network()
+        with pytest.raises(TypeError, match="path is a Sequential, but it must be the folder"):
+            Recorder(model, torch.optim.SGD(model.parameters(), 0.1))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="model is a SGD, but it must be an nn.Module"):
+            Recorder(tmp_path, torch.optim.SGD(model.parameters(), 0.1))  # type: ignore[arg-type]
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="is a file, but it must be the folder"):
+            Recorder(tmp_path / "file", model)
+
+    def test_what_is_no_loader(self, tmp_path):
+        recorder = Recorder(tmp_path / "run", network())
+        with pytest.raises(ValueError, match="which gives single examples: follow DataLoader"):
+            recorder.follow(DATA)
+        with pytest.raises(ValueError, match="give key=.* enumerate and zip go around follow"):
+            recorder.follow(enumerate(loader()))
+        with pytest.raises(ValueError, match="num_data=3, but the dataset has 24 examples"):
+            Recorder(tmp_path / "run", network(), num_data=3).follow(loader())
         assert not (tmp_path / "run").exists()
 
     def test_a_logger_of_no_known_kind(self, tmp_path):
@@ -566,7 +591,7 @@ class TestLoggers:
         tensorboard = SimpleNamespace(add_scalar=lambda name, value, step: got.append((name, value, step)))
         trackio = SimpleNamespace(log=lambda metrics, step=None: got.append(("trackio", metrics, step)))
         trainer = SimpleNamespace(log=lambda metrics: got.append(("trainer", metrics)))
-        path = tmp_path / "log.csv"
+        path = tmp_path / "logs" / "log.csv"
         loggers = [lightning, tensorboard, trackio, trainer, lambda metrics, step: got.append(("call", step)), path]
         check_logger(loggers)
         log_metrics(loggers, {"a": 1.0}, 7)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from vlearn.linearized.numbering import MOVED_LOADERS, Drawn, IndexedDataset, example_numbers, followed
 
@@ -54,8 +54,8 @@ class ExampleNumbers:
         self._drawn: Drawn | None = None
         self._counted: int | None = None  # examples of batches that come in one order
         self._source: tuple[Any, Any, Drawn | None, np.ndarray | None] | None = None  # what is followed, and by what
-        if self.dataset is not None and key is None and num_data is not None and num_data < len(self.dataset):
-            raise ValueError(f"num_data={num_data}, but the dataset has {len(self.dataset)} examples: leave it out.")
+        if self.dataset is not None:
+            self._check_reaches(self.dataset)
 
     @property
     def num_data(self) -> int:
@@ -86,12 +86,18 @@ class ExampleNumbers:
             return its
         its, drawn, places, self._counted = loader, None, None, None
         if self.key is None or _column(self.dataset, self.key) is not None:
+            if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+                raise ValueError(
+                    f"the loader is a {type(loader).__name__}, which gives single examples: follow DataLoader(dataset, "
+                    "batch_size=...)."
+                )
             dataset = getattr(loader, "dataset", None)
             if isinstance(dataset, IterableDataset) or (dataset is None and not isinstance(loader, list | tuple)):
                 raise ValueError(
                     f"the examples of a {type(loader if dataset is None else dataset).__name__} have no places: give "
                     "key=, the name or position of the entry of a batch that has their numbers, or a callable from the "
                     "batch to them, and num_data."
+                    + (" Progress bars, enumerate and zip go around follow(loader)." if dataset is None else "")
                 )
             if dataset is None:
                 self._counted = 0
@@ -201,9 +207,15 @@ class ExampleNumbers:
             )
         return numbers
 
+    def _check_reaches(self, dataset: Any) -> None:
+        """Raise ValueError where a dataset has places beyond the number of examples that was given."""
+        if self.key is None and self._given is not None and self._given < len(dataset):
+            raise ValueError(f"num_data={self._given}, but the dataset has {len(dataset)} examples: leave it out.")
+
     def _of_dataset(self, dataset: Any) -> np.ndarray | None:
         """Numbers by place in a loader's dataset; None where they are the places."""
         if self.dataset is None:
+            self._check_reaches(_unwrapped(dataset))
             self.dataset = _unwrapped(dataset)
         column = _column(self.dataset, self.key)
         if column is not None:

@@ -14,8 +14,10 @@ from typing import Any
 def check_logger(logger: Any) -> None:
     """Raise TypeError where `log_metrics` would not know what to do with a logger."""
     for each in _each(logger):
-        ways = ("log_metrics", "add_scalar", "log")
-        if not (isinstance(each, str | os.PathLike) or callable(each) or any(hasattr(each, way) for way in ways)):
+        ways = any(hasattr(each, way) for way in ("log_metrics", "add_scalar")) or _takes_one(
+            getattr(each, "log", None)
+        )
+        if not (isinstance(each, str | os.PathLike) or callable(each) or ways):
             raise TypeError(
                 f"logger is a {type(each).__name__}, but it must have log_metrics, log or add_scalar, be a callable "
                 "(metrics, step), the path of a CSV file, or a list of these."
@@ -78,8 +80,20 @@ def _takes_step(log: Any) -> bool:
     return "step" in parameters
 
 
+def _takes_one(log: Any) -> bool:
+    """Whether it can be called with metrics alone, as the log of Python's loggers, which wants a level, cannot."""
+    try:
+        inspect.signature(log).bind({})
+    except TypeError:
+        return False
+    except ValueError:  # it does not tell
+        return True
+    return True
+
+
 def _append(path: Path, metrics: Mapping[str, float], step: int) -> None:
     is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("step", "name", "value")] if is_new else [])

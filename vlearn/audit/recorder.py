@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vlearn.audit.sweeps import Sweeps, Swept
 from vlearn.capture.pytrees import Selector
 from vlearn.collectives import process_count, process_rank
 from vlearn.linearized.batches import split
-from vlearn.losses.example_loss import LossFunction
+from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.posterior.adaptive_state import unwrapped
 from vlearn.record import TrainingRecord
 
@@ -54,6 +55,10 @@ class Recorder:
         logger: where summaries go: see `vlearn.audit.log_metrics`; of several, a list.
         prefix: put before the names of what is logged.
         overwrite: start anew; a record that the folder holds is deleted.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if one breaks its rule.
 
     Attributes:
         numbers: which example is which.
@@ -93,6 +98,19 @@ class Recorder:
         overwrite: bool = False,
     ):
         check_logger(logger)
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"path is a {type(path).__name__}, but it must be the folder of the record.")
+        if Path(path).is_file():
+            raise ValueError(f"path={str(path)!r} is a file, but it must be the folder of the record.")
+        if targets is not None and not callable(targets):
+            raise TypeError(f"targets={targets!r}, but it must be a callable from a batch to its targets.")
+        if not isinstance(sweeps, Sweeps | int | None):
+            raise TypeError(
+                f"sweeps={sweeps!r}, but it must be a number of epochs, or vlearn.audit.Sweeps(...): its every= takes "
+                "the epochs themselves too."
+            )
+        if loss_fn is not None:
+            ExampleLoss(loss_fn)  # what it refuses is refused here
         if self_influence_every is not None and self_influence_every < 1:
             raise ValueError(f"self_influence_every={self_influence_every}, but it must be positive: 1 is every batch.")
         self.numbers = ExampleNumbers(dataset, key, num_data)
@@ -120,7 +138,14 @@ class Recorder:
             model: as of the constructor.
             optimizer: likewise.
             with_children: the loop may call parts of the model instead; the first batch shows which gives the output.
+
+        Raises:
+            TypeError: if the model is no module.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is a {type(model).__name__}, but it must be an nn.Module: Recorder(path, model, optimizer)."
+            )
         self._model, self._optimizer = inner_module(model), optimizer
         modules = self._modules(model)
         if with_children and self._module is None:
