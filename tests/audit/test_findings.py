@@ -213,6 +213,21 @@ def test_examples_that_were_not_seen_are_left_out(tmp_path):
     assert issues.given.tolist() == [1, 0]
 
 
+def test_labels_in_another_order_than_those_that_were_seen_are_warned_of(run):
+    record, _, given, *_ = run
+    other = np.roll(np.asarray(given), 1)
+    with pytest.warns(UserWarning, match=f"{np.count_nonzero(other != record.labels)} of the labels are others than"):
+        vlearn.label_issues(record, other)
+    vlearn.label_issues(record, np.asarray(given))  # in silence
+
+
+def test_a_class_that_is_not_known_has_no_name(tmp_path):
+    record = vlearn.TrainingRecord(2, tmp_path)
+    record.record([0, 1], step=1, loss=[0.5, 1.0])
+    columns = vlearn.label_issues(record, [0, 1]).columns(["cat", "dog"])
+    assert columns["given"].tolist() == ["dog", "cat"] and columns["suggested"].tolist() == [None, None]
+
+
 def test_issues_become_tables(run, tmp_path):
     pandas = pytest.importorskip("pandas")
     record, *_ = run
@@ -255,6 +270,16 @@ class TestRefusals:
             vlearn.label_issues(record.memory)
         with pytest.raises(ValueError, match="labels hold class 7, but the model has 3 classes"):
             vlearn.label_issues(record, np.full(300, 7))
+        with pytest.raises(ValueError, match="labels has 600, but the record has 300 examples"):
+            vlearn.label_issues(record, np.tile(record.labels, 2))
+        with pytest.raises(ValueError, match="names has 2 classes, but there is class 2"):
+            vlearn.label_issues(record).columns(["cat", "dog"])
+
+    def test_a_model_of_one_class(self, tmp_path):
+        record = vlearn.TrainingRecord(2, tmp_path)
+        record.record([0, 1], step=1, label=[0, 0], loss=[0.0, 0.0], probabilities=[[1.0], [1.0]])
+        with pytest.raises(ValueError, match="the model has one output"):
+            vlearn.label_issues(record)
 
     def test_a_record_without_labels(self, tmp_path):
         record = vlearn.TrainingRecord(3, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +64,17 @@ class LabelIssues(ShortRepr):
         """``[K]`` ``number``, ``given``, ``suggested``, ``score``, ``group`` and ``is_issue``, the first ``count``.
 
         Args:
-            names: of the classes, in the place of their numbers.
+            names: of the classes, in the place of their numbers; where a class is not known, None.
+
+        Raises:
+            ValueError: if a class has no name.
         """
         given, suggested = self.given, self.suggested
         if names is not None:
-            given, suggested = (np.array([names[label] for label in labels]) for labels in (given, suggested))
+            largest = int(max(given.max(initial=-1), suggested.max(initial=-1)))
+            if largest >= len(names):
+                raise ValueError(f"names has {len(names)} classes, but there is class {largest}: give those of all.")
+            given, suggested = (_named(labels, names) for labels in (given, suggested))
         columns = {"number": self.numbers, "given": given, "suggested": suggested, "score": self.score}
         columns["group"] = self.group
         return columns if self.count is None else {**columns, "is_issue": np.arange(len(self)) < self.count}
@@ -115,7 +122,8 @@ def label_issues(
 
     Args:
         source: a record of a run, or what `vlearn.sweep` returned.
-        labels: ``[num_data]`` whole numbers by example number; default those that the record has seen.
+        labels: ``[num_data]`` whole numbers by example number; default those that the record has seen. It warns of
+            others than these, as in another order, because losses and probabilities of a record are of what it saw.
         score: a column of the source by which to order, turned so that high is bad; default, of a sweep, the
             leave-one-out loss, and of a run "contested_loss": the average loss times the average probability of the
             suggested class. The loss alone is also high for examples that are like nothing else, whose probability is
@@ -125,7 +133,7 @@ def label_issues(
         All examples that have a score.
 
     Raises:
-        ValueError: if there are no labels, no such column, or the table has not kept its outputs.
+        ValueError: if there are no labels, no such column, the table has not kept its outputs, or there is one class.
     """
     if isinstance(source, TrainingRecord):
         seen = source.labels
@@ -133,6 +141,8 @@ def label_issues(
             raise ValueError("the record has seen no labels of classes, one for each example: give labels.")
         given = seen if labels is None else _as_labels(labels)
         _check_reach(np.arange(source.num_data), given)
+        if len(given) != len(seen):
+            raise ValueError(f"labels has {len(given)}, but the record has {len(seen)} examples: give one for each.")
         numbers, values, now, later, uncertain, of_all, suggested = _of_record(source, given, score)
     elif isinstance(source, SensitivityTable):
         if labels is None:
@@ -157,6 +167,8 @@ def label_issues(
             count = round(len(order) * (1 - float(np.trace(joint))))
     memorised, unpredictable = (now >= 0.5) & (later < 0.5), now < 0.5
     group = np.select([memorised, uncertain, unpredictable], ["memorised", "uncertain", "unpredictable"], "easy")
+    if isinstance(source, TrainingRecord):
+        _warn_of_others(source.labels, given)
     return LabelIssues(numbers[order], own, suggested[order], values[order], group[order], probabilities, count, joint)
 
 
@@ -164,6 +176,8 @@ def _of_record(record: TrainingRecord, labels: np.ndarray, score: str | None) ->
     """Numbers, score, probability now and on average, whether uncertain, probabilities, and suggested class."""
     averages = record.averages
     of_all = averages.probabilities()
+    if of_all is not None and of_all.shape[1] < 2:
+        raise ValueError("the model has one output, but label issues need one for each class.")
     allowed = AVERAGED if of_all is None else (*AVERAGED, CONTESTED)
     score = score or ("loss" if of_all is None else CONTESTED)
     if score not in allowed:
@@ -265,6 +279,24 @@ def _as_labels(labels: Any) -> np.ndarray:
             "label for each example."
         )
     return array.astype(np.int64)
+
+
+def _warn_of_others(seen: np.ndarray, labels: np.ndarray) -> None:
+    """Warn of labels that are others than a record has seen."""
+    differ = np.count_nonzero((seen >= 0) & (labels >= 0) & (seen != labels))
+    if differ:
+        warnings.warn(
+            f"{differ} of the labels are others than the record has seen, of which its losses and probabilities are: "
+            "leave labels out, or give them in the order of the examples' numbers.",
+            stacklevel=3,
+        )
+
+
+def _named(labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """The names of classes ``[K]``, None for -1."""
+    if (labels >= 0).all():
+        return np.array([names[label] for label in labels])
+    return np.array([names[label] if label >= 0 else None for label in labels], object)
 
 
 def _check_reach(numbers: np.ndarray, labels: np.ndarray) -> None:
