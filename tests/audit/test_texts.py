@@ -96,3 +96,11 @@ def test_wrong_labels_of_sentences_are_found_while_a_transformer_is_trained(tmp_
     assert issues.count == pytest.approx(len(wrong), rel=0.5)
     first = issues.columns(data.names)
     assert first["suggested"][0] == MOODS[first["number"][0]]
+
+
+def test_a_csv_file_of_long_texts_is_read_and_one_of_another_encoding_refused(tmp_path):
+    (tmp_path / "long.csv").write_text(f"text,label\n{'x' * 200_000},1\n")
+    assert len(read_texts(tmp_path / "long.csv").texts[0]) == 200_000
+    (tmp_path / "latin.csv").write_bytes("text,label\né,1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.csv is not in UTF-8"):
+        read_texts(tmp_path / "latin.csv")

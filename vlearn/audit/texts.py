@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 PADDING, UNKNOWN = 0, 1
+LONGEST_FIELD = 2**31 - 1  # characters of a text in a CSV file, of which Python takes 2¹⁷ unless told
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -101,11 +102,10 @@ def read_texts(source: Any, text: str = "text", label: str = "label", **options:
         **options: of `TextDataset`.
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a column is missing, or a CSV file is not in UTF-8.
     """
     if isinstance(source, str | os.PathLike):
-        with open(source, newline="", encoding="utf-8-sig") as file:
-            rows: Iterable[Any] = list(csv.DictReader(file))
+        rows: Iterable[Any] = _rows_of_csv(source)
         texts, labels = _columns(rows, text, label, str(source))
         # What looks like a number is one, so that class 10 does not come before class 2.
         if all(re.fullmatch(r"\d+", each) for each in labels):
@@ -114,6 +114,17 @@ def read_texts(source: Any, text: str = "text", label: str = "label", **options:
     names = getattr((getattr(source, "features", None) or {}).get(label), "names", None)
     texts, labels = _columns(source, text, label, type(source).__name__)
     return TextDataset(texts, labels, **({"names": names} if names is not None else {}) | options)
+
+
+def _rows_of_csv(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it so.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _columns(rows: Iterable[Any], text: str, label: str, what: str) -> tuple[list[str], list[Any]]:
