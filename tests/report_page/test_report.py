@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from vlearn.report_page.command_line import main, read_data
 from vlearn.report_page.contents import chosen_examples, contents_of
 from vlearn.report_page.maps import kept_snapshots
 from vlearn.report_page.packing import MISSING, in_16_bits
+from vlearn.report_page.shown import Shown
 
 
 def unpacked(page: str, name: str = "contents") -> tuple[dict[str, Any], bytes]:
@@ -154,6 +156,35 @@ def test_what_does_not_fit_is_refused_and_no_file_is_written(
     with pytest.raises(ValueError, match=message):
         vlearn.report(record, path=tmp_path / "page.html", **change)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_examples_without_an_image_or_text_are_left_out(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    record = recorded(tmp_path / "run", num_data=5, epochs=1)
+    missing = [None, 1, None, 1, 1]
+    for items, key in (
+        ([each and image.new("L", (9, 9)) for each in missing], "images"),
+        ([each and "text" for each in missing], "texts"),
+    ):
+        page = vlearn.report(record, items, tmp_path / "page.html").read_text()
+        examples, arrays = unpacked(page, "examples")
+        assert len(examples[key]) == 3 and array(arrays, examples["numbers"]).tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+def test_grey_images_of_more_than_8_bits_keep_their_contrast(kind: str) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    made = Shown([pillow.fromarray((ramp if kind == "float32" else ramp * 4000).astype(kind))]).image(0)
+    assert made is not None
+    np.testing.assert_allclose(np.asarray(pillow.open(io.BytesIO(made[1]))), 255 * ramp, atol=1)
+
+
+def test_rows_of_pandas_go_by_their_place() -> None:
+    pandas = pytest.importorskip("pandas")
+    shuffled = pandas.DataFrame({"text": ["a", "b", "c"], "label": [0, 1, 2]}).iloc[[2, 0, 1]]
+    for rows in (shuffled, shuffled["text"]):
+        assert [Shown(rows).text(n) for n in range(3)] == ["c", "a", "b"]
 
 
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:

@@ -138,14 +138,17 @@ def packed_examples(contents: Contents, shown: Shown, most: int) -> bytes:
     """The images or texts of the examples that are most worth a look, as one block."""
     pack, description = Pack(), {"numbers": None, "images": [], "texts": []}
     if shown.kind is not None:
-        numbers = chosen_examples(contents, most if shown.kind == "image" else max(most, MOST_TEXTS))
-        description["numbers"] = pack.add(numbers.astype(np.uint32))
-        if shown.kind == "text":
-            description["texts"] = [shown.text(int(number)) for number in numbers]
-        else:
-            for number in numbers:
-                media, content = shown.image(int(number))
-                description["images"].append({"media": media, **pack.add_bytes(content)})
+        kept = []
+        for number in chosen_examples(contents, most if shown.kind == "image" else max(most, MOST_TEXTS)).tolist():
+            text, image = (shown.text(number), None) if shown.kind == "text" else (None, shown.image(number))
+            if text is not None:
+                description["texts"].append(text)
+            elif image is not None:
+                description["images"].append({"media": image[0], **pack.add_bytes(image[1])})
+            else:
+                continue
+            kept.append(number)
+        description["numbers"] = pack.add(np.array(kept, np.uint32))
     return pack.compressed(description, level=6 if shown.kind == "text" else 1)
 
 

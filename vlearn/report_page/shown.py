@@ -14,6 +14,7 @@ from vlearn.plot.thumbnails import thumbnails
 LARGEST_SIDE = 96  # pixels of a thumbnail
 LOSSLESS_SIDE = 32  # up to which a thumbnail is PNG; larger ones are JPEG
 LONGEST_TEXT = 600  # characters
+MOST_MISSING = 100  # examples at the beginning that may have neither image nor text
 IMAGES = ("image", "img", "pixel_values", "images", "x")
 TEXTS = ("text", "sentence", "content", "question", "prompt")
 
@@ -22,43 +23,61 @@ class Shown:
     """Images or texts of examples by number.
 
     Args:
-        dataset: map-style; its items are (x, y), (x, y, index), dicts, or images or texts themselves.
+        dataset: map-style; its items are (x, y), (x, y, index), dicts, or images or texts themselves. Of pandas the
+            rows go by their place, whatever the index.
         show: callable from an item to an image or a text; default what of it is one.
 
     Attributes:
         kind: "image", "text", or None if neither was found.
         names: of the classes, where the dataset has them.
+
+    Raises:
+        TypeError: if the dataset has no items by number.
     """
 
     def __init__(self, dataset: Any = None, show: Callable[[Any], Any] | None = None):
-        self._dataset, self._show = dataset, show or _shown_of
+        if hasattr(dataset, "iloc"):
+            dataset = dataset.to_dict("records") if dataset.ndim == 2 else dataset.tolist()
+        if dataset is not None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise TypeError(
+                f"dataset is a {type(dataset).__name__}, but it must have items by number: give the dataset itself, as "
+                "loader.dataset."
+            )
+        self._dataset: Any = dataset
+        self._show = show or _shown_of
         inner = getattr(dataset, "dataset", dataset) if type(dataset).__name__ == "IndexedDataset" else dataset
         self._texts: Sequence[str] | None = getattr(inner, "texts", None) if show is None else None
         self.names = _names_of(inner)
         self.kind: str | None = None
         if dataset is not None and len(dataset):
-            first = self._of(0)
+            each = (self._of(number) for number in range(min(len(dataset), MOST_MISSING)))
+            first = next((shown for shown in each if shown is not None), None)
             self.kind = "text" if isinstance(first, str) else "image" if _is_image(first) else None
             if self.kind is None and show is not None:
                 raise ValueError(f"show gave a {type(first).__name__}, but it must give an image or a text.")
 
-    def text(self, number: int) -> str:
-        """Of an example, not longer than 600 characters."""
-        text = str(self._of(number))
+    def text(self, number: int) -> str | None:
+        """Of an example, not longer than 600 characters; None where it has none."""
+        given = self._of(number)
+        if given is None:
+            return None
+        text = str(given)
         return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
 
-    def image(self, number: int) -> tuple[str, bytes]:
-        """Media type and encoded image of an example, with sides of at most 96 pixels.
+    def image(self, number: int) -> tuple[str, bytes] | None:
+        """Media type and encoded image of an example, with sides of at most 96 pixels; None where it has none.
 
         Raises:
             ImportError: without Pillow.
         """
         pillow = require("PIL.Image", extra="report", feature="a page with images")
         image: Any = self._of(number)
-        if not hasattr(image, "thumbnail"):
+        if image is None:
+            return None
+        if not hasattr(image, "thumbnail") or image.mode.startswith(("I", "F")):  # convert would cut these off at 255
             array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
             image = pillow.fromarray(np.rint(thumbnails(array[None], [0])[0] * 255).astype(np.uint8))
-        image = image.convert("L" if image.mode in ("1", "L", "I", "F", "I;16") else "RGB")
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         file = io.BytesIO()
         if max(image.size) <= LOSSLESS_SIDE:
