@@ -187,6 +187,28 @@ def test_rows_of_pandas_go_by_their_place() -> None:
         assert [Shown(rows).text(n) for n in range(3)] == ["c", "a", "b"]
 
 
+def test_a_model_of_one_class_makes_a_page(tmp_path: Path) -> None:
+    record = vlearn.TrainingRecord(2, tmp_path / "run")
+    record.record([0, 1], step=1, label=[0, 0], loss=[0.0, 0.0], probabilities=[[1.0], [1.0]])
+    title = "\udcff"  # of a folder whose name is no UTF-8
+    page = vlearn.report(record, path=tmp_path / "pages" / "page.html", title=title).read_text()
+    assert unpacked(page)[0]["expectedIssues"] is None
+
+
+def test_what_is_no_argument_is_refused_by_name(tmp_path: Path) -> None:
+    record = recorded(tmp_path / "run", num_data=5, epochs=1)
+    loader: Any = torch.utils.data.DataLoader([1, 2])  # type: ignore[arg-type]
+    for options, message in (
+        ({"dataset": loader}, "dataset is a DataLoader, but it must have items by number"),
+        ({"names": {0: "a"}}, "names is a dict, but it must be a list"),
+        ({"thumbnails": -1}, "thumbnails=-1, but it must not be negative"),
+        ({"path": tmp_path}, "is a folder, but it must be the file"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            vlearn.report(record, **{"path": tmp_path / "page.html", **options})
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
+
+
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no record"):
         vlearn.report(tmp_path, path=tmp_path / "page.html")
@@ -231,3 +253,8 @@ def test_the_command_line_makes_a_page_and_says_what_is_wrong(
     assert read_data("mine:data")[0] == ["one", "two"]
     with pytest.raises(ValueError, match="no module:name"):
         read_data("nothing")
+    (tmp_path / "more.py").write_text("number = 5\n")
+    with pytest.raises(ValueError, match="--data more:number is a int, but it must be a dataset"):
+        read_data("more:number")
+    with pytest.raises(SystemExit, match="1"):
+        main(["watch", str(tmp_path / "run"), "--port", "70000"])

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(f"{path} ({path.stat().st_size / 1e6:.1f} MB)\n")
         else:
             serve(Watched(given.run, dataset, **options), given.port, given.every)
-    except (OSError, ValueError, TypeError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, AttributeError, OverflowError) as error:
         parser.exit(1, f"{parser.prog} {given.command}: {error}\n")
     return 0
 
@@ -81,6 +81,8 @@ def read_data(source: str | None, text: str = "text", label: str = "label") -> t
         raise ValueError(f"--data {source} is no CSV or .npz file, no folder, and no module:name.")
     sys.path.insert(0, os.getcwd())
     found = getattr(importlib.import_module(module), name)
+    if not (callable(found) or hasattr(found, "__getitem__")):
+        raise ValueError(f"--data {source} is a {type(found).__name__}, but it must be a dataset or make one.")
     is_dataset = hasattr(found, "__getitem__") and hasattr(found, "__len__")
     return (found if is_dataset else found()), None, None
 

@@ -111,7 +111,8 @@ def contents_of(source: Source, labels: Any = None, score: str | None = None) ->
     given = given if labels is None else _checked_labels(labels, memory.num_data)
     issues = None
     has_losses = any(column.key == "loss" for column in columns)
-    if record is not None and (given >= 0).any() and (has_losses or score is not None):
+    one_class = record is not None and record.num_classes == 1
+    if record is not None and not one_class and (given >= 0).any() and (has_losses or score is not None):
         issues = label_issues(record, None if labels is None else given, score)
     steps, curves = _curves(memory)
     predicted = np.full(memory.num_data, -1) if record is None else record.predicted.astype(np.int64)

@@ -45,7 +45,7 @@ def report(
         dataset: the training data by example number, for their images or texts; default none are shown. Items are
             (x, y), dicts, or images or texts themselves, as of `vlearn.audit.read_texts`, of torchvision, and of
             Hugging Face. Normalised images are stretched from their minimum to their maximum.
-        path: of the file; one that is there is replaced as a whole.
+        path: of the file; one that is there is replaced as a whole, a folder that is not there is made.
         labels: ``[N]`` given labels by example number; default those that the record has seen.
         names: of the classes; default those of the dataset, or their numbers.
         show: callable from an item of the dataset to an image (``[H, W]``, ``[1, H, W]``, ``[3, H, W]``,
@@ -61,18 +61,30 @@ def report(
     Raises:
         FileNotFoundError: if the folder holds no record.
         ValueError: if nothing is recorded yet, or a length differs; nothing is written.
+        TypeError: if an argument is of another kind.
         ImportError: if there are images, but no Pillow.
     """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder, but it must be the file to write.")
+    if isinstance(names, str | Mapping):
+        raise TypeError(
+            f"names is a {type(names).__name__}, but it must be a list of the classes' names in the order of their "
+            "numbers."
+        )
+    if thumbnails < 0:
+        raise ValueError(f"thumbnails={thumbnails}, but it must not be negative: 0 leaves images out.")
     opened = open_source(record)
     shown, contents = read(opened, dataset, labels, show, score)
     if not contents.columns:
         raise ValueError("the record has nothing of its examples yet: record an epoch, or sweep, first.")
     title = title or default_title(getattr(opened, "path", None))
-    described = packed(contents, shown, title, list(names or shown.names or []), settings, version())
+    names = shown.names or [] if names is None else names
+    described = packed(contents, shown, title, list(names), settings, version())
     blocks = {"contents": described, "examples": packed_examples(contents, shown, thumbnails)}
-    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_text(page(title, blocks), encoding="utf-8")
+    new.write_bytes(page(title, blocks).encode("utf-8", "replace"))  # also names of folders that are no UTF-8
     os.replace(new, path)
     return path
 

@@ -88,7 +88,7 @@ def make_server(watched: Watched, port: int = 0, every: float = 3.0) -> Threadin
     Raises:
         OSError: if the port is taken.
     """
-    document = page(watched.title, {}, every).encode()
+    document = page(watched.title, {}, every).encode("utf-8", "replace")
     answers: dict[str, Callable[[], bytes]] = {
         "/": lambda: document,
         "/version": lambda: watched.version().encode(),
