@@ -214,6 +214,15 @@ def test_images_of_too_few_examples_are_refused(run):
     assert history(run) == []
 
 
+def test_labels_of_pandas_go_by_their_place(run):
+    pandas = pytest.importorskip("pandas")
+    logger = GeneralizationLogger(run, labels=pandas.Series(range(N), index=range(N)[::-1]), top=3)
+    logger.log_sweep(1, table())
+    logger.close()
+    content = json.loads(files(records(run))["vlearn/most_sensitive.table.json"].read_text())
+    assert [line[1:3] for line in content["data"]] == [[n, str(n)] for n in (N - 1, N - 2, N - 3)]
+
+
 @pytest.mark.parametrize("name", ["every", "top", "table_every"])
 def test_counts_must_be_positive(name):
     with pytest.raises(ValueError, match=rf"^{name}=0, but it must be positive"):

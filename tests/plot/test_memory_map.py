@@ -59,6 +59,13 @@ def test_labels_may_be_names():
     assert pictures(ax)[1].get_xlabel() == f"#{MOST[1]}\nname {MOST[1]}"
 
 
+def test_labels_of_pandas_go_by_their_place():
+    pandas = pytest.importorskip("pandas")
+    names = pandas.Series([f"name {i}" for i in range(N)], index=range(N)[::-1])
+    ax = plot.memory_map(**ARRAYS, images=np.zeros((N, 2, 2)), labels=names)
+    assert pictures(ax)[1].get_xlabel() == f"#{MOST[1]}\nname {MOST[1]}"
+
+
 def test_tensors_are_drawn_like_arrays():
     tensors = {name: torch.from_numpy(values).requires_grad_() for name, values in ARRAYS.items()}
     ax = plot.memory_map(**tensors, images=torch.rand(N, 1, 4, 4), labels=torch.arange(N))

@@ -71,6 +71,7 @@ class GeneralizationLogger:
         run = self._wandb.run if run is None else run
         if run is None:
             raise RuntimeError("GeneralizationLogger() without a run, but no run is active: call wandb.init() first.")
+        labels = labels.tolist() if hasattr(labels, "iloc") else labels  # of pandas, by place and not by index
         self._run, self._every, self._images, self._labels = run, every, images, labels
         self._top, self._table_every = top, table_every
         self._calls = self._sweeps = 0

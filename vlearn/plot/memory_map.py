@@ -61,6 +61,7 @@ def memory_map(
         leverage, prediction_error, self_influence = (
             memory.column(name)[snapshot] for name in ("leverage", "prediction_error", "self_influence")
         )
+    labels = labels.tolist() if hasattr(labels, "iloc") else labels  # of pandas, by place and not by index
     if leverage is None or prediction_error is None:
         raise ValueError("leverage or prediction_error is missing: give a memory, or both arrays.")
     x, y = _floats(leverage), _floats(prediction_error)
