@@ -261,6 +261,14 @@ def test_the_summary_goes_to_lightnings_own_logger(tmp_path: Any) -> None:
     assert "vlearn/agreement" in text and "vlearn/sweep_loo_loss" in text
 
 
+def test_a_test_loss_that_is_not_logged_is_warned_of_once(tmp_path: Any) -> None:
+    callback = SensitivityCallback(tmp_path, test_loss="val_los", sweeps=1)
+    with pytest.warns(UserWarning, match=r"test_loss='val_los', but no metric .*there are: 'val_loss'") as warned:
+        trainer(callbacks=[callback]).fit(Classifier(), loader(), DataLoader(DATA, 5))
+    assert len([each for each in warned if "val_los" in str(each.message)]) == 1
+    assert np.isnan(callback.recorder.record.memory.test_loss).all()
+
+
 class Failing(Classifier):
     def training_step(self, batch: Any, index: int) -> Any:
         if len(self.seen) == 7:

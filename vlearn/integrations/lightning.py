@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ class SensitivityHooks:
 
     Args:
         path: folder of the record.
-        test_loss: name of the logged metric that is the mean loss on test data, kept with a sweep, as "val_loss".
+        test_loss: name of the logged metric that is the mean loss on test data, kept with a sweep, as "val_loss"; of
+            several loaders Lightning appends which, as "val_loss/dataloader_idx_0".
         **options: of `vlearn.Recorder`.
 
     Attributes:
@@ -51,6 +53,7 @@ class SensitivityHooks:
         self.recorder: _ForModule | None = None
         self._state: Mapping[str, Any] | None = None
         self._undo: Any = None
+        self._warned = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Follow the training loader's sampler, before anything is drawn from it."""
@@ -101,6 +104,15 @@ class SensitivityHooks:
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """An epoch is over."""
         test_loss = None if self._test_loss is None else trainer.callback_metrics.get(self._test_loss)
+        has_validated = trainer.current_epoch + 1 >= (trainer.check_val_every_n_epoch or 1)
+        if self._test_loss is not None and test_loss is None and has_validated and not self._warned:
+            self._warned = True
+            logged = ", ".join(map(repr, trainer.callback_metrics)) or "none"
+            warnings.warn(
+                f"test_loss={self._test_loss!r}, but no metric of that name is logged (there are: {logged}): no test "
+                "loss is kept.",
+                stacklevel=2,
+            )
         self._recorder().end_epoch(trainer.global_step, None if test_loss is None else float(test_loss))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
