@@ -208,7 +208,7 @@ def test_another_number_of_examples_is_refused_before_anything_changes(memory):
 
 
 def test_opening_a_path_without_a_record_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="holds no record"):
         MemoryMap.open(tmp_path)
 
 

@@ -379,6 +379,8 @@ class MemoryMap:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not (path / "memory.json").exists():
+        raise FileNotFoundError(f"{path} holds no record (memory.json): give the folder that a record was written to.")
     with open(path / "memory.json") as file:
         content = json.load(file)
     if content.get("version") not in (1, _VERSION):
