@@ -523,6 +523,20 @@ class TestRefusals:
             for x, y in recorder.follow(loader(TensorDataset(X, torch.randn(N, 1)))):
                 F.mse_loss(model(x), y).backward()
 
+    def test_a_binary_label_that_the_loop_compares_with_a_squeezed_output(self, tmp_path):
+        model, loss_fn = nn.Linear(X.shape[1], 1), nn.BCEWithLogitsLoss()
+        data = TensorDataset(X, (Y > 0).float())
+        recorder = Recorder(tmp_path, model, loss_fn=loss_fn)
+        with pytest.raises(ValueError, match=r"as by output=lambda output: output.squeeze\(1\)"):
+            for x, y in recorder.follow(loader(data)):
+                loss_fn(model(x).squeeze(1), y).backward()
+        recorder.close()
+        recorder = Recorder(tmp_path / "run", model, loss_fn=loss_fn, output=lambda output: output.squeeze(1))
+        for x, y in recorder.follow(loader(data)):
+            loss_fn(model(x).squeeze(1), y).backward()
+        expected = F.binary_cross_entropy_with_logits(model(X).squeeze(1), (Y > 0).float(), reduction="none")
+        np.testing.assert_allclose(recorder.record.column("loss"), expected.detach(), rtol=1e-5)
+
     def test_an_output_that_was_written_to(self, tmp_path):
         model = network()
         recorder = Recorder(tmp_path, model)

@@ -212,7 +212,7 @@ def test_what_is_no_argument_is_refused_by_name(tmp_path: Path) -> None:
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no record"):
         vlearn.report(tmp_path, path=tmp_path / "page.html")
-    with pytest.raises(ValueError, match="nothing of its examples yet"):
+    with pytest.raises(ValueError, match="nothing of its examples, or nothing finite"):
         vlearn.report(vlearn.TrainingRecord(3, tmp_path / "empty"), path=tmp_path / "page.html")
     with pytest.raises(TypeError, match="record is a int"):
         vlearn.report(3, path=tmp_path / "page.html")  # pyright: ignore[reportArgumentType]

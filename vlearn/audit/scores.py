@@ -173,7 +173,7 @@ def _of_several_labels(output: Tensor, target: Any, loss_fn: LossFunction) -> Ou
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(
             f"a binary cross-entropy of an output {tuple(output.shape)} and a target of {given}: both must be of one "
-            "shape, with 0 or 1 for each label."
+            "shape, with 0 or 1 for each label, as by output=lambda output: output.squeeze(1), or by targets=."
         )
     target = target.to(output.dtype)
     logits, labels = output.reshape(len(output), -1), target.reshape(len(target), -1)

@@ -77,7 +77,10 @@ def report(
     opened = open_source(record)
     shown, contents = read(opened, dataset, labels, show, score)
     if not contents.columns:
-        raise ValueError("the record has nothing of its examples yet: record an epoch, or sweep, first.")
+        raise ValueError(
+            "the record has nothing of its examples, or nothing finite: record an epoch, or sweep, first, in a run "
+            "that does not diverge."
+        )
     title = title or default_title(getattr(opened, "path", None))
     names = shown.names or [] if names is None else names
     described = packed(contents, shown, title, list(names), settings, version())
