@@ -77,12 +77,12 @@ def fitted(
     return posterior.stopped_at(subject.training_time) if stopped else posterior
 
 
-def over_draws(subject: Subject, width: float, count: int = 6, relative: float = 0.1) -> Scorer:
+def over_draws(subject: Subject, width: float, count: int = 6, **setting: Any) -> Scorer:
     """The mean attribution over weights drawn around the last ones, each with a fit of its own.
 
     Args:
         width: of the draws, as a multiple of that of the posterior of the stopped training.
-        relative: damping, see `fitted`.
+        setting: of `fitted`.
     """
     around = fitted(subject.own_model(), subject, "eigenvalue-corrected", stopped=True)
     generator, scorers = torch.Generator().manual_seed(0), []
@@ -90,7 +90,7 @@ def over_draws(subject: Subject, width: float, count: int = 6, relative: float =
         model, drawn = subject.own_model(), around.sample(generator)
         model.load_state_dict({name: mean + width * (drawn[name] - mean) for name, mean in around.mean.items()})
         scorers.append(
-            with_posterior(replace(subject, model=model), fitted, structure="eigenvalue-corrected", relative=relative)
+            with_posterior(replace(subject, model=model), fitted, structure="eigenvalue-corrected", **setting)
         )
     return lambda x, y: torch.stack([scorer(x, y) for scorer in scorers]).mean(0)
 
@@ -154,17 +154,18 @@ def tracin(subject: Subject) -> Scorer:
 
 
 DAMPING = ({}, {"damping": 1e-3}, {"damping": 1e-2}, {"damping": 1e-1})
+RELATIVE = {"relative": 0.1}
 
 
 def _fits(label: str, structure: str) -> Sequence[Method]:
     """A structure as it comes, with the training time, and with the best of a few dampings."""
     make = partial(with_posterior, fit=fitted, structure=structure)
     best = structure == "eigenvalue-corrected"
-    last = {"damping": 1.0} if structure == "diagonal" else {"relative": 0.1}
+    last = {"damping": 1.0} if structure == "diagonal" else RELATIVE
     return (
-        Method(label, "vlearn", make, averaged=best, removed=best),
+        Method(label, "vlearn", make, removed=best),
         Method(f"{label}, stopped", "vlearn", partial(make, stopped=True), removed=best),
-        Method(f"{label}, damped", "vlearn", make, [*DAMPING, last]),
+        Method(f"{label}, damped", "vlearn", make, [*DAMPING, last], averaged=best, removed=best),
     )
 
 
@@ -175,12 +176,18 @@ METHODS = (
     Method(
         "EK-FAC, over snapshots",
         "vlearn",
-        partial(over_snapshots, structure="eigenvalue-corrected", relative=0.1),
+        partial(over_snapshots, structure="eigenvalue-corrected"),
+        [*DAMPING, RELATIVE, {"stopped": True}],
         averaged=True,
         removed=True,
     ),
     Method("EK-FAC, three segments", "vlearn", segments),
-    Method("EK-FAC, over draws", "vlearn", over_draws, [{"width": width} for width in (0.1, 0.05, 0.2)]),
+    Method(
+        "EK-FAC, over draws",
+        "vlearn",
+        over_draws,
+        [{"width": width, **damped} for width in (0.1, 0.05, 0.2) for damped in (RELATIVE, *DAMPING[2:])],
+    ),
     Method(
         "IVON, its own state",
         "vlearn",
