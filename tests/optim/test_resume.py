@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import vlearn
 from tests.optim.table import LOOPS, Entry, data, equal, family, loss_of, made, network, plain, states, weights
 
 loops = pytest.mark.parametrize("loop", LOOPS)
@@ -156,6 +157,12 @@ def test_a_state_of_another_optimizer_or_other_groups_is_refused_and_nothing_cha
     for peer in (torch.optim.SGD(network().parameters(), lr=0.3), torch.optim.AdamW(network().parameters())):
         with pytest.raises(ValueError, match="has no 'ess', so it is another optimizer's: load the model's weights"):
             optimizer.load_state_dict(peer.state_dict())
+    other = vlearn.VAdamW(network(), num_data=6)
+    if isinstance(optimizer, vlearn.VAdamW):
+        other = vlearn.VON(network(), lr=0.1, ess=6)
+    kinds = type(other).__name__, type(optimizer).__name__
+    with pytest.raises(ValueError, match="the state dict is of {}, and that of {} is another: load the".format(*kinds)):
+        optimizer.load_state_dict(other.state_dict())
     backwards = entry.make(reversed(list(network().named_parameters())))
     with pytest.raises(ValueError, match=r"\[0\] is of a parameter of shape \(5, 6\), but .* one of \(3,\) there"):
         backwards.load_state_dict(saved)

@@ -38,7 +38,7 @@ from vlearn.optim.distributed.processes import Processes
 from vlearn.optim.kernels.nonfinite import first_nonfinite, is_low_precision
 from vlearn.optim.parameters.options import follow_betas, with_betas
 from vlearn.optim.parameters.parameters import Parameters, state_dtype
-from vlearn.optim.parameters.state_dict import loaded_as_saved
+from vlearn.optim.parameters.state_dict import kind_of, loaded_as_saved
 from vlearn.optim.sampling.blocks import ParameterSlice, SliceBlock, discard_draws, swap_in_means
 from vlearn.optim.sampling.draw import Draw, Origin
 from vlearn.optim.sampling.protocols import Curvature, PosteriorContext, Structure
@@ -330,6 +330,10 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             self._bind(watch)
             if watch is None:
                 self._runtime.search.start(self._parameters.every())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, beside which "optimizer" is the name of the class, by which `load_state_dict` knows its own."""
+        return {**super().state_dict(), "optimizer": kind_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch. A draw that waits is dropped; float32 state of narrower parameters stays float32.

@@ -14,6 +14,11 @@ from vlearn.optim.kernels.nonfinite import is_low_precision
 _REMEDY = "load the model's weights alone and start a new optimizer."
 
 
+def kind_of(optimizer: Optimizer) -> str:
+    """The name of an optimizer's class, or of that of ours which the user's own is made from."""
+    return next(each.__name__ for each in type(optimizer).__mro__ if each.__module__.startswith("vlearn."))
+
+
 @contextmanager
 def loaded_as_saved(optimizer: Optimizer) -> Iterator[None]:
     """Inside, `load_state_dict` refuses another optimizer's state and keeps the dtypes that were saved."""
@@ -29,6 +34,9 @@ def loaded_as_saved(optimizer: Optimizer) -> Iterator[None]:
             )
         if any({"ess", "hess_init"}.isdisjoint(group) for group in state["param_groups"]):  # which each of ours has
             raise ValueError(f"state_dict['param_groups'] has no 'ess', so it is another optimizer's: {_REMEDY}")
+        kind = state.get("optimizer", kind_of(optimizer))  # distributed checkpoints do not keep it
+        if kind != kind_of(optimizer):
+            raise ValueError(f"the state dict is of {kind}, and that of {kind_of(optimizer)} is another: {_REMEDY}")
         _check_shapes(optimizer, state)
         loaded.update(state)
 
