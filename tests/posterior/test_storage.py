@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def test_a_fit_is_the_same_after_a_round_trip(structure: str, tmp_path: Path) ->
     with torch.no_grad():  # the one that belongs to the model is at its own mean all the same
         model[0].weight.add_(1.0)
     assert torch.equal(swept(model, found, x).loss, swept(model, posterior, x).loss)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_it_pickles_alone_and_with_its_model(structure: str) -> None:
+    model, x = mlp()
+    posterior = fit(model, in_batches(x), F.cross_entropy, structure, progress=False).stopped_at(30.0)
+    same(pickle.loads(pickle.dumps(posterior)), posterior, model, x)
+    model_too, found = pickle.loads(pickle.dumps((model, posterior)))
+    with torch.no_grad():
+        model_too[2].weight.add_(1.0)
+    assert torch.equal(swept(model_too, found, x).loss, swept(model, posterior, x).loss)
 
 
 @family
@@ -126,3 +138,6 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(3)}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="holds no posterior"):
         load(tmp_path / "weights.pt")
+    (tmp_path / "text.pt").write_text("hello world")
+    with pytest.raises(ValueError, match=r"text\.pt holds no posterior"):
+        load(tmp_path / "text.pt")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import DiagonalBlock
-from vlearn.gaussians.gaussian import Gaussian
+from vlearn.gaussians.gaussian import Gaussian, unchanging
 from vlearn.gaussians.stopped_training import stopped
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Diagonal(Gaussian):
         num_data: float,
         *,
         parameters: Mapping[str, Tensor] | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = unchanging,
         at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         super().__init__(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import DenseBlock
-from vlearn.gaussians.gaussian import Gaussian
+from vlearn.gaussians.gaussian import Gaussian, unchanging
 from vlearn.gaussians.stopped_training import stopped
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Full(Gaussian):
         ess: float | Mapping[str, float] | None = None,
         prior_precision: Mapping[str, float | Tensor] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = unchanging,
         at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         count = sum(tensor.numel() for tensor in mean.values())

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def unchanging() -> None:
+    """The check of a posterior that no optimizer changes: as what else it holds, one that pickles."""
+
+
 class Gaussian:
     """q = N(m, Σ) on the scale of a sum over num_data examples; a subclass says what the blocks of Σ are.
 
@@ -64,7 +68,7 @@ class Gaussian:
         ess: Mapping[str, float] | None = None,
         prior_precision: Mapping[str, float | Tensor] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = unchanging,
         at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._mean = mean
@@ -92,7 +96,7 @@ class Gaussian:
     @property
     def mean(self) -> Mapping[str, Tensor]:
         """Posterior mean by parameter name, in the parameter's shape."""
-        return LazyByName(self, lambda name: self._mean[name])
+        return LazyByName(self, self._mean.__getitem__)
 
     @property
     def variance(self) -> Mapping[str, Tensor]:
@@ -168,8 +172,8 @@ class Gaussian:
         """A copy that later steps of the optimizer do not change; a sweep with it runs at its mean."""
         mean = {name: self.mean[name].detach().clone() for name in self.names}
         kept, at_mean = copy.copy(self), self.at_mean
-        kept._mean, kept.check_fresh = mean, lambda: None
-        kept.at_mean = lambda: weights_at(self.parameters, mean, at_mean)
+        kept._mean, kept.check_fresh = mean, unchanging
+        kept.at_mean = partial(weights_at, self.parameters, mean, at_mean)
         kept.copy_blocks()
         return kept
 

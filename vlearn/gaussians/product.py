@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vlearn.gaussians.covariance_blocks import Block
-from vlearn.gaussians.gaussian import Gaussian
+from vlearn.gaussians.gaussian import Gaussian, unchanging
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +35,7 @@ class ProductPosterior(Gaussian):
         parts: Sequence[Gaussian],
         *,
         parameters: Mapping[str, Tensor] | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = unchanging,
         at_mean: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         names = [name for part in parts for name in part.names]
@@ -45,11 +46,6 @@ class ProductPosterior(Gaussian):
         if len(sizes) != 1:
             raise ValueError(f"num_data={', '.join(f'{n:g}' for n in sorted(sizes))}, but all parts need the same.")
 
-        def check_all() -> None:
-            check()
-            for part in parts:
-                part.check_fresh()
-
         super().__init__(
             ChainMap(*(part.mean for part in parts)),  # pyright: ignore  (they are read only)
             [group for part in parts for group in dict.fromkeys(part.groups.values())],
@@ -57,7 +53,7 @@ class ProductPosterior(Gaussian):
             ess={name: ess for part in parts for name, ess in part.ess.items()},
             prior_precision={name: prior for part in parts for name, prior in part.prior_precision.items()},
             parameters=parameters or {name: p for part in parts for name, p in part.parameters.items()},
-            check=check_all,
+            check=partial(_check_all, check, parts),
             at_mean=at_mean,
         )
         self._parts = list(parts)
@@ -86,3 +82,9 @@ class ProductPosterior(Gaussian):
     def copy_blocks(self) -> None:
         """See `Gaussian`."""
         self._parts = [part.clone() for part in self._parts]
+
+
+def _check_all(check: Callable[[], None], parts: Sequence[Gaussian]) -> None:
+    check()
+    for part in parts:
+        part.check_fresh()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Gaussi
     Raises:
         ValueError: if the file holds no posterior, or the model has other parameters or other weights.
     """
-    state = torch.load(Path(path), weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(Path(path), weights_only=True, map_location="cpu")
+    except (UnpicklingError, EOFError, KeyError) as error:  # what torch raises of other files
+        raise ValueError(f"{os.fspath(path)} holds no posterior: {error}") from error
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{os.fspath(path)} holds no posterior: write it by posterior.save(path).")
     if model is None:
