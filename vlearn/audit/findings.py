@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from vlearn._extras import require
 from vlearn._short_repr import ShortRepr
+from vlearn._warnings import warn_user
 from vlearn.audit.confident_learning import noise_joint
 from vlearn.record import TrainingRecord
 from vlearn.record.running_averages import AVERAGED
@@ -285,10 +285,9 @@ def _warn_of_others(seen: np.ndarray, labels: np.ndarray) -> None:
     """Warn of labels that are others than a record has seen."""
     differ = np.count_nonzero((seen >= 0) & (labels >= 0) & (seen != labels))
     if differ:
-        warnings.warn(
+        warn_user(
             f"{differ} of the labels are others than the record has seen, of which its losses and probabilities are: "
-            "leave labels out, or give them in the order of the examples' numbers.",
-            stacklevel=3,
+            "leave labels out, or give them in the order of the examples' numbers."
         )
 
 

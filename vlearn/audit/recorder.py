@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn._warnings import warn_user
 from vlearn.audit.captured_outputs import CapturedOutputs
 from vlearn.audit.example_numbers import ExampleNumbers, Following, Key
 from vlearn.audit.metric_loggers import check_logger, log_metrics
@@ -446,7 +446,7 @@ class Recorder:
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
-            warnings.warn(message, stacklevel=4)
+            warn_user(message)
         self._warned.add(message)
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlearn._extras import require
+from vlearn._warnings import warn_user
 from vlearn.audit.recorder import Recorder
 
 
@@ -108,10 +108,9 @@ class SensitivityHooks:
         if self._test_loss is not None and test_loss is None and has_validated and not self._warned:
             self._warned = True
             logged = ", ".join(map(repr, trainer.callback_metrics)) or "none"
-            warnings.warn(
+            warn_user(
                 f"test_loss={self._test_loss!r}, but no metric of that name is logged (there are: {logged}): no test "
-                "loss is kept.",
-                stacklevel=2,
+                "loss is kept."
             )
         self._recorder().end_epoch(trainer.global_step, None if test_loss is None else float(test_loss))
 

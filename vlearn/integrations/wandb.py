@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from vlearn._extras import require
+from vlearn._warnings import warn_user
 from vlearn.plot import thumbnails
 from vlearn.sensitivity import SensitivityTable
 
@@ -100,7 +100,7 @@ class GeneralizationLogger:
             values |= optimizer.sensitivities().summary("vlearn/live_")
         except RuntimeError as error:
             if not self._warned:
-                warnings.warn(f"No sensitivities to log: {error}", stacklevel=2)
+                warn_user(f"No sensitivities to log: {error}")
             self._warned = True
         self._log(step, values)
 

@@ -15,7 +15,6 @@ and a watch, if a model is watched.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlearn._torch_internals import is_flattened
+from vlearn._warnings import warn_user
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
 from vlearn.collectives import averaged
@@ -710,9 +710,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         for rival in self._rivals(model):
             rival.sampler.discard()
             rival.remove()
-            warnings.warn(
-                f"these parameters were watched by another {rival.sampler.parameters.owner}, which is unwatched now.",
-                stacklevel=4,
+            warn_user(
+                f"these parameters were watched by another {rival.sampler.parameters.owner}, which is unwatched now."
             )
         self._bind(watch)
 
@@ -791,7 +790,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         recorded = watch.last_pass("sensitivities are not defined for this step: ")
         posterior = self.posterior()
         if posterior.uncalibrated_reason:
-            warnings.warn(f"sensitivities() ranks the examples only: {posterior.uncalibrated_reason}", stacklevel=4)
+            warn_user(f"sensitivities() ranks the examples only: {posterior.uncalibrated_reason}")
         named = {name: recorded.stands_for.get(p, p) for p, name in self._parameters.names().items()}
         covariance = posterior.covariance(named)
         return live_sensitivities(recorded, covariance, watch.trace_step, deviation, output, examples)

@@ -9,13 +9,13 @@ each kind of pass.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vlearn._warnings import warn_user
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import ModelChecks, remember
 from vlearn.capture.pass_gradients import direction, product
@@ -68,10 +68,9 @@ def check_row_sums(trace: Trace, weights: Weights) -> None:
             )
         if came is not None and not _is_penalty(differing, rows, came, weights):
             names = ", ".join(sorted(_name_of(root, p) for p in differing))
-            warnings.warn(
+            warn_user(
                 f"the loss reads {names} itself, beside the model's output, and no example's row counts that part of "
-                "its gradient. Right for a penalty on the weights; else compute the loss in the model's forward pass.",
-                stacklevel=2,
+                "its gradient. Right for a penalty on the weights; else compute the loss in the model's forward pass."
             )
     if came is None:
         checks.takes_gradients[trace.kind] = True  # whether the loss reads one, the next pass of this kind tells

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn._warnings import warn_user
 from vlearn.capture.hooks import weights_at_mean
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
@@ -281,12 +281,11 @@ def _warn_of_clipping(passes: CurvaturePasses, seen: int) -> None:
     by_probes = passes.curvature == "ggn"
     clipped = sum(passes.clipped) / (passes.draws if by_probes else 1)
     if clipped:
-        warnings.warn(
+        warn_user(
             f"the loss curves downwards in the output of {clipped / seen:.0%} of the examples, which "
             f"{'probes' if by_probes else 'Kronecker factors'} cannot hold: that was left out, so that Σ⁻¹ is larger "
             "than the Gauss-Newton matrix and the prior. curvature='ggn-exact' with structure='full', 'last-layer' or "
-            "'diagonal' counts it.",
-            stacklevel=5,
+            "'diagonal' counts it."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlearn._warnings import warn_user
 from vlearn.capture.pytrees import Selector
 from vlearn.collectives import process_count
 from vlearn.gaussians.protocol import Posterior, check_posterior
@@ -210,11 +210,10 @@ def sweep(
             table = processes.agreed(lambda: SensitivityTable.open(out))
     scale_is_known = getattr(posterior, "num_data_given", True)
     if options.loo_loss and not scale_is_known and posterior.num_data > PART * len(table):
-        warnings.warn(
+        warn_user(
             f"the loader has {len(table)} of the {posterior.num_data:g} training examples that the optimizer's ess "
             "stands for. Pass num_data to the optimizer: where it is less than ess, leave-one-out losses are too near "
-            "the training loss.",
-            stacklevel=4,
+            "the training loss."
         )
     return table
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn._warnings import warn_user
 from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import Trace
 from vlearn.losses.hard_labels import counted_rows, row_factors
@@ -173,7 +173,7 @@ class LossScale:
     def _warn(self, message: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(message, stacklevel=2)
+            warn_user(message)
 
 
 def _versions(trace: Trace) -> list[int]:
