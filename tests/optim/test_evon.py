@@ -317,11 +317,28 @@ def test_each_side_that_is_not_too_large_has_a_basis(name: str) -> None:
             p.grad = torch.randn(p.shape)
     optimizer.step()
     for parameter, p in module.named_parameters():
-        found = tuple(
-            len(optimizer.state[p][f"{side}_basis"]) if f"{side}_basis" in optimizer.state[p] else None
-            for side in ("out", "in")
-        )
-        assert found == expected.get(parameter, (None, None))
+        assert sides(optimizer, p) == expected.get(parameter, (None, None))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 128), (None, 128)), ((1, 129), (None, None)), ((1, 5, 30), (None, None)), ((300, 2), (None, 2))],
+)
+def test_a_side_much_longer_than_the_other_has_no_basis(
+    shape: tuple[int, ...], expected: tuple[int | None, int | None]
+) -> None:
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = vlearn.EVON([p], **{**AS_IVON, "ess": 50})
+    with optimizer.sampled_params(train=True):
+        p.grad = torch.randn(shape)
+    optimizer.step()
+    assert sides(optimizer, p) == expected
+
+
+def sides(optimizer: vlearn.EVON, p: torch.Tensor) -> tuple[int | None, ...]:
+    """The lengths of the sides of a matrix that have a basis."""
+    bases = (optimizer.state[p].get(f"{side}_basis") for side in ("out", "in"))
+    return tuple(None if basis is None else len(basis) for basis in bases)
 
 
 def test_a_matrix_larger_than_a_block_is_drawn_and_learned_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

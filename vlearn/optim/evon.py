@@ -73,7 +73,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
         update_every: steps from one change of the bases to the next.
         beta3: momentum β₃ of L and R; SOAP's 0.95 follows faster, of a mean of many the posterior says more.
         max_dim: sides of a matrix with more rows, or columns, keep their own entries as basis: of an embedding the
-            tokens. 0 makes a parameter group diagonal, as in `IVON`.
+            tokens. So do sides with more than 128 times the other's. 0 makes a group diagonal, as in `IVON`.
         foreach: multi-tensor operations for diagonal parameters; default wherever a block has several tensors.
         hess_init, beta2, beta2_warmup: as with every optimizer, but by default 0.1, 0.9999 and 30.
         **shared: see `vlearn.optim.SharedOptions`.

@@ -8,7 +8,9 @@ A parameter ``[O, ...]`` is a matrix ``[O, I]`` of its rows. Its state is
                             not rotated
     out_basis, in_basis     Q_L, Q_R, at first the identity; missing likewise
 
-Vectors, complex parameters and matrices with two sides that are not rotated are diagonal in their own entries.
+Vectors, complex parameters and matrices with two sides that are not rotated are diagonal in their own entries. A side
+is not rotated where it is longer than `max_dim`, or than 128 times the other: of a position embedding ``[1, T, E]`` the
+basis of T·E columns would be as many times as large as the weight, and its change would take seconds.
 
 Of a sharded parameter each process has its part of all that, of Hessian and momentum that of the weight, of factors and
 bases some of the rows. What is done entry by entry it does for its own. What mixes entries, the change of basis and the
@@ -31,6 +33,8 @@ from vlearn.optim.structures.diagonal import use_foreach
 from vlearn.optim.structures.rotated import RotatedStructure
 from vlearn.per_example.kronecker_factors import Layer
 from vlearn.sharded.tensors import part_of, shard, whole
+
+LONGEST_SIDE = 128  # times the other, up to which a side has a basis, which is as many times as large as the matrix
 
 
 class EigenbasisStructure(RotatedStructure):
@@ -135,8 +139,13 @@ def _rotated_sides(p: Tensor, group: Group) -> dict[str, int]:
     """The sizes of a parameter's sides that have a basis, of the rows "out" and the columns "in"."""
     if p.dim() < 2 or p.is_complex() or not p.numel():
         return {}
-    sizes = {"out": len(p), "in": p.numel() // len(p)}
-    return {side: size for side, size in sizes.items() if 1 < size <= group["max_dim"]}
+    rows, columns = len(p), p.numel() // len(p)
+    sizes = {"out": (rows, columns), "in": (columns, rows)}
+    return {
+        side: size
+        for side, (size, other) in sizes.items()
+        if 1 < size <= group["max_dim"] and size <= LONGEST_SIDE * other
+    }
 
 
 def _initial_state(p: Tensor, hess_init: float, sides: dict[str, int]) -> dict[str, Tensor]:
