@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def unchanging() -> None:
-    """The check of a posterior that no optimizer changes: as what else it holds, one that pickles."""
+    """The check of a posterior that no optimizer changes; it has a name, by which posteriors pickle."""
 
 
 class Gaussian:
