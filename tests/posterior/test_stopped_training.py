@@ -21,6 +21,9 @@ from vlearn.gaussians.stopped_training import stopped
 from vlearn.posterior import fit, load, training_time
 from vlearn.posterior.fit import STRUCTURES
 
+# The SequentialLR of torch 2.6 warns of its own steps.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
 
 def by_hand(sigma: Tensor, time: float | Tensor) -> Tensor:
     """(I - e^{-ηW}) W⁻¹/N of W = Σ⁻¹/N, by the matrix exponential; η one number, or one for each entry."""
