@@ -218,6 +218,8 @@ def test_the_rates_of_a_schedule_are_summed_up(name: str, every: int) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("make", [torch.optim.Adam, SGD])
 def test_a_rate_that_is_a_tensor_is_read_as_its_number_is_and_stays(make: Any, name: str) -> None:
+    if torch.__version__ < "2.7" and name == "a rise, then a cosine":
+        pytest.skip("the SequentialLR of torch 2.6 writes into an initial_lr that is a tensor")
     times = {}
     for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
         p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
