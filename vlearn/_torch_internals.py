@@ -130,7 +130,7 @@ def without_onednn() -> Iterator[None]:
 
 
 def begin_schedule(scheduler: LRScheduler) -> None:
-    """Set the first learning rates of a schedule, as its constructor does."""
+    """Set the first learning rates of a schedule, as its constructor does; a SequentialLR begins its first part."""
     scheduler.last_epoch = -1
     if not isinstance(scheduler, SequentialLR):
         scheduler._initial_step()

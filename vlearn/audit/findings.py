@@ -293,9 +293,8 @@ def _warn_of_others(seen: np.ndarray, labels: np.ndarray) -> None:
 
 def _named(labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """The names of classes ``[K]``, None for -1."""
-    if (labels >= 0).all():
-        return np.array([names[label] for label in labels])
-    return np.array([names[label] if label >= 0 else None for label in labels], object)
+    named = [names[label] if label >= 0 else None for label in labels]
+    return np.array(named, object if None in named else None)
 
 
 def _check_reach(numbers: np.ndarray, labels: np.ndarray) -> None:
