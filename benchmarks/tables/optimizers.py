@@ -111,6 +111,7 @@ TASKS = {
     "mlp": "power plant, MLP",
     "lenet": "Fashion-MNIST, LeNet-5",
     "vit": "Fashion-MNIST, ViT of timm",
+    "unet": "three garments, U-Net with BatchNorm",
     "gpt": "tinyshakespeare, GPT",
     "gru": "tinyshakespeare, GRU",
     "embedding": "embeddings of passages (InfoNCE)",
@@ -161,7 +162,7 @@ def lines() -> str:
         ),
         (
             "whatever is trained from scratch",
-            "`EVON(model, lr=2, ess=10*T, num_data=N)`, T the number of single losses: tokens, or N",
+            "`EVON(model, lr=2, ess=10*T, num_data=N)`, T the number of single losses: tokens, or N, but not pixels",
             f"{'; '.join(narrow)}: images want ess=T, {wide}, and {drawn} by the draws",
         ),
         (
