@@ -28,7 +28,7 @@ from benchmarks.training.loop import finish
 SWEPT = 1_000  # training examples, at random; fewer where each has many targets
 MOST_TARGETS = 100_000
 HELD_OUT = 20  # one training example in so many, where the validation half is drawn otherwise
-LABELS = ("VAdamW", "EVON", "EVON, narrow")
+LABELS = ("VAdamW", "EVON", "EVON, ess=T")
 
 
 def estimates(name: str, task: Task, seeds: int, runs: Path, advance: Advance) -> dict[str, Any]:
@@ -97,6 +97,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         for label, found in result["methods"].items():
             mean = found["mean"]
             keys = ("train_loss", "loo_loss", "held_out_loss", "loss")
-            rows.append((name, label, *(f"{mean[key]:.3g}" for key in keys)))
+            losses = ("refused" if math.isnan(mean[key]) else f"{mean[key]:.3g}" for key in keys)
+            rows.append((name, label, *losses))
     header = ("task", "by", "training", "leave-one-out", "held out", "validation")
     print_table("Leave-one-out losses by one line", header, rows)

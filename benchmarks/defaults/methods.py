@@ -57,12 +57,12 @@ METHODS: dict[str, Method] = {
     "ivon-opt": Method(0.1, _ivon_opt),
     "EVON": Method(
         2.0,
-        lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=task.num_terms, num_data=task.num_data),
+        lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=100 * task.num_data, num_data=task.num_data),
         EVON_RATES,
     ),
-    # N is too few where the loss is no negative log-likelihood, as a squared error of a small variance.
-    "EVON, narrow": Method(
-        2.0, lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=10 * task.num_terms, num_data=task.num_data)
+    # Of the posterior's own width, where the loss is a negative log-likelihood of independent terms.
+    "EVON, ess=T": Method(
+        2.0, lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=task.num_terms, num_data=task.num_data)
     ),
     "VAdamW": Method(1e-3, lambda model, lr, task: vlearn.VAdamW(model, lr=lr, num_data=task.num_data), ADAM_RATES),
 }

@@ -25,13 +25,15 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 def notes(results: dict[str, dict[str, Any]], ours: str) -> list[str]:
     """On how many tasks a method's loss is near AdamW's."""
 
-    def near(which: str, margin: float) -> int:
-        pairs = ((loss_of(result, ours, which), loss_of(result, "AdamW", which)) for result in results.values())
-        return sum(loss <= (1 + margin) * reference < math.inf for loss, reference in pairs)
+    def near(which: str, margin: float, reference: str) -> int:
+        pairs = ((loss_of(result, ours, which), loss_of(result, "AdamW", reference)) for result in results.values())
+        return sum(loss <= (1 + margin) * other < math.inf for loss, other in pairs)
 
+    cases = (("tuned", WITHIN, "tuned"), ("line", WITHIN, "tuned"), ("line", WORST, "line"))
     return [
-        f"{ours} tuned is within {WITHIN:.0%} of AdamW tuned on {near('tuned', WITHIN)} of {len(results)} tasks.",
-        f"{ours}'s line is within {WORST:.0%} of AdamW's line on {near('line', WORST)} of {len(results)} tasks.",
+        f"{ours}, {which}, is within {margin:.0%} of AdamW, {other}, on {near(which, margin, other)} "
+        f"of {len(results)} tasks."
+        for which, margin, other in cases
     ]
 
 

@@ -117,6 +117,7 @@ TASKS = {
     "embedding": "embeddings of passages (InfoNCE)",
     "ft-transformer": "kin8nm, FT-Transformer",
     "lora": "lines in capitals, GPT-2 with LoRA",
+    "resnet": "CIFAR-10, ResNet with GroupNorm",
     "ppo": "CartPole, PPO: mean return, at best 500",
 }
 
@@ -146,12 +147,12 @@ def lines() -> str:
     def loss(name: str, method: str, which: str, quantity: str = "loss") -> float:
         return of_task[name][method][which]["mean"][quantity]
 
-    narrow = [
-        f"{TASKS[name].partition(', ')[2]} {short(loss(name, 'EVON, narrow', 'line'), 3)} "
+    of_evon = [
+        f"{TASKS[name].partition(', ')[2]} {short(loss(name, 'EVON', 'line'), 3)} "
         f"(AdamW {short(loss(name, 'AdamW', 'line'), 3)}, tuned {short(loss(name, 'AdamW', 'tuned'), 3)})"
         for name in ("gpt", "gru", "ft-transformer", "vit", "mlp", "lenet")
     ]
-    wide, drawn = (short(loss("lenet", "EVON", "line", quantity), 3) for quantity in ("loss", "loss_by_draws"))
+    wide, drawn = (short(loss("lenet", "EVON, ess=T", "line", quantity), 3) for quantity in ("loss", "loss_by_draws"))
     count = len(with_data())
     gap = short(read("generalization/fashion-mnist")["table"]["IVON"]["mean"]["mean_absolute_gap"], 3)
     rows = [
@@ -162,8 +163,8 @@ def lines() -> str:
         ),
         (
             "whatever is trained from scratch",
-            "`EVON(model, lr=2, ess=10*T, num_data=N)`, T the number of single losses: tokens, or N, but not pixels",
-            f"{'; '.join(narrow)}: images want ess=T, {wide}, and {drawn} by the draws",
+            "`EVON(model, lr=2, ess=100*N, num_data=N)`",
+            f"{'; '.join(of_evon)}, which overfits: ess=N {wide}, and {drawn} by the draws",
         ),
         (
             "images, where leave-one-out is to follow the test loss",
@@ -176,7 +177,7 @@ def lines() -> str:
 
 def defaults() -> str:
     """One line in other people's networks: validation losses, and a policy's return, of the tasks that are recorded."""
-    columns = [("AdamW", "line"), ("VAdamW", "line"), ("EVON", "line"), ("EVON, narrow", "line")]
+    columns = [("AdamW", "line"), ("VAdamW", "line"), ("EVON", "line"), ("EVON, ess=T", "line")]
     columns += [("AdamW", "tuned"), ("VAdamW", "tuned"), ("EVON", "tuned"), ("SOAP", "tuned"), ("SGD", "tuned")]
     columns += [("ivon-opt", "line")]
     rows = []
@@ -195,7 +196,7 @@ def _loss_or_return(mean: dict[str, float]) -> str:
 
 def defaults_calibration() -> str:
     """Validation loss and calibration error of the mean and of the draws' average, where there are classes."""
-    columns = [("AdamW", "tuned"), ("SOAP", "tuned"), ("VAdamW", "tuned"), ("EVON", "line"), ("EVON, narrow", "line")]
+    columns = [("AdamW", "tuned"), ("SOAP", "tuned"), ("VAdamW", "tuned"), ("EVON", "line"), ("EVON, ess=T", "line")]
     rows = []
     for name, label in TASKS.items():
         methods = read(f"defaults/{name}")["methods"]
@@ -212,7 +213,7 @@ def defaults_leave_one_out() -> str:
         if (RESULTS / f"defaults/leave_one_out/{name}.json").exists():
             methods = read(f"defaults/leave_one_out/{name}")["methods"]
             rows.append((label, *(_three_losses(found["mean"]) for found in methods.values())))
-    return table(("train / LOO / held-out loss", "VAdamW, line", "EVON, line", "EVON, narrow, line"), rows)
+    return table(("train / LOO / held-out loss", "VAdamW, line", "EVON, line", "EVON, ess=T, line"), rows)
 
 
 def _three_losses(mean: dict[str, float]) -> str:

@@ -25,9 +25,9 @@ def _loss(methods: dict[str, Any], method: str, which: str) -> float:
     return math.inf if loss is None else loss
 
 
-def _narrow_below(which: str, multiple: float = 1.0) -> str:
-    """In how many tasks EVON with narrow draws is below AdamW, or below this multiple of its loss."""
-    below = [_loss(each, "EVON, narrow", "line") < multiple * _loss(each, "AdamW", which) for each in recorded()]
+def _evon_below(which: str, multiple: float = 1.0) -> str:
+    """In how many tasks EVON's line is below AdamW, or below this multiple of its loss."""
+    below = [_loss(each, "EVON", "line") < multiple * _loss(each, "AdamW", which) for each in recorded()]
     return f"{sum(below)}"
 
 
@@ -44,6 +44,10 @@ def _soap_lowest() -> str:
 def _of_policy(method: str) -> dict[str, float]:
     """What PPO reached by a method's one line."""
     return read("defaults/ppo")["methods"][method]["line"]["mean"]
+
+
+def _accuracy_of_lenet(method: str, which: str) -> float:
+    return read("defaults/lenet")["methods"][method][which]["mean"]["accuracy"]
 
 
 def _loss_in_lora(method: str) -> float:
@@ -120,14 +124,16 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "vadamw-above": lambda: percent(largest_excess()),
     "vadamw-above-tuned": lambda: percent(largest_excess("tuned")),
     "lora-vadamw": lambda: percent(1 - _loss_in_lora("VAdamW") / _loss_in_lora("AdamW"), 0),
-    "narrow-below-line": lambda: _narrow_below("line"),
-    "narrow-below-tuned": lambda: _narrow_below("tuned"),
-    "narrow-near-tuned": lambda: _narrow_below("tuned", 1.02),
+    "evon-below-line": lambda: _evon_below("line"),
+    "evon-below-tuned": lambda: _evon_below("tuned"),
+    "evon-near-tuned": lambda: _evon_below("tuned", 1.02),
     "soap-lowest": _soap_lowest,
+    "lenet-evon": lambda: percent(_accuracy_of_lenet("EVON", "line")),
+    "lenet-adamw": lambda: percent(_accuracy_of_lenet("AdamW", "tuned")),
     "ppo-evon": lambda: f"{_of_policy('EVON')['return']:.0f}",
-    "ppo-narrow": lambda: f"{_of_policy('EVON, narrow')['return']:.0f}",
+    "ppo-wide": lambda: f"{_of_policy('EVON, ess=T')['return']:.0f}",
     "ppo-clipped": lambda: percent(_of_policy("EVON")["beyond the clip"], 0),
-    "ppo-clipped-narrow": lambda: percent(_of_policy("EVON, narrow")["beyond the clip"], 0),
+    "ppo-clipped-wide": lambda: percent(_of_policy("EVON, ess=T")["beyond the clip"], 0),
     "gru-of-other-scenes": lambda: short(_of_leave_one_out("gru")["loss"], 3),
     "text-apart": lambda: percent(max(_apart(_of_leave_one_out(name)) for name in ("gpt", "gru"))),
     "contested-above": _contested_above_folds,

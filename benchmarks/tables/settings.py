@@ -63,8 +63,7 @@ def _defaults(name: str) -> list[tuple[str, ...]]:
     given = record["settings"]
     for method, which, settings in (
         ("VAdamW", "tuned", "`lr={lr:g}`"),
-        ("EVON", "tuned", "`lr={lr:g}`, `ess`: N times an example's entries in the loss"),
-        ("EVON, narrow", "line", "`lr={lr:g}`, `ess`: 10 times that"),
+        ("EVON", "tuned", "`lr={lr:g}, ess=100*N`"),
     ):
         found = record["methods"].get(method, {})
         if which not in found:

@@ -30,7 +30,7 @@ def test_the_smoke_run_writes_numbers_and_goes_on_from_what_was_kept(
     arguments = ["--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     first = json.loads((tmp_path / "out" / "digits.json").read_text())
-    assert "tuned is within 2% of AdamW tuned on 1 of 1 tasks" in capsys.readouterr().out
+    assert "tuned, is within 2% of AdamW, tuned, on 1 of 1 tasks" in capsys.readouterr().out
     assert main(arguments) == 0
     again = json.loads((tmp_path / "out" / "digits.json").read_text())
     assert first["methods"] == again["methods"]
@@ -45,8 +45,11 @@ def test_leave_one_out_losses_of_the_lines_are_written(tmp_path: Path, capsys: p
     assert main(arguments) == 0
     written = json.loads((tmp_path / "out" / "leave_one_out" / "digits.json").read_text())
     assert list(written["methods"]) == list(LABELS) and written["swept"] == 500
-    assert all(row["mean"]["loo_loss"] > row["mean"]["train_loss"] for row in written["methods"].values())
-    assert "Leave-one-out losses by one line" in capsys.readouterr().out
+    means = {label: row["mean"] for label, row in written["methods"].items()}
+    assert means.pop("EVON")["loo_loss"] is None  # its draws are narrow, and of 20 steps its Hessian is their noise
+    assert all(mean["loo_loss"] > mean["train_loss"] for mean in means.values())
+    said = capsys.readouterr().out
+    assert "Leave-one-out losses by one line" in said and "refused" in said
 
 
 def test_the_loss_of_a_sequence_is_the_mean_over_the_classes_it_has() -> None:
@@ -115,9 +118,9 @@ def test_the_rate_rises_and_falls_and_divergence_is_told(capsys: pytest.CaptureF
     said = " ".join(capsys.readouterr().out.split())
     assert "diverged" in said
     for sentence in (
-        "VAdamW tuned is within 2% of AdamW tuned on 0 of 1 tasks.",
-        "VAdamW's line is within 5% of AdamW's line on 1 of 1 tasks.",
-        "EVON tuned is within 2% of AdamW tuned on 1 of 1 tasks.",
-        "EVON's line is within 5% of AdamW's line on 0 of 1 tasks.",
+        "VAdamW, tuned, is within 2% of AdamW, tuned, on 0 of 1 tasks.",
+        "VAdamW, line, is within 5% of AdamW, line, on 1 of 1 tasks.",
+        "EVON, tuned, is within 2% of AdamW, tuned, on 1 of 1 tasks.",
+        "EVON, line, is within 5% of AdamW, line, on 0 of 1 tasks.",
     ):
         assert sentence in said

@@ -65,7 +65,8 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
     Args:
         params: a model, which is then watched; or anything that torch.optim takes.
         lr: learning rate, 1 to 3: a step moves a coordinate by lr·ξ at most, Adam's by its learning rate.
-        ess: effective sample size: the number of training examples, unless tempered. It takes the loss for a negative
+        ess: effective sample size, the width of the draws. The number N of training examples draws from the posterior;
+            100·N trains better, with num_data=N, of which the posterior is then. N takes the loss for a negative
             log-likelihood: a squared error of variance σ² is one only times 1/(2σ²), so ess = N/(2σ²), with num_data.
         clip_radius: ξ, bound on each entry of the preconditioned gradient, in the basis; inf does not clip.
         rescale_lr: multiply lr by hess_init + wd, as IVON does, where no entry is clipped.
