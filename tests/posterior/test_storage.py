@@ -72,10 +72,19 @@ def test_so_is_an_optimizers_state(entry: Entry, tmp_path: Path) -> None:
     posterior = optimizer.posterior()
     posterior.save(tmp_path / "posterior.pt")
     same(load(tmp_path / "posterior.pt", model), posterior, model, x)
+    clone = posterior.clone()
+    for live in (posterior, clone):
+        same(pickle.loads(pickle.dumps(live)), posterior, model, x)
+        for model_too, found in (pickle.loads(pickle.dumps((model, live))), copy.deepcopy((model, live))):
+            assert all(found.parameters[name] is p for name, p in model_too.named_parameters())
+            same(found, posterior, model_too, x)
     F.cross_entropy(model(x), torch.arange(len(x)) % 3).backward()
     optimizer.step()
     with pytest.raises(RuntimeError):
         posterior.save(tmp_path / "stale.pt")
+    with pytest.raises(RuntimeError):
+        pickle.dumps(posterior)
+    assert torch.equal(pickle.loads(pickle.dumps(clone)).mean["0.weight"], clone.mean["0.weight"])
     assert not (tmp_path / "stale.pt").exists() and len(FAMILY) > 5
 
 

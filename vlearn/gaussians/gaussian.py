@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,11 +170,23 @@ class Gaussian:
     def clone(self) -> Self:
         """A copy that later steps of the optimizer do not change; a sweep with it runs at its mean."""
         mean = {name: self.mean[name].detach().clone() for name in self.names}
-        kept, at_mean = copy.copy(self), self.at_mean
+        kept, at_mean = object.__new__(type(self)), self.at_mean
+        kept.__dict__.update(self.__dict__)
         kept._mean, kept.check_fresh = mean, unchanging
         kept.at_mean = partial(weights_at, self.parameters, mean, at_mean)
         kept.copy_blocks()
         return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """That of a copy which follows no optimizer any more, for pickle and deepcopy.
+
+        Raises:
+            RuntimeError: if the optimizer whose state it is has moved on.
+        """
+        self.check_fresh()
+        kept = self if self.check_fresh is unchanging else self.clone()
+        mean = {name: kept.mean[name] for name in kept.names}
+        return {**kept.__dict__, "at_mean": partial(weights_at, kept.parameters, mean)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file of tensors and numbers, which `vlearn.posterior.load` reads.
