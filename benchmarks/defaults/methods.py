@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     "ivon-opt": Method(0.1, _ivon_opt),
     "EVON": Method(
         2.0,
-        lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=100 * task.num_data, num_data=task.num_data),
+        lambda model, lr, task: vlearn.EVON(model, lr=lr, num_data=task.num_data),
         EVON_RATES,
     ),
     # Of the posterior's own width, where the loss is a negative log-likelihood of independent terms.

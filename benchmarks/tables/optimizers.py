@@ -163,8 +163,8 @@ def lines() -> str:
         ),
         (
             "whatever is trained from scratch",
-            "`EVON(model, lr=2, ess=100*N, num_data=N)`",
-            f"{'; '.join(of_evon)}, which overfits: ess=N {wide}, and {drawn} by the draws",
+            "`EVON(model, lr=2, num_data=N)`",
+            f"{'; '.join(of_evon)}, which overfits: with ess=N {wide}, and {drawn} by the draws",
         ),
         (
             "images, where leave-one-out is to follow the test loss",

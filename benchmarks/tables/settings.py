@@ -63,7 +63,7 @@ def _defaults(name: str) -> list[tuple[str, ...]]:
     given = record["settings"]
     for method, which, settings in (
         ("VAdamW", "tuned", "`lr={lr:g}`"),
-        ("EVON", "tuned", "`lr={lr:g}, ess=100*N`"),
+        ("EVON", "tuned", "`lr={lr:g}`"),
     ):
         found = record["methods"].get(method, {})
         if which not in found:

@@ -412,3 +412,14 @@ def test_its_posterior_has_the_dense_covariance_that_its_state_says() -> None:
     table = vlearn.sweep(model, posterior, [(x, y)], F.cross_entropy, progress=False)
     assert bool((table.loo_loss > table.loss).all())
     assert math.isfinite(posterior.kl())
+
+
+def test_draws_have_a_hundredth_of_the_posteriors_variance_unless_their_width_is_given() -> None:
+    optimizer = vlearn.EVON(nn.Linear(2, 3), lr=2.0, num_data=40)
+    assert optimizer.param_groups[0]["ess"] == 4_000 and optimizer.posterior().num_data == 40
+    posterior = optimizer.posterior()
+    assert torch.allclose(100 * posterior.draw_variance["weight"], posterior.variance["weight"])
+    assert vlearn.EVON(nn.Linear(2, 3), lr=2.0, ess=50, num_data=40).param_groups[0]["ess"] == 50
+    for settings, told in (({}, "EVON needs num_data"), ({"num_data": -5}, "num_data=-5, but it must be positive")):
+        with pytest.raises(ValueError, match=told):
+            vlearn.EVON(nn.Linear(2, 3), lr=2.0, **settings)

@@ -221,6 +221,7 @@ def common_rules(group: dict[str, Any]) -> list[SettingRule]:
     positive = "must be positive: use the number of training examples"
     return [
         ("lr", bool(group["lr"] >= 0), "must not be negative: try 0.1"),
+        ("num_data", group["num_data"] is None or group["num_data"] > 0, positive),
         ("ess", group["ess"] > 0, positive),
         ("hess_init", group["hess_init"] > 0, "must be positive: try 1, or 0.1 for short runs"),
         ("beta1", 0 <= group["beta1"] < 1, "must be in [0, 1): try 0.9"),
@@ -228,7 +229,6 @@ def common_rules(group: dict[str, Any]) -> list[SettingRule]:
         ("beta2_warmup", _is_warmup(group.get("beta2_warmup")), "must be a number of steps, at least 1: try 100"),
         ("weight_decay", group["weight_decay"] >= 0, "must not be negative: try 1e-4"),
         ("mc_samples", whole and group["mc_samples"] >= 1, "must be a whole number of draws: use 1"),
-        ("num_data", group["num_data"] is None or group["num_data"] > 0, positive),
         (
             "nonfinite",
             group["nonfinite"] in _NONFINITE,
