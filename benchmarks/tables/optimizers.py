@@ -118,6 +118,7 @@ TASKS = {
     "ft-transformer": "kin8nm, FT-Transformer",
     "lora": "lines in capitals, GPT-2 with LoRA",
     "resnet": "CIFAR-10, ResNet with GroupNorm",
+    "bert": "tenths of tinyshakespeare, BERT",
     "ppo": "CartPole, PPO: mean return, at best 500",
 }
 
