@@ -93,8 +93,8 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
         >>> loss = model(torch.ones(4, 2)).square().mean()
         >>> loss.backward()
         >>> optimizer.step()
-        >>> optimizer.sensitivities().self_influence.shape
-        torch.Size([4])
+        >>> optimizer.posterior().mean["weight"].shape
+        torch.Size([3, 2])
     """
 
     _takes_complex = True
