@@ -55,11 +55,7 @@ METHODS: dict[str, Method] = {
     "SGD": Method(1e-1, lambda model, lr, task: torch.optim.SGD(parameters_of(model), lr=lr, momentum=0.9), SGD_RATES),
     "SOAP": Method(3e-3, _soap, ADAM_RATES),
     "ivon-opt": Method(0.1, _ivon_opt),
-    "EVON": Method(
-        2.0,
-        lambda model, lr, task: vlearn.EVON(model, lr=lr, num_data=task.num_data),
-        EVON_RATES,
-    ),
+    "EVON": Method(2.0, lambda model, lr, task: vlearn.EVON(model, lr=lr, num_data=task.num_data), EVON_RATES),
     # Of the posterior's own width, where the loss is a negative log-likelihood of independent terms.
     "EVON, ess=T": Method(
         2.0, lambda model, lr, task: vlearn.EVON(model, lr=lr, ess=task.num_terms, num_data=task.num_data)

@@ -170,7 +170,7 @@ class Gaussian:
     def clone(self) -> Self:
         """A copy that later steps of the optimizer do not change; a sweep with it runs at its mean."""
         mean = {name: self.mean[name].detach().clone() for name in self.names}
-        kept, at_mean = object.__new__(type(self)), self.at_mean
+        kept, at_mean = object.__new__(type(self)), self.at_mean  # copy.copy would ask __getstate__, which clones
         kept.__dict__.update(self.__dict__)
         kept._mean, kept.check_fresh = mean, unchanging
         kept.at_mean = partial(weights_at, self.parameters, mean, at_mean)

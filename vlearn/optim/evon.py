@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = SHARED_DEFAULTS.copy()
 DEFAULTS.update(hess_init=0.1, beta2=0.9999, beta2_warmup=30)
-WIDTH = 100  # effective samples of the draws for each example; see docs/results/optimizers.md
+ESS_PER_EXAMPLE = 100  # trained best, or nearly, on most networks: docs/results/optimizers.md
 
 
 @partial(with_shared_options, defaults=DEFAULTS)
@@ -66,9 +66,10 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
     Args:
         params: a model, which is then watched; or anything that torch.optim takes.
         lr: learning rate, 1 to 3: a step moves a coordinate by lr·ξ at most, Adam's by its learning rate.
-        ess: effective sample size, the width of the draws; by default 100·num_data, by which it trains best. The number
-            N of training examples draws from the posterior, and takes the loss for a negative log-likelihood: a squared
-            error of variance σ² is one only times 1/(2σ²), so ess = N/(2σ²), with num_data.
+        ess: effective sample size, the width of the draws; by default 100·num_data, which trains best, but rows of the
+            first few hundred steps may only rank. N, the number of training examples, draws from the posterior itself,
+            and takes the loss for a negative log-likelihood: a squared error of variance σ² is one only times 1/(2σ²),
+            so ess = N/(2σ²), with num_data.
         clip_radius: ξ, bound on each entry of the preconditioned gradient, in the basis; inf does not clip.
         rescale_lr: multiply lr by hess_init + wd, as IVON does, where no entry is clipped.
         curvature: "price" (above) or "empirical", ĥ = ess·mean (Q_LᵀĜQ_R)², which has no scale, see `IVON`.
@@ -131,7 +132,7 @@ class EVON(RotatedOptimizer[EigenbasisStructure]):
             num_data = given.get("num_data")
             if num_data is None:
                 raise ValueError("EVON needs num_data, the number of training examples: EVON(model, lr=2, num_data=N).")
-            ess = WIDTH * num_data
+            ess = ESS_PER_EXAMPLE * num_data
         super().__init__(params, settings_of("EVON", lr, ess, given, **own), *own_options(shared))
 
     def refresh_bases(self) -> None:
