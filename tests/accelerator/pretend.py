@@ -198,7 +198,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _count("operations", func, _kernels(name, args))
     device = kwargs.get("device")
     kwargs = {key: value for key, value in kwargs.items() if key != "device"}
-    held = func(*_mapped(_held, args), **_mapped(_held, kwargs))
+    with _drawing(func, kwargs):
+        held = func(*_mapped(_held, args), **_mapped(_held, kwargs))
     if to_cpu or (device is not None and _is_cpu(device)) or name in ("_local_scalar_dense", "equal", "is_nonzero"):
         return held
     mine = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, PretendTensor)}
@@ -211,6 +212,23 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return mine.get(id(value)) if id(value) in mine else PretendTensor(value.resolve_conj().resolve_neg())
 
     return _mapped(wrapped, held)
+
+
+@contextmanager
+def _drawing(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """The operation draws from the device's own generator, if it has one."""
+    module = registered()
+    draws = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+    if module is None or not module.has_generator or not draws:
+        yield
+        return
+    of_cpu = torch.get_rng_state()
+    torch.set_rng_state(module.random_state)
+    try:
+        yield
+    finally:
+        module.random_state = torch.get_rng_state()
+        torch.set_rng_state(of_cpu)
 
 
 def _check_one_device(func: Any, name: str, on_cpu: list[Tensor], leaves: list[Any]) -> None:
@@ -265,6 +283,8 @@ class _Module:
     """What torch asks of the module of a device; it is there only while a test has it."""
 
     available = False
+    has_generator = False  # else it draws from that of the CPU, and its numbers are those of the CPU
+    random_state = torch.Generator().manual_seed(0).get_state()
 
     def is_initialized(self) -> bool:
         return True
@@ -279,7 +299,16 @@ class _Module:
         return False
 
     def manual_seed_all(self, seed: int) -> None:
-        pass
+        self.random_state = torch.Generator().manual_seed(seed).get_state()
+
+    def get_rng_state(self, device: Any) -> Tensor:
+        return self.random_state.clone() if self.has_generator else torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any) -> None:
+        if self.has_generator:
+            self.random_state = state.clone()
+        else:
+            torch.set_rng_state(state)
 
     def device_count(self) -> int:
         return 1 if self.available else 0
@@ -331,4 +360,4 @@ def device() -> Iterator[torch.device]:
     try:
         yield torch.device(DEVICE)
     finally:
-        module.available = False
+        module.available = module.has_generator = False

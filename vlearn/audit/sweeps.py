@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from vlearn.capture.random_state import untouched_random_numbers
 from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior.adaptive_state import unwrapped
 from vlearn.posterior.fit import fit
@@ -95,7 +94,7 @@ class Sweeps:
             )
         places = self.places(len(dataset))
         own = places[share[0] :: share[1]]
-        with untouched_random_state():
+        with untouched_random_numbers(model.parameters()):
             swept, whole = (self._loader(dataset, part, loader) for part in (own, places))
             posterior = self._posterior(model, optimizer, whole, len(dataset), loss_fn, output)
             options = {"loss_fn": loss_fn, "output": output, "progress": False, **self.options}
@@ -126,15 +125,3 @@ class Sweeps:
             return own.posterior()
         generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
         return fit(model, loader, loss_fn, num_data=num_data, output=output, generator=generator, progress=False)
-
-
-@contextmanager
-def untouched_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, torch, numpy and Python go on as if nothing had been."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)

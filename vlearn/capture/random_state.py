@@ -1,24 +1,29 @@
-"""The random number generators that a forward pass draws from: dropout masks, for a replay."""
+"""The random number generators that a pass draws from: dropout masks, for a replay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def random_state(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """State of the random number generators that a forward pass on these tensors' devices can use."""
-    state = {"cpu": torch.get_rng_state()}
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-        state[str(device)] = torch.cuda.get_rng_state(device)
-    return state
+    """State of torch's generators that a forward pass on these tensors' devices can use, by device."""
+    devices = {str(tensor.device) for tensor in tensors}
+    return random_state_now(["cpu", *filter(_has_generator, devices - {"cpu"})])
 
 
-def random_state_now(before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same as `before`, as it is now."""
-    return {device: torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device) for device in before}
+def random_state_now(before: Iterable[str]) -> dict[str, Tensor]:
+    """State of the same generators as `before`, as it is now."""
+    return {
+        device: torch.get_rng_state() if device == "cpu" else _generators(device).get_rng_state(device)
+        for device in before
+    }
 
 
 def has_drawn(before: dict[str, Tensor]) -> bool:
@@ -34,4 +39,36 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         if device == "cpu":
             torch.set_rng_state(value)
         else:
-            torch.cuda.set_rng_state(value, device)
+            _generators(device).set_rng_state(value, device)
+
+
+@contextmanager
+def random_numbers_from(state: dict[str, Tensor]) -> Iterator[None]:
+    """Random numbers as from this state of the generators, which go on as if nothing was drawn."""
+    now = random_state_now(state)
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(now)
+
+
+@contextmanager
+def untouched_random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Whatever is drawn inside, torch on these tensors' devices, numpy and Python go on as if nothing had been."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with random_numbers_from(random_state(tensors)):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def _generators(device: str) -> Any:
+    """torch's module of a device: torch.cuda, torch.mps, torch.xpu."""
+    return torch.get_device_module(device)
+
+
+def _has_generator(device: str) -> bool:
+    return hasattr(getattr(torch, torch.device(device).type, None), "get_rng_state")

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import tensor_leaves
+from vlearn.capture.random_state import random_numbers_from
 from vlearn.capture.trace import Trace, is_close
-from vlearn.per_example.replay import as_recorded, call_with, direct_cotangents, random_numbers_from
+from vlearn.per_example.replay import as_recorded, call_with, direct_cotangents
 
 Weights = Mapping[Tensor, Tensor]
 

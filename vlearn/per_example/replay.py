@@ -20,7 +20,7 @@ from vlearn.capture.autograd_graph import outputs_inside
 from vlearn.capture.hooks import hooked, hooks_paused
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import rows_of, tensor_leaves
-from vlearn.capture.random_state import random_state_now, set_random_state
+from vlearn.capture.random_state import random_numbers_from
 from vlearn.capture.trace import Trace
 from vlearn.sharded.tensors import is_dtensor
 
@@ -162,17 +162,6 @@ def same_random_numbers(trace: Trace) -> Iterator[None]:
     """Random numbers as in the recorded forward (dropout masks); the generators go on as if nothing was drawn."""
     with random_numbers_from(trace.random_state):
         yield
-
-
-@contextmanager
-def random_numbers_from(state: dict[str, Tensor]) -> Iterator[None]:
-    """Random numbers as from this state of the generators, which go on as if nothing was drawn."""
-    now = random_state_now(state)
-    set_random_state(state)
-    try:
-        yield
-    finally:
-        set_random_state(now)
 
 
 def rerun(

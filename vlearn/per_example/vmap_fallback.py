@@ -19,6 +19,7 @@ from torch.func import jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.random_state import has_drawn, random_state, set_random_state
 from vlearn.per_example import whole_batch_fallback
 from vlearn.per_example.module_call import (
     RefusedError,
@@ -171,7 +172,7 @@ def _each_example(call: LayerCall, vectorised: Callable, single: Callable, batch
         except Exception as error:  # of torch, or of the module where it looks into its inputs
             if "randomness" in str(error):
                 raise _draws(call) from error
-        before = torch.get_rng_state()
+        before = random_state(batched)
         leaves, structure = tree_flatten(others)
         try:
             rows = [
@@ -182,8 +183,8 @@ def _each_example(call: LayerCall, vectorised: Callable, single: Callable, batch
             raise
         except Exception as error:
             raise RefusedError(call, f"it does not run on one example at a time ({error})") from error
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
+        if has_drawn(before):
+            set_random_state(before)
             raise _draws(call)
         flat = [tree_flatten(row) for row in rows]
         return tree_unflatten([torch.stack(column) for column in zip(*(f[0] for f in flat), strict=True)], flat[0][1])

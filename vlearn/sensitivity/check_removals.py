@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlearn._short_repr import ShortRepr
 from vlearn.capture.pytrees import Selector
+from vlearn.capture.random_state import untouched_random_numbers
 from vlearn.gaussians.covariance import Covariance
 from vlearn.linearized.batches import batches, with_progress_bar
 from vlearn.linearized.linearization import linearize
@@ -214,7 +215,7 @@ def check_removals(
         return _own_losses(trained, table.index, batches(loader, trained, example_index), losses, output)
 
     found: list[Tensor] = []
-    with _as_it_was(model), _own_random_numbers():
+    with _as_it_was(model), untouched_random_numbers(model.parameters()):
         start = own_losses(model)
         _check_same(table, start)
         try:
@@ -341,15 +342,3 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """The global generators of torch, numpy and Python are afterwards as they were."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)

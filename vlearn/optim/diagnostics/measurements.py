@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vlearn.capture.names import argument_names, model_arguments
-from vlearn.capture.random_state import random_state
+from vlearn.capture.random_state import untouched_random_numbers
 from vlearn.linearized.batches import device_of, split_on
 from vlearn.linearized.numbering import example_count
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
-from vlearn.per_example.replay import eval_mode, random_numbers_from
+from vlearn.per_example.replay import eval_mode
 
 EXAMPLES = 500  # after so many no further batch is taken
 DRAWS = 4
@@ -124,7 +124,7 @@ def _same_random_numbers(model: nn.Module, generator: torch.Generator | None) ->
     """All generators go on as if nothing was drawn inside."""
     own = None if generator is None else generator.get_state()
     try:
-        with random_numbers_from(random_state(model.parameters())):
+        with untouched_random_numbers(model.parameters()):
             yield
     finally:
         if generator is not None and own is not None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vlearn.capture.hooks import hooks_paused, record
 from vlearn.capture.pytrees import tensor_leaves
+from vlearn.capture.random_state import random_numbers_from
 from vlearn.capture.trace import Trace
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import call_in_place, native_recurrence, random_numbers_from
+from vlearn.per_example.replay import call_in_place, native_recurrence
 from vlearn.sharded.whole_model import whole_model
 
 
