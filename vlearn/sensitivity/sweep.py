@@ -33,6 +33,7 @@ from vlearn.sensitivity.tokens import by_position, kept_tokens, token_axis
 
 KEPT_ENTRIES = 2**12  # of an example's deviation, which is kept by default
 OUTPUT_ENTRIES = 2**24  # of a batch's output, beyond which it is swept in parts of fewer examples: 64 MiB of float32
+FEWEST_ROWS, HIGHEST_LEVERAGE = 100, 0.5  # see `_warn_if_too_wide`
 PART = 100  # times the examples of a sweep: an ess beyond is hardly the number of training examples
 
 
@@ -215,7 +216,30 @@ def sweep(
             "stands for. Pass num_data to the optimizer: where it is less than ess, leave-one-out losses are too near "
             "the training loss."
         )
+    if options.loo_loss and not options.refined:
+        _warn_if_too_wide(table)
     return table
+
+
+def _warn_if_too_wide(table: SensitivityTable) -> None:
+    """Warn where the posterior is so wide that the size of leave-one-out losses cannot be believed.
+
+    The leverages of all examples add up to the effective number of parameters. Where these are half as many as the
+    examples, leaving one out is no small change, and V e is only the first order of it. A sequence's many targets may
+    determine as many parameters, so the losses must tell it, too. Of few rows means say little.
+    """
+    if table.leverage is None or len(table) < FEWEST_ROWS:
+        return
+    leverage, loss, loo = (rows.double().mean().item() for rows in (table.leverage, table.loss, table.loo_loss))
+    if leverage > HIGHEST_LEVERAGE and loo > 2 * loss:
+        warn_user(
+            f"leave-one-out losses ({loo:.3g} on average, training loss {loss:.3g}) are not to be believed: the "
+            f"posterior has {leverage:.2g} effective parameters for each example (the mean leverage), so that removing "
+            "one is no small change. Diagonal posteriors overstate, and so does any after a short training, often "
+            "several times. Take the order of the losses; for their size train by IVON or KFACVON, or fit a posterior "
+            "that knows how long the network was trained, vlearn.posterior.fit(model, loader, loss_fn, "
+            "training_time=vlearn.posterior.training_time(optimizer, steps, scheduler)), and look at a test set once."
+        )
 
 
 def _sweep_into(
