@@ -7,6 +7,7 @@ through the same sweep.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,6 +153,8 @@ def sweep(
     """Every training example, in the model's precision."""
     loader = batches(data.x.to(next(model.parameters()).dtype), data.y, size=250)
     generator = torch.Generator().manual_seed(0)
-    return vlearn.sweep(
-        model, posterior, loader, F.cross_entropy, leverage, progress=False, generator=generator, refined=refined
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* are not to be believed")  # how far off they are is what is shown
+        return vlearn.sweep(
+            model, posterior, loader, F.cross_entropy, leverage, progress=False, generator=generator, refined=refined
+        )

@@ -48,7 +48,10 @@ class VAdamW(VariationalOptimizer[DiagonalStructure, Diagonal]):
     is `diagnostics().scale_error`: at ρ = .02 some tenths after a thousand steps, .1 at last. Until then c is a guess,
     and so is the width of the posterior.
 
-    The posterior precision is num_data·(h + wd) with wd = δ/num_data, δ the prior precision.
+    The posterior precision is num_data·(h + wd) with wd = δ/num_data, δ the prior precision. It ranks examples, but a
+    diagonal that did not shape the network by its draws is too wide where there are more weights than examples:
+    leave-one-out losses are then many times too large, of which `vlearn.sweep` warns. For them fit a posterior at the
+    end, `vlearn.posterior.fit` with the training time.
 
     The draws are narrower than the posterior, so that training is AdamW's: ess = n·c/ρ, n = Σ h/(h + wd) the effective
     number of parameters. Where h is the diagonal of a positive H, they add at most the share ρ to the variance of the
