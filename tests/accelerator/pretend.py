@@ -6,10 +6,12 @@ wait for the device. Training, sweeps and forward-mode AD run on it; autocast do
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,10 @@ from torch.library import Library
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import vlearn
+
 DEVICE = "pretend"
+ROOM = str(Path(vlearn.__file__).parent)
 aten = torch.ops.aten
 
 # Operations whose result the host must know, beside copies to the CPU: a number, or the size of a tensor.
@@ -200,6 +205,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if key != "device"}
     with _drawing(func, kwargs):
         held = func(*_mapped(_held, args), **_mapped(_held, kwargs))
+    _note_float64(held, to_cpu)
     if to_cpu or (device is not None and _is_cpu(device)) or name in ("_local_scalar_dense", "equal", "is_nonzero"):
         return held
     mine = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, PretendTensor)}
@@ -229,6 +235,16 @@ def _drawing(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
     finally:
         module.random_state = torch.get_rng_state()
         torch.set_rng_state(of_cpu)
+
+
+def _note_float64(held: Any, to_cpu: bool) -> None:
+    """Note the line of vlearn that made a tensor of float64; an error would end the process in a backward pass."""
+    module = registered()
+    if module is None or module.float64_at is None or to_cpu:
+        return
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in _leaves([held])):
+        frames = [each for each in traceback.extract_stack() if each.filename.startswith(ROOM)]
+        module.float64_at.add(f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "elsewhere")
 
 
 def _check_one_device(func: Any, name: str, on_cpu: list[Tensor], leaves: list[Any]) -> None:
@@ -283,6 +299,7 @@ class _Module:
     """What torch asks of the module of a device; it is there only while a test has it."""
 
     available = False
+    float64_at: set[str] | None = None  # lines that made tensors of float64 there, where they are noted
     has_generator = False  # else it draws from that of the CPU, and its numbers are those of the CPU
     random_state = torch.Generator().manual_seed(0).get_state()
 
@@ -361,3 +378,4 @@ def device() -> Iterator[torch.device]:
         yield torch.device(DEVICE)
     finally:
         module.available = module.has_generator = False
+        module.float64_at = None

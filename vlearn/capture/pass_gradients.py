@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlearn._torch_internals import graph_task_id
+from vlearn._wide import wide_dtype
 
 _PERIOD = 65521  # entries after which a direction repeats: a prime, which no layer has as a size
 
@@ -29,13 +30,14 @@ def product(gradient: Tensor) -> Tensor:
     flat = (gradient.to_dense() if gradient.is_sparse else gradient).detach().reshape(-1)
     wide = torch.promote_types(flat.dtype, torch.float32)
     table = _table(flat.device, wide)
+    most = wide_dtype(flat.device)
     whole = flat.numel() // _PERIOD * _PERIOD
-    total = (flat[:whole].to(wide).reshape(-1, _PERIOD) @ table).sum(dtype=torch.float64)
-    return total + (flat[whole:].to(wide) * table[: flat.numel() - whole]).sum(dtype=torch.float64)
+    total = (flat[:whole].to(wide).reshape(-1, _PERIOD) @ table).sum(dtype=most)
+    return total + (flat[whole:].to(wide) * table[: flat.numel() - whole]).sum(dtype=most)
 
 
 def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.arange(1, _PERIOD + 1, device=device, dtype=torch.float64).cos().to(dtype)
+    return torch.arange(1, _PERIOD + 1, device=device, dtype=wide_dtype(device)).cos().to(dtype)
 
 
 class PassGradients:

@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vlearn._wide import widened
+
 
 class Block:
     """Covariance of some parameters.
@@ -84,7 +86,7 @@ class Block:
 
     def log_determinant(self) -> float:
         """log det Σ."""
-        return float(self.variances.double().log().sum() + 2 * self.log_volume())
+        return float(widened(self.variances).log().sum() + 2 * self.log_volume())
 
 
 class DiagonalBlock(Block):
@@ -201,7 +203,7 @@ class DenseBlock(Block):
 
     def log_volume(self) -> Tensor:
         """See `Block`; -log det L."""
-        return -self.factor.diagonal().double().log().sum()
+        return -widened(self.factor.diagonal()).log().sum()
 
     @cached_property
     def _variance_of_entries(self) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from vlearn._wide import widened
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import Block
 from vlearn.gaussians.stopped_training import TrainingTime, times_by_name
@@ -142,14 +143,14 @@ class Gaussian:
         for name in self.names:
             if name not in self.prior_precision:
                 raise ValueError(f"the prior precision of {name!r} is unknown: pass prior_precision.")
-            mean, variance = self.mean[name].double(), self.variance[name].double()
-            prior = torch.as_tensor(self.prior_precision[name], dtype=torch.float64, device=mean.device)
+            mean, variance = widened(self.mean[name]), widened(self.variance[name])
+            prior = torch.as_tensor(self.prior_precision[name], dtype=mean.dtype, device=mean.device)
             if bool((prior <= 0).any()):
                 raise ValueError(
                     f"weight_decay=0 for {name!r}, so its prior is improper and the KL divergence infinite: "
                     "use a positive weight_decay."
                 )
-            distance = mean - self.prior_mean[name].double() if name in self.prior_mean else mean
+            distance = mean - widened(self.prior_mean[name]) if name in self.prior_mean else mean
             total += float((prior * (variance + distance.square()) - 1 - prior.log()).sum())
         return 0.5 * total
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vlearn._wide import widened
 from vlearn.gaussians.diagonal import Diagonal
 from vlearn.gaussians.full import Full
 from vlearn.gaussians.gaussian import Gaussian, weights_at
@@ -97,10 +98,10 @@ def _check_prior(posteriors: list[Gaussian]) -> None:
 
 def _prior_of(posterior: Gaussian, name: str) -> tuple[Tensor, Tensor]:
     """(precision, mean) of the prior of a parameter's entries, in its shape."""
-    mean = posterior.mean[name].double()
+    mean = widened(posterior.mean[name])
     if posterior.prior is not None:
-        return posterior.prior.precision[name].double().to(mean.device), posterior.prior.mean[name].to(mean)
-    precision = torch.as_tensor(posterior.prior_precision.get(name, 0.0), dtype=torch.float64, device=mean.device)
+        return posterior.prior.precision[name].to(mean), posterior.prior.mean[name].to(mean)
+    precision = torch.as_tensor(posterior.prior_precision.get(name, 0.0), dtype=mean.dtype, device=mean.device)
     if not bool((precision > 0).all()):
         raise ValueError(
             f"the prior precision of {name!r} is zero or unknown, but a product over one prior divides by it: give "
@@ -119,7 +120,7 @@ def _joint_prior(posterior: Gaussian) -> Tensor:
 
 def _precision(dense: Gaussian) -> Tensor:
     """Σ⁻¹ ``[P, P]`` of a dense Gaussian, in float64."""
-    return dense.block(dense.names).precision().double()
+    return widened(dense.block(dense.names).precision())
 
 
 def _of_diagonals(
@@ -165,7 +166,7 @@ def _of_dense(posteriors: list[Gaussian], num_data: float, ess: dict[str, float]
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     """All entries ``[P]``, in float64."""
-    return torch.cat([tensor.reshape(-1).double() for tensor in tensors.values()])
+    return torch.cat([widened(tensor.reshape(-1)) for tensor in tensors.values()])
 
 
 def _check_positive(name: str, precision: Tensor) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlearn._wide import widened
 from vlearn.capture.layer_call import LayerCall
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.covariance_blocks import Block, KroneckerBlock
@@ -224,7 +225,7 @@ def _eliminated(v: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
 
     By elimination with full pivoting (adaptive cross approximation), until no entry of what is left is above rounding.
     """
-    dtype, v = v.dtype, v.double()
+    dtype, v = v.dtype, widened(v)
     # Weighted by the mean precision of row and column, near which the squares b̃² and ã² lie: the terms cancel where
     # these are large, and an error there would be one of what is small.
     rows, columns = (v.reciprocal().mean(axis) for axis in (1, 0))

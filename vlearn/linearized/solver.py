@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlearn._wide import widened
+
 Vectors = dict[Tensor, Tensor]  # by parameter ``[K, *shape]``, K systems
 
 
@@ -108,7 +110,7 @@ def _smallest(steps: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     """The smallest Ritz value of Σ^½AΣ^½ ``[K]``, from the Lanczos matrix that α and β make up; 1 without a step."""
     if not steps:
         return torch.ones_like(like)
-    alpha, beta = (torch.stack(column, 1).double() for column in zip(*steps, strict=True))  # [K, iterations]
+    alpha, beta = (widened(torch.stack(column, 1)) for column in zip(*steps, strict=True))  # [K, iterations]
     active = ~alpha.isnan()
     inverse = torch.where(active, 1 / alpha, 0.0)
     follows = active[:, 1:]

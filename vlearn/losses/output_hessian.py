@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vlearn._wide import widened
+
 PIECE_ENTRIES = 2**20  # of an output that are worked on at once, where more would be held than the output itself
 
 
@@ -153,7 +155,7 @@ def hessian_by_differences(residual: Callable[[Tensor], Tensor], output: Tensor)
 def product_by_differences(residual: Callable[[Tensor], Tensor], output: Tensor, direction: Tensor) -> Tensor:
     """Λ times a direction ``[N, ...]`` of about unit entries, likewise; in float64 where the loss takes it."""
     try:
-        return _difference(residual, output.double(), direction).to(output.dtype)
+        return _difference(residual, widened(output), direction).to(output.dtype)
     except (RuntimeError, TypeError):  # it has constants of the output's own type
         return _difference(residual, output, direction)
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlearn._wide import widened
 from vlearn.losses.hard_labels import DOUBT, SAMPLE, RowFactors, counted_rows, rounding, row_factors
 
 ENTRIES, FEW_ENTRIES = 4096, 8  # of binary losses: looked at at most, and too few to know one by
@@ -82,7 +83,7 @@ class LossMakeup:
     def has_value(self, expected: Tensor, error: Tensor) -> bool:
         """Whether the value of the loss is this, but for an error."""
         value = self.value()
-        return value is not None and bool((expected.double() - value).abs() <= error.double())
+        return value is not None and bool((widened(expected) - value).abs() <= widened(error))
 
     def shared_weight(self, factor: float | None, counted: Tensor) -> float:
         """The weight of rows that all count alike.
@@ -368,7 +369,7 @@ def check_squared_error(output: Tensor, residual: Tensor, makeup: LossMakeup) ->
     """
     if shown_likelihood(output, residual) is not None:
         raise refusal("gaussian", output, residual)
-    squares, told = residual.double().square().sum() / 4, makeup.told(output.numel())
+    squares, told = widened(residual).square().sum() / 4, makeup.told(output.numel())
     expected, agree = squares / told, _agreement(output, residual)
     if 0 < float(squares) < math.inf and not makeup.has_value(expected, agree * expected):
         value = makeup.value()

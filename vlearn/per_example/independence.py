@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn._wide import wide_dtype
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import ModelChecks, remember
 from vlearn.capture.pytrees import tensor_leaves, with_leaves
@@ -225,7 +226,7 @@ def powers_of_two(count: int, device: torch.device) -> Tensor:
     """Factors ``[count]`` from 1 to 128 without a period: no two examples at a fixed distance share them throughout."""
     golden_ratio = 0.6180339887498949
     steps = torch.arange(count, dtype=torch.float64, device="cpu") * golden_ratio
-    return (2.0 ** (steps.frac() * 8).floor()).to(device)
+    return (2.0 ** (steps.frac() * 8).floor()).to(device, wide_dtype(device))
 
 
 def _by_example(tensor: Tensor, axis: int) -> Tensor:

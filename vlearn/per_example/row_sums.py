@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn._warnings import warn_user
+from vlearn._wide import wide_dtype
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import ModelChecks, remember
 from vlearn.capture.pass_gradients import direction, product
@@ -82,10 +83,10 @@ def _row_sums(trace: Trace, weights: Weights, wanted: Container[Tensor]) -> dict
     sums: dict[Tensor, _Sum] = {}
 
     def add(p: Tensor, of_examples: Tensor) -> None:
-        before = sums.get(p, _Sum())
+        before, wide = sums.get(p, _Sum()), wide_dtype(of_examples.device)
         sums[p] = _Sum(
-            before.total + float(of_examples.sum(dtype=torch.float64)),
-            before.size + float(of_examples.abs().sum(dtype=torch.float64)),
+            before.total + float(of_examples.sum(dtype=wide)),
+            before.size + float(of_examples.abs().sum(dtype=wide)),
         )
 
     with as_recorded(trace), torch.no_grad():

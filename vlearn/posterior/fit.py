@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlearn._warnings import warn_user
+from vlearn._wide import widened
 from vlearn.capture.hooks import weights_at_mean
 from vlearn.capture.names import named_parameters
 from vlearn.capture.pytrees import Selector
@@ -158,7 +159,7 @@ def fit(
     statistics = fitting.statistics
     assert statistics is not None
     if prior_precision == MARGINAL_LIKELIHOOD:
-        norm = sum(float(m.double().square().sum()) for m in scale.mean.values())
+        norm = sum(float(widened(m).square().sum()) for m in scale.mean.values())
         eigenvalues = scale.num_data * statistics.eigenvalues()
         if float(eigenvalues.min()) < -NOT_ROUNDING * float(eigenvalues.abs().max()):
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vlearn._wide import wide_dtype, widened
 from vlearn.collectives import compute_on_one_rank
 from vlearn.gaussians.diagonal import Diagonal
 from vlearn.gaussians.eigenbasis import eigen, product
@@ -111,7 +112,7 @@ class DiagonalStatistics:
 
     def eigenvalues(self) -> Tensor:
         """See `Statistics`."""
-        return torch.cat([h.double().flatten() for h in self.hessian.values()])
+        return torch.cat([widened(h).flatten() for h in self.hessian.values()])
 
     def posterior(self, scale: Scale) -> Diagonal:
         """See `Statistics`."""
@@ -188,7 +189,9 @@ class KroneckerStatistics:
         }
         if not self._bases:
             sums |= {Key("diagonal", (self._place[p],)): total for p, total in self._rest.hessian.items()}
-            sums[Key("passes")] = torch.tensor(self._passes, dtype=torch.float64, device=self._wanted[0].device)
+            sums[Key("passes")] = torch.tensor(
+                self._passes, dtype=wide_dtype(self._wanted[0].device), device=self._wanted[0].device
+            )
         return sums
 
     def end_round(self, sums: Mapping[Key, Tensor], count: int, group: Any) -> None:
@@ -256,7 +259,7 @@ class KroneckerStatistics:
     def eigenvalues(self) -> Tensor:
         """See `Statistics`."""
         every = [*self._rest.hessian.values(), *self._hessian.values()]
-        return torch.cat([hessian.double().flatten() for hessian in every])
+        return torch.cat([widened(hessian).flatten() for hessian in every])
 
     def posterior(self, scale: Scale) -> Gaussian:
         """See `Statistics`."""
@@ -296,7 +299,7 @@ class DenseStatistics:
 
     def add(self, recorded: RecordedPass, weight: float) -> None:
         """See `Statistics`."""
-        products = sums_of_products(recorded, self._wanted, set(self._wanted)).double() * weight
+        products = widened(sums_of_products(recorded, self._wanted, set(self._wanted))) * weight
         self._hessian = products if self._hessian is None else self._hessian.add_(products)
 
     @property

@@ -314,7 +314,7 @@ def _own_losses(
     with torch.inference_mode(False), eval_mode(model), native_recurrence(model.modules()):
         for batch in given:
             inside = batch.index < len(found)
-            loss = linearize(model, moving, batch, losses, output).loss.double().cpu()
+            loss = linearize(model, moving, batch, losses, output).loss.cpu().double()
             found[batch.index[inside]], seen[batch.index[inside]] = loss[inside], True
     if not bool(seen[numbers].all()):
         missing = int(numbers[~seen[numbers]][0])

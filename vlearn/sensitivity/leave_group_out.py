@@ -206,9 +206,9 @@ def _gradients(
         )
     like = covariance.zeros(0)
     gradients = {p: torch.zeros(count, *p.shape, dtype=like.dtype, device=p.device) for p in parameters}
-    loss = covariance.zeros(count).double().cpu()
+    loss = covariance.zeros(count).cpu().double()
     for k, lin in visit():
-        loss[k] += lin.loss.sum().double().cpu()
+        loss[k] += lin.loss.sum().cpu().double()
         for p, g in summed_gradient(lin, lin.residuals, last=True).items():
             gradients[p][k] += g
     return processes.total(gradients), torch.stack(processes.each(lambda: loss)).sum(0)
@@ -281,7 +281,7 @@ def _table(
     deviation: list[list[Tensor]] = [[] for _ in members.names]
     for k, lin in visit():
         changes = jacobian_vector_product(lin, {p: v[k] for p, v in step.items()})
-        left_out[k] += lin.loss_at(changes).sum().double().cpu()
+        left_out[k] += lin.loss_at(changes).sum().cpu().double()
         index[k].append(lin.batch.index)
         deviation[k].append(changes[lin.chosen].cpu())
     if processes.group is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn._wide import widened
 from vlearn.optim.diagnostics.advice import advise
 from vlearn.optim.parameters.options import hess_init_weight, tempered_ess_and_decay
 from vlearn.optim.parameters.parameters import Group, Parameters
@@ -116,7 +117,7 @@ def diagnose(
             if p in hessians:
                 columns.append(_columns(parameters, group, p, means[names[p]], hessians[p], stride))
                 weights.append(hess_init_weight(group, int(parameters.state[p]["step"])))
-    hessian, moved, ratio, clipped, steps = (torch.cat(column).double() for column in zip(*columns, strict=True))
+    hessian, moved, ratio, clipped, steps = (widened(torch.cat(column)) for column in zip(*columns, strict=True))
     lowest, highest = zip(*(whole(hessian).aminmax() for hessian in hessians.values()), strict=True)
     return Diagnostics(
         step=max(int(parameters.state[p]["step"]) for p in hessians),

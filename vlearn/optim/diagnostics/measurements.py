@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlearn._wide import widened
 from vlearn.capture.names import argument_names, model_arguments
 from vlearn.capture.random_state import untouched_random_numbers
 from vlearn.linearized.batches import device_of, split_on
@@ -63,8 +64,8 @@ def measure(
     squares = _of_squares(losses, found)
     return {
         "batch": len(found[0][0]),
-        "loss_at_mean": float(torch.cat([rows for rows, _, _ in found]).double().mean()),
-        "loss_at_draws": float(torch.cat(drawn).double().mean()),
+        "loss_at_mean": float(widened(torch.cat([rows for rows, _, _ in found])).mean()),
+        "loss_at_draws": float(widened(torch.cat(drawn)).mean()),
         "num_examples": count,
         "num_terms": terms,
         "residual_variance": None if squares is None else squares[0],
@@ -92,7 +93,7 @@ def _of_squares(losses: ExampleLoss, found: list[tuple[Tensor, Any, Any]]) -> tu
     for _, output, target in found:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
-        wide = output.double() if output.device.type != "mps" else output
+        wide = widened(output)
         target = target.to(wide.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
         numbers = torch.arange(wide.numel(), device=wide.device, dtype=wide.dtype).reshape(wide.shape)
         shift = 1 + numbers.cos() / 2  # softmax does not see one that is the same for all outputs

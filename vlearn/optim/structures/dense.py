@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn._wide import wide_dtype, widened
 from vlearn.gaussians import Full
 from vlearn.gaussians.gaussian import Gaussian
 from vlearn.optim.parameters.options import tempered_ess_and_decay
@@ -82,7 +83,7 @@ class DenseStructure:
         parts = ([self._prior_rows(before)] if before else []) + [block.precision() for block in blocks.values()]
         joined = [p for p in self.parameters.every() if p in members]
         at = positions(joined, listed).to(device)
-        precision = torch.block_diag(*(part.to(device, torch.float64) for part in parts))[at.unsqueeze(1), at]
+        precision = torch.block_diag(*(part.to(device, wide_dtype(device)) for part in parts))[at.unsqueeze(1), at]
         for p, rows in zip(joined, split(precision, joined), strict=True):
             rows = rows.reshape(*p.shape, len(precision)).to(p.device, state_dtype(p))
             states.setdefault(p, {})["prior_rows"] = rows
@@ -95,7 +96,7 @@ class DenseStructure:
     def _prior_rows(self, joined: list[Tensor]) -> Tensor:
         device = joined[0].device
         rows = (rows_of(self.parameters.state[p]["prior_rows"]) for p in joined)
-        return torch.cat([part.to(device, torch.float64) for part in rows])
+        return torch.cat([part.to(device, wide_dtype(device)) for part in rows])
 
     def prior(self, joint: list[Tensor]) -> Tensor:
         """The precision of the prior, wd or P₀/N, ``[P, P]`` in float64."""
@@ -110,7 +111,7 @@ class DenseStructure:
 
     def pull_of_prior(self, joint: list[Tensor], prior: Tensor) -> Tensor:
         """The gradient of the prior at the means, which are in the weights: P₀/N (m - m₀), or wd·m, ``[P]``."""
-        return prior @ torch.cat([(self.parameters.mean_of(p).double() - self._center(p)).reshape(-1) for p in joint])
+        return prior @ torch.cat([(widened(self.parameters.mean_of(p)) - self._center(p)).reshape(-1) for p in joint])
 
     def _center(self, p: Tensor) -> Tensor | float:
         return self.parameters.state[p]["prior_mean"] if self.parameters.has_prior(p) else 0.0
@@ -120,13 +121,13 @@ class DenseStructure:
 
     def _initial(self, p: Tensor) -> Tensor:
         hess_init = self.parameters.group_of(p)["hess_init"]
-        return torch.eye(p.numel(), dtype=torch.float64, device=p.device) * hess_init
+        return torch.eye(p.numel(), dtype=wide_dtype(p.device), device=p.device) * hess_init
 
     def hessian(self, joint: list[Tensor]) -> Tensor:
         """H ``[P, P]`` in float64, in which it is factorised too."""
         device = joint[0].device
         rows = (rows_of(self.parameters.state[p]["hessian"]) for p in joint)
-        return torch.cat([part.to(device, torch.float64) for part in rows])
+        return torch.cat([part.to(device, wide_dtype(device)) for part in rows])
 
     def write_hessian(self, joint: list[Tensor], hessian: Tensor) -> None:
         """Keep H ``[P, P]`` in the states."""
@@ -240,7 +241,7 @@ def check_size(parameters: list[Tensor]) -> None:
 def filled(values: Sequence[float | Tensor], parameters: list[Tensor]) -> Tensor:
     """A number of each parameter for all its entries, or one of each entry, in float64."""
     device, pairs = parameters[0].device, zip(values, parameters, strict=True)
-    tensors = [(torch.as_tensor(value, dtype=torch.float64, device=device), p) for value, p in pairs]
+    tensors = [(torch.as_tensor(value, dtype=wide_dtype(device), device=device), p) for value, p in pairs]
     return torch.cat([tensor.expand(p.shape).reshape(-1) for tensor, p in tensors])
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlearn._wide import wide_dtype, widened
 from vlearn.optim.distributed.shards import sum_over
 from vlearn.optim.kernels.multi_tensor import in_memory_order, read
 from vlearn.optim.parameters.parameters import Group
@@ -142,18 +143,19 @@ class Scale(NamedTuple):
 
 
 def _sums(statistics: list[Tensor], *positive: list[Tensor]) -> Tensor:
-    """The sum of all entries of each list, in float64.
+    """The sum of all entries of each list, in float64 where there is one.
 
     Args:
         statistics: of any sign; positive: none of whose entries are negative.
     """
     if statistics[0].device.type == "cpu" or len(statistics) == 1:
         sums = [torch.stack([t.sum() for t in tensors]) for tensors in (statistics, *positive)]
-        return torch.stack(sums).double().sum(1)
+        return widened(torch.stack(sums)).sum(1)
     # No multi-tensor operation adds up entries, but there is one for their sizes.
-    total = torch.cat([in_memory_order(t) for t in statistics]).sum(dtype=torch.float64)
+    wide = wide_dtype(statistics[0].device)
+    total = torch.cat([in_memory_order(t) for t in statistics]).sum(dtype=wide)
     sizes = torch.stack([size for tensors in positive for size in torch._foreach_norm(tensors, 1)])
-    return torch.cat([total.view(1), sizes.view(len(positive), -1).sum(1, dtype=torch.float64)])
+    return torch.cat([total.view(1), sizes.view(len(positive), -1).sum(1, dtype=wide)])
 
 
 class ScaleEstimate(NoiseTimesGradient):
@@ -188,7 +190,7 @@ class ScaleEstimate(NoiseTimesGradient):
             share: what their sums count here, where other processes have the same entries.
         """
         for pair in zip(means, gradients, strict=True):
-            self._taken_first.append((torch.stack([t.double().square().sum() for t in pair]), share))
+            self._taken_first.append((torch.stack([widened(t).square().sum() for t in pair]), share))
             self.count += share * pair[0].numel()
 
     def add(
@@ -226,7 +228,9 @@ class ScaleEstimate(NoiseTimesGradient):
     def sum_over(self, mesh: Any) -> None:
         """Add the sums of the other processes of a mesh, which have other parts of the parameters."""
         names = ("product", "effective", "noise", "expected", "squared_gradient", "squared_weight", "count")
-        own = torch.tensor([getattr(self, name) for name in names], dtype=torch.float64, device=mesh.device_type)
+        own = torch.tensor(
+            [getattr(self, name) for name in names], dtype=wide_dtype(mesh.device_type), device=mesh.device_type
+        )
         for name, total in zip(names, sum_over(mesh, own).tolist(), strict=True):
             setattr(self, name, total)
 

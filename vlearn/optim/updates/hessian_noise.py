@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlearn._wide import widened
 from vlearn.optim.distributed.shards import share, sum_over
 from vlearn.optim.kernels.multi_tensor import read
 from vlearn.optim.parameters.options import beta2_of_step
@@ -95,7 +96,7 @@ def add_noise_of_shards(parameters: Parameters, mesh: Any) -> None:
     """
     sharded, parameters.noise_of_shards = parameters.noise_of_shards, {}
     if sharded:
-        own = torch.stack([added.double() * share(p, mesh) for p, added in sharded.items()])
+        own = torch.stack([widened(added) * share(p, mesh) for p, added in sharded.items()])
         for p, added in zip(sharded, sum_over(mesh, own), strict=True):
             _noise_of(parameters, p).add_(added)
 
