@@ -46,9 +46,9 @@ def _soap_lowest() -> str:
     return f"{sum(not any(of_task) for of_task in below)}"
 
 
-def _of_policy(method: str) -> dict[str, float]:
-    """What PPO reached by a method's one line."""
-    return read("defaults/ppo")["methods"][method]["line"]["mean"]
+def _of_policy(method: str, which: str = "line") -> dict[str, float]:
+    """What PPO reached by a method."""
+    return read("defaults/ppo")["methods"][method][which]["mean"]
 
 
 def _accuracy_of_lenet(method: str, which: str) -> float:
@@ -69,9 +69,9 @@ def _apart(losses: dict[str, float]) -> float:
     return abs(losses["loo_loss"] / losses["held_out_loss"] - 1)
 
 
-def _vadamw_overstates() -> str:
-    """By how many times VAdamW's leave-one-out loss is too large, on all but the texts."""
-    losses = [_of_leave_one_out(task, "VAdamW") for task in ("lenet", "vit", "resnet", "bert", "unet", "lora")]
+def _beside_held_out(method: str) -> str:
+    """A method's leave-one-out loss in multiples of the held-out loss, on all tasks but the two texts."""
+    losses = [_of_leave_one_out(task, method) for task in ("lenet", "vit", "resnet", "bert", "unet", "lora")]
     return from_to((each["loo_loss"] / each["held_out_loss"] for each in losses), roughly)
 
 
@@ -143,12 +143,14 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "lenet-evon": lambda: percent(_accuracy_of_lenet("EVON", "line")),
     "lenet-adamw": lambda: percent(_accuracy_of_lenet("AdamW", "tuned")),
     "ppo-evon": lambda: f"{_of_policy('EVON')['return']:.0f}",
+    "ppo-evon-tuned": lambda: f"{_of_policy('EVON', 'tuned')['return']:.0f}",
     "ppo-wide": lambda: f"{_of_policy('EVON, ess=T')['return']:.0f}",
     "ppo-clipped": lambda: percent(_of_policy("EVON")["beyond the clip"], 0),
     "ppo-clipped-wide": lambda: percent(_of_policy("EVON, ess=T")["beyond the clip"], 0),
     "gru-of-other-scenes": lambda: short(_of_leave_one_out("gru")["loss"], 3),
     "text-apart": lambda: percent(max(_apart(_of_leave_one_out(name)) for name in ("gpt", "gru"))),
-    "vadamw-overstates": _vadamw_overstates,
+    "evon-loo": lambda: _beside_held_out("EVON"),
+    "vadamw-overstates": lambda: _beside_held_out("VAdamW"),
     "contested-above": _contested_above_folds,
     "sweep-all": lambda: _seconds_of_all("sweep with LOO, s"),
     "train-all": lambda: _seconds_of_all("plain forward + backward, s"),
