@@ -31,8 +31,8 @@ LIMIT = 0.5  # below it, self-influences were found within a factor of 1.6 of th
 NOISE = (
     "its Hessian was learned from draws narrower than the posterior, and is mostly their noise "
     "(diagnostics().hessian_noise is above 0.5), so self-influence and deviation rank the examples "
-    "(sweep(..., loo_loss=False)) but have no size. Train on where steps were few, use VAdamW, "
-    "fit a posterior to the trained model (vlearn.posterior.fit), or train with ess=num_data."
+    "(sweep(..., loo_loss=False)) but have no size. Train on where steps were few, fit a "
+    "posterior to the trained model (vlearn.posterior.fit), or train with ess=num_data."
 )
 
 
