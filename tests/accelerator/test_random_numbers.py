@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vlearn
 from tests.accelerator.pretend import registered
+from vlearn.capture.random_state import untouched_random_numbers
 
 
 class OwnDropout(nn.Module):
@@ -65,6 +66,20 @@ def test_the_masks_of_a_pass_are_those_of_its_rows(layer: str, own: torch.device
         found.append((rows.residual.cpu(), rows.self_influence.cpu(), rows.deviation.cpu()))
     for value, expected in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_drawn_or_seeded_inside_is_as_if_it_had_not_been(own: torch.device) -> None:
+    def drawn() -> list[Tensor]:
+        return [torch.rand(3), torch.rand(3, device=own).cpu()]
+
+    torch.manual_seed(5)
+    expected = drawn()
+    torch.manual_seed(5)
+    with untouched_random_numbers():
+        torch.manual_seed(6)
+        drawn()
+    for value, other in zip(drawn(), expected, strict=True):
+        assert torch.equal(value, other)
 
 
 def test_what_is_asked_of_a_posterior_leaves_the_generator_be(own: torch.device) -> None:

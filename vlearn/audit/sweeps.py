@@ -94,7 +94,7 @@ class Sweeps:
             )
         places = self.places(len(dataset))
         own = places[share[0] :: share[1]]
-        with untouched_random_numbers(model.parameters()):
+        with untouched_random_numbers():
             swept, whole = (self._loader(dataset, part, loader) for part in (own, places))
             posterior = self._posterior(model, optimizer, whole, len(dataset), loss_fn, output)
             options = {"loss_fn": loss_fn, "output": output, "progress": False, **self.options}

@@ -54,15 +54,28 @@ def random_numbers_from(state: dict[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def untouched_random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Whatever is drawn inside, torch on these tensors' devices, numpy and Python go on as if nothing had been."""
+def untouched_random_numbers() -> Iterator[None]:
+    """Whatever is drawn or seeded inside, torch on all devices, numpy and Python go on as if nothing had been."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        with random_numbers_from(random_state(tensors)):
+        with random_numbers_from(random_state_now(["cpu", *_accelerators()])):
             yield
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+def _accelerators() -> list[str]:
+    """Every accelerator with a generator, if torch has begun to use one."""
+    try:
+        current = torch.accelerator.current_accelerator()
+    except RuntimeError:  # of torch 2.6, where there is none
+        return []
+    if current is None or not _has_generator(current.type):
+        return []
+    module = _generators(current.type)
+    begun = getattr(module, "is_initialized", lambda: True)()
+    return [f"{current.type}:{place}" for place in range(module.device_count())] if begun else []
 
 
 def _generators(device: str) -> Any:

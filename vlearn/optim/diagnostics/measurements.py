@@ -43,7 +43,7 @@ def measure(
         ValueError: if the loader is empty, or the loss has no value for each example.
     """
     losses = ExampleLoss(loss_fn)
-    with _same_random_numbers(model, generator), eval_mode(model):
+    with _same_random_numbers(generator), eval_mode(model):
         batches = list(_first(loader, model))
         if not batches:
             raise ValueError("the loader gave no batch: pass one that can be iterated again.")
@@ -121,11 +121,11 @@ def _residual(losses: ExampleLoss, output: Tensor, target: Any) -> Tensor:
 
 
 @contextmanager
-def _same_random_numbers(model: nn.Module, generator: torch.Generator | None) -> Iterator[None]:
+def _same_random_numbers(generator: torch.Generator | None) -> Iterator[None]:
     """All generators go on as if nothing was drawn inside."""
     own = None if generator is None else generator.get_state()
     try:
-        with untouched_random_numbers(model.parameters()):
+        with untouched_random_numbers():
             yield
     finally:
         if generator is not None and own is not None:
