@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
+from tests.accelerator.asked import about_examples
 from tests.accelerator.pretend import counted
 from tests.optim.table import FAMILY, LOOPS, Entry, data, equal, family, loss_of, made, network, plain, states, weights
 from tests.pairs import pairs
@@ -101,18 +101,8 @@ def test_everything_that_is_asked_about_examples_is_the_same_there(entry: Entry,
         optimizer = made(entry, "plain", model)
         for _ in range(2):
             plain(optimizer, model, x, y)
-        live = optimizer.sensitivities(deviation=True)
-        batches = [(x[:8], y[:8]), (x[8:], y[8:])]
-        told = (model, optimizer.posterior())
-        asked = (
-            live,
-            vlearn.sweep(*told, batches, F.cross_entropy, leverage="exact", progress=False),
-            vlearn.influence(*told, batches, batches[:1], F.cross_entropy, progress=False),
-            vlearn.leave_group_out(*told, batches, {"a": [1, 9]}, F.cross_entropy, progress=False),
-        )
-        found = [value for result in asked for value in vars(result).values() if isinstance(value, Tensor)]
-        assert len(found) > 12
-        return on("cpu", [value.double() for value in found] + [vlearn.predict(*told, x, 3)])
+        found = about_examples(model, optimizer, [(x[:8], y[:8]), (x[8:], y[8:])])
+        return [*found, vlearn.predict(model, optimizer.posterior(), x, 3).cpu()]
 
     found = []
     for where in ("cpu", device):

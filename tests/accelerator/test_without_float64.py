@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlearn
+from tests.accelerator.asked import about_examples
 from tests.accelerator.pretend import DEVICE, registered
 from tests.optim.table import IVON, Entry, data, family, made, network, plain, states, weights
 from vlearn import _wide
@@ -52,18 +53,10 @@ def test_everything_that_is_asked_about_examples_is_the_same_there(entry: Entry,
     found = []
     for where in ("cpu", narrow):
         model, optimizer, x, y = trained(entry, where)
-        live = optimizer.sensitivities(deviation=True)
         batches = [(x[:8], y[:8]), (x[8:], y[8:])]
-        told = (model, optimizer.posterior())
-        asked = (
-            live,
-            vlearn.sweep(*told, batches, F.cross_entropy, leverage="exact", progress=False),
-            vlearn.influence(*told, batches, batches[:1], F.cross_entropy, progress=False),
-            vlearn.leave_group_out(*told, batches, {"a": [1, 9]}, F.cross_entropy, progress=False),
-        )
-        values = [value for result in asked for value in vars(result).values() if isinstance(value, Tensor)]
+        values = about_examples(model, optimizer, batches)
         measured = optimizer.diagnostics(batches, F.cross_entropy, model=model)
-        found.append([value.cpu().double() for value in values] + [torch.tensor(measured.loss_at_mean)])
+        found.append([*values, torch.tensor(measured.loss_at_mean)])
     for value, expected in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)
 

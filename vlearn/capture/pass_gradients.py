@@ -30,10 +30,10 @@ def product(gradient: Tensor) -> Tensor:
     flat = (gradient.to_dense() if gradient.is_sparse else gradient).detach().reshape(-1)
     wide = torch.promote_types(flat.dtype, torch.float32)
     table = _table(flat.device, wide)
-    most = wide_dtype(flat.device)
+    sum_dtype = wide_dtype(flat.device)
     whole = flat.numel() // _PERIOD * _PERIOD
-    total = (flat[:whole].to(wide).reshape(-1, _PERIOD) @ table).sum(dtype=most)
-    return total + (flat[whole:].to(wide) * table[: flat.numel() - whole]).sum(dtype=most)
+    total = (flat[:whole].to(wide).reshape(-1, _PERIOD) @ table).sum(dtype=sum_dtype)
+    return total + (flat[whole:].to(wide) * table[: flat.numel() - whole]).sum(dtype=sum_dtype)
 
 
 def _table(device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -189,9 +189,8 @@ class KroneckerStatistics:
         }
         if not self._bases:
             sums |= {Key("diagonal", (self._place[p],)): total for p, total in self._rest.hessian.items()}
-            sums[Key("passes")] = torch.tensor(
-                self._passes, dtype=wide_dtype(self._wanted[0].device), device=self._wanted[0].device
-            )
+            device = self._wanted[0].device
+            sums[Key("passes")] = torch.tensor(self._passes, dtype=wide_dtype(device), device=device)
         return sums
 
     def end_round(self, sums: Mapping[Key, Tensor], count: int, group: Any) -> None:

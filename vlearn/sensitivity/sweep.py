@@ -225,9 +225,9 @@ def _warn_if_too_wide(table: SensitivityTable) -> None:
     """Warn where the posterior is so wide that the size of leave-one-out losses cannot be believed.
 
     The leverages of all examples add up to the effective number of parameters. Where these are about as many as the
-    examples, leaving one out is no small change, and V e is only the first order of it: above a mean of .75 most
-    posteriors of digits and Fashion-MNIST networks were off by half or more. A sequence's many targets may determine
-    as many parameters, so the losses must tell it, too. Of few rows means say little.
+    examples, leaving one out is no small change, and V e is only the first order of it: above a mean of .75 the
+    leave-one-out losses of small digits networks were mostly off by half or more. A sequence's many targets may
+    determine as many parameters, so the losses must tell it, too. Of few rows means say little.
     """
     if table.leverage is None or len(table) < FEWEST_ROWS:
         return

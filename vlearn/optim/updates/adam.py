@@ -228,9 +228,8 @@ class ScaleEstimate(NoiseTimesGradient):
     def sum_over(self, mesh: Any) -> None:
         """Add the sums of the other processes of a mesh, which have other parts of the parameters."""
         names = ("product", "effective", "noise", "expected", "squared_gradient", "squared_weight", "count")
-        own = torch.tensor(
-            [getattr(self, name) for name in names], dtype=wide_dtype(mesh.device_type), device=mesh.device_type
-        )
+        device = mesh.device_type
+        own = torch.tensor([getattr(self, name) for name in names], dtype=wide_dtype(device), device=device)
         for name, total in zip(names, sum_over(mesh, own).tolist(), strict=True):
             setattr(self, name, total)
 
