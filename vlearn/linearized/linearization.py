@@ -5,7 +5,7 @@ f_n  output,  ℓ_n  own loss,  e_n = ∂ℓ_n/∂f_n,  Λ_n = ∂²ℓ_n/∂f_n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from vlearn._warnings import warn_user
 from vlearn.capture.hooks import record
 from vlearn.capture.pytrees import Selector, plain, select, shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace, is_close
@@ -25,6 +26,7 @@ from vlearn.linearized.loss_checks import check_own_losses
 from vlearn.linearized.output_change import output_deviation
 from vlearn.linearized.processes import check_whole
 from vlearn.losses.example_loss import ExampleLoss
+from vlearn.losses.log_probabilities import axis_of_log_probabilities
 from vlearn.losses.output_hessian import (
     hessian_by_differences,
     hessian_probe,
@@ -63,6 +65,7 @@ class Linearization:
         leaves: the same as leaves of a graph of their own, from which the loss was computed.
         own_loss: ``[N]`` own losses with their graph, ``[N, T]`` of every token where tokens are the examples.
         residuals: gradient of the summed losses with respect to each leaf, None where it depends on none.
+        class_axes: by each leaf's number, the axis of log-probabilities that the loss takes as logits.
         position: the only position whose tokens' losses count, where tokens are the examples.
     """
 
@@ -77,6 +80,7 @@ class Linearization:
     leaves: list[Tensor]
     own_loss: Tensor
     residuals: list[Tensor | None]
+    class_axes: dict[int, int]
     position: int | None = None
 
     @property
@@ -297,6 +301,7 @@ class Linearization:
         return products.self_influence, output_deviation(recorded, products) if deviation else None
 
     def _loss_of(self, leaves: list[Tensor]) -> Tensor:
+        leaves = _normalised(leaves, self.class_axes)
         whole = _for_loss(self.prediction, self.trace.positions, leaves, self.selector, self.losses)
         loss = self.losses(whole, self.batch.target)
         return loss if self.position is None else loss[:, self.position]
@@ -365,8 +370,13 @@ def linearize(
             if sum(each.numel() for each in outputs) > largest:
                 raise OutputTooLargeError(outputs, len(batch.index))
         leaves = [tensor.detach().requires_grad_() for tensor in outputs]
-        for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
-        loss = losses(for_loss, batch.target)
+
+        def loss_of(leaves: list[Tensor]) -> tuple[Any, Tensor]:
+            for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
+            return for_loss, losses(for_loss, batch.target)
+
+        class_axes = _class_axes(leaves, lambda leaves: loss_of(leaves)[1])
+        for_loss, loss = loss_of(_normalised(leaves, class_axes))
         if len(loss) != len(batch.index):
             raise RuntimeError(
                 f"the loss gives {len(loss)} values for a batch of {len(batch.index)} examples: use a loss of one "
@@ -394,6 +404,7 @@ def linearize(
         leaves=leaves,
         own_loss=loss,
         residuals=list(residuals),
+        class_axes=class_axes,
     )
 
 
@@ -411,6 +422,9 @@ def _of_members(prediction: Any, batch: Batch, members: Tensor) -> tuple[Any, Ba
 def at_mean(model: nn.Module, posterior: Posterior) -> Iterator[Covariance]:
     """The model in eval mode with the posterior mean as its weights; gives Σ keyed by its parameters.
 
+    A copy that the posterior has only the names of keeps its own weights, as those of an average over the training, and
+    a warning says so where they are not the mean.
+
     Raises:
         ValueError: if the posterior belongs to another model.
         RuntimeError: if the model is sharded.
@@ -418,7 +432,36 @@ def at_mean(model: nn.Module, posterior: Posterior) -> Iterator[Covariance]:
     check_whole(model)
     parameters = match(model, posterior)
     with posterior.at_mean(), eval_mode(model), native_recurrence(model.modules()):
+        _warn_of_other_weights(parameters, posterior)
         yield posterior.covariance(parameters)
+
+
+def _warn_of_other_weights(parameters: Mapping[str, nn.Parameter], posterior: Posterior) -> None:
+    for name, p in parameters.items():
+        if posterior.parameters.get(name) is p:
+            return  # `Posterior.at_mean` has seen to them
+        if not torch.equal(p.detach(), posterior.mean[name].to(p)):
+            warn_user(
+                f"the model's {name!r} is not the mean of the posterior, which has only its names: the numbers are "
+                "those at the model's own weights, as of an average over the training, with a Σ that was learned at "
+                "others. Where they should be the mean, load the checkpoint that the posterior was saved with."
+            )
+            return
+
+
+def _class_axes(leaves: list[Tensor], loss_of: Callable[[list[Tensor]], Tensor]) -> dict[int, int]:
+    """By number, the axes of outputs that are log-probabilities in which the loss is linear."""
+    axes = {i: axis for i, leaf in enumerate(leaves) if (axis := axis_of_log_probabilities(leaf)) is not None}
+    if not axes:
+        return {}
+    moved = [(leaf.detach() * (1 + 1e-3)).requires_grad_() for leaf in leaves]
+    gradients = [torch.autograd.grad(loss_of(each).sum(), each, allow_unused=True) for each in (leaves, moved)]
+    pairs = list(zip(*gradients, strict=True))
+    return {i: axis for i, axis in axes.items() if all(g is not None for g in pairs[i]) and torch.equal(*pairs[i])}
+
+
+def _normalised(leaves: list[Tensor], class_axes: dict[int, int]) -> list[Tensor]:
+    return [leaf.log_softmax(class_axes[i]) if i in class_axes else leaf for i, leaf in enumerate(leaves)]
 
 
 def _for_loss(

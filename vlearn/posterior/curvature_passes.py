@@ -38,6 +38,7 @@ class CurvaturePasses:
         likelihood: of "sampled" labels.
         generator: of the random numbers.
         clipped: for each batch, the number of examples of which negative eigenvalues were left out.
+        curved: for each batch, whether the loss curves in the output of any example.
     """
 
     curvature: str
@@ -46,6 +47,7 @@ class CurvaturePasses:
     likelihood: Likelihood
     generator: torch.Generator | None
     clipped: list[int] = field(default_factory=list)
+    curved: list[bool] = field(default_factory=list)
 
     @property
     def second_order(self) -> bool:
@@ -71,6 +73,7 @@ class CurvaturePasses:
                     "makes draws=."
                 )
             root, signs = signed_root(lin.hessian(), lin.output)
+            self.curved.append(bool(root.any()))
             columns = [(column, 1.0) for column in (root * (signs > 0).unsqueeze(1)).unbind(2)]
             if self.signed:
                 below = zip((root * (signs < 0).unsqueeze(1)).unbind(2), (signs < 0).any(0), strict=True)
@@ -87,6 +90,7 @@ class CurvaturePasses:
         if self.curvature == "ggn":
             u, is_clipped = lin.probe(self.generator)
             self.clipped.append(int(is_clipped.sum()))
+            self.curved.append(bool((u != 0).any() | is_clipped.any()))
             return u
         count, averaged = len(lin.loss), lin.losses.reduction != "sum"
         value = float(lin.loss.sum())

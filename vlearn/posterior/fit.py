@@ -36,6 +36,11 @@ STRUCTURES = ("diagonal", "kronecker", "eigenvalue-corrected", "full", "last-lay
 NOT_ROUNDING = 1e-5  # of an eigenvalue relative to the largest
 SIGNED = ("diagonal", "full", "last-layer")  # which can take curvature away
 LARGEST_DENSE = 2**13  # parameters: their products take 512 MiB in float64
+_FLAT = (
+    "the loss is linear in the output of every example, so that it has no curvature and the posterior would be the "
+    "prior alone: let the model return what the loss is computed from, as logits, not the loss itself, or use "
+    "curvature='empirical'."
+)
 
 
 @torch.inference_mode(False)
@@ -221,20 +226,22 @@ class _Fitting:
                 self.statistics.add(recorded, weight)
             del lin  # its graph goes before the next batch comes
         if self.statistics is None:
-            return Share(count, None, {})
+            return Share(count, None, {}, False)
         sums = {key: (total.shape, total.dtype) for key, total in self.statistics.sums().items()}
-        return Share(count, tuple(self.named), sums)
+        return Share(count, tuple(self.named), sums, any(self.passes.curved) or not self.passes.second_order)
 
     def end_round(self, shares: list[Share], processes: FitProcesses) -> None:
         """All processes have gone through their batches.
 
         Raises:
-            ValueError: if they had none, or not in this round, or do not fit the same parameters.
+            ValueError: if they had none, or not in this round, or no curvature, or do not fit the same parameters.
         """
         counts = [share.count for share in shares]
         self.counts = self.counts or counts
         if not sum(counts) or any(first and not now for first, now in zip(self.counts, counts, strict=True)):
             raise ValueError("the loader gave no batch: pass one that can be iterated again.")
+        if not any(share.curves for share in shares):
+            raise ValueError(_FLAT)
         found = list(dict.fromkeys(share.names for share in shares if share.names is not None))
         if len(found) > 1:
             raise ValueError(

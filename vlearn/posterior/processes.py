@@ -28,11 +28,13 @@ class Share:
         count: of its examples.
         names: of the parameters that are fitted; None where only a batch would tell.
         sums: the shape and dtype of each sum.
+        curves: whether any of its examples had curvature.
     """
 
     count: int
     names: tuple[str, ...] | None
     sums: dict[Key, Kind]
+    curves: bool
 
 
 class FitProcesses(Processes):

@@ -20,8 +20,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Gaussi
 
     Args:
         path: of the file.
-        model: the network that it is of, whose parameters it then belongs to; by default `sweep` and `predict` match
-            them by name.
+        model: the network that it is of, whose parameters it then belongs to. By default `sweep` and `predict` match
+            them by name: `predict` draws around the posterior's mean, `sweep` takes the model at its own weights, and
+            warns where they are others.
     Returns:
         A posterior of the same kind, on the model's device or the CPU.
     Raises:
@@ -56,6 +57,6 @@ def _matched(model: nn.Module, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(p.detach().cpu(), mean[name].to(p.dtype)):
             raise ValueError(
                 f"the weights {name!r} of this {type(model).__name__} are not those that the posterior is about: load "
-                "the checkpoint that it was saved with, or leave model= out."
+                "the checkpoint that it was saved with, or leave model= out where this model is to keep its own weights."
             )
     return parameters

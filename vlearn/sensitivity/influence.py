@@ -121,7 +121,8 @@ def influence(
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.
-        posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
+        posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move. A copy of the
+            model that it was learned by is matched by names, at weights of its own, see `vlearn.posterior.load`.
         train_loader: yields batches as for `vlearn.sweep`, every example once and the same each time it is iterated.
         test_loader: the same, iterated once.
         loss_fn: the training loss, as for `vlearn.sweep`; taken of the test examples too.

@@ -102,7 +102,8 @@ def leave_group_out(
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.
-        posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
+        posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move. A copy of the
+            model that it was learned by is matched by names, at weights of its own, see `vlearn.posterior.load`.
         loader: yields batches as for `vlearn.sweep`, with all examples of every group, as often as it is iterated.
         groups: ``[N]`` the group of example 0, 1, ... by its number, for instance its label: a whole number or any
             name; or a mapping from names to the numbers of their examples, or to masks ``[N]``.

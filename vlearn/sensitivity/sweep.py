@@ -106,7 +106,8 @@ def sweep(
 
     Args:
         model: the network that was trained; run in eval mode, left as it was.
-        posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move.
+        posterior: Σ over its parameters, summed over num_data; parameters it does not have do not move. A copy of the
+            model that it was learned by is matched by names, at weights of its own, see `vlearn.posterior.load`.
         loader: yields (x, y) or (x, y, index), see `IndexedDataset`, or dicts (also dataclasses and named tuples) with
             "labels" or "label" and, if they number their examples, "index" or "idx". Without an index an example's
             number is its place in the dataset, whatever order a DataLoader goes through it in, and its place in the
