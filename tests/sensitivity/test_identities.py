@@ -175,3 +175,30 @@ def test_the_probe_is_unbiased(loss, target):
     error = probes.std(0) / repeats**0.5
     assert bool(((probes.mean(0) - exact).abs() < 5 * error).all())
     assert bool((probes >= 0).all())
+
+
+def test_curvature_downwards_counts_in_the_leverage():
+    """Cauchy noise, exact and refined by hand, probed on average."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(24, 3).double(), torch.randn(24).double()
+
+    def loss(output, target):
+        return torch.log1p((output.sum(1) - target).square()) + output[:, 1].square() / 10
+
+    def swept(leverage="exact", **options):
+        return vlearn.sweep(model, posterior, [(x, y)], loss, leverage, progress=False, **options)
+
+    options = {"curvature": "ggn-exact", "prior_precision": 9.0, "progress": False}
+    posterior = vlearn.posterior.fit(model, [(x, y)], loss, "full", **options)
+    with torch.no_grad():
+        hessian = torch.func.vmap(torch.func.hessian(lambda f, t: loss(f[None], t[None])[0]))(model(x), y)
+    exact = swept(variance=True)
+    truth = torch.einsum("ncd,ndc->n", hessian, exact.function_variance)
+    assert bool((truth < -0.01).any())
+    assert relative_error(exact.leverage, truth) < 1e-10
+    assert relative_error(swept(refined=True).leverage, truth) < 1e-10
+    trace = sum(float(each.sum()) for each in posterior.variance.values())
+    assert float(exact.leverage.sum()) == pytest.approx(8 - 9 * trace, rel=1e-10)
+    generator = torch.Generator().manual_seed(0)
+    probed = torch.stack([swept("probe", generator=generator).leverage for _ in range(100)])
+    assert bool(((probed.mean(0) - truth).abs() <= 5 * probed.std(0) / 10 + 1e-9).all())

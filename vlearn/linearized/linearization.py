@@ -166,14 +166,14 @@ class Linearization:
     def leverage_estimate(self, generator: torch.Generator | None) -> Tensor:
         """tr(ΛV) ``[N]`` from one random direction, without bias: uᵀVu with E[uuᵀ] = Λ.
 
-        Negative curvature is dropped. Where the loss has no second derivative in torch and the output is large, it is
-        zᵀΛVz of random signs z, Λz by a difference of the first derivatives, and negative curvature counts.
+        Where the loss curves downwards in the output of an example, or has no second derivative in torch and the output
+        is large, it is zᵀΛVz of random signs z, Λz by a difference of the first derivatives.
 
         Args:
             generator: of the direction.
         """
         found = self._probe(generator)
-        if found is not None:
+        if found is not None and not bool(found[1].any()):
             return self.quadratic_and_product(found[0], product=False)[0]
         z = random_signs(self.output, generator)
         product = self.quadratic_and_product(z)[1]

@@ -57,6 +57,6 @@ def _matched(model: nn.Module, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(p.detach().cpu(), mean[name].to(p.dtype)):
             raise ValueError(
                 f"the weights {name!r} of this {type(model).__name__} are not those that the posterior is about: load "
-                "the checkpoint that it was saved with, or leave model= out where this model is to keep its own weights."
+                "the checkpoint that it was saved with, or leave model= out where these weights are to stay."
             )
     return parameters

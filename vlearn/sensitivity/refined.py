@@ -30,7 +30,7 @@ class Refined(NamedTuple):
     Attributes:
         deviation: ``[N, ...]`` (I - VΛ)⁻¹ V e, or V e where that is not to be trusted.
         used_first_order: ``[N]`` where it is V e.
-        leverage: ``[N]`` tr(ΛV), negative curvature dropped.
+        leverage: ``[N]`` tr(ΛV).
         largest_eigenvalue: ``[N]`` of VΛ.
     """
 
@@ -71,7 +71,7 @@ def refine(lin: Linearization, deviation: Tensor, threshold: float) -> Refined:
     inner = torch.linalg.solve(identity - safe, root.mT @ flat.unsqueeze(2))
     refined = flat + (moved @ (signs.unsqueeze(2) * inner)).squeeze(2)
     chosen = torch.where(used_first_order.unsqueeze(1), flat, refined)
-    leverage = (block.diagonal(dim1=1, dim2=2) * (signs > 0)).sum(1)
+    leverage = block.diagonal(dim1=1, dim2=2).sum(1)
     return Refined(chosen.reshape(deviation.shape), used_first_order, leverage, largest)
 
 

@@ -22,7 +22,7 @@ from vlearn.linearized.batches import Batch, batches, device_of, with_progress_b
 from vlearn.linearized.linearization import Linearization, OutputTooLargeError, at_mean, linearize
 from vlearn.linearized.processes import Fingerprint, Processes, whole_network
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
-from vlearn.losses.output_hessian import hessian_root
+from vlearn.losses.output_hessian import signed_root
 from vlearn.per_example.measured_rows import ExampleIndex
 from vlearn.record.row_record import RowRecord
 from vlearn.sensitivity.live import prediction_error
@@ -417,8 +417,9 @@ def _rows_of(lin: Linearization, options: SweepOptions, generator: torch.Generat
 
 
 def _leverage(lin: Linearization, how: str, generator: torch.Generator | None) -> Tensor:
-    """tr(Λ_n V_n) ``[N]`` = Σ_c r_cᵀV_n r_c over the columns of R, RRᵀ = Λ_n; a probe u = Rz has it as its mean."""
+    """tr(Λ_n V_n) ``[N]`` = Σ_c d_c r_cᵀV_n r_c over the columns of R, R diag(d) Rᵀ = Λ_n; or an estimate of it."""
     if how == "probe":
         return lin.leverage_estimate(generator)
-    columns = hessian_root(lin.hessian(), lin.output).unbind(2)
-    return torch.stack([lin.quadratic_and_product(column, product=False)[0] for column in columns]).sum(0)
+    root, signs = signed_root(lin.hessian(), lin.output)
+    each = [lin.quadratic_and_product(column, product=False)[0] for column in root.unbind(2)]
+    return (torch.stack(each, 1) * signs).sum(1)

@@ -32,14 +32,16 @@ class SensitivityTable(ShortRepr):
         deviation: ``[N, C]`` Δf, change of the output if the example were removed: V e, Eq. 12, or its refined form
             if that was asked for; ``[N, 1]`` of NaN if it was not kept.
         self_influence: ``[N]`` gᵀΣg, first-order increase of the example's own loss if it were removed.
-        leverage: ``[N]`` tr(ΛV); None if not asked for. Probed ones are unbiased, but what is convex in them is not:
+        leverage: ``[N]`` tr(ΛV), which may be negative where the loss is not convex in the output, Λ the Hessian of
+            the loss in it; None if not asked for. Probed ones are unbiased, but what is convex in them is not:
             the mean of v/(1 - v) comes out too large (RandALO, Nobel et al., 2024, arXiv:2409.09781); take exact ones.
         prediction_error: ``[N]`` ‖residual‖/√2.
         function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
         used_first_order: ``[N]`` where `refined` kept V e; None if not asked for.
         largest_eigenvalue: ``[N]`` of VΛ, which tells how far to trust a row: V e falls short by a factor of up to
             1/(1 - this) where Σ is exact, and where it nears 1 the refined form is not to be trusted either. At most
-            the leverage, which serves where this, None unless `refined`, was not asked for.
+            the leverage of a loss that is convex in the output, which serves where this, None unless `refined`, was
+            not asked for.
         position: ``[N]`` position in its sequence of each row with per="token", where N counts tokens; else None.
         deviation_norm: ``[N]`` ‖Δf‖, in the output's units.
         output: ``[N, C]`` f, kept where the deviation is; f + Δf is what the model would say without the example.
