@@ -358,6 +358,34 @@ def test_one_of_several_outputs_is_selected() -> None:
         optimizer.step()
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.trunk(x).tanh()
+        return self.first(hidden), self.second(hidden)
+
+
+@pytest.mark.parametrize("optimizer_class", [vlearn.VON, vlearn.KFACVON, vlearn.FullVON])
+def test_a_loss_of_another_head_is_refused_unless_the_curvature_is_of_the_whole(optimizer_class: Any) -> None:
+    x, y = data()
+
+    def step(weight: float, **settings: Any) -> None:
+        torch.manual_seed(0)
+        model = TwoHeads().double()
+        optimizer = optimizer_class(model, 0.1, 50, **settings)
+        first, second = model(x)
+        (F.cross_entropy(first, y) + weight * F.cross_entropy(second, y)).backward()
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"depends on second \(Linear\) by another way than the output"):
+        step(1.0, output=0)
+    step(0.0, output=0)
+    step(1.0, curvature="empirical")
+
+
 @pytest.mark.parametrize(
     "setting, message",
     [

@@ -90,13 +90,20 @@ class RecordedPass:
         """The pass with the gradients of the optimizer's probe, which are those of the examples' own losses.
 
         Raises:
-            RuntimeError: if there are none.
+            RuntimeError: if there are none, or the loss reaches a layer by another way than the probed output.
         """
         trace, probe = self.trace, self.trace.probe
         if probe is not None and probe.problem is not None:
             raise RuntimeError(str(probe.problem)) from probe.problem
         if trace.probed is None:
             raise RuntimeError("the loss does not depend on the output that the curvature is taken of.")
+        for call, probed in zip(trace.layer_calls, trace.probed.layer_calls, strict=True):
+            if call.parameters and not probed.reached and any(c is not None and bool(c.any()) for c in call.cotangents):
+                raise RuntimeError(
+                    f"the loss depends on {call} by another way than the output that the curvature is taken of, so "
+                    "that its curvature would be none: give the loss of one output, or take curvature='empirical', "
+                    "which counts the whole loss, as 'price' does where there is one."
+                )
         return replace(self, trace=trace.probed, scale=1.0)
 
 
