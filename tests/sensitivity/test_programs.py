@@ -48,6 +48,7 @@ OPERATIONS = {
     "block": lambda m, h: m.block(h),
     "block that flattens": lambda m, h: m.flattening(h),
     "block whose inside is used later": lambda m, h: m.leaving(h) + m.leaving.left,
+    "block whose output is used later": lambda m, h: m.keeping(h).relu_() + torch.sin(m.keeping.kept),
     "gain of a block outside it": lambda m, h: h * m.block.gain,
     "in place": _first_in_place,
     "stopped gradients": _stopped,
@@ -61,14 +62,19 @@ def _leave(m, h):
     return m.left.square()
 
 
+def _keep(m, h):
+    m.kept = m.gain * h
+    return m.kept
+
+
 def program(names):
     torch.manual_seed(0)
     a, b, tied = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
     tied.weight = a.weight
     block = Model(lambda m, h: m.gain * torch.tanh(m.a(h)) + F.linear(h, m.a.weight), a=a)
     flattening = Model(lambda m, h: m.gain * torch.tanh(_flattened(m.b, h)) + m.b(h), b=b)
-    leaving = Model(_leave)
-    for part in (block, flattening, leaving):
+    leaving, keeping = Model(_leave), Model(_keep)
+    for part in (block, flattening, leaving, keeping):
         part.gain = nn.Parameter(torch.randn(D))
 
     def forward(m, h):
@@ -76,7 +82,15 @@ def program(names):
             h = OPERATIONS[name](m, h)
         return m.out(h.mean(1))
 
-    parts = {"a": a, "b": b, "tied": tied, "block": block, "flattening": flattening, "leaving": leaving}
+    parts = {
+        "a": a,
+        "b": b,
+        "tied": tied,
+        "block": block,
+        "flattening": flattening,
+        "leaving": leaving,
+        "keeping": keeping,
+    }
     model = Model(forward, **parts, norm=nn.LayerNorm(D), dropout=nn.Dropout(0.3), out=nn.Linear(D, C))
     return model.double()
 

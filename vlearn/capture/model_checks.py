@@ -46,6 +46,7 @@ class ModelChecks:
         example_axes: along which axes the examples lie in a kind of pass, see `vlearn.per_example.measured_axes`.
         with_examples: calls of layers, by path and number, whose input was seen to have examples.
         row_sums: kinds of passes in which the examples' gradients add up to that of the pass.
+        deviations: kinds of passes in which the outputs' deviation agrees with the examples' gradients.
         takes_gradients: whether the next pass of a kind is to take its gradients for that; a first one does.
     """
 
@@ -55,6 +56,7 @@ class ModelChecks:
     example_axes: dict[Any, Any] = field(default_factory=dict)
     with_examples: dict[Any, None] = field(default_factory=dict)
     row_sums: dict[Any, None] = field(default_factory=dict)
+    deviations: dict[Any, None] = field(default_factory=dict)
     takes_gradients: dict[Any, bool] = field(default_factory=dict)
 
     @staticmethod

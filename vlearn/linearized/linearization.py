@@ -23,7 +23,7 @@ from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.covariance_products import covariance_products
 from vlearn.linearized.loss_checks import check_own_losses
-from vlearn.linearized.output_change import output_deviation
+from vlearn.linearized.output_change import check_deviation, output_deviation
 from vlearn.linearized.processes import check_whole
 from vlearn.losses.example_loss import ExampleLoss
 from vlearn.losses.log_probabilities import axis_of_log_probabilities
@@ -221,7 +221,8 @@ class Linearization:
             deviation: also the second.
             last: no other product follows, so that the graph may go.
         """
-        return self._products(self.backprop_residuals(last), deviation)
+        residuals = [None if e is None else e.detach() for e in self.residuals]
+        return self._products(self.backprop_residuals(last), residuals, deviation)
 
     def backprop_residuals(self, last: bool = False) -> RecordedPass:
         """The pass with the gradients of each example's own loss.
@@ -259,7 +260,8 @@ class Linearization:
             product: also the second.
             last: no other product follows, so that the graph may go.
         """
-        quadratic, tangents = self._products(self.backprop(direction, last), product)
+        cotangents = [None if i != self.chosen else direction for i in range(len(self.outputs))]
+        quadratic, tangents = self._products(self.backprop(direction, last), cotangents, product)
         return quadratic, None if tangents is None else tangents[self.chosen]
 
     def backprop(self, direction: Tensor, last: bool = False) -> RecordedPass:
@@ -296,9 +298,15 @@ class Linearization:
     def _pulled_back(self, outputs: list[Tensor], cotangents: list[Tensor], last: bool) -> RecordedPass:
         return RecordedPass.validated(self.trace.pulled_back(outputs, cotangents, not last), self.weights)
 
-    def _products(self, recorded: RecordedPass, deviation: bool) -> tuple[Tensor, list[Tensor] | None]:
+    def _products(
+        self, recorded: RecordedPass, cotangents: list[Tensor | None], deviation: bool
+    ) -> tuple[Tensor, list[Tensor] | None]:
         products = covariance_products(recorded, self.covariance, deviation)
-        return products.self_influence, output_deviation(recorded, products) if deviation else None
+        if not deviation:
+            return products.self_influence, None
+        changes = output_deviation(recorded, products)
+        check_deviation(recorded.trace, products.self_influence, changes, cotangents)
+        return products.self_influence, changes
 
     def _loss_of(self, leaves: list[Tensor]) -> Tensor:
         leaves = _normalised(leaves, self.class_axes)

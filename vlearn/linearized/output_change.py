@@ -6,7 +6,8 @@ call of a layer adds to the tangents of its outputs what moving its parameters b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,14 +17,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
+from vlearn._torch_internals import set_versions
 from vlearn.capture.layer_call import LayerCall
+from vlearn.capture.model_checks import ModelChecks, remember
 from vlearn.capture.pytrees import tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace
 from vlearn.layers.example_axes import axis_of
 from vlearn.linearized.covariance_products import CovarianceProducts
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded, forward_mode, rerun_with, tangents_in_reverse
+from vlearn.per_example.row_sums import agreement
 
+AGREE_IN_DOUBLE = 1e-5  # relative; some layers compute in float32 whatever they are given
 _CHECKPOINTED = (
     "no deviation through checkpoint() (or other hooks on saved tensors) where an operation of the model has no "
     "forward derivative, as checkpoint() itself before torch 2.12: leave the deviation out, or do not checkpoint."
@@ -66,6 +71,53 @@ def output_deviation(recorded: RecordedPass, products: CovarianceProducts) -> li
                 torch.zeros_like(output) if axis is None else next(found).movedim(0, axis)
                 for output, axis in zip(outputs, axes, strict=True)
             ]
+
+
+def check_deviation(
+    trace: Trace,
+    self_influence: Tensor,
+    deviation: list[Tensor],
+    cotangents: list[Tensor | None],
+    must_agree: Callable[[], bool] = lambda: True,
+) -> None:
+    """Raise RuntimeError unless ⟨e_n, Δf_n⟩ = g_nᵀΣg_n, looked at once for each kind of pass.
+
+    Not where the loss depends on an output that has no examples.
+
+    Args:
+        trace: of the pass.
+        self_influence: ``[N]`` g_nᵀΣg_n.
+        deviation: Δf of each output.
+        cotangents: e of each output, None for one that the loss does not depend on.
+        must_agree: whether all of g came by these e, asked where the two differ.
+    """
+    assert trace.root is not None
+    checks = ModelChecks.of(trace.root)
+    if trace.kind in checks.deviations:
+        return
+    products: list[Tensor] = []
+    for change, e, axis in zip(deviation, cotangents, trace.output_axes or [0] * len(deviation), strict=True):
+        if e is None:
+            continue
+        if axis is None or change.is_complex() or change.numel() != e.numel():
+            return
+        product = (change * e.reshape(change.shape)).movedim(axis, 0)
+        if product.shape[:1] != self_influence.shape:
+            return
+        products.append(product.reshape(len(product), math.prod(product.shape[1:])))
+    found = torch.cat(products, 1).to(self_influence.dtype)
+    size = found.abs().sum(1).max()
+    if not bool(size.isfinite() & (size > 0)):
+        return
+    difference = (found.sum(1) - self_influence).abs().max()
+    is_wide = all(each.dtype == torch.float64 for each in (self_influence, *deviation))
+    if bool(difference > (AGREE_IN_DOUBLE if is_wide else agreement(trace)) * size) and must_agree():
+        raise RuntimeError(
+            "the deviation does not agree with the examples' gradients, so it is not that of the recorded pass: a "
+            "module may leave in an attribute what it has made of its output, for another one to read. Return it with "
+            "the output and read it there, or read sensitivities() without the deviation."
+        )
+    remember(checks.deviations, trace.kind)
 
 
 def _replay(
@@ -144,4 +196,20 @@ def _moved_along(output: Any, call: LayerCall, tangents: list[Tensor], size: Ten
                 leaf = leaf.expand(extra.shape).clone()
             primal, tangent = forward_ad.unpack_dual(leaf)
             moved[position] = forward_ad.make_dual(primal, extra if tangent is None else tangent + extra)
+    if call.rule is None:
+        moved = {position: _in_place(leaves[position], to) for position, to in moved.items()}
     return with_leaves(output, moved)
+
+
+def _in_place(leaf: Tensor, moved: Tensor) -> Tensor:
+    """The tensor itself, moved as another of the same value: its module may have kept it, for others to read.
+
+    That other where autograd lets nobody write the tensor, as a part that `chunk` gives.
+    """
+    version = leaf._version
+    try:
+        leaf.copy_(moved)
+    except RuntimeError:
+        return moved
+    set_versions({leaf: version})
+    return leaf

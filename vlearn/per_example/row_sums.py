@@ -8,6 +8,7 @@ each kind of pass.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Container
 from typing import NamedTuple
@@ -79,6 +80,19 @@ def check_row_sums(trace: Trace, weights: Weights) -> None:
         remember(checks.row_sums, trace.kind)
 
 
+def came_by(trace: Trace, weights: Weights, output: int) -> bool:
+    """Whether the examples' gradients add up to what the gradient of one output brings in a replay: all came by it."""
+    alone = copy.copy(trace)
+    alone.cotangents = [each if place == output else None for place, each in enumerate(trace.cotangents)]
+    return not _differing(trace, _row_sums(trace, weights, weights), _sums_of_model(alone, weights))
+
+
+def agreement(trace: Trace) -> float:
+    """The relative difference that rounding may make between two sums of products with examples' gradients."""
+    on_accelerator = any(p.device.type != "cpu" for p in trace.tracked)
+    return max(AGREE_ON_ACCELERATOR if on_accelerator else AGREE, trace.tolerance if trace.is_narrow else 0.0)
+
+
 def _row_sums(trace: Trace, weights: Weights, wanted: Container[Tensor]) -> dict[Tensor, _Sum]:
     sums: dict[Tensor, _Sum] = {}
 
@@ -113,8 +127,7 @@ def _add_fallback(trace: Trace, call: LayerCall, weights: Weights, add: Callable
 
 def _differing(trace: Trace, rows: dict[Tensor, _Sum], came: dict[Tensor, float]) -> set[Tensor]:
     """The parameters whose examples' gradients do not add up to what came."""
-    on_accelerator = any(p.device.type != "cpu" for p in trace.tracked)
-    agree = max(AGREE_ON_ACCELERATOR if on_accelerator else AGREE, trace.tolerance if trace.is_narrow else 0.0)
+    agree = agreement(trace)
     largest = max((each.size for each in rows.values()), default=0.0)
     differing = set()
     for p in {**rows, **came}:

@@ -13,8 +13,9 @@ from vlearn._short_repr import ShortRepr
 from vlearn.capture.pytrees import Selector, select
 from vlearn.gaussians.covariance import Covariance
 from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
-from vlearn.linearized.output_change import output_deviation
+from vlearn.linearized.output_change import check_deviation, output_deviation
 from vlearn.per_example.recorded_pass import RecordedPass
+from vlearn.per_example.row_sums import came_by
 from vlearn.sensitivity.summary import row_norms, summarize
 
 
@@ -120,6 +121,7 @@ def live_sensitivities(
     change = None
     if deviation:
         changes = output_deviation(part, products) if part is recorded else _of_subset(recorded, part, products)
+        _check_deviation(recorded, part, products, changes)
         change = select(part.trace.as_output(changes), output) * part.scale
     return Sensitivities(
         residual=residual,
@@ -143,6 +145,21 @@ def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProd
     except RuntimeError:
         pass
     return [rows[part.trace.examples] for rows in output_deviation(whole, products.within(whole, part))]
+
+
+def _check_deviation(
+    whole: RecordedPass, part: RecordedPass, products: CovarianceProducts, changes: list[Tensor]
+) -> None:
+    """Raise RuntimeError if the changes contradict the gradients, where these came by a single output beside a loss."""
+    cotangents = part.trace.cotangents
+    reached = [i for i, each in enumerate(cotangents) if each is not None and each.dim()]
+    if len(reached) != 1:  # one may be made of another
+        return
+    (only,) = reached
+    of_output = [each if i == only else None for i, each in enumerate(cotangents)]
+    check_deviation(
+        part.trace, products.self_influence, changes, of_output, lambda: came_by(whole.trace, whole.weights, only)
+    )
 
 
 def prediction_error(residual: Tensor) -> Tensor:
