@@ -220,3 +220,45 @@ def test_a_model_that_takes_a_nested_structure():
     x = {"a": [torch.randn(4, 5).double()], "b": torch.randn(4, 1).double()}
     case = Case(model, (x,), torch.tensor([0, 1, 2, 0]))
     assert_exact(case)
+
+
+class Through(nn.Module):
+    """Gives its input, and what it is made of alone, beside what its parameter makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, h):
+        z = torch.tanh(h * self.gain)
+        return h, h.square(), z, z.sin()
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        lambda h, square, z, sine: z,
+        lambda h, square, z, sine: h + z,
+        lambda h, square, z, sine: h * square + z + sine,
+        lambda h, square, z, sine: square,
+    ],
+    ids=["what it makes", "its input too", "all", "its input alone"],
+)
+def test_a_module_may_return_its_input_beside_what_it_makes_of_it(used):
+    def network():
+        torch.manual_seed(0)
+        parts = {"a": nn.Linear(5, 4), "through": Through(), "out": nn.Linear(4, 3)}
+        return Model(lambda m, x: m.out(used(*m.through(m.a(x)))), **parts).double()
+
+    case, twin = Case(network(), torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 0])), network()
+    assert_exact(case)
+    optimizer = vlearn.VOGN(case.model.train(), lr=0.1, ess=20)
+    loss = case.loss(case.model(case.x), case.target)
+    twin.load_state_dict({name: p.detach().clone() for name, p in case.model.named_parameters()})  # the draw
+    loss.backward()
+    optimizer.step()
+    truth = per_example(twin, lambda m: m(case.x), case.each_loss)
+    covariance = torch.diag(flat({name: optimizer.posterior().variance[name] for name in moving(case.model)}))
+    s = optimizer.sensitivities(deviation=True)
+    assert relative_error(s.self_influence, truth.self_influence(covariance)) < 1e-10
+    assert relative_error(s.deviation, truth.deviation(covariance)) < 1e-10

@@ -74,10 +74,12 @@ def separate_outputs(trace: Trace, weights: Weights) -> None:
         with as_recorded(trace), same_random_numbers_in(call):
             leaves, structure = leaves_of(call, weights)
             outputs = run_again(call, live, *tree_unflatten(leaves, structure))
-            reached = [i for i, each in enumerate(call.cotangents) if each is not None]
-            direct = direct_cotangents([(outputs[i], call.cotangents[i]) for i in reached])  # pyright: ignore
-        found = dict(zip(reached, (cotangent for _, cotangent in direct), strict=True))
-        call.cotangents, call.is_nested = [found.get(i) for i in range(len(outputs))], False
+            # One that is an input, or made of inputs alone, brings the parameters nothing, whatever its cotangent.
+            moving = [i for i, each in enumerate(call.cotangents) if each is not None and outputs[i].requires_grad]
+            direct = direct_cotangents([(outputs[i], call.cotangents[i]) for i in moving])  # pyright: ignore
+        for i, (_, cotangent) in zip(moving, direct, strict=True):
+            call.cotangents[i] = cotangent
+        call.is_nested = False
 
 
 def same_random_numbers_in(call: LayerCall) -> AbstractContextManager[None]:
