@@ -357,3 +357,72 @@ def test_the_deviation_is_refused_once_another_optimizer_has_moved_the_model():
     with pytest.raises(RuntimeError, match="repeating the forward pass gave other outputs"):
         first.sensitivities(deviation=True)
     assert torch.allclose(first.sensitivities().self_influence, before.self_influence)
+
+
+class Attending(nn.Module):
+    """A learned query for each example, in attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(2, 4))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, h):
+        rows = torch.stack([h, h.sin(), h.square()], 1)
+        query = self.query.unsqueeze(0).expand(len(h), -1, -1)
+        return self.attention(query, rows, rows)[0].sum(1)
+
+
+class Starting(nn.Module):
+    """A learned first state, of a recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = nn.Parameter(torch.randn(1, 1, 4))
+        self.recurrent = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, h):
+        return self.recurrent(h.unsqueeze(1), self.state.expand(-1, len(h), -1))[0][:, 0]
+
+
+class Sharing(nn.Module):
+    """A parameter itself, given to a module that has another."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 4))
+        self.reading = Model(lambda m, h, table: m.gain * (h @ table))
+        self.reading.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, h):
+        return self.reading(h, self.table)
+
+
+class Projecting(nn.Module):
+    """A layer with a rule that is given a parameter's row for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(4))
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, h):
+        return h * self.linear(self.start.expand(len(h), -1))
+
+
+@pytest.mark.parametrize("kind", [Attending, Starting, Sharing, Projecting])
+def test_a_parameter_that_is_an_input_of_a_layer_may_be_moved_by_the_step(kind):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(D, 4), kind(), nn.Linear(4, C)).double()
+
+    model = make()
+    optimizer = optimizer_of(model)
+    loss = loss_of(model, inputs())
+    drawn = weights_of(model)
+    loss.backward()
+    optimizer.step()
+    truth, covariance = truth_at(drawn, make(), inputs()), covariance_of(optimizer, model)
+    s = optimizer.sensitivities(deviation=True)
+    assert relative_error(s.self_influence, truth.self_influence(covariance)) < 1e-10
+    assert relative_error(s.deviation, truth.deviation(covariance)) < 1e-10

@@ -25,7 +25,7 @@ from vlearn.capture.autograd_graph import (
 from vlearn.capture.broadcast_calls import BroadcastCall, other_terms
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import MOST_KINDS, ModelChecks, UnattributedParameters, remember
-from vlearn.capture.pytrees import detached, tensor_leaves, versions
+from vlearn.capture.pytrees import detached, tensor_leaves, versions, with_leaves
 from vlearn.capture.random_state import has_drawn, random_state, random_state_now
 from vlearn.capture.trace import Trace, remove_all
 from vlearn.layers.example_axes import Axes, axes_of_call, axis_of
@@ -375,15 +375,16 @@ class Recorder:
         if rule is None:  # replaying this call moves the parameters wherever it uses them
             for inner in trace.layer_calls[frame.first_call :]:
                 inner.parameters = [p for p in inner.parameters if all(p is not q for q in parameters)]
+        held_args, held_kwargs = _without_parameters((args, kwargs))
         call = LayerCall(
             module=module,
             path=trace.paths[module],
             number=trace.num_calls.get(module, 0),
             parameters=list(dict.fromkeys(parameters)),
             rule=rule,
-            args=detached(args),
-            kwargs=detached(kwargs),
-            versions=versions((args, kwargs)),
+            args=held_args,
+            kwargs=held_kwargs,
+            versions=versions((held_args, held_kwargs)),
             input_may_not_depend_on_examples=self._may_not_depend_on_examples(args, kwargs),
             positions=positions,
             shapes=[tuple(leaves[i].shape) for i in positions],
@@ -534,6 +535,22 @@ def _batch_size(leaves: list[Tensor]) -> int:
     sized = [leaf for leaf in leaves if leaf.dim() > 0]
     others = [leaf for leaf in sized if leaf.dim() != 2 or leaf.shape[0] != leaf.shape[1]]
     return next((leaf.shape[0] for leaf in (*others, *sized)), 0)
+
+
+def _without_parameters(tree: Any) -> Any:
+    """The same structure detached, with copies of parameters and of their views, which the optimizer's step changes."""
+    held = {
+        place: _copy(leaf)
+        for place, leaf in enumerate(tensor_leaves(tree))
+        if isinstance(leaf, nn.Parameter) or isinstance(view_base(leaf), nn.Parameter)
+    }
+    return detached(with_leaves(tree, held) if held else tree)
+
+
+def _copy(leaf: Tensor) -> Tensor:
+    """A copy of a tensor, of one that was expanded no larger than what it was expanded from."""
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in leaf.stride())
+    return leaf.detach()[once].clone().expand_as(leaf)
 
 
 def _source(leaf: Tensor) -> Tensor:
