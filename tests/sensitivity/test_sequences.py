@@ -78,6 +78,39 @@ def test_torchs_own_loss_averages_over_the_positions_ignored_ones_as_zeros():
     assert relative_error(table.deviation.mT, other.deviation) < 1e-12
 
 
+@pytest.mark.parametrize("frozen", ["", "encoder.layers.0."], ids=["all", "without the first layer"])
+def test_padded_sequences_in_torchs_own_encoder_equal_per_example_autograd(frozen):
+    def encoder(**settings):
+        def pooled(m, x, padding):
+            return m.out(m.encoder(x, src_key_padding_mask=padding).masked_fill(padding.unsqueeze(2), 0).sum(1))
+
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=True)
+        model = Model(pooled, encoder=nn.TransformerEncoder(layer, 2, **settings), out=nn.Linear(4, 3)).double()
+        for name, p in model.named_parameters():
+            p.requires_grad_(not (frozen and name.startswith(frozen)))
+        return model.eval()
+
+    x = torch.randn(N, T, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    padding, y = torch.arange(T) >= torch.tensor([5, 3, 2, 4]).unsqueeze(1), torch.arange(N) % 3
+    truth = per_example(
+        encoder(enable_nested_tensor=False),
+        lambda m: m(x, padding),
+        lambda f: F.cross_entropy(f, y, reduction="none"),
+    )
+    model, loader, precision = encoder(), [((x, padding), y)], 2 * torch.eye(truth.gradients.shape[1]).double()
+    fitted = vlearn.posterior.fit(
+        model, loader, F.cross_entropy, "full", curvature="ggn-exact", prior_precision=2.0, progress=False
+    )
+    table = vlearn.sweep(model, fitted, loader, F.cross_entropy, "exact", progress=False)
+    covariance = torch.linalg.inv(truth.ggn() + precision)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert relative_error(table.loss, truth.loss) < 1e-10
+    assert relative_error(table.self_influence, truth.self_influence(covariance)) < 1e-8
+    assert relative_error(table.deviation, truth.deviation(covariance)) < 1e-8
+    assert relative_error(table.leverage, truth.leverage(covariance)) < 1e-8
+
+
 # -- a token is an example --------------------------------------------------------------------------------------------
 
 

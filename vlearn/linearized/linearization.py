@@ -37,7 +37,7 @@ from vlearn.losses.output_hessian import (
 )
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
-from vlearn.per_example.replay import as_recorded, eval_mode, native_recurrence, tangents_in_reverse
+from vlearn.per_example.replay import as_recorded, eval_mode, native_recurrence, tangents_in_reverse, without_fastpath
 
 _NO_CURVATURE = (
     "the loss has no second derivative in torch, and an output of {size} entries is too large for differences of its "
@@ -364,7 +364,7 @@ def linearize(
     """
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
     with torch.enable_grad():
-        with record(model, parameters, len(batch.index), batch.example_rows) as trace:
+        with record(model, parameters, len(batch.index), batch.example_rows) as trace, without_fastpath():
             prediction = model(*batch.args, **batch.kwargs)
         if batch.members is not None:
             prediction, batch = _of_members(prediction, batch, batch.members)

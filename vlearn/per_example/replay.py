@@ -130,6 +130,20 @@ def native_recurrence(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def without_fastpath() -> Iterator[None]:
+    """Transformer layers run in eval mode inside as they do where their gradients are taken.
+
+    Torch's fast path nests the tensors of padded sequences, whose sizes cannot be read, and gives zeros for padding.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def as_recorded(trace: Trace) -> Iterator[None]:
     """Modules are in the modes of the recorded pass inside; afterwards all their attributes are as before."""
     before = [(module, dict(module.__dict__)) for module in trace.paths]
@@ -145,6 +159,7 @@ def as_recorded(trace: Trace) -> Iterator[None]:
         with (
             hooks_paused(),
             native_recurrence(trace.paths),
+            without_fastpath(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device, enabled=False),
@@ -283,14 +298,10 @@ def forward_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     derivative; and none through what is computed under `torch.no_grad()` or through the padding row of an
     embedding, which forward mode would not stop at.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with without_onednn() if recurrent else nullcontext(), sdpa_kernel(SDPBackend.MATH), _BackwardsStops():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    onednn = without_onednn() if recurrent else nullcontext()
+    with without_fastpath(), onednn, sdpa_kernel(SDPBackend.MATH), _BackwardsStops():
+        yield
 
 
 def tangents_in_reverse(outputs: list[Tensor], inputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:

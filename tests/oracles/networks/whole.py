@@ -165,7 +165,7 @@ def encoder_of_torch_nn() -> Case:
         "words": nn.Embedding(6, 4, padding_idx=0),
         "segments": nn.Embedding(2, 4),
         "norm": nn.LayerNorm(4),
-        "encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        "encoder": nn.TransformerEncoder(layer, 2),
         "out": nn.Linear(4, 3),
     }
     model = Model(forward, **parts)
