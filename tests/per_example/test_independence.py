@@ -47,6 +47,23 @@ def test_examples_that_meet_between_two_layers_are_refused(name, deviation):
         optimizer.sensitivities(deviation=deviation)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+def test_a_largest_entry_held_constant_is_refused_whichever_example_has_it(count):
+    labels = torch.arange(count) % C
+    for place in range(count):
+        model = between(lambda m, h: h / h.detach().abs().max())
+        x = torch.randn(count, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        x[place] *= 20
+        posterior = optimizer_of(model).posterior()
+        with pytest.raises(RuntimeError, match=r"what goes into out \(Linear\) depends on the other examples"):
+            vlearn.sweep(model, posterior, [(x, labels)], F.cross_entropy, progress=False)
+        model = between(lambda m, h: h / h.detach().abs().max())
+        optimizer = optimizer_of(model)
+        F.cross_entropy(model(x), labels).backward()
+        with pytest.raises(RuntimeError, match=r"what goes into out \(Linear\) depends on the other examples"):
+            optimizer.sensitivities()
+
+
 class InTrainMode(nn.Module):
     """Lets examples meet where it is in train mode."""
 
@@ -207,6 +224,7 @@ SEPARATE = {
     "statistics of the features": lambda m, h: (h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True).detach(),
     "choice for each example": lambda m, h: torch.where(h.sum(1, keepdim=True) > 0, h.tanh(), 2 * h),
     "gathered and put back": lambda m, h: torch.zeros_like(h).index_add(0, (r := (h[:, 0] > 0).nonzero()[:, 0]), h[r]),
+    "place in the batch": lambda m, h: h * torch.arange(1, len(h) + 1).unsqueeze(1),
     "masked classes": lambda m, h: h.masked_fill(h > 0.5, -torch.inf).softmax(1),
 }
 

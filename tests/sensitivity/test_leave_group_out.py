@@ -288,7 +288,8 @@ def test_members_scattered_over_batches_are_gathered_into_full_ones():
     sizes = []
     model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     left_out(model, posterior, DataLoader(TensorDataset(inputs(), LABELS), batch_size=4), LABELS)
-    first_checked = [4, 3, 3, 4, 3]  # as it came from the loader: recorded, one example less, values, gradients
+    # As it came from the loader: recorded, one example less, values of two, the other two and all, gradients.
+    first_checked = [4, 3, 2, 4, 4, 3]
     assert sizes == first_checked + [4] * 9  # three groups: gradients, and again with the forward-mode pass
 
 

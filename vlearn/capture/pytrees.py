@@ -45,7 +45,7 @@ def detached(tree: Any) -> Any:
     return tree_map(lambda leaf: plain(leaf).detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def rows_of(tree: Any, axes: Sequence[int | None], examples: slice | Tensor) -> Any:
+def rows_of(tree: Any, axes: Sequence[int | None], examples: slice | list[int] | Tensor) -> Any:
     """The same structure with some of the examples of each leaf that has them along an axis.
 
     Args:
@@ -57,7 +57,7 @@ def rows_of(tree: Any, axes: Sequence[int | None], examples: slice | Tensor) -> 
     )
 
 
-def rows_along(leaf: Any, axis: int | None, examples: slice | Tensor) -> Any:
+def rows_along(leaf: Any, axis: int | None, examples: slice | list[int] | Tensor) -> Any:
     """A leaf with some of its examples, if it has any: they lie along the given axis."""
     return leaf if axis is None else leaf[(slice(None),) * axis + (examples,)]
 

@@ -4,7 +4,8 @@ They must not see one another. `h - h.mean(0)` between two layers, attention ove
 each layer's examples look right, but the gradients that come back are sums over several examples. So for every kind of
 pass a few examples are run through the model, twice over:
 
-    values      alone they must give what they give within the batch; not asked of a model that draws random numbers
+    values      alone, and the next few among copies of one of them, they must give what they give within the batch; not
+                asked of a model that draws random numbers
     gradients   with c_n on the output of example n, what comes back must be c_n times what came with 1; powers of two,
                 so that rounding makes no difference
 
@@ -17,6 +18,7 @@ come to meet in some passes of a kind that are not looked at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from vlearn._wide import wide_dtype
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.model_checks import ModelChecks, remember
-from vlearn.capture.pytrees import tensor_leaves, with_leaves
+from vlearn.capture.pytrees import rows_along, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace, is_close
 from vlearn.layers.example_axes import axis_of
 from vlearn.per_example.measured_axes import VALUES_AGREE
@@ -58,7 +60,7 @@ def check_independent(trace: Trace, weights: dict[Tensor, Tensor]) -> None:
         passes[kind] = number
         return
     with as_recorded(trace):
-        dependent = _interact_in_values(trace, weights, few) or _interact_in_gradients(trace, weights, few)
+        dependent = _interact_in_values(trace, weights) or _interact_in_gradients(trace, weights, few)
         for call in trace.layer_calls if dependent is not None else ():
             if call.reached and call.parameters and call.rule is None:  # it may say more clearly why not
                 per_example_gradients(call, slice(0, 2 * FEW), weights, trace.tolerance)
@@ -91,78 +93,84 @@ def _check_outputs_have_examples(trace: Trace) -> None:
             )
 
 
-def _interact_in_values(trace: Trace, weights: dict[Tensor, Tensor], few: int) -> str | None:
+def _interact_in_values(trace: Trace, weights: dict[Tensor, Tensor]) -> str | None:
     """What a module is given or gives that is not the same without the rest of the batch."""
+    total = trace.num_examples
+    few = min(total // 2, FEW)
+    first, next_ones = slice(few), slice(few, 2 * few)
     with torch.no_grad():
         try:
-            part = _values(trace, weights, few)
+            alone = _values(trace, weights, first)
+            # Each in its own place, but without the first: what one example sets for all, as the largest entry of the
+            # batch, is missing here or among the first alone.
+            among_copies = _values(trace, weights, [few] * few + list(range(few, 2 * few)))
         except Exception:  # a model that needs whole batches
             return None
-        differing = _first_difference(_values(trace, weights, trace.num_examples, (few, part)), part)
-        if differing is not None and _first_difference(part, _values(trace, weights, few, shift=True)) is not None:
-            return None  # it draws random numbers, and others for a part
-    return differing
+        parts, differing = zip(alone, among_copies, strict=False), []
 
+        def compare(what: str, leaves: list[Tensor]) -> None:
+            (_, those), (_, these) = next(parts, (("", []), ("", [])))
+            for a, b, c in zip(leaves, those, these, strict=False):
+                axis = _axis_between(a, b, total, few)
+                if axis is None or differing:
+                    continue
+                if _differ(rows_along(a, axis, first), b) or _differ(*(rows_along(x, axis, next_ones) for x in (a, c))):
+                    differing.append(what)
 
-Values = list[tuple[str, list[Tensor | None]]]  # in order: what, and its tensors, None for one without examples
+        _rerun_shown(trace, weights, slice(total), compare)
+        if not differing:
+            return None
+        others = _values(trace, weights, first, other_random_numbers=True)
+    pairs = zip(alone, others, strict=False)
+    if any(_differ(a, b) for (_, those), (_, these) in pairs for a, b in zip(those, these, strict=False)):
+        return None  # it draws random numbers, and others for a part
+    return differing[0]
 
 
 def _values(
-    trace: Trace, weights: dict[Tensor, Tensor], count: int, part: tuple[int, Values] | None = None, shift: bool = False
-) -> Values:
-    """What goes into the modules and comes out, of the first examples.
+    trace: Trace, weights: dict[Tensor, Tensor], examples: slice | list[int], other_random_numbers: bool = False
+) -> list[tuple[str, list[Tensor]]]:
+    """What goes into the modules and comes out, of some of the examples, in order: what, and its tensors."""
+    seen: list[tuple[str, list[Tensor]]] = []
 
-    Args:
-        count: how many of them.
-        part: of how many of them only to keep what is along one axis, and what a pass with only those gave.
-        shift: draw other random numbers.
-    """
-    seen: Values = []
+    def keep(what: str, leaves: list[Tensor]) -> None:
+        seen.append((what, [leaf.clone() for leaf in leaves]))
 
-    def keep(what: str, tree: Any) -> None:
-        leaves = tensor_leaves(tree)
-        if part is None:
-            seen.append((what, [leaf.clone() for leaf in leaves]))
-            return
-        few, values = part
-        fewer = values[len(seen)][1] if len(seen) < len(values) else []
-        cut = [
-            b if b is None else _of_first(a, count, few, tuple(b.shape)) for a, b in zip(leaves, fewer, strict=False)
-        ]
-        seen.append((what, cut))
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        keep(f"what goes into {trace.paths[module]} ({type(module).__name__})", (args, kwargs))
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        keep(f"the output of {trace.paths[module]} ({type(module).__name__})", output)
-
-    rerun(trace, weights, slice(count), trace.paths, enter, leave, other_random_numbers=shift)
+    _rerun_shown(trace, weights, examples, keep, other_random_numbers)
     return seen
 
 
-def _of_first(tensor: Tensor, count: int, few: int, shape: tuple[int, ...]) -> Tensor | None:
-    """A copy of the first few examples along the one axis whose length is their number; None if there is none such.
+def _rerun_shown(
+    trace: Trace,
+    weights: dict[Tensor, Tensor],
+    examples: slice | list[int],
+    show: Callable[[str, list[Tensor]], None],
+    other_random_numbers: bool = False,
+) -> None:
+    """As `rerun`, and show what goes into each module and comes out: what, and its tensors."""
 
-    Args:
-        shape: of the same tensor in a pass with those few.
-    """
-    if tensor.dim() != len(shape):
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        show(f"what goes into {trace.paths[module]} ({type(module).__name__})", tensor_leaves((args, kwargs)))
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        show(f"the output of {trace.paths[module]} ({type(module).__name__})", tensor_leaves(output))
+
+    rerun(trace, weights, examples, trace.paths, enter, leave, other_random_numbers)
+
+
+def _axis_between(whole: Tensor, part: Tensor, total: int, few: int) -> int | None:
+    """The one axis that is as long as the batch, and in a pass with a few examples as those; None if there is none."""
+    if whole.dim() != part.dim():
         return None
-    differing = [axis for axis, (m, n) in enumerate(zip(tensor.shape, shape, strict=True)) if m != n]
-    if len(differing) != 1 or (tensor.shape[differing[0]], shape[differing[0]]) != (count, few):
-        return None
-    return tensor.narrow(differing[0], 0, few).clone()
+    differing = [axis for axis, (m, n) in enumerate(zip(whole.shape, part.shape, strict=True)) if m != n]
+    is_theirs = len(differing) == 1 and (whole.shape[differing[0]], part.shape[differing[0]]) == (total, few)
+    return differing[0] if is_theirs else None
 
 
-def _first_difference(left: Values, right: Values) -> str | None:
-    for (what, those), (_, these) in zip(left, right, strict=False):
-        for a, b in zip(those, these, strict=False):
-            if a is None or b is None or not (a.is_floating_point() or a.is_complex()):
-                continue
-            if a.shape == b.shape and not is_close(a, b, VALUES_AGREE):
-                return what
-    return None
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of the same numbers have others."""
+    is_number = a.is_floating_point() or a.is_complex()
+    return is_number and a.shape == b.shape and not is_close(a, b, VALUES_AGREE)
 
 
 def _interact_in_gradients(trace: Trace, weights: dict[Tensor, Tensor], few: int) -> str | None:

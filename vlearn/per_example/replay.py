@@ -182,7 +182,7 @@ def same_random_numbers(trace: Trace) -> Iterator[None]:
 def rerun(
     trace: Trace,
     weights: Mapping[Tensor, Tensor],
-    examples: slice = slice(None),
+    examples: slice | list[int] = slice(None),
     modules: Iterable[nn.Module] = (),
     enter: Callable[..., None] | None = None,
     leave: Callable[..., Any] | None = None,
