@@ -204,6 +204,38 @@ def test_groups_of_a_table_are_the_maps(run):
         assert group == expected
 
 
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_a_single_logit_is_that_of_class_one(squeezed):
+    torch.manual_seed(0)
+    x = torch.randn(60, 4).double()
+    true = (x[:, 0] > 0).long()
+    given = true.clone()
+    wrong = x[:, 0].abs().topk(3).indices
+    given[wrong] = 1 - given[wrong]
+    model = nn.Sequential(nn.Linear(4, 1), *([nn.Flatten(0)] if squeezed else [])).double()
+    target = given.double() if squeezed else given.double().unsqueeze(1)
+    loader, loss_fn = [(x, target)], F.binary_cross_entropy_with_logits
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), target)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    posterior = vlearn.posterior.fit(model, loader, loss_fn, "full", progress=False)
+    table = vlearn.sweep(model, posterior, loader, loss_fn, progress=False)
+    issues = vlearn.label_issues(table, given)
+    assert sorted(issues.numbers[:3]) == sorted(wrong.tolist())
+    assert (issues.suggested == 1 - issues.given).all()
+    without = (table.output + table.deviation).reshape(-1).sigmoid()[torch.from_numpy(issues.numbers)]
+    np.testing.assert_allclose(issues.probabilities[:, 1], without, rtol=1e-12)
+    np.testing.assert_allclose(issues.probabilities.sum(1), 1)
+    with pytest.raises(ValueError, match="labels hold class 2, but the model has 2 classes"):
+        vlearn.label_issues(table, 2 * given)
+
+
 def test_examples_that_were_not_seen_are_left_out(tmp_path):
     record = vlearn.TrainingRecord(5, tmp_path)
     record.record([0, 3], step=1, label=[1, 0], predicted=[0, 0], loss=[2.0, 1.0], probability=[0.2, 0.8])

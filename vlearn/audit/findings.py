@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vlearn._extras import require
 from vlearn._short_repr import ShortRepr
@@ -121,7 +122,8 @@ def label_issues(
     ===================  ================================================================================
 
     Args:
-        source: a record of a run, or what `vlearn.sweep` returned.
+        source: a record of a run, or what `vlearn.sweep` returned. A single output is the logit of class 1, beside
+            class 0.
         labels: ``[num_data]`` whole numbers by example number; default those that the record has seen. It warns of
             others than these, as in another order, because losses and probabilities of a record are of what it saw.
         score: a column of the source by which to order, turned so that high is bad; default, of a sweep, the
@@ -236,12 +238,12 @@ def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) ->
         has = [name for name in OF_TABLE if getattr(table, name) is not None]
         raise ValueError(f"score={score!r}, but the table has {', '.join(has)}: use one of them.")
     output, change = table.output, table.deviation
-    if table.position is not None or output is None or output.dim() != 2 or bool(output.isnan().all()):
+    if table.position is not None or output is None or output.dim() > 2 or bool(output.isnan().all()):
         raise ValueError(
             "the table has no output [N, C] of one row for each example: sweep a classifier with deviation=True."
         )
-    if output.shape[1] < 2:
-        raise ValueError("the model has one output, but label issues need one for each class.")
+    if output[0].numel() == 1:  # the logit of class 1, as of a binary cross-entropy
+        output, change = (F.pad(each.reshape(-1, 1), (1, 0)) for each in (output, change))
     index = table.index.numpy()
     # Without a scale of Σ, Δf has no size, and the output itself is all there is.
     without = (output + change if has_loo else output).double().softmax(1).numpy()
