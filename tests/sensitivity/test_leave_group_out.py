@@ -288,8 +288,9 @@ def test_members_scattered_over_batches_are_gathered_into_full_ones():
     sizes = []
     model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     left_out(model, posterior, DataLoader(TensorDataset(inputs(), LABELS), batch_size=4), LABELS)
-    # As it came from the loader: recorded, one example less, values of two, the other two and all, gradients.
-    first_checked = [4, 3, 2, 4, 4, 3]
+    # As it came from the loader: recorded, one example less, values of two, the other two and all, gradients,
+    # and as it is cut.
+    first_checked = [4, 3, 2, 4, 4, 3, 3]
     assert sizes == first_checked + [4] * 9  # three groups: gradients, and again with the forward-mode pass
 
 
@@ -307,6 +308,47 @@ def test_batches_of_different_lengths_are_not_gathered():
         move = covariance @ sum(t.gradients[k::2].sum(0) for t in truths)
         change = torch.cat([t.jacobian[k::2] @ move for t in truths])
         assert relative_error(table.deviation[k], change) < 1e-10
+
+
+def with_table(m, x, table):
+    return m.out(m.into(x + table).tanh().mean(1))
+
+
+def with_scores(m, x, scores):
+    return m.out(((m.into(x) @ m.into(x).mT + scores).softmax(-1) @ x).tanh().mean(1))
+
+
+@pytest.mark.parametrize("sizes", [(6,), (8, 6), (6, 8)])
+@pytest.mark.parametrize("forward", [with_table, with_scores])
+def test_an_input_that_all_examples_share_is_not_cut_where_it_is_as_long_as_the_batch(forward, sizes):
+    torch.manual_seed(0)
+    out = nn.Linear(4 if forward is with_table else 5, 3)
+    model = Model(forward, into=nn.Linear(5, 4), out=out).double().eval()
+    count = sum(sizes)
+    x, y, shared = torch.randn(count, 6, 5).double(), torch.arange(count) % 3, torch.randn(6, 6).double()
+    shared = shared[:, :5] if forward is with_table else shared
+    loader = [((part, shared.clone()), t) for part, t in zip(x.split(sizes), y.split(sizes), strict=True)]
+    posterior = vlearn.IVON(model, lr=0.1, ess=50).posterior()
+    truth = per_example(model, lambda m: m(x, shared), lambda f: rows_of(f, y))
+    covariance = torch.eye(truth.gradients.shape[1], dtype=torch.float64) / (50 * (1 + 1e-4))
+    for groups in ({i: [i] for i in range(count)}, {"three": [0, 3, 5], "all": list(range(count))}):
+        table = left_out(model, posterior, loader, groups)
+        for k, rows in enumerate(table.index):
+            assert relative_error(table.deviation[k], dense_change(truth, covariance, rows, False)) < 1e-9
+            assert relative_error(table.loss[k], truth.loss[rows].mean()) < 1e-12
+
+
+def test_a_target_that_all_examples_share_is_refused_where_it_is_as_long_as_the_batch():
+    model, y = network(), torch.tensor([0, 1, 2])
+
+    def loss(output, target):
+        labels, weights = target
+        return weights[labels] * rows_of(output, labels)
+
+    posterior = vlearn.IVON(model, lr=0.1, ess=50).posterior()
+    loader = [(inputs()[:3], (y, torch.tensor([0.5, 1.0, 2.0]).double()))]
+    with pytest.raises(RuntimeError, match="keep it in a buffer of the model or in the loss|depends on the other"):
+        left_out(model, posterior, loader, [0, 1, 1], loss)
 
 
 def rows_of(output, target):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
-from tests.oracles.networks import CASES
+from tests.oracles.networks import CASES, Model
 from tests.oracles.per_example import moving, per_example, relative_error
 from tests.oracles.refits import ridge
 from tests.pairs import pairs
@@ -214,6 +214,22 @@ def test_the_measured_scale_is_the_ratio_of_dense_self_influences():
     )
     everyone = measured_scale(model, posterior, train, F.cross_entropy, steps=3, progress=False)
     assert sorted(everyone.index.tolist()) == list(range(12)) and bool((everyone.residual > 1e-6).all())
+
+
+def test_the_scale_is_right_where_an_input_that_all_examples_share_is_as_long_as_the_batch():
+    torch.manual_seed(0)
+    model = Model(lambda m, x, table: m.net(x + table).mean(1), net=network()).double()
+    x, table, y = torch.randn(6, 6, 5).double(), torch.randn(6, 5).double(), torch.arange(6) % 3
+    truth = truth_of(model, lambda m: m(x, table), y)
+    posterior = diagonal(model, num_data=6)
+    variance = 1 / torch.cat([posterior.precision[name].flatten() for name in moving(model)])
+    exact = (truth.gradients @ torch.linalg.inv(curvature(truth)) * truth.gradients).sum(1)
+    for examples in (1, 3):
+        found = measured_scale(
+            model, posterior, [((x, table), y)], F.cross_entropy, examples=examples, steps=MANY, progress=False
+        )
+        assert relative_error(found.self_influence, (truth.gradients.square() @ variance)[found.index]) < 1e-10
+        assert relative_error(found.near_exact, exact[found.index]) < 1e-8
 
 
 def test_the_scale_of_the_exact_posterior_is_one():

@@ -93,6 +93,31 @@ def test_parts_of_coupled_examples_are_refused(monkeypatch: pytest.MonkeyPatch) 
         swept(is_coupled=True, leverage=None)
 
 
+class WithPlaces(LanguageModel):
+    """Adds to its embeddings a table of places that is given to it."""
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        h = self.tokens(x) + places
+        return self.head(h + self.hidden(h).tanh())
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("sizes", [[LENGTH], [N + 2, LENGTH]])
+def test_parts_of_an_input_that_all_examples_share_are_refused(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], limit: int
+) -> None:
+    torch.manual_seed(0)
+    model = WithPlaces(VOCABULARY, 5).double()
+    tokens, places = torch.randint(VOCABULARY, (sum(sizes), LENGTH)), torch.randn(LENGTH, 5).double()
+    loader = [((part, places), part) for part in tokens.split(sizes)]
+    options: dict[str, Any] = {"leverage": None, "progress": False}
+    whole = vlearn.sweep(model, posterior_of(model), loader, lambda o, t: of_tokens(o, t).mean(1), **options)
+    assert bool(whole.self_influence.isfinite().all())
+    monkeypatch.setattr(sweep, "OUTPUT_ENTRIES", limit * LENGTH * VOCABULARY)
+    with pytest.raises(RuntimeError, match="expand it to a row for each example"):
+        vlearn.sweep(model, posterior_of(model), loader, lambda o, t: of_tokens(o, t).mean(1), **options)
+
+
 class WithAuxiliary(LanguageModel):
     """Beside its scores it gives a number for the whole batch, as a mixture of experts does, which no loss reads."""
 

@@ -14,7 +14,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from torch.utils.data import Dataset, IterableDataset
 
 from vlearn.capture.names import argument_names, model_arguments
-from vlearn.capture.pytrees import plain
+from vlearn.capture.pytrees import plain, rows_along
+from vlearn.layers.example_axes import Axes
 from vlearn.layers.example_rows import ExampleRows
 from vlearn.linearized.numbering import TARGETS, Numbering, example_numbers
 from vlearn.per_example.measured_rows import ExampleIndex, check_example_index, told_rows
@@ -30,6 +31,8 @@ class Batch:
     Attributes:
         example_rows: which examples the rows of concatenated inputs are of, where an index gives the examples.
         members: ``[k]`` of such a batch, which cannot be cut, the only examples that count; None for all.
+        input_axes: along which axis of each leaf of (args, kwargs) the examples lie, where a pass has shown it; None
+            where the sizes must tell.
     """
 
     args: tuple[Any, ...]
@@ -38,18 +41,30 @@ class Batch:
     index: Tensor
     example_rows: Sequence[ExampleRows] = ()
     members: Tensor | None = None
+    input_axes: Axes | None = None
+
+    @property
+    def axes(self) -> Axes:
+        """Along which axis of each leaf of arguments and target the examples lie; None: it is the same for all."""
+        inputs, target = ([*map(self._axis_by_size, tree_leaves(x))] for x in ((self.args, self.kwargs), self.target))
+        return [*(inputs if self.input_axes is None else self.input_axes), *target]
+
+    def _axis_by_size(self, leaf: Any) -> int | None:
+        return 0 if isinstance(leaf, Tensor) and leaf.shape[:1] == self.index.shape else None
 
     def rows(self, rows: Tensor) -> Batch:
         """Some of the examples, as a batch."""
         return joined([self.part(rows)])
 
     def part(self, rows: Tensor) -> Part:
-        """Some of the examples: those rows of every tensor that has one for each, and all of the rest."""
-        count = len(self.index)
+        """Some of the examples: their entries of every tensor that has some for each, and all of the rest."""
         leaves, structure = tree_flatten((self.args, self.kwargs, self.target))
-        has_rows = [isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) for leaf in leaves]
-        taken = [leaf[rows.to(leaf.device)] if own else leaf for leaf, own in zip(leaves, has_rows, strict=True)]
-        return Part(taken, has_rows, structure, self.index[rows])
+        axes = self.axes
+        taken = [
+            leaf if axis is None else rows_along(leaf, axis, rows.to(leaf.device))
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
+        return Part(taken, axes, structure, self.index[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,37 +73,38 @@ class Part:
 
     Attributes:
         leaves: all that its arguments and target hold.
-        has_rows: which of them have a row for each example; the others are the same for all examples.
+        axes: along which axis of each the examples lie; None: it is the same for all.
         structure: how they are held.
         index: ``[n]`` numbers of the examples.
     """
 
     leaves: list[Any]
-    has_rows: list[bool]
+    axes: Axes
     structure: TreeSpec
     index: Tensor
 
     def fits(self, other: Part) -> bool:
-        """Whether the two can be made one: their rows are of one shape, and the rest is the very same."""
+        """Whether the two can be made one: their entries are of one shape, and the rest is the very same."""
 
-        def joins(leaf: Any, its: Any, has_rows: bool) -> bool:
-            if not has_rows:
+        def joins(leaf: Any, its: Any, axis: int | None) -> bool:
+            if axis is None:
                 return leaf is its
-            return leaf.shape[1:] == its.shape[1:] and leaf.dtype == its.dtype
+            return leaf.select(axis, 0).shape == its.select(axis, 0).shape and leaf.dtype == its.dtype
 
-        alike = self.structure == other.structure and self.has_rows == other.has_rows
-        return alike and all(map(joins, self.leaves, other.leaves, self.has_rows))
+        alike = self.structure == other.structure and self.axes == other.axes
+        return alike and all(map(joins, self.leaves, other.leaves, self.axes))
 
 
 def joined(parts: list[Part]) -> Batch:
     """One batch of several parts that fit."""
     first, columns = parts[0], zip(*(part.leaves for part in parts), strict=True)
     leaves = [
-        torch.cat(column) if has_rows and len(parts) > 1 else column[0]
-        for column, has_rows in zip(columns, first.has_rows, strict=True)
+        column[0] if axis is None or len(parts) == 1 else torch.cat(column, axis)
+        for column, axis in zip(columns, first.axes, strict=True)
     ]
     args, kwargs, target = tree_unflatten(leaves, first.structure)
-    return Batch(args, kwargs, target, torch.cat([part.index for part in parts]))
+    input_axes = first.axes[: len(tree_leaves((args, kwargs)))]
+    return Batch(args, kwargs, target, torch.cat([part.index for part in parts]), input_axes=input_axes)
 
 
 def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex | None = None) -> Iterator[Batch]:

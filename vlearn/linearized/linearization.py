@@ -36,6 +36,7 @@ from vlearn.losses.output_hessian import (
     root_probe,
 )
 from vlearn.per_example.gradients import dense_gradients
+from vlearn.per_example.measured_axes import VALUES_AGREE
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded, eval_mode, native_recurrence, tangents_in_reverse, without_fastpath
 
@@ -44,8 +45,16 @@ _NO_CURVATURE = (
     "first: leave out leverage='exact', refined, refine and whatever else needs Λ, or pass leverage='probe' or "
     "leverage=None ({error})."
 )
+_CUT = (
+    "a batch is cut along dimension 0 of every tensor that is as long as it; what belongs to all examples must not be, "
+    "so expand it to a row for each example, keep it in a buffer of the model or in the loss, or take another batch "
+    "size."
+)
+_OTHER_IN_PART = (
+    "the output or the loss of an example depends on the other examples of the batch, so no example has one of its "
+    f"own: use eval-mode BatchNorm or LayerNorm, and inputs and targets with a row for each example; {_CUT}"
+)
 DIFFERENCES = 256  # entries of an example's output up to which differences stand in for second derivatives
-SAME_OUTPUT = 1e-3  # relative difference of an example's outputs in batches of two sizes
 GRADIENT_ENTRIES = 2**24  # entries of the gradients of one chunk, 64 MiB of float32
 
 
@@ -235,18 +244,23 @@ class Linearization:
         pairs = [(o, e.detach()) for o, e in zip(self.outputs, self.residuals, strict=True) if e is not None]
         return self._pulled_back([o for o, _ in pairs], [e for _, e in pairs], last)
 
-    def example_gradients(self, limit: int | None = None) -> Iterator[tuple[slice, dict[Tensor, Tensor]]]:
+    def example_gradients(
+        self, limit: int | None = None, members: Tensor | None = None
+    ) -> Iterator[tuple[slice, dict[Tensor, Tensor]]]:
         """g_n by parameter ``[n, *shape]``, a chunk of the batch's examples at a time.
 
         Args:
             limit: largest number of examples at a time; those of `GRADIENT_ENTRIES` by default.
+            members: ``[k]`` the only examples that are wanted, of which the chunks then are; None for all.
         """
         recorded = self.backprop_residuals(last=True)
+        if members is not None:
+            recorded = recorded.subset(members)
         calls_of = recorded.calls_of(self.weights)
         if limit is None:
             limit = max(1, GRADIENT_ENTRIES // sum(p.numel() for p in self.weights))
-        for start in range(0, len(self.batch.index), limit):
-            examples = slice(start, min(start + limit, len(self.batch.index)))
+        for start in range(0, recorded.num_examples, limit):
+            examples = slice(start, min(start + limit, recorded.num_examples))
             with as_recorded(self.trace):
                 gradients = dense_gradients(recorded, calls_of, examples)
             yield examples, gradients
@@ -287,6 +301,20 @@ class Linearization:
         shape = self.leaves[chosen].shape
         return [change.reshape(shape) if i == chosen else torch.zeros_like(x) for i, x in enumerate(self.leaves)]
 
+    def check_part(self, part: Linearization, rows: Tensor) -> None:
+        """Raise RuntimeError unless some examples have in a part of the batch what they have within the whole.
+
+        Args:
+            part: that with these rows of the batch alone.
+        """
+        count = self.loss.shape[:1]
+        has_rows = [leaf.shape[:1] == count for leaf in self.leaves]
+        within = [leaf[rows.to(leaf.device)] if own else leaf for leaf, own in zip(self.leaves, has_rows, strict=True)]
+        for alone, other, own in zip(part.leaves, within, has_rows, strict=True):
+            if own:  # what is not the examples' own, as a number for the batch, may be another
+                _check_same(alone, other)
+        _check_same(part._loss_of(within), self.own_loss[rows.to(self.own_loss.device)])
+
     def check_one_output(self, asked: str) -> None:
         """Raises ValueError where the loss depends on several outputs: Λ is then no block of one of them."""
         if sum(residual is not None for residual in self.residuals) > 1:
@@ -322,25 +350,41 @@ class OutputTooLargeError(Exception):
     """The output of a batch is larger than was allowed.
 
     Attributes:
-        first: the first example's part of each tensor of it; None for one without a row for each example.
+        ends: the first and the last example's part of each tensor of it; None for one without a row for each example.
         entries: of each example.
     """
 
     def __init__(self, outputs: list[Tensor], count: int):
         super().__init__(f"an output of {[tuple(each.shape) for each in outputs]} is too large at once")
-        self.first = [each[:1].detach().clone() if each.shape[:1] == (count,) else None for each in outputs]
+        self.ends = [each[[0, -1]].detach() if each.shape[:1] == (count,) else None for each in outputs]
         self.entries = sum(each.numel() for each in outputs) // count
 
-    def check_part(self, lin: Linearization) -> None:
-        """Raise RuntimeError unless the first example has this output also in a part of the batch."""
-        for alone, first in zip(lin.outputs, self.first, strict=True):
-            if first is None:
-                continue
-            if not is_close(alone[:1].detach(), first, max(SAME_OUTPUT, 10 * torch.finfo(first.dtype).eps)):
-                raise RuntimeError(
-                    "the output of an example depends on the other examples of the batch, so no example has an output "
-                    "of its own: use eval-mode BatchNorm or LayerNorm, and inputs with a row for each example."
-                )
+    def check_end(self, lin: Linearization, place: int) -> None:
+        """Raise RuntimeError unless an example has this output also in a part of the batch.
+
+        Args:
+            place: 0 of the first example, which is the part's first, or -1 of the last.
+        """
+        for alone, ends in zip(lin.outputs, self.ends, strict=True):
+            if ends is not None:
+                _check_same(alone[place], ends[place])
+
+
+def _check_same(alone: Tensor, within: Tensor) -> None:
+    """Raise RuntimeError unless some examples have in a part of their batch what they have within the whole."""
+    if not is_close(alone, within, max(VALUES_AGREE, 10 * torch.finfo(within.dtype).eps)):
+        raise RuntimeError(_OTHER_IN_PART)
+
+
+@contextmanager
+def part_of_batch() -> Iterator[None]:
+    """What fails inside, where a part of a batch is run, says how a batch is cut."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"some of a batch's examples do not run without the others ({error}): {_CUT}") from error
 
 
 def linearize(

@@ -107,12 +107,8 @@ def measured_scale(
                 rows = torch.isin(batch.index, chosen).nonzero().squeeze(1)
                 if not len(rows):
                     continue
-                if not batch.example_rows:
-                    batch, rows = batch.rows(rows), torch.arange(len(rows), device="cpu")
-                for part, of_part in linearize(model, covariance, batch, losses).example_gradients():
-                    own = rows[(rows >= part.start) & (rows < part.stop)]
-                    places = own - part.start
-                    yield Directions(batch.index[own], {p: g[places.to(g.device)] for p, g in of_part.items()})
+                for part, of_part in linearize(model, covariance, batch, losses).example_gradients(members=rows):
+                    yield Directions(batch.index[rows[part]], of_part)
 
         columns: list[tuple[Tensor, ...]] = []
         for part in _together(gradients()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,12 @@ from vlearn._short_repr import ShortRepr
 from vlearn.capture.pytrees import Selector, shapes
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior, check_posterior
+from vlearn.layers.example_axes import Axes
 from vlearn.linearized.batches import Batch, batches, with_progress_bar
 from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
-from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.linearized.linearization import Linearization, at_mean, linearize, part_of_batch
+from vlearn.linearized.loss_checks import FEW
 from vlearn.linearized.processes import Processes, whole_network
 from vlearn.linearized.solver import Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
@@ -140,7 +142,7 @@ def leave_group_out(
     processes = Processes(model, sync, "leave_group_out")
     model = processes.model
     progress = progress if progress is not None or processes.rank == 0 else False
-    checked: set[Any] = set()
+    axes_of: dict[Any, Axes] = {}  # by the shapes of a batch
     given_groups: list[Membership] = []
 
     def settings() -> dict[str, Any]:
@@ -162,11 +164,17 @@ def leave_group_out(
 
         def whole(batch: Batch) -> Batch:
             """A batch of the loader, seen to be one of examples: in groups of one nobody sees others."""
-            kind = shapes((batch.args, batch.kwargs))
-            if kind not in checked:
-                linearize(model, covariance, batch, losses, output).self_influence_and_deviation(False, last=True)
-                checked.add(kind)
-            return batch
+            kind = shapes((batch.args, batch.kwargs, batch.target))
+            if kind not in axes_of:
+                lin = linearize(model, covariance, batch, losses, output)
+                lin.self_influence_and_deviation(False, last=True)
+                axes_of[kind] = lin.trace.input_axes
+                if not batch.example_rows and len(batch.index) > 1:
+                    last = torch.arange(len(batch.index), device="cpu")[1:][-FEW:]
+                    part = replace(batch, input_axes=axes_of[kind]).rows(last)
+                    with part_of_batch():
+                        lin.check_part(linearize(model, covariance, part, losses, output), last)
+            return replace(batch, input_axes=axes_of[kind])
 
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples of this process, in batches; at the end all have visited theirs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from vlearn.capture.pytrees import Selector
 from vlearn.collectives import process_count
 from vlearn.gaussians.protocol import Posterior, check_posterior
 from vlearn.linearized.batches import Batch, batches, device_of, with_progress_bar
-from vlearn.linearized.linearization import Linearization, OutputTooLargeError, at_mean, linearize
+from vlearn.linearized.linearization import Linearization, OutputTooLargeError, at_mean, linearize, part_of_batch
 from vlearn.linearized.processes import Fingerprint, Processes, whole_network
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.losses.output_hessian import signed_root
@@ -281,10 +281,12 @@ class _Parts:
     def __init__(self, linearize: Callable[..., Linearization]):
         self._linearize = linearize
         self._entries = 0  # of the largest output of an example so far, where one was too large
+        self._checked: set[Any] = set()  # sizes and axes of batches that were cut
 
     def __call__(self, batch: Batch) -> Iterator[Linearization]:
         """The batch, or one part after the other; none is held."""
-        if not batch.example_rows and len(batch.index) * self._entries > OUTPUT_ENTRIES and len(batch.index) > 1:
+        count, kind = len(batch.index), (len(batch.index), *batch.axes)
+        if not batch.example_rows and count * self._entries > OUTPUT_ENTRIES and kind in self._checked:
             yield from self._cut(batch)
             return
         try:
@@ -296,14 +298,17 @@ class _Parts:
             return
         self._entries = max(self._entries, whole.entries)
         yield from self._cut(batch, whole)
+        self._checked.add(kind)
 
     def _cut(self, batch: Batch, whole: OutputTooLargeError | None = None) -> Iterator[Linearization]:
-        size = max(1, OUTPUT_ENTRIES // self._entries)
-        for rows in torch.arange(len(batch.index), device="cpu").split(size):
-            lin = self._linearize(batch=batch.rows(rows))
-            if whole is not None:
-                whole.check_part(lin)
-            whole = None
+        size, count = max(1, OUTPUT_ENTRIES // self._entries), len(batch.index)
+        for rows in torch.arange(count, device="cpu").split(size):
+            with nullcontext() if whole is None else part_of_batch():
+                lin = self._linearize(batch=batch.rows(rows))
+            if whole is not None and int(rows[0]) == 0:
+                whole.check_end(lin, 0)
+            if whole is not None and int(rows[-1]) == count - 1:
+                whole.check_end(lin, -1)
             yield lin
             del lin
 
