@@ -234,6 +234,9 @@ def test_a_single_logit_is_that_of_class_one(squeezed):
     np.testing.assert_allclose(issues.probabilities.sum(1), 1)
     with pytest.raises(ValueError, match="labels hold class 2, but the model has 2 classes"):
         vlearn.label_issues(table, 2 * given)
+    squares = vlearn.sweep(model, posterior, loader, F.mse_loss, progress=False)
+    with pytest.raises(ValueError, match="or the logit of a binary cross-entropy"):
+        vlearn.label_issues(squares, given)
 
 
 def test_examples_that_were_not_seen_are_left_out(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vlearn
 from tests.oracles.per_example import relative_error
+from vlearn.losses.log_probabilities import LogProbabilities
 from vlearn.posterior.fit import STRUCTURES
 
 N, D, C, T = 12, 4, 3, 5
@@ -117,6 +118,55 @@ def test_a_loss_that_curves_in_the_log_probabilities_keeps_its_own_curvature() -
     assert float(table.leverage.sum()) == pytest.approx(count - trace, rel=1e-6)
 
 
+class Tagger(nn.Module):
+    """log p of every position ``[N, C, T]``, or logits; zeros where the input is padding."""
+
+    def __init__(self, normalised: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.normalised = nn.Linear(D, C).double(), normalised
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.layer(x)
+        scores = scores.log_softmax(-1) if self.normalised else scores
+        return (scores * x.abs().sum(-1, keepdim=True).gt(0)).mT
+
+
+def test_padding_between_log_probabilities_keeps_its_own_values() -> None:
+    x = torch.randn(N, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(N * T).reshape(N, T) % C
+    x[0, 1:] = 0
+    batches = [(x[:3], y[:3].masked_fill(x[:3].abs().sum(-1) == 0, -100)), (x[3:], y[3:])]
+    found = []
+    for normalised, loss_fn in ((True, F.nll_loss), (False, F.cross_entropy)):
+        model = Tagger(normalised)
+        fit = vlearn.posterior.fit(model, batches, loss_fn, "full", **EXACT)
+        found.append(vlearn.sweep(model, fit, batches, loss_fn, "exact", progress=False))
+    for name in ("loss", "leverage", "loo_loss", "prediction_error"):
+        assert relative_error(getattr(found[0], name), getattr(found[1], name)) < 1e-9, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_log_probabilities_of_many_classes_are_seen(dtype: torch.dtype) -> None:
+    scores = 5 * torch.randn(8, 30_000, generator=torch.Generator().manual_seed(0))
+    for output in (scores.log_softmax(1).to(dtype), scores.log_softmax(1).to(dtype).float()):
+        found = LogProbabilities.of(output)
+        assert found is not None and bool(found.there.all())
+        torch.testing.assert_close(found.as_logits(output), output, rtol=1e-2, atol=1e-5)
+    assert LogProbabilities.of(scores.to(dtype)) is None
+
+
+def test_live_prediction_errors_are_those_of_the_logits() -> None:
+    found = []
+    for model, loss_fn in ((network(nn.LogSoftmax(1)), F.nll_loss), (network(), F.cross_entropy)):
+        optimizer = vlearn.IVON(model, lr=0.1, ess=N, generator=torch.Generator().manual_seed(0))
+        loss_fn(model(inputs()), LABELS).backward()
+        found.append([optimizer.sensitivities(examples=each) for each in (None, [2, 5])])
+    for of_log_p, of_logits in zip(*found, strict=True):
+        assert relative_error(of_log_p.prediction_error, of_logits.prediction_error) < 1e-10
+        assert relative_error(of_log_p.self_influence, of_logits.self_influence) < 1e-10
+
+
 @pytest.mark.parametrize("curvature", ["ggn", "ggn-exact"])
 @pytest.mark.parametrize("structure", ["diagonal", "kronecker", "full"])
 def test_a_fit_of_a_loss_without_curvature_is_refused(structure: str, curvature: str) -> None:
@@ -130,6 +180,6 @@ def test_a_fit_of_a_loss_without_curvature_is_refused(structure: str, curvature:
 
     model, loader = Losses(), [({"x": inputs(), "y": LABELS}, LABELS)]
     fit = partial(vlearn.posterior.fit, model, loader, lambda losses, _: losses, structure, progress=False)
-    with pytest.raises(ValueError, match="linear in the output"):
+    with pytest.raises(ValueError, match="no curvature in the output"):
         fit(curvature=curvature)
     assert fit(curvature="empirical").mean

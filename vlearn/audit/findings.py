@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,8 +123,8 @@ def label_issues(
     ===================  ================================================================================
 
     Args:
-        source: a record of a run, or what `vlearn.sweep` returned. A single output is the logit of class 1, beside
-            class 0.
+        source: a record of a run, or what `vlearn.sweep` returned. The single output of a binary cross-entropy is the
+            logit of class 1, beside class 0.
         labels: ``[num_data]`` whole numbers by example number; default those that the record has seen. It warns of
             others than these, as in another order, because losses and probabilities of a record are of what it saw.
         score: a column of the source by which to order, turned so that high is bad; default, of a sweep, the
@@ -135,7 +136,8 @@ def label_issues(
         All examples that have a score.
 
     Raises:
-        ValueError: if there are no labels, no such column, the table has not kept its outputs, or there is one class.
+        ValueError: if there are no labels, no such column, the table has not kept its outputs, or there is one class
+            and no binary cross-entropy.
     """
     if isinstance(source, TrainingRecord):
         seen = source.labels
@@ -242,7 +244,12 @@ def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) ->
         raise ValueError(
             "the table has no output [N, C] of one row for each example: sweep a classifier with deviation=True."
         )
-    if output[0].numel() == 1:  # the logit of class 1, as of a binary cross-entropy
+    if math.prod(output.shape[1:]) == 1:
+        if not _is_logistic(output.reshape(-1), table.loss):
+            raise ValueError(
+                "the model has one output, but label issues need one for each class, or the logit of a binary "
+                "cross-entropy, as of nn.BCEWithLogitsLoss()."
+            )
         output, change = (F.pad(each.reshape(-1, 1), (1, 0)) for each in (output, change))
     index = table.index.numpy()
     # Without a scale of Σ, Δf has no size, and the output itself is all there is.
@@ -257,6 +264,12 @@ def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) ->
     return index, values, now, later, uncertain, without, _beside(own, without, without.argmax(1))[0]
 
 
+def _is_logistic(logits: torch.Tensor, loss: torch.Tensor) -> bool:
+    """Whether these are the binary cross-entropies ``[N]`` of logits ``[N]``, of whatever labels."""
+    either = F.softplus(torch.stack([logits, -logits]).double())
+    return bool(torch.isclose(either, loss.double(), rtol=1e-2, atol=1e-6).any(0).all())
+
+
 def _last_leverage(record: TrainingRecord) -> np.ndarray | None:
     column = record.memory.column("leverage")
     for snapshot in np.flatnonzero(record.memory.kinds == "sweep")[::-1]:
@@ -269,6 +282,7 @@ def _high(leverage: np.ndarray | None) -> np.ndarray | None:
     """Where the leverage is above twice its mean, the usual rule (Hoaglin and Welsch, 1978)."""
     if leverage is None:
         return None
+    leverage = leverage.clip(0)  # negative where the loss curves downwards
     mean = leverage[np.isfinite(leverage)].mean()
     return np.nan_to_num(leverage, nan=0.0) > HIGH_LEVERAGE * mean
 

@@ -26,10 +26,11 @@ from vlearn.linearized.loss_checks import check_own_losses
 from vlearn.linearized.output_change import check_deviation, output_deviation
 from vlearn.linearized.processes import check_whole
 from vlearn.losses.example_loss import ExampleLoss
-from vlearn.losses.log_probabilities import axis_of_log_probabilities
+from vlearn.losses.log_probabilities import LogProbabilities
 from vlearn.losses.output_hessian import (
     hessian_by_differences,
     hessian_probe,
+    no_special_direction,
     output_hessian,
     product_by_differences,
     random_signs,
@@ -46,9 +47,9 @@ _NO_CURVATURE = (
     "leverage=None ({error})."
 )
 _CUT = (
-    "a batch is cut along dimension 0 of every tensor that is as long as it; what belongs to all examples must not be, "
-    "so expand it to a row for each example, keep it in a buffer of the model or in the loss, or take another batch "
-    "size."
+    "a part of a batch has some of the rows of every target, and in a sweep in parts of every input, that is as long "
+    "as the batch; what belongs to all examples must not be, so expand it to a row for each example, keep it in a "
+    "buffer of the model or in the loss, or take another batch size."
 )
 _OTHER_IN_PART = (
     "the output or the loss of an example depends on the other examples of the batch, so no example has one of its "
@@ -74,7 +75,7 @@ class Linearization:
         leaves: the same as leaves of a graph of their own, from which the loss was computed.
         own_loss: ``[N]`` own losses with their graph, ``[N, T]`` of every token where tokens are the examples.
         residuals: gradient of the summed losses with respect to each leaf, None where it depends on none.
-        class_axes: by each leaf's number, the axis of log-probabilities that the loss takes as logits.
+        log_probabilities: by their number, the leaves that the loss takes as logits.
         position: the only position whose tokens' losses count, where tokens are the examples.
     """
 
@@ -89,7 +90,7 @@ class Linearization:
     leaves: list[Tensor]
     own_loss: Tensor
     residuals: list[Tensor | None]
-    class_axes: dict[int, int]
+    log_probabilities: dict[int, LogProbabilities]
     position: int | None = None
 
     @property
@@ -337,7 +338,7 @@ class Linearization:
         return products.self_influence, changes
 
     def _loss_of(self, leaves: list[Tensor]) -> Tensor:
-        leaves = _normalised(leaves, self.class_axes)
+        leaves = _as_logits(leaves, self.log_probabilities)
         whole = _for_loss(self.prediction, self.trace.positions, leaves, self.selector, self.losses)
         loss = self.losses(whole, self.batch.target)
         return loss if self.position is None else loss[:, self.position]
@@ -381,10 +382,10 @@ def part_of_batch() -> Iterator[None]:
     """What fails inside, where a part of a batch is run, says how a batch is cut."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ValueError, TypeError):  # the latter two of a loss that does not fit, cut or not
         raise
     except Exception as error:
-        raise RuntimeError(f"some of a batch's examples do not run without the others ({error}): {_CUT}") from error
+        raise RuntimeError(f"{error}\nThis was in a part of a batch: {_CUT}") from error
 
 
 def linearize(
@@ -427,8 +428,8 @@ def linearize(
             for_loss = _for_loss(prediction, trace.positions, leaves, output, losses)
             return for_loss, losses(for_loss, batch.target)
 
-        class_axes = _class_axes(leaves, lambda leaves: loss_of(leaves)[1])
-        for_loss, loss = loss_of(_normalised(leaves, class_axes))
+        log_probabilities = _log_probabilities(leaves, lambda leaves: loss_of(leaves)[1])
+        for_loss, loss = loss_of(_as_logits(leaves, log_probabilities))
         if len(loss) != len(batch.index):
             raise RuntimeError(
                 f"the loss gives {len(loss)} values for a batch of {len(batch.index)} examples: use a loss of one "
@@ -456,7 +457,7 @@ def linearize(
         leaves=leaves,
         own_loss=loss,
         residuals=list(residuals),
-        class_axes=class_axes,
+        log_probabilities=log_probabilities,
     )
 
 
@@ -501,19 +502,19 @@ def _warn_of_other_weights(parameters: Mapping[str, nn.Parameter], posterior: Po
             return
 
 
-def _class_axes(leaves: list[Tensor], loss_of: Callable[[list[Tensor]], Tensor]) -> dict[int, int]:
-    """By number, the axes of outputs that are log-probabilities in which the loss is linear."""
-    axes = {i: axis for i, leaf in enumerate(leaves) if (axis := axis_of_log_probabilities(leaf)) is not None}
-    if not axes:
+def _log_probabilities(leaves: list[Tensor], loss_of: Callable[[list[Tensor]], Tensor]) -> dict[int, LogProbabilities]:
+    """By number, the outputs that are log-probabilities in which the loss is linear."""
+    found = {i: each for i, leaf in enumerate(leaves) if (each := LogProbabilities.of(leaf)) is not None}
+    if not found:
         return {}
-    moved = [(leaf.detach() * (1 + 1e-3)).requires_grad_() for leaf in leaves]
+    moved = [(leaf.detach() - 2 - no_special_direction(leaf)).requires_grad_() for leaf in leaves]
     gradients = [torch.autograd.grad(loss_of(each).sum(), each, allow_unused=True) for each in (leaves, moved)]
     pairs = list(zip(*gradients, strict=True))
-    return {i: axis for i, axis in axes.items() if all(g is not None for g in pairs[i]) and torch.equal(*pairs[i])}
+    return {i: each for i, each in found.items() if all(g is not None for g in pairs[i]) and torch.equal(*pairs[i])}
 
 
-def _normalised(leaves: list[Tensor], class_axes: dict[int, int]) -> list[Tensor]:
-    return [leaf.log_softmax(class_axes[i]) if i in class_axes else leaf for i, leaf in enumerate(leaves)]
+def _as_logits(leaves: list[Tensor], found: dict[int, LogProbabilities]) -> list[Tensor]:
+    return [found[i].as_logits(leaf) if i in found else leaf for i, leaf in enumerate(leaves)]
 
 
 def _for_loss(

@@ -113,9 +113,10 @@ def check_deviation(
     is_wide = all(each.dtype == torch.float64 for each in (self_influence, *deviation))
     if bool(difference > (AGREE_IN_DOUBLE if is_wide else agreement(trace)) * size) and must_agree():
         raise RuntimeError(
-            "the deviation does not agree with the examples' gradients, so it is not that of the recorded pass: a "
-            "module may leave in an attribute what it has made of its output, for another one to read. Return it with "
-            "the output and read it there, or read sensitivities() without the deviation."
+            "the deviation does not agree with the examples' gradients, so it is not that of the recorded pass. A "
+            "module may leave in an attribute what it has made of its output, for another one to read: return it with "
+            "the output and read it there. Or a hook or a function of autograd changes gradients: leave it out, or "
+            "read sensitivities() without the deviation."
         )
     remember(checks.deviations, trace.kind)
 

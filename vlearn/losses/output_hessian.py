@@ -174,7 +174,7 @@ def _diagonal_hessian(residual: Tensor, output: Tensor) -> Tensor | None:
     """
     if not residual.requires_grad:  # a loss linear in the output
         return torch.zeros_like(output)
-    w = _no_special_direction(output)
+    w = no_special_direction(output)
     products = [torch.autograd.grad(residual, output, v, retain_graph=True)[0] for v in (torch.ones_like(output), w)]
     diagonal, product = (each.detach() for each in products)
     limit = 1000 * torch.finfo(output.dtype).eps * diagonal.abs().reshape(len(output), -1).amax(1)
@@ -192,7 +192,7 @@ def _softmax_hessian(
     """
     if not residual.requires_grad:
         return None
-    w = _no_special_direction(output)
+    w = no_special_direction(output)
     flat_product = _hessian_product(*at_zero(), w)
     product = None if flat_product is None else _hessian_product(residual, output, w, retain_graph=True)
     for axis in range(1, output.dim()):
@@ -209,7 +209,8 @@ def _hessian_product(residual: Tensor, output: Tensor, w: Tensor, retain_graph: 
     return torch.autograd.grad(residual, output, w, retain_graph=retain_graph)[0].detach()
 
 
-def _no_special_direction(output: Tensor) -> Tensor:
+def no_special_direction(output: Tensor) -> Tensor:
+    """A direction ``[N, ...]`` with entries in [-1, 1] that is no eigenvector of a usual Hessian."""
     w = torch.arange(1, output[0].numel() + 1, dtype=output.dtype, device=output.device).cos_()
     return w.reshape(output.shape[1:]).expand_as(output)
 

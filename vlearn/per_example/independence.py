@@ -19,6 +19,7 @@ come to meet in some passes of a kind that are not looked at.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -101,20 +102,25 @@ def _interact_in_values(trace: Trace, weights: dict[Tensor, Tensor]) -> str | No
     with torch.no_grad():
         try:
             alone = _values(trace, weights, first)
-            # Each in its own place, but without the first: what one example sets for all, as the largest entry of the
-            # batch, is missing here or among the first alone.
-            among_copies = _values(trace, weights, [few] * few + list(range(few, 2 * few)))
         except Exception:  # a model that needs whole batches
             return None
-        parts, differing = zip(alone, among_copies, strict=False), []
+        # Each in its own place, but without the first: what one example sets for all, as the largest entry of the
+        # batch, is missing here or among the first alone.
+        try:
+            among_copies = _values(trace, weights, [few] * few + list(range(few, 2 * few)))
+        except Exception:  # a model that refuses an example twice
+            among_copies = []
+        parts, differing = zip_longest(alone, among_copies, fillvalue=("", [])), []
 
         def compare(what: str, leaves: list[Tensor]) -> None:
             (_, those), (_, these) = next(parts, (("", []), ("", [])))
-            for a, b, c in zip(leaves, those, these, strict=False):
+            for place, (a, b) in enumerate(zip(leaves, those, strict=False)):
                 axis = _axis_between(a, b, total, few)
                 if axis is None or differing:
                     continue
-                if _differ(rows_along(a, axis, first), b) or _differ(*(rows_along(x, axis, next_ones) for x in (a, c))):
+                pairs = [(rows_along(a, axis, first), b)]
+                pairs += [tuple(rows_along(x, axis, next_ones) for x in (a, c)) for c in these[place : place + 1]]
+                if any(_differ(*pair) for pair in pairs):
                     differing.append(what)
 
         _rerun_shown(trace, weights, slice(total), compare)

@@ -37,9 +37,9 @@ NOT_ROUNDING = 1e-5  # of an eigenvalue relative to the largest
 SIGNED = ("diagonal", "full", "last-layer")  # which can take curvature away
 LARGEST_DENSE = 2**13  # parameters: their products take 512 MiB in float64
 _FLAT = (
-    "the loss is linear in the output of every example, so that it has no curvature and the posterior would be the "
-    "prior alone: let the model return what the loss is computed from, as logits, not the loss itself, or use "
-    "curvature='empirical'."
+    "the loss has no curvature in the output of any example, as absolute errors, margins and a model's own loss have "
+    "none, so that the posterior would be the prior alone: use curvature='empirical', or let the model return what its "
+    "loss is computed from, as logits."
 )
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vlearn._short_repr import ShortRepr
-from vlearn.capture.pytrees import Selector, select
+from vlearn.capture.pytrees import Selector, select, tensor_leaves
 from vlearn.gaussians.covariance import Covariance
 from vlearn.linearized.covariance_products import CovarianceProducts, covariance_products
 from vlearn.linearized.output_change import check_deviation, output_deviation
+from vlearn.losses.log_probabilities import LogProbabilities
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.row_sums import came_by
 from vlearn.sensitivity.summary import row_norms, summarize
@@ -27,7 +28,8 @@ class Sensitivities(ShortRepr):
         residual: ``[N, C]`` ∂ℓ/∂output of each example's own loss.
         self_influence: ``[N]`` gᵀΣg: first-order increase of the example's own loss, in the loss's units, if it
             were removed from the training data.
-        prediction_error: ``[N]`` ‖residual‖/√2, in [0, 1] for hard-label cross-entropy.
+        prediction_error: ``[N]`` ‖residual‖/√2, in [0, 1] for hard-label cross-entropy; of log-probabilities with
+            `F.nll_loss` that of logits, s‖p - y‖/√2.
         deviation: ``[N, C]`` first-order change of the model's output if the example were removed, Eq. 12; None
             unless asked for.
         step: number of the update that this minibatch makes, from 1.
@@ -107,6 +109,8 @@ def live_sensitivities(
         part = recorded.subset(_validate_indices(examples, recorded.num_examples, device))
     gradient = select(part.trace.as_output(part.trace.cotangents), output)
     residual = gradient * part.scale
+    values = [tensor_leaves(part.trace.output)[i] for i in trace.positions]
+    value = select(part.trace.as_output(values), output)
     axes = trace.output_axes
     first = axes is None or any(
         axis == 0 and each is gradient for axis, each in zip(axes, part.trace.cotangents, strict=True)
@@ -126,10 +130,16 @@ def live_sensitivities(
     return Sensitivities(
         residual=residual,
         self_influence=products.self_influence * part.scale**2,
-        prediction_error=prediction_error(residual),
+        prediction_error=prediction_error(_of_logits(value, residual)),
         deviation=change,
         step=step,
     )
+
+
+def _of_logits(output: Tensor, residual: Tensor) -> Tensor:
+    """The residual as that of logits, where the output is log-probabilities and the loss their negative sum."""
+    found = LogProbabilities.of(output) if bool((residual <= 0).all()) else None
+    return residual if found is None else found.residual(output, residual)
 
 
 def _of_subset(whole: RecordedPass, part: RecordedPass, products: CovarianceProducts) -> list[Tensor]:
