@@ -138,7 +138,8 @@ def live_sensitivities(
 
 def _of_logits(output: Tensor, residual: Tensor) -> Tensor:
     """The residual as that of logits, where the output is log-probabilities and the loss their negative sum."""
-    found = LogProbabilities.of(output) if bool((residual <= 0).all()) else None
+    is_real = residual.is_floating_point()
+    found = LogProbabilities.of(output) if is_real and bool((residual <= 0).all()) else None
     return residual if found is None else found.residual(output, residual)
 
 
