@@ -39,10 +39,15 @@ def inputs() -> Tensor:
     return torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def networks(loss: str = "labels") -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """(Network, loss) of the log-probabilities, and of the logits."""
+    return list(zip((network(nn.LogSoftmax(1)), network()), LOSSES[loss][:2], strict=True))
+
+
 def both(target: Tensor = LABELS, loss: str = "labels", **options: Any) -> list[tuple[Any, Any]]:
     """(Posterior, sweep) of the log-probabilities, and of the logits."""
     found = []
-    for model, loss_fn in zip((network(nn.LogSoftmax(1)), network()), LOSSES[loss][:2], strict=True):
+    for model, loss_fn in networks(loss):
         loader = [(inputs()[:7], target[:7]), (inputs()[7:], target[7:])]
         fit = vlearn.posterior.fit(model, loader, loss_fn, **{**EXACT, **options})
         found.append((fit, vlearn.sweep(model, fit, loader, loss_fn, "exact", refined=True, progress=False)))
@@ -67,7 +72,7 @@ def test_every_number_of_an_example_is_that_of_the_logits(loss: str) -> None:
 
 def test_the_most_likely_prior_precision_and_removals_of_groups_are_those_of_the_logits() -> None:
     found = []
-    for model, loss_fn in ((network(nn.LogSoftmax(1)), F.nll_loss), (network(), F.cross_entropy)):
+    for model, loss_fn in networks():
         loader = [(inputs(), LABELS)]
         fit = vlearn.posterior.fit(
             model, loader, loss_fn, "full", **{**EXACT, "prior_precision": "marginal-likelihood"}
@@ -76,46 +81,6 @@ def test_the_most_likely_prior_precision_and_removals_of_groups_are_those_of_the
         found.append((fit.prior_precision["0.weight"], left_out.left_out_loss))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     assert relative_error(found[0][1], found[1][1]) < 1e-6
-
-
-def test_probes_of_sequences_have_the_curvature_of_the_logits_as_their_mean() -> None:
-    class Sequences(nn.Module):
-        def __init__(self, normalised: bool):
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer, self.normalised = nn.Linear(D, C).double(), normalised
-
-        def forward(self, x: Tensor) -> Tensor:
-            scores = self.layer(x).mT  # [N, C, T]
-            return scores.log_softmax(1) if self.normalised else scores
-
-    x = torch.randn(N, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    y = torch.arange(N * T).reshape(N, T) % C
-    found = [
-        vlearn.posterior.fit(
-            Sequences(normalised),
-            [(x, y)],
-            loss_fn,
-            "diagonal",
-            draws=3,
-            generator=torch.Generator().manual_seed(0),
-            progress=False,
-        )
-        for normalised, loss_fn in ((True, F.nll_loss), (False, F.cross_entropy))
-    ]
-    # The probes are the same signs times the same roots.
-    assert relative_error(found[0].variance["layer.weight"], found[1].variance["layer.weight"]) < 1e-9
-
-
-def test_a_loss_that_curves_in_the_log_probabilities_keeps_its_own_curvature() -> None:
-    x, y = inputs(), SHARES.log()
-    model = network(nn.LogSoftmax(1))
-    fit = vlearn.posterior.fit(model, [(x, y)], F.mse_loss, "full", **EXACT)
-    table = vlearn.sweep(model, fit, [(x, y)], F.mse_loss, "exact", progress=False)
-    # Λ = 2/C I, so that Σ tr(ΛV) = P - δ tr Σ.
-    count = sum(p.numel() for p in model.parameters())
-    trace = sum(float(each.sum()) for each in fit.variance.values())
-    assert float(table.leverage.sum()) == pytest.approx(count - trace, rel=1e-6)
 
 
 class Tagger(nn.Module):
@@ -132,18 +97,60 @@ class Tagger(nn.Module):
         return (scores * x.abs().sum(-1, keepdim=True).gt(0)).mT
 
 
-def test_padding_between_log_probabilities_keeps_its_own_values() -> None:
+TAGGERS = ((Tagger(True), F.nll_loss), (Tagger(False), F.cross_entropy))
+
+
+def sequences() -> tuple[Tensor, Tensor]:
     x = torch.randn(N, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    y = torch.arange(N * T).reshape(N, T) % C
-    x[0, 1:] = 0
-    batches = [(x[:3], y[:3].masked_fill(x[:3].abs().sum(-1) == 0, -100)), (x[3:], y[3:])]
-    found = []
-    for normalised, loss_fn in ((True, F.nll_loss), (False, F.cross_entropy)):
-        model = Tagger(normalised)
+    return x, torch.arange(N * T).reshape(N, T) % C
+
+
+def test_probes_of_sequences_are_those_of_the_logits() -> None:
+    """The same signs times the same roots."""
+    options = {"structure": "diagonal", "draws": 3, "progress": False}
+    found = [
+        vlearn.posterior.fit(model, [sequences()], loss_fn, generator=torch.Generator().manual_seed(0), **options)
+        for model, loss_fn in TAGGERS
+    ]
+    assert relative_error(found[0].variance["layer.weight"], found[1].variance["layer.weight"]) < 1e-9
+
+
+def test_padding_between_log_probabilities_keeps_its_own_values() -> None:
+    x, y = sequences()
+    x[0, 1:], y[0, 1:] = 0, -100
+    batches, found = [(x[:3], y[:3]), (x[3:], y[3:])], []
+    for model, loss_fn in TAGGERS:
         fit = vlearn.posterior.fit(model, batches, loss_fn, "full", **EXACT)
         found.append(vlearn.sweep(model, fit, batches, loss_fn, "exact", progress=False))
     for name in ("loss", "leverage", "loo_loss", "prediction_error"):
         assert relative_error(getattr(found[0], name), getattr(found[1], name)) < 1e-9, name
+
+
+def test_a_loss_that_curves_in_the_log_probabilities_keeps_its_own_curvature() -> None:
+    x, y = inputs(), SHARES.log()
+    model = network(nn.LogSoftmax(1))
+    fit = vlearn.posterior.fit(model, [(x, y)], F.mse_loss, "full", **EXACT)
+    table = vlearn.sweep(model, fit, [(x, y)], F.mse_loss, "exact", progress=False)
+    # Λ = 2/C I, so that Σ tr(ΛV) = P - δ tr Σ.
+    count = sum(p.numel() for p in model.parameters())
+    trace = sum(float(each.sum()) for each in fit.variance.values())
+    assert float(table.leverage.sum()) == pytest.approx(count - trace, rel=1e-6)
+
+
+def test_a_loss_that_curves_is_told_from_a_linear_one_in_bfloat16() -> None:
+    """Of a focal loss the residual is -s at the label alone, whatever the dtype."""
+
+    def focal(log_p: Tensor, labels: Tensor) -> Tensor:
+        own = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+        return -(1 - own.exp()).square() * own
+
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        model = network(nn.LogSoftmax(1)).to(dtype)
+        posterior = vlearn.IVON(model, lr=0.1, ess=N).posterior()
+        table = vlearn.sweep(model, posterior, [(inputs().to(dtype), LABELS)], focal, leverage=None, progress=False)
+        found.append(table.prediction_error.double())
+    assert relative_error(found[1], found[0]) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +165,7 @@ def test_rounded_log_probabilities_of_many_classes_are_seen(dtype: torch.dtype) 
 
 def test_live_prediction_errors_are_those_of_the_logits() -> None:
     found = []
-    for model, loss_fn in ((network(nn.LogSoftmax(1)), F.nll_loss), (network(), F.cross_entropy)):
+    for model, loss_fn in networks():
         optimizer = vlearn.IVON(model, lr=0.1, ess=N, generator=torch.Generator().manual_seed(0))
         loss_fn(model(inputs()), LABELS).backward()
         found.append([optimizer.sensitivities(examples=each) for each in (None, [2, 5])])

@@ -144,7 +144,7 @@ class Linearization:
         hidden = [i for i, e in enumerate(self.residuals) if e is not None and not e.requires_grad]
         if not hidden:
             return
-        leaves = [(leaf.detach() * (1 + 1e-3)).requires_grad_() for leaf in self.leaves]
+        leaves = [_moved(leaf).requires_grad_() for leaf in self.leaves]
         moved = torch.autograd.grad(self._loss_of(leaves).sum(), leaves, allow_unused=True)
         for i in hidden:
             now, before = moved[i], self.residuals[i]
@@ -163,7 +163,7 @@ class Linearization:
         """
         if self.selected_residual.requires_grad:
             return False
-        return not torch.equal(self._residual_at(self.output * (1 + 1e-3)), self._residual_at(self.output))
+        return not torch.equal(self._residual_at(_moved(self.output)), self._residual_at(self.output))
 
     @torch.enable_grad()
     def _residual_at(self, output: Tensor) -> Tensor:
@@ -500,6 +500,11 @@ def _warn_of_other_weights(parameters: Mapping[str, nn.Parameter], posterior: Po
                 "others. Where they should be the mean, load the checkpoint that the posterior was saved with."
             )
             return
+
+
+def _moved(output: Tensor) -> Tensor:
+    """Another output nearby, but further than its dtype rounds."""
+    return output.detach() * (1 + max(1e-3, 8 * torch.finfo(output.dtype).eps))
 
 
 def _log_probabilities(leaves: list[Tensor], loss_of: Callable[[list[Tensor]], Tensor]) -> dict[int, LogProbabilities]:

@@ -35,7 +35,7 @@ class SensitivityTable(ShortRepr):
         leverage: ``[N]`` tr(ΛV), which may be negative where the loss is not convex in the output, Λ the Hessian of
             the loss in it; None if not asked for. Probed ones are unbiased, but what is convex in them is not:
             the mean of v/(1 - v) comes out too large (RandALO, Nobel et al., 2024, arXiv:2409.09781); take exact ones.
-        prediction_error: ``[N]`` ‖residual‖/√2.
+        prediction_error: ``[N]`` ‖residual‖/√2; of log-probabilities with `F.nll_loss` that of logits.
         function_variance: ``[N, C, C]`` V, posterior covariance of the linearised output; None if not asked for.
         used_first_order: ``[N]`` where `refined` kept V e; None if not asked for.
         largest_eigenvalue: ``[N]`` of VΛ, which tells how far to trust a row: V e falls short by a factor of up to
