@@ -41,7 +41,7 @@ from benchmarks.report.provenance import cores, provenance
 from benchmarks.report.records import RESULTS, write_json
 from benchmarks.report.terminal import print_table, relative
 from benchmarks.training.digits import TRAINED_BY, laplace_posterior, sweep, train_ivon, train_sgd
-from benchmarks.training.digits_minimum import in_float64
+from benchmarks.training.digits_minimum import moved_to
 from benchmarks.training.estimates import change, evenly_ranked
 from benchmarks.training.evaluation import STRUCTURES
 from vlearn.posterior import Diagonal, from_laplace
@@ -67,7 +67,7 @@ def compare_retraining(
         minima[name] = problem.from_weights_of(models[name])
         advance()
     polished = {name: problem.model_at(minima[name]) for name, problem in problems.items()}
-    tables = {IVON: sweep(polished["IVON"], in_float64(ivon[1]), data)}
+    tables = {IVON: sweep(polished["IVON"], moved_to(polished["IVON"], ivon[1]), data)}
     trained = {IVON: sweep(ivon[0], ivon[1], data)}
     for method in STRUCTURES:
         tables[method] = sweep(polished["SGD"], laplace_posterior(method, polished["SGD"], data, settings), data)

@@ -34,7 +34,7 @@ from benchmarks.report.provenance import cores, provenance
 from benchmarks.report.records import RESULTS, write_json
 from benchmarks.report.terminal import Advance, print_table, progress
 from benchmarks.training.digits import sweep
-from benchmarks.training.digits_minimum import PRIOR_PRECISIONS, in_float64, minimum_of
+from benchmarks.training.digits_minimum import PRIOR_PRECISIONS, minimum_of, moved_to
 from benchmarks.training.estimates import change, evenly_ranked
 from vlearn.gaussians.protocol import Posterior
 from vlearn.posterior import Diagonal, Full, Kronecker, ProductPosterior, from_laplace
@@ -67,7 +67,7 @@ def posteriors(model: nn.Module, data: Digits, prior_precision: float, ivon: Dia
         "K-FAC": Kronecker(mean, kfac_of(layers), decay, ess, num_data),
         BY_LAPLACE: from_laplace(la),
         "diagonal": Diagonal.from_precision(mean, diagonal, num_data, prior_precision),
-        "IVON's state": in_float64(ivon),
+        "IVON's state": moved_to(model, ivon),
     }
     return {name: by_structure[name] for name in STRUCTURES}
 

@@ -48,9 +48,10 @@ def train(
     return model, optimizer.posterior().clone()
 
 
-def in_float64(posterior: Diagonal) -> Diagonal:
-    """The same posterior for a float64 model."""
+def moved_to(model: nn.Module, posterior: Diagonal) -> Diagonal:
+    """The same Σ, in float64, about the weights of a float64 model."""
+    mean = {name: p.detach() for name, p in model.named_parameters()}
     num_data, names = posterior.num_data, posterior.names
     precision = {name: posterior.precision[name].double() / num_data for name in names}
     zero, ess = dict.fromkeys(names, 0.0), dict.fromkeys(names, float(num_data))
-    return Diagonal(posterior.mean, precision, zero, ess, num_data)
+    return Diagonal(mean, precision, zero, ess, num_data)

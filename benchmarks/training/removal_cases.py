@@ -19,7 +19,7 @@ from benchmarks.reference.gauss_newton import gauss_newton, layers_of
 from benchmarks.report.terminal import Advance
 from benchmarks.training import estimates, supervised, warm_start
 from benchmarks.training.checkpoint import Checkpoint
-from benchmarks.training.digits_minimum import in_float64, minimum_of
+from benchmarks.training.digits_minimum import minimum_of, moved_to
 from benchmarks.training.estimates import Estimate
 from benchmarks.training.evaluation import example_losses
 from benchmarks.training.supervised import Training
@@ -135,7 +135,7 @@ def digits(experiment: Experiment, seed: int) -> Case:
         snapshots,
         rates(experiment),
         {
-            "IVON, as trained": lambda: estimates.by_posterior(model, in_float64(ivon), loader),
+            "IVON, as trained": lambda: estimates.by_posterior(model, moved_to(model, ivon), loader),
             "full Gauss-Newton": lambda: full(refined=False),
             "full, refined": lambda: full(refined=True),
             "full, own Hessian": lambda: estimates.by_deviation(
