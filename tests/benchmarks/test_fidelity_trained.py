@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 pytest.importorskip("laplace")
@@ -10,14 +11,20 @@ from benchmarks.problems.digits import Digits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "delta"), [("K-FAC", 1.0), ("EK-FAC", 5.0)])  # all four are on record
-def test_kfacvon_trained_from_scratch_predicts_the_test_loss_and_removals(method, delta):
+@pytest.mark.parametrize(
+    ("method", "delta", "typical"), [("K-FAC", 1.0, 0.6), ("EK-FAC", 5.0, 0.4)]
+)  # all four are on record
+def test_kfacvon_trained_from_scratch_predicts_the_test_loss_and_removals(method, delta, typical):
     settings = dataclasses.replace(SETTINGS, prior_precision=delta, retrained=20)
     found = fidelity_trained.compare(settings, Digits.load(settings, standardised=False), method)
     assert found["unconverged"] == 0
     assert found["mean"]["loo_loss"] == pytest.approx(found["mean"]["test_loss"], rel=0.2)
-    # A training's slope varies by .1, and those of EK-FAC come as low as .58.
-    assert (0.6 if method == "K-FAC" else 0.5) < found["minimum"]["slope"] < 1.5
+    assert found["minimum"]["pearson"] > 0.97
+    # The slope is that of the one largest removal: from .51 to 1.17 over six trainings by K-FAC with δ = 1. The typical
+    # removal is steadier: .76 to .95 of its prediction there, .51 to .56 by EK-FAC with δ = 5.
+    assert 0.4 < found["minimum"]["slope"] < 1.5
+    ratios = np.array(found["retrained_change"]) / np.array(found["predicted_change"]["minimum"])
+    assert typical < np.median(ratios) < 1.5
 
 
 @pytest.mark.slow
