@@ -239,6 +239,34 @@ def test_a_single_logit_is_that_of_class_one(squeezed):
         vlearn.label_issues(squares, given)
 
 
+def test_a_model_that_ends_in_softmax_has_the_issues_of_one_that_gives_logits():
+    torch.manual_seed(0)
+    x = torch.randn(40, 4).double()
+    given = x[:, :3].argmax(1)
+    wrong = torch.tensor([3, 8, 21])
+    given[wrong] = (given[wrong] + 1) % 3
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(4 * torch.eye(3, 4))
+        model[0].bias.zero_()
+    loader = [(x, given)]
+
+    def loss_fn(p, y):
+        return F.nll_loss(p.log(), y, reduction="none")
+
+    posterior = vlearn.posterior.fit(model, loader, loss_fn, "full", prior_precision=10.0, progress=False)
+    table = vlearn.sweep(model, posterior, loader, loss_fn, progress=False)
+    issues = vlearn.label_issues(table, given, score="loss")
+    numbers = torch.from_numpy(issues.numbers)
+    without = (table.output + table.deviation).clamp(min=0)[numbers]
+    np.testing.assert_allclose(issues.probabilities, without / without.sum(1, keepdim=True), rtol=1e-9, atol=1e-30)
+    assert (issues.suggested == model(x).detach().scatter(1, given[:, None], -1).argmax(1)[numbers].numpy()).all()
+    forgotten = vlearn.sensitivity.measures.memorization(model, posterior, loader, loss_fn)
+    moved = (table.output + table.deviation).clamp(min=0)
+    moved /= moved.sum(1, keepdim=True)
+    torch.testing.assert_close(forgotten, (table.output - moved).gather(1, given[:, None]).squeeze(1))
+
+
 def test_examples_that_were_not_seen_are_left_out(tmp_path):
     record = vlearn.TrainingRecord(5, tmp_path)
     record.record([0, 3], step=1, label=[1, 0], predicted=[0, 0], loss=[2.0, 1.0], probability=[0.2, 0.8])

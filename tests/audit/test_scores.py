@@ -55,6 +55,33 @@ def test_one_label(monkeypatch):
     assert torch.equal(scores.predicted, z.argmax(1)) and torch.equal(scores.label, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.bfloat16], ids=str)
+def test_an_output_that_is_probabilities_is_taken_as_such(dtype):
+    p = (3 * normal(N, C)).softmax(1).to(dtype)
+    y = labels(N)
+    y[1] = -100
+    scores, of_logits = output_scores(p, y), output_scores(p.double().log(), y)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.double else {"rtol": 1e-5, "atol": 1e-6}
+    for name, values in of_logits.columns.items():
+        torch.testing.assert_close(scores.columns[name].double(), values, equal_nan=True, msg=name, **tolerance)
+    torch.testing.assert_close(scores.probabilities.double(), p.double() / p.double().sum(1, True), **tolerance)
+    own = output_scores(p, y, lambda p, y: F.nll_loss(p.clamp(min=1e-30).log(), y, reduction="none")).columns
+    torch.testing.assert_close(own["probability"], scores.columns["probability"], equal_nan=True)
+    positions = (3 * normal(N, C, T)).softmax(1)
+    y = labels(N, T)
+    of_logits = output_scores(positions.log(), y).columns
+    for name, values in output_scores(positions.movedim(1, 2).to(dtype), y).columns.items():
+        torch.testing.assert_close(values.double(), of_logits[name], rtol=0.1, atol=0.1, msg=name)
+
+
+def test_a_class_of_no_probability_is_possible_and_other_outputs_are_scores():
+    p, y = torch.eye(C).double(), torch.arange(C).roll(1)
+    assert output_scores(p, y).columns["loss"].isfinite().all()
+    scores = p.clone()
+    scores[0, 0] = 1.01  # a row's sum is not one
+    torch.testing.assert_close(output_scores(scores, y).columns["loss"], F.cross_entropy(scores, y, reduction="none"))
+
+
 def test_an_ignored_label_has_no_row():
     z, y = normal(N, C), labels(N)
     y[2] = -100

@@ -298,6 +298,19 @@ def test_the_curvature_of_a_loss_linear_in_the_output_is_zero():
     assert torch.equal(output_hessian(residual, output), torch.zeros(N, D, D, dtype=torch.float64))
 
 
+def test_a_probe_is_right_of_a_loss_that_has_no_value_at_zeros():
+    """-log p_y of a model that ends in softmax: its curvature is 1/p_y² in the label's direction alone."""
+
+    def residual(p):
+        return torch.autograd.grad(F.nll_loss(p.log(), LABELS, reduction="sum"), p, create_graph=True)[0]
+
+    p, zero = inputs()[:, :C].softmax(1).requires_grad_(), torch.zeros(N, C, dtype=torch.float64, requires_grad=True)
+    probe, is_clipped = hessian_probe(residual(p), p, lambda: (residual(zero), zero))
+    assert not is_clipped.any()
+    truth = F.one_hot(LABELS, C) / p.detach()
+    torch.testing.assert_close(probe.abs(), truth, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_a_probe_tells_which_examples_curve_downwards(rotated):
     """Rotated outputs take the path of dense matrices, others that of diagonal ones."""

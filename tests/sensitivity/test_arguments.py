@@ -79,3 +79,14 @@ def test_predict_takes_one_batch(trained):
     model, optimizer = trained
     with pytest.raises(TypeError, match="x is a DataLoader, but predict takes one batch"):
         vlearn.predict(model, optimizer.posterior(), DataLoader(DATASET, N))
+
+
+@pytest.mark.parametrize("output", [lambda z: z.log_softmax(1), lambda z: z.view(N, -1)], ids=["made", "a view"])
+def test_a_selector_makes_no_output_of_its_own(output, trained):
+    model, posterior = trained[0], trained[1].posterior()
+    for of in (
+        lambda **options: vlearn.sweep(model, posterior, [(inputs(), LABELS)], F.nll_loss, progress=False, **options),
+        lambda **options: vlearn.posterior.fit(model, [(inputs(), LABELS)], F.nll_loss, progress=False, **options),
+    ):
+        with pytest.raises(ValueError, match="makes a tensor of its own, but it must return one of the tensors"):
+            of(output=output)

@@ -311,6 +311,15 @@ def test_several_outputs_ask_for_a_choice():
             optimizer.sensitivities(output=output)
 
 
+def test_a_selector_may_turn_an_output_around_but_makes_none_of_its_own():
+    turned = Model(lambda m, x: m.fc(x).mT, fc=nn.Linear(D, C)).double()
+    optimizer = optimizer_of(turned)
+    F.cross_entropy(turned(inputs()).mT, LABELS).backward()
+    assert optimizer.sensitivities(output=lambda whole: whole.mT).residual.shape == (N, C)
+    with pytest.raises(ValueError, match="output= makes a tensor of its own, but it must return one of the tensors"):
+        optimizer.sensitivities(output=lambda whole: 2 * whole.mT)
+
+
 def test_an_index_into_a_single_output_is_refused():
     model = network()
     optimizer = optimizer_of(model)

@@ -122,6 +122,8 @@ class CapturedOutputs:
             handle.remove()
 
     def _selected(self, output: Any) -> Tensor | None:
+        if callable(self._output):  # which may make of it what it likes: nothing is differentiated
+            return self._output(output)
         if self._output is not None:
             return select(output, self._output)
         if isinstance(output, Tensor):

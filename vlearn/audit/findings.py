@@ -16,6 +16,7 @@ from vlearn._extras import require
 from vlearn._short_repr import ShortRepr
 from vlearn._warnings import warn_user
 from vlearn.audit.confident_learning import noise_joint
+from vlearn.losses.class_scores import class_scores
 from vlearn.record import TrainingRecord
 from vlearn.record.running_averages import AVERAGED
 from vlearn.sensitivity.sweep import SensitivityTable
@@ -253,10 +254,11 @@ def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) ->
         output, change = (F.pad(each.reshape(-1, 1), (1, 0)) for each in (output, change))
     index = table.index.numpy()
     # Without a scale of Σ, Δf has no size, and the output itself is all there is.
-    without = (output + change if has_loo else output).double().softmax(1).numpy()
+    moved = output + change if has_loo else output
+    without = class_scores(output, moved=moved).double().softmax(1).numpy()
     own = labels[index].clip(0, output.shape[1] - 1)
     rows = np.arange(len(index))
-    now, later = output.double().softmax(1).numpy()[rows, own], without[rows, own]
+    now, later = class_scores(output).double().softmax(1).numpy()[rows, own], without[rows, own]
     uncertain = None if table.leverage is None else _high(table.leverage.double().numpy())
     if uncertain is None:
         uncertain = np.zeros(len(index), bool)

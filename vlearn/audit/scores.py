@@ -1,6 +1,7 @@
 """What an output says of each example's label: loss, margin, probability, agreement.
 
-one label             z ``[N, C]``, y ``[N]``: margin z_y - max_{k≠y} z_k, probability softmax(z)_y
+one label             z ``[N, C]``, y ``[N]``: margin z_y - max_{k≠y} z_k, probability softmax(z)_y; of a model that
+                      ends in softmax, z is the logarithm of its output
 a label a position    z ``[N, C, T]`` or ``[N, T, C]``, y ``[N, T]``: means over an example's positions that count
 several labels        z and y ``[N, L]`` with a binary cross-entropy of logits: means over the L labels, each with
                       margin (2y - 1)·z and probability sigmoid of that
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlearn._wide import upcast
+from vlearn.losses.class_scores import class_scores
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 
 CHUNK = 2**24  # entries of logits at a time
@@ -68,9 +71,8 @@ def output_scores(
         ValueError: if the target is no labels and no loss says what it is, or it does not fit the output.
     """
     output = output.detach()
-    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
     if loss_fn is not None and _is_binary(loss_fn):
-        return _of_several_labels(output, target, loss_fn)
+        return _of_several_labels(upcast(output), target, loss_fn)
     labels = _labels(output, target, loss_fn, is_trusted, classes_last)
     if labels is None:
         if loss_fn is None:
@@ -79,7 +81,7 @@ def output_scores(
                 f"the target of {given} is no label of an output {tuple(output.shape)}: give the training loss as "
                 "loss_fn, and if labels are in a part of the batch alone, the target by targets=."
             )
-        return OutputScores({"loss": ExampleLoss(loss_fn)(output, target).detach()})
+        return OutputScores({"loss": ExampleLoss(loss_fn)(upcast(output), target).detach()})
     if labels.dim() == 1:
         return _of_one_label(output, labels, target, loss_fn)
     return _of_positions(output, labels, loss_fn, classes_last)
@@ -137,9 +139,9 @@ def _of_one_label(output: Tensor, labels: Tensor, target: Tensor, loss_fn: LossF
     ignored = labels < 0
     columns = _of_logits(output, labels.clamp(min=0))
     if loss_fn is not None:
-        columns["loss"] = ExampleLoss(loss_fn)(output, target)
+        columns["loss"] = ExampleLoss(loss_fn)(upcast(output), target)
     columns = {name: values.masked_fill(ignored, torch.nan) for name, values in columns.items()}
-    return OutputScores(columns, _predicted(output), labels.masked_fill(ignored, -1), output.softmax(1))
+    return OutputScores(columns, _predicted(output), labels.masked_fill(ignored, -1), class_scores(output).softmax(1))
 
 
 def _of_positions(
@@ -155,7 +157,7 @@ def _of_positions(
     columns = _of_logits(logits, labels[counted])
     if loss_fn is not None:
         target = labels.masked_fill(~counted, _ignore_index(loss_fn))
-        rows = ExampleLoss(loss_fn, per="token")(output.flatten(2), target.flatten(1))
+        rows = ExampleLoss(loss_fn, per="token")(upcast(output).flatten(2), target.flatten(1))
         columns["loss"] = rows[counted.flatten(1)]
     counts = torch.bincount(example, minlength=len(labels))
     return OutputScores(
@@ -208,6 +210,7 @@ def _parts(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _of_part(z: Tensor, y: Tensor) -> dict[str, Tensor]:
+    z = class_scores(z)
     own = z.gather(1, y[:, None])
     others = z.scatter(1, y[:, None], -torch.inf).amax(1) if z.shape[1] > 1 else own[:, 0]
     log_probabilities = z.log_softmax(1)

@@ -11,6 +11,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 Selector = str | int | Callable[[Any], Tensor] | None
 
 
+MAKES_ITS_OWN = (
+    "makes a tensor of its own, but it must return one of the tensors in the model's output as it is: do the rest in "
+    "the loss, or in a module around the model."
+)
+
+
 def tensor_leaves(tree: Any) -> list[Tensor]:
     """The tensors of a nested structure of tuples, lists, dicts and registered dataclasses."""
     if isinstance(tree, Tensor):
@@ -87,11 +93,15 @@ def with_leaves(tree: Any, tensors: Mapping[int, Any], others: bool = True) -> A
     return tree_unflatten(replaced, structure)
 
 
+def _is_view(tensor: Tensor, of: Tensor) -> bool:
+    return tensor is of or tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
 def select(tree: Any, output: Selector) -> Tensor:
     """The tensor that `output` names in a model's output; None: the only one with rows, a loss beside it has none.
 
     Raises:
-        ValueError: if it names none, or several are there and it is None.
+        ValueError: if it names none, or several are there and it is None, or a callable makes a tensor of its own.
     """
     if output is None:
         leaves = tensor_leaves(tree)
@@ -114,6 +124,8 @@ def select(tree: Any, output: Selector) -> Tensor:
         return with_rows[0]
     if callable(output):
         chosen = output(tree)
+        if isinstance(chosen, Tensor) and not any(_is_view(chosen, leaf) for leaf in tensor_leaves(tree)):
+            raise ValueError(f"output= {MAKES_ITS_OWN}")
     elif isinstance(tree, Tensor):  # an index would name an example
         chosen = None
     elif isinstance(output, str) and not isinstance(tree, dict):

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vlearn._wide import upcast
 from vlearn.capture.layer_call import LayerCall
 from vlearn.capture.pytrees import Selector
 from vlearn.gaussians.covariance import Covariance
@@ -31,7 +32,7 @@ from vlearn.linearized.linearization import Linearization, linearize
 from vlearn.linearized.processes import Processes
 from vlearn.linearized.solver import Solution, Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss
-from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, form_of, upcast
+from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, form_of
 from vlearn.per_example.gradients import dense_gradients
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from vlearn._warnings import warn_user
 from vlearn.capture.hooks import record
-from vlearn.capture.pytrees import Selector, plain, select, shapes, tensor_leaves, with_leaves
+from vlearn.capture.pytrees import MAKES_ITS_OWN, Selector, plain, select, shapes, tensor_leaves, with_leaves
 from vlearn.capture.trace import Trace, is_close
 from vlearn.gaussians.covariance import Covariance
 from vlearn.gaussians.protocol import Posterior, match
@@ -102,7 +102,10 @@ class Linearization:
     def chosen(self) -> int:
         """Which of the outputs the selector names."""
         residual = self.selected_residual
-        return next(i for i, each in enumerate(self.residuals) if each is residual)
+        places = [i for i, each in enumerate(self.residuals) if each is residual]
+        if not places:
+            raise ValueError(f"output={self.selector!r} {MAKES_ITS_OWN}")
+        return places[0]
 
     @property
     def selected_residual(self) -> Tensor:

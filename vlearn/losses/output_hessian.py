@@ -225,9 +225,11 @@ def _softmax_scale(output: Tensor, w: Tensor, product: Tensor, flat_product: Ten
         scale = (flat_of_w * flat_image).sum(axis, keepdim=True) / flat_image.square().sum(axis, keepdim=True)
         p = f.softmax(axis)
         image = p * (w_ - (p * w_).sum(axis, keepdim=True))
-        uneven = (flat_of_w - scale * flat_image).abs() > limit * scale * flat_image.abs().amax(axis, keepdim=True)
+        # A loss that has a logarithm of the output has none at zeros: no comparison with NaN may hold.
+        is_even = (flat_of_w - scale * flat_image).abs() <= limit * scale * flat_image.abs().amax(axis, keepdim=True)
         seen = p.clamp_min(torch.finfo(p.dtype).tiny / torch.finfo(p.dtype).eps)  # below, p itself is rounded
-        if bool(uneven.any() | ((of_w - scale * image).abs() > limit * scale * seen).any() | (scale < 0).any()):
+        is_image = (of_w - scale * image).abs() <= limit * scale * seen
+        if not bool(is_even.all() & is_image.all() & (scale >= 0).all()):
             return None
         scales.append(scale)
     return torch.cat(scales, _cut_axis(output, axis))

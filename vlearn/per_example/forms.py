@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
+from vlearn._wide import upcast
 from vlearn.capture.layer_call import LayerCall
 from vlearn.layers.example_rows import ChosenRows
 from vlearn.layers.gradient_forms import Form
@@ -53,8 +53,3 @@ def entries_of(calls: tuple[LayerCall, ...], parameters: list[Tensor]) -> int:
     forms = [form_of(call, p, slice(0, 1)) for call in calls for p in parameters]
     formed = sum(p.numel() for p in parameters) if len(calls) > 1 else 0
     return sum(form.entries for form in forms) + formed
-
-
-def upcast(tensor: Tensor) -> Tensor:
-    """The tensor in float32, if its dtype is narrower."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

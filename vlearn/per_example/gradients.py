@@ -11,8 +11,9 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from vlearn._wide import upcast
 from vlearn.capture.layer_call import LayerCall
-from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, entries_of, form_of, upcast
+from vlearn.per_example.forms import FALLBACK_ENTRIES, chunks, entries_of, form_of
 from vlearn.per_example.recorded_pass import RecordedPass
 from vlearn.per_example.replay import as_recorded
 from vlearn.per_example.vmap_fallback import per_example_gradients

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from vlearn.capture.names import model_arguments
 from vlearn.gaussians.protocol import Posterior, match
 from vlearn.linearized.processes import whole_network
+from vlearn.losses.class_scores import class_scores
 from vlearn.per_example.replay import call_with, eval_mode, placed
 
 
@@ -23,7 +24,7 @@ def _softmax(output: Any) -> Tensor:
             "several classes: pass link=, for instance lambda f: f (regression), torch.sigmoid (one logit), "
             "lambda f: f.softmax(1) ([N, C, ...]), lambda f: f.softmax(-1) ([N, T, C]), lambda f: f.logits.softmax(-1)."
         )
-    return output.softmax(1)
+    return class_scores(output).softmax(1)
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def predict(
         posterior: a posterior over its parameters; draws are on its ess scale.
         x: one batch: a tensor, or a tuple or list (positional) or dict (keyword arguments) of them, as in `sweep`.
         draws: number of draws, > 0.
-        link: model output -> what is averaged; default the softmax of scores ``[N, C]``.
+        link: model output -> what is averaged; default the softmax of scores ``[N, C]``, or probabilities as they are.
         generator: of the draws; default torch's global one, which goes on: a training after it draws other numbers.
     Returns:
         ``[N, C]`` averaged class probabilities (with the default link).

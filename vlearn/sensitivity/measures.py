@@ -24,6 +24,7 @@ from vlearn.gaussians.diagonal import Diagonal
 from vlearn.gaussians.protocol import Posterior, check_posterior
 from vlearn.linearized.batches import batches
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.losses.class_scores import class_scores
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.sensitivity.influence import influence
 from vlearn.sensitivity.refined import check_threshold, refine
@@ -87,8 +88,8 @@ def memorization(model: nn.Module, posterior: Posterior, loader: Iterable[Any], 
             raise ValueError("memorization needs class labels [N] as targets and outputs [N, C].")
         changes = lin.self_influence_and_deviation(deviation=True, last=True)[1]
         assert changes is not None
-        labels = target.unsqueeze(1)
-        before, after = output.softmax(1), (output + changes[lin.chosen]).softmax(1)
+        labels, moved = target.unsqueeze(1), output + changes[lin.chosen]
+        before, after = class_scores(output).softmax(1), class_scores(output, moved=moved).softmax(1)
         return (before - after).gather(1, labels).squeeze(1)
 
     return _each(model, posterior, loader, loss_fn, of)
