@@ -654,3 +654,74 @@ class TestLoggers:
         assert [step for _, step in got] == [5, 10]
         assert got[1][0]["vlearn/loss"] == pytest.approx(recorder.record.column("loss").mean())
         assert "vlearn/sweep_loo_loss" in got[1][0] and "vlearn/sweep_loo_loss" not in got[0][0]
+
+
+def causal_model(classes):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(classes, 6), nn.Linear(6, classes))
+
+
+def in_two(z, y):
+    """An example's loss mixed with that of the one before it, as mixup has it."""
+    return 0.3 * F.cross_entropy(z, y) + 0.7 * F.cross_entropy(z, y.roll(1))
+
+
+WORDS = torch.randint(0, 7, (N, 5), generator=torch.Generator().manual_seed(3))
+OTHER_LABELS = {
+    "shifted": (network, DATA, lambda model, x, y: F.cross_entropy(model(x), (y + 1) % C)),
+    "permuted": (network, DATA, lambda model, x, y: F.cross_entropy(model(x.flip(0)), y.flip(0))),
+    "mixed": (network, DATA, lambda model, x, y: in_two(model(0.3 * x + 0.7 * x.roll(1, 0)), y)),
+    "the next word's": (
+        lambda: causal_model(7),
+        TensorDataset(WORDS, WORDS),
+        lambda model, x, y: F.cross_entropy(model(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LABELS)
+def test_labels_that_the_loss_does_not_ask_for_are_warned_of(name, tmp_path):
+    make, data, loss_of = OTHER_LABELS[name]
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with (
+        pytest.warns(UserWarning, match="the training's loss asks .* for another class") as warned,
+        Recorder(tmp_path, model, classes_last=True) as recorder,
+    ):
+        for _ in range(3):
+            for x, y in recorder.follow(loader(data)):
+                optimizer.zero_grad()
+                loss_of(model, x, y).backward()
+                optimizer.step()
+    assert len(warned) == 1
+
+
+def focal(z, y):
+    p = z.softmax(1).gather(1, y[:, None])
+    return -((1 - p).square() * p.log()).mean()
+
+
+ITS_LABELS = {
+    "scaled": lambda z, y: 2.0**16 * F.cross_entropy(z, y, reduction="sum"),
+    "smooth": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.4),
+    "of weighed classes": lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([0.0, 1.0, 9.0])),
+    "focal": focal,
+    "a margin": F.multi_margin_loss,
+    "squared": lambda z, y: F.mse_loss(z, F.one_hot(y, C).float()),
+    "with a penalty": lambda z, y: F.cross_entropy(z, y) + 0.01 * z.square().mean(),
+    "none": lambda z, y: 0 * F.cross_entropy(z, y),
+}
+
+
+@pytest.mark.parametrize("name", ITS_LABELS)
+def test_losses_of_the_labels_are_not_warned_of(name, tmp_path):
+    """Also once the model has fitted them."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for path in ("first", "then"):
+        with Recorder(tmp_path / path, model) as recorder:
+            for _ in range(20):
+                for x, y in recorder.follow(loader()):
+                    optimizer.zero_grad()
+                    ITS_LABELS[name](model(x), y).backward()
+                    optimizer.step()

@@ -23,12 +23,14 @@ class Call(NamedTuple):
         name: of the module.
         output: the tensor that is chosen of its output.
         version: how often that had been written to.
+        gradients: the gradient of each backward pass in it, if they are looked at.
         takes_inputs: whether the module was given what the batch holds, and not what another module made of it.
     """
 
     name: str
     output: Tensor
     version: int
+    gradients: list[Tensor]
     takes_inputs: bool
 
 
@@ -40,6 +42,7 @@ class CapturedOutputs:
         output: which tensor of a module's output; default the only one, or ``logits``.
 
     Attributes:
+        looks_at_gradients: whether calls have the gradients in their outputs.
         takes_inputs: whether the module that was chosen of several is given the inputs of a batch as they are.
     """
 
@@ -48,7 +51,7 @@ class CapturedOutputs:
         self._calls: list[Call] = []
         self._active = False
         self._inputs: list[Tensor] = []
-        self.takes_inputs = True
+        self.looks_at_gradients = self.takes_inputs = True
         self._chosen: str | None = next(iter(modules)) if len(modules) == 1 else None
         self._handles = {
             name: module.register_forward_hook(_Hook(self, name), always_call=False) for name, module in modules.items()
@@ -88,17 +91,21 @@ class CapturedOutputs:
             if tensor is not None and tensor.dim() > 0 and tensor.is_floating_point():
                 given = tensor_leaves(args)
                 takes_inputs = any(each is leaf for each in given for leaf in self._inputs)
-                self._calls.append(Call(name, tensor.detach(), tensor._version, takes_inputs or not given))
+                gradients: list[Tensor] = []
+                if self.looks_at_gradients and tensor.requires_grad and not torch.compiler.is_compiling():
+                    tensor.register_hook(gradients.append)
+                call = Call(name, tensor.detach(), tensor._version, gradients, takes_inputs or not given)
+                self._calls.append(call)
 
-    def outputs(
+    def of_chosen(
         self,
         calls: list[Call],
         target: Any,
         loss_fn: LossFunction | None,
         loss: Any,
         classes_last: bool | None = None,
-    ) -> list[Tensor]:
-        """The outputs of the module that is chosen, by these calls if none is yet.
+    ) -> list[Call]:
+        """Those of the module that is chosen, by these calls if none is yet.
 
         Args:
             target: of the batch.
@@ -114,7 +121,7 @@ class CapturedOutputs:
             for name, handle in self._handles.items():
                 if name != self._chosen:
                     handle.remove()
-        return [call.output for call in calls if call.name == self._chosen]
+        return [call for call in calls if call.name == self._chosen]
 
     def close(self) -> None:
         """Remove the hooks."""

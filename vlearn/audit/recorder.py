@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlearn._warnings import warn_user
 from vlearn.audit.captured_outputs import CapturedOutputs
 from vlearn.audit.example_numbers import ExampleNumbers, Following, Key
+from vlearn.audit.label_check import LabelCheck
 from vlearn.audit.metric_loggers import check_logger, log_metrics
 from vlearn.audit.shared_record import SharedRecord, from_each
 from vlearn.audit.sweeps import Sweeps, Swept
@@ -128,6 +129,7 @@ class Recorder:
         self.sweep_loss: LossFunction | None = None
         self.sweep_output: Selector = output
         self._captured: CapturedOutputs | None = None
+        self._label_check = LabelCheck()
         if model is not None:
             self.watch(model, optimizer)
 
@@ -252,13 +254,20 @@ class Recorder:
             return
         target = target.to(calls[0].output.device) if isinstance(target, Tensor) else target
         shared = self._started()
-        for output in self._captured.outputs(calls, target, self.loss_fn, loss, self.classes_last):
+        for call in self._captured.of_chosen(calls, target, self.loss_fn, loss, self.classes_last):
+            output = call.output
             if len(output) != len(numbers):
                 raise ValueError(
                     f"the output has {len(output)} rows for {len(numbers)} examples: let the model give one for each, "
                     "or select them by output=."
                 )
             shared.add(numbers, output, target, self.loss_fn, self._step, self.classes_last)
+            if len(call.gradients) == 1:
+                classes_last = shared.classes_last if self.classes_last is None else self.classes_last
+                self._label_check.add(output, call.gradients[0], target, self.loss_fn, classes_last)
+        if self._label_check.is_over:
+            self._captured.looks_at_gradients = False
+            self._warn_of_other_labels()
         if self._self_influence_every is not None and (self._batches - 1) % self._self_influence_every == 0:
             self._add_self_influence(numbers)
 
@@ -271,6 +280,7 @@ class Recorder:
         """
         shared, at = self._started(), self._step if step is None else step + self._offset
         self._epoch += 1
+        self._warn_of_other_labels()
         shared.gather()
         metrics: dict[str, float] = {}
         if shared.record is not None:
@@ -438,6 +448,11 @@ class Recorder:
         if captured is None or not captured.chosen or not captured.takes_inputs:
             return self._model
         return dict(self._model.named_modules())[captured.chosen]
+
+    def _warn_of_other_labels(self) -> None:
+        message = self._label_check.message()
+        if message is not None:
+            self._warn(message)
 
     def _end_seen_batch(self) -> None:
         """A batch whose forward pass was made is over, though the loop has not asked for the next."""

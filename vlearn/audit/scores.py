@@ -87,6 +87,22 @@ def output_scores(
     return _of_positions(output, labels, loss_fn, classes_last)
 
 
+def labels_of(
+    output: Tensor, target: Any, loss_fn: LossFunction | None, classes_last: bool | None
+) -> tuple[Tensor, int] | None:
+    """(Labels ``[N, ...]``, -1 where they are ignored; axis of the output with their classes), None where it has none.
+
+    Args:
+        output, target, loss_fn, classes_last: of `output_scores`, which took them.
+    """
+    if loss_fn is not None and _is_binary(loss_fn):
+        return None
+    labels = _labels(output, target, loss_fn, True, classes_last)
+    if labels is None:
+        return None
+    return labels, -1 if labels.dim() > 1 and _classes_last(output, labels, classes_last) else 1
+
+
 def _labels(
     output: Tensor, target: Any, loss_fn: LossFunction | None, is_trusted: bool, classes_last: bool | None
 ) -> Tensor | None:

@@ -31,6 +31,7 @@ class SharedRecord:
         num_data, path, probabilities, overwrite: as of `TrainingRecord`.
 
     Attributes:
+        classes_last: of `output_scores`, as a batch has shown.
         record: None in all processes but the first.
     """
 
@@ -39,7 +40,7 @@ class SharedRecord:
         self._averages = RunningAverages(num_data)  # unused in the first process
         self._waiting: list[tuple[Tensor, Tensor, Tensor, int]] = []
         self._loss_fn: LossFunction | None = None
-        self._classes_last: bool | None = None  # as a batch has shown
+        self.classes_last: bool | None = None
         self._is_trusted = False  # whether a batch has shown that its labels are the output's classes
         self.record: TrainingRecord | None = None
         if process_rank() == 0:
@@ -72,11 +73,11 @@ class SharedRecord:
                 self.add_waiting()
             return
         self.add_waiting()
-        classes_last = self._classes_last if classes_last is None else classes_last
+        classes_last = self.classes_last if classes_last is None else classes_last
         scores = output_scores(output, target, loss_fn, self._is_trusted, classes_last)
         self._add(numbers, scores, torch.full_like(numbers, step))
         self._is_trusted = True
-        self._classes_last = self._classes_last if scores.classes_last is None else scores.classes_last
+        self.classes_last = self.classes_last if scores.classes_last is None else scores.classes_last
 
     def add_waiting(self) -> None:
         """Bring what the last outputs say from the device to the averages."""
