@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlearn
 from benchmarks.attribution.segments import segments
 from benchmarks.problems.batches import batches
 from benchmarks.reference.attribution.method import Method, Scorer, Subject
-from vlearn.gaussians.kronecker import Kronecker, KroneckerFactors
 from vlearn.gaussians.protocol import Posterior
 from vlearn.sensitivity import measures
 
@@ -35,8 +35,14 @@ def influences(model: nn.Module, posterior: Posterior, subject: Subject, x: Tens
     ).values
 
 
-def over_snapshots(subject: Subject, **setting: Any) -> Scorer:
-    """The mean attribution over the snapshots of one training, each with a fit of its own."""
+def over_snapshots(subject: Subject, alike: bool = False, **setting: Any) -> Scorer:
+    """The mean attribution over the snapshots of one training, each with a fit of its own.
+
+    Args:
+        alike: a query's attributions have norm one at each snapshot. Its gradient, and all of them, shrink as it is
+            learned, so that without this the early snapshots decide.
+        setting: of `fitted`.
+    """
     scorers = []
     for number, snapshot in enumerate(subject.snapshots, 1):
         model = subject.own_model()
@@ -44,7 +50,12 @@ def over_snapshots(subject: Subject, **setting: Any) -> Scorer:
         share = number / len(subject.snapshots)
         earlier = replace(subject, model=model, training_time=share * subject.training_time)
         scorers.append(with_posterior(earlier, fitted, **setting))
-    return lambda x, y: torch.stack([scorer(x, y) for scorer in scorers]).mean(0)
+
+    def score(x: Tensor, y: Tensor) -> Tensor:
+        each = torch.stack([scorer(x, y) for scorer in scorers])
+        return (F.normalize(each, dim=1) if alike else each).mean(0)
+
+    return score
 
 
 def fitted(
@@ -73,7 +84,7 @@ def fitted(
         progress=False,
     )
     if relative is not None:
-        posterior = _damped_by_layer(posterior, relative)
+        posterior = posterior.damped(relative)
     return posterior.stopped_at(subject.training_time) if stopped else posterior
 
 
@@ -93,13 +104,6 @@ def over_draws(subject: Subject, width: float, count: int = 6, **setting: Any) -
             with_posterior(replace(subject, model=model), fitted, structure="eigenvalue-corrected", **setting)
         )
     return lambda x, y: torch.stack([scorer(x, y) for scorer in scorers]).mean(0)
-
-
-def _damped_by_layer(fit: Posterior, multiple: float) -> Kronecker:
-    assert isinstance(fit, Kronecker)
-    layers = [(tuple(each.pop("names")), KroneckerFactors(**each)) for each in fit.block_state()["factors"]]
-    decay = {name: multiple * float(factors.hessian.mean()) for names, factors in layers for name in names}
-    return Kronecker(fit.mean, dict(layers), decay, dict.fromkeys(fit.mean, fit.num_data), fit.num_data)
 
 
 def identity(model: nn.Module, subject: Subject) -> Posterior:
@@ -177,6 +181,14 @@ METHODS = (
         "EK-FAC, over snapshots",
         "vlearn",
         partial(over_snapshots, structure="eigenvalue-corrected"),
+        [*DAMPING, RELATIVE, {"stopped": True}],
+        averaged=True,
+        removed=True,
+    ),
+    Method(
+        "EK-FAC, over snapshots alike",
+        "vlearn",
+        partial(over_snapshots, structure="eigenvalue-corrected", alike=True),
         [*DAMPING, RELATIVE, {"stopped": True}],
         averaged=True,
         removed=True,

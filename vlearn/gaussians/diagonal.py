@@ -149,6 +149,10 @@ class Diagonal(Gaussian):
             name: stopped(hessian + decay[name], times[name]) - decay[name] for name, hessian in self._hessian.items()
         }
 
+    def damp_blocks(self, relative: float) -> None:
+        """See `Gaussian`."""
+        self._replace_prior({name: float(hessian.mean()) for name, hessian in self._hessian.items()}, relative)
+
     def copy_blocks(self) -> None:
         """See `Gaussian`."""
         self._hessian = {name: self._hessian[name].clone() for name in self.names}

@@ -101,6 +101,22 @@ class Full(Gaussian):
         stopped_precision = (basis * stopped(values.clamp_min(0), 1.0) * self.num_data) @ basis.mT
         self._dense = DenseBlock(torch.linalg.cholesky(stopped_precision), self._dense.shapes)
 
+    def damp_blocks(self, relative: float) -> None:
+        """See `Gaussian`."""
+        if self.prior is not None or any(name not in self.prior_precision for name in self.names):
+            raise ValueError("the prior that this precision holds is not known: pass prior_precision, of each name.")
+        factor = self._dense.factor
+        precision = factor @ factor.mT
+        prior = [
+            torch.as_tensor(self.prior_precision[name], dtype=factor.dtype, device=factor.device).expand(shape)
+            for name, shape in zip(self.names, self._dense.shapes, strict=True)
+        ]
+        diagonal = precision.diagonal() - torch.cat([each.flatten() for each in prior])
+        mean = float(diagonal.mean())
+        self._replace_prior(dict.fromkeys(self.names, mean / self.num_data), relative)
+        damped = precision.diagonal_scatter(diagonal + relative * mean)
+        self._dense = DenseBlock(torch.linalg.cholesky(damped), self._dense.shapes)
+
     def copy_blocks(self) -> None:
         """See `Gaussian`."""
         pass  # the factor is its own

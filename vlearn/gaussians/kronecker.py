@@ -153,6 +153,13 @@ class Kronecker(Gaussian):
             hessian = stopped(factors.hessian + decay, time) - decay
             self._factors[layer] = replace(factors, hessian=hessian)
 
+    def damp_blocks(self, relative: float) -> None:
+        """See `Gaussian`."""
+        means = {layer: float(factors.hessian.mean()) for layer, factors in self._factors.items()}
+        self._replace_prior({name: mean for layer, mean in means.items() for name in layer}, relative)
+        self._weight_decay = {layer: relative * mean for layer, mean in means.items()}
+        self._factors = {layer: replace(factors, prior=None) for layer, factors in self._factors.items()}
+
     def copy_blocks(self) -> None:
         """See `Gaussian`."""
         self._factors = {

@@ -79,6 +79,12 @@ class ProductPosterior(Gaussian):
         for part in self._parts:
             part.stop_blocks(times)
 
+    def damp_blocks(self, relative: float) -> None:
+        """See `Gaussian`."""
+        for part in self._parts:
+            part.damp_blocks(relative)
+        self.prior_precision = {name: prior for part in self._parts for name, prior in part.prior_precision.items()}
+
     def copy_blocks(self) -> None:
         """See `Gaussian`."""
         self._parts = [part.clone() for part in self._parts]
