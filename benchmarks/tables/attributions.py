@@ -18,7 +18,7 @@ def scores() -> str:
     records = _records()
     by_task = {name: {_key(row): row for row in record["rows"]} for name, record in records.items()}
     keys = list(dict.fromkeys(key for rows in by_task.values() for key in rows))
-    keys.sort(key=lambda key: -sum(rows[key]["score"][0] for rows in by_task.values() if key in rows))
+    keys.sort(key=lambda key: -_mean([rows[key]["score"][0] for rows in by_task.values() if key in rows]))
     costly = next(name for name in COSTS if name in records)
     lines = []
     for key in keys:
@@ -47,6 +47,10 @@ def removals() -> str:
 
     lines = [(_title(key), *(cell(rows.get(key)) for rows in by_task)) for key in keys]
     return table(("", *(record["task"]["title"] for record in records.values())), lines)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _records() -> dict[str, dict[str, Any]]:

@@ -157,7 +157,18 @@ def _priors() -> str:
     return ", ".join(short(row["test_loss"], 3) for row in table.values())
 
 
+def _attribution(method: str, networks: int = 1) -> str:
+    """The score of one of vlearn's attributions on Fashion-MNIST."""
+    rows = read("attribution/fashion-mnist")["rows"]
+    (row,) = (r for r in rows if (r["by"], r["method"], r["networks"]) == ("vlearn", method, networks))
+    return short(row["score"][0], 2)
+
+
 NUMBERS: dict[str, Callable[[], str]] = {
+    "attribution-alike": lambda: _attribution("EK-FAC, over snapshots alike"),
+    "attribution-alike-networks": lambda: _attribution("EK-FAC, over snapshots alike", 3),
+    "attribution-plain": lambda: _attribution("EK-FAC, over snapshots"),
+    "attribution-last": lambda: _attribution("EK-FAC, damped"),
     "structures-pearson": _fidelity_pearson,
     "refined-kfac": _refined_kfac,
     "ranks": _least_spearman,
