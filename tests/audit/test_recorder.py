@@ -725,3 +725,15 @@ def test_losses_of_the_labels_are_not_warned_of(name, tmp_path):
                     optimizer.zero_grad()
                     ITS_LABELS[name](model(x), y).backward()
                     optimizer.step()
+
+
+def test_gradients_are_looked_at_in_the_first_batches_alone(tmp_path):
+    """Also where there are no labels to check."""
+    model = nn.Linear(6, 1)
+    data = TensorDataset(X, X[:, :1])
+    with Recorder(tmp_path, model, loss_fn=nn.MSELoss()) as recorder:
+        for _ in range(5):
+            for x, y in recorder.follow(loader(data)):
+                output = model(x)
+                F.mse_loss(output, y).backward()
+    assert not output._backward_hooks

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import vlearn
 from tests.distributed.ranks import Ranks
 from tests.distributed.sharded import batch, loss_of, make, new_model, sharded, train
+from vlearn.sharded.tensors import whole
 
 
 def live(rank: int, kind: str, how: str, maker: str, count: int) -> list[tuple[Tensor, ...]]:
@@ -214,6 +215,20 @@ def placed_whole(rank: int) -> str:
 def test_shards_hold_no_whole_weights(ranks: Ranks) -> None:
     for message in ranks(placed_whole):
         assert "which cannot hold whole weights" in message
+
+
+def damped(rank: int, how: str) -> dict[str, Tensor]:
+    model = sharded(new_model("mlp"), how)
+    optimizer = make(model, "IVON")
+    train(model, optimizer, "mlp", range(3))
+    posterior = optimizer.posterior().damped()
+    return {name: whole(posterior.variance[name]) for name in posterior.names}
+
+
+def test_a_sharded_state_is_damped_by_its_whole_curvature(ranks: Ranks) -> None:
+    expected = damped(0, "plain")
+    for found in ranks(damped, "fsdp"):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
 
 
 def swept_after_adamw(rank: int, how: str) -> Tensor:

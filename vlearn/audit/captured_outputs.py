@@ -23,7 +23,7 @@ class Call(NamedTuple):
         name: of the module.
         output: the tensor that is chosen of its output.
         version: how often that had been written to.
-        gradients: the gradient of each backward pass in it, if they are looked at.
+        gradients: of each backward pass, the gradient in it, while they are looked at.
         takes_inputs: whether the module was given what the batch holds, and not what another module made of it.
     """
 
@@ -129,10 +129,8 @@ class CapturedOutputs:
             handle.remove()
 
     def _selected(self, output: Any) -> Tensor | None:
-        if callable(self._output):  # which may make of it what it likes: nothing is differentiated
-            return self._output(output)
         if self._output is not None:
-            return select(output, self._output)
+            return select(output, self._output, may_compute=True)
         if isinstance(output, Tensor):
             return output
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,31 +39,33 @@ class LabelCheck:
     def add(
         self,
         output: Tensor,
-        gradient: Tensor,
-        target: Tensor,
+        gradients: Sequence[Tensor],
+        target: Any,
         loss_fn: LossFunction | None,
         classes_last: bool | None,
     ) -> None:
-        """Look at a batch, if its target is labels.
+        """Look at a batch, if its target is labels and one backward pass went through its output.
 
         Args:
             output: ``[N, C]``, ``[N, C, T]`` or ``[N, T, C]``.
-            gradient: of the training's loss in it, whatever its scale.
+            gradients: of the training's loss in it, whatever its scale, of each backward pass.
             target, loss_fn, classes_last: of `output_scores`, which took them.
         """
-        found = None if self.is_over else labels_of(output, target, loss_fn, classes_last)
-        if found is None or not found[0].numel():
+        if self.is_over:
+            return
+        self._batches += 1
+        found = labels_of(output, target, loss_fn, classes_last)
+        if found is None or not found[0].numel() or len(gradients) != 1:
             return
         labels, axis = found
         places = torch.linspace(0, labels.numel() - 1, min(ROWS, labels.numel()), device=labels.device).long()
         rows = torch.unravel_index(places, labels.shape)
-        z, g = (class_rows.movedim(axis, -1)[rows] for class_rows in (output.detach(), gradient))
-        own = labels[rows].clamp(0, z.shape[1] - 1).unsqueeze(1)
-        tells = (labels[rows] == own.squeeze(1)) & g.isfinite().all(1) & g.ne(0).any(1)
-        tells &= class_scores(z).softmax(1).gather(1, own).squeeze(1) < 0.5
-        counts = torch.stack([tells.sum(), (tells & (g.argmin(1) != own.squeeze(1))).sum()])
+        y = labels[rows]
+        z, g = (each.movedim(axis, -1)[rows] for each in (output.detach(), gradients[0]))  # [rows, C]
+        p = class_scores(z).softmax(1).gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
+        tells = (y >= 0) & (p < 0.5) & g.isfinite().all(1) & g.ne(0).any(1)
+        counts = torch.stack([tells.sum(), (tells & (g.argmin(1) != y)).sum()])
         self._counts = counts if self._counts is None else self._counts + counts.to(self._counts.device)
-        self._batches += 1
 
     def message(self) -> str | None:
         """What is to be warned of, if anything, once."""

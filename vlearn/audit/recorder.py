@@ -262,9 +262,7 @@ class Recorder:
                     "or select them by output=."
                 )
             shared.add(numbers, output, target, self.loss_fn, self._step, self.classes_last)
-            if len(call.gradients) == 1:
-                classes_last = shared.classes_last if self.classes_last is None else self.classes_last
-                self._label_check.add(output, call.gradients[0], target, self.loss_fn, classes_last)
+            self._label_check.add(output, call.gradients, target, self.loss_fn, shared.classes_last)
         if self._label_check.is_over:
             self._captured.looks_at_gradients = False
             self._warn_of_other_labels()

@@ -93,12 +93,18 @@ def with_leaves(tree: Any, tensors: Mapping[int, Any], others: bool = True) -> A
     return tree_unflatten(replaced, structure)
 
 
-def _is_view(tensor: Tensor, of: Tensor) -> bool:
-    return tensor is of or tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+def _is_among(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether a tensor is one of others, or a view of one."""
+    if any(tensor is leaf for leaf in leaves):
+        return True
+    return any(tensor.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr() for leaf in leaves)
 
 
-def select(tree: Any, output: Selector) -> Tensor:
+def select(tree: Any, output: Selector, may_compute: bool = False) -> Tensor:
     """The tensor that `output` names in a model's output; None: the only one with rows, a loss beside it has none.
+
+    Args:
+        may_compute: a callable may make a tensor of its own, where nothing is differentiated.
 
     Raises:
         ValueError: if it names none, or several are there and it is None, or a callable makes a tensor of its own.
@@ -124,7 +130,7 @@ def select(tree: Any, output: Selector) -> Tensor:
         return with_rows[0]
     if callable(output):
         chosen = output(tree)
-        if isinstance(chosen, Tensor) and not any(_is_view(chosen, leaf) for leaf in tensor_leaves(tree)):
+        if isinstance(chosen, Tensor) and not may_compute and not _is_among(chosen, tensor_leaves(tree)):
             raise ValueError(f"output= {MAKES_ITS_OWN}")
     elif isinstance(tree, Tensor):  # an index would name an example
         chosen = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlearn.gaussians.covariance_blocks import DiagonalBlock
 from vlearn.gaussians.gaussian import Gaussian, unchanging
 from vlearn.gaussians.stopped_training import stopped
+from vlearn.sharded.tensors import whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -151,7 +152,7 @@ class Diagonal(Gaussian):
 
     def damp_blocks(self, relative: float) -> None:
         """See `Gaussian`."""
-        self._replace_prior({name: float(hessian.mean()) for name, hessian in self._hessian.items()}, relative)
+        self._replace_prior({name: float(whole(hessian.mean())) for name, hessian in self._hessian.items()}, relative)
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""

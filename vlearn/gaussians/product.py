@@ -84,6 +84,7 @@ class ProductPosterior(Gaussian):
         for part in self._parts:
             part.damp_blocks(relative)
         self.prior_precision = {name: prior for part in self._parts for name, prior in part.prior_precision.items()}
+        self.prior = None
 
     def copy_blocks(self) -> None:
         """See `Gaussian`."""
