@@ -100,13 +100,26 @@ METHODS = (
         trak,
         [
             {"projection": projection, "regularization": regularization}
-            for projection, regularization in ((2048, 0.0), (512, 0.0), (512, 1e-3), (2048, 1e-3), (2048, 1e-2))
+            for projection, regularization in (
+                (2048, 0.0),
+                (512, 0.0),
+                (512, 1e-3),
+                (2048, 1e-3),
+                (2048, 1e-2),
+                (2048, 1e-1),
+                (2048, 1.0),
+            )
         ],
         own_ensemble=True,
         averaged=True,
         removed=True,
     ),
-    Method("influence, CG", "dattri", conjugate_gradients, [{"regularization": value} for value in (1e-2, 1e-1, 1.0)]),
+    Method(
+        "influence, CG",
+        "dattri",
+        conjugate_gradients,
+        [{"regularization": value} for value in (1e-2, 1e-1, 1.0, 10.0)],
+    ),
     Method(
         "influence, Arnoldi",
         "dattri",
@@ -190,7 +203,7 @@ def _inner_products(attributor: Any, subject: Subject, x: Tensor, y: Tensor, chu
     )
     rows = [
         attributor.transform_train_rep(0, attributor.generate_train_rep(0, part)) @ queries.T
-        for part in parts(subject.x, subject.y, CHUNK)
+        for part in parts(subject.x, subject.y, CHUNK // 4)  # twice as fast as CHUNK
     ]
     return torch.cat(rows)
 
