@@ -63,6 +63,7 @@ def fitted(
     subject: Subject,
     structure: str,
     damping: float = 0.0,
+    decay: float = 1.0,
     relative: float | None = None,
     stopped: bool = False,
 ) -> Posterior:
@@ -70,6 +71,7 @@ def fitted(
 
     Args:
         damping: added to the weight decay, per example.
+        decay: this share of the weight decay alone.
         relative: in its place, this multiple of each layer's mean eigenvalue.
         stopped: with the time that SGD has trained for.
     """
@@ -79,7 +81,7 @@ def fitted(
         batches(subject.x, subject.y),
         subject.loss,
         structure,
-        prior_precision=num_data * (subject.weight_decay + damping),
+        prior_precision=num_data * (decay * subject.weight_decay + damping),
         generator=torch.Generator().manual_seed(0),
         progress=False,
     )
@@ -158,6 +160,7 @@ def tracin(subject: Subject) -> Scorer:
 
 
 DAMPING = ({}, {"damping": 1e-3}, {"damping": 1e-2}, {"damping": 1e-1})
+LESS = ({"decay": 0.3}, {"decay": 0.1})
 RELATIVE = {"relative": 0.1}
 
 
@@ -165,40 +168,32 @@ def _fits(label: str, structure: str) -> Sequence[Method]:
     """A structure as it comes, with the training time, and with the best of a few dampings."""
     make = partial(with_posterior, fit=fitted, structure=structure)
     best = structure == "eigenvalue-corrected"
-    last = {"damping": 1.0} if structure == "diagonal" else RELATIVE
+    others = [{"damping": 1.0}] if structure == "diagonal" else [RELATIVE, *LESS]
     return (
         Method(label, "vlearn", make, removed=best),
         Method(f"{label}, stopped", "vlearn", partial(make, stopped=True), removed=best),
-        Method(f"{label}, damped", "vlearn", make, [*DAMPING, last], averaged=best, removed=best),
+        Method(f"{label}, damped", "vlearn", make, [*DAMPING, *others], averaged=best, removed=best),
     )
+
+
+def _over_snapshots(label: str, structure: str, alike: bool = False) -> Method:
+    make = partial(over_snapshots, structure=structure, alike=alike)
+    return Method(label, "vlearn", make, [*DAMPING, RELATIVE, *LESS, {"stopped": True}], averaged=True, removed=True)
 
 
 METHODS = (
     *_fits("diagonal", "diagonal"),
     *_fits("K-FAC", "kronecker"),
     *_fits("EK-FAC", "eigenvalue-corrected"),
-    Method(
-        "EK-FAC, over snapshots",
-        "vlearn",
-        partial(over_snapshots, structure="eigenvalue-corrected"),
-        [*DAMPING, RELATIVE, {"stopped": True}],
-        averaged=True,
-        removed=True,
-    ),
-    Method(
-        "EK-FAC, over snapshots alike",
-        "vlearn",
-        partial(over_snapshots, structure="eigenvalue-corrected", alike=True),
-        [*DAMPING, RELATIVE, {"stopped": True}],
-        averaged=True,
-        removed=True,
-    ),
+    _over_snapshots("EK-FAC, over snapshots", "eigenvalue-corrected"),
+    _over_snapshots("EK-FAC, over snapshots alike", "eigenvalue-corrected", alike=True),
+    _over_snapshots("K-FAC, over snapshots alike", "kronecker", alike=True),
     Method("EK-FAC, three segments", "vlearn", segments),
     Method(
         "EK-FAC, over draws",
         "vlearn",
         over_draws,
-        [{"width": width, **damped} for width in (0.1, 0.05, 0.2) for damped in (RELATIVE, *DAMPING[2:])],
+        [{"width": width, **damped} for width in (0.1, 0.05, 0.2) for damped in (RELATIVE, *DAMPING[2:], LESS[1])],
     ),
     Method(
         "IVON, its own state",

@@ -118,7 +118,7 @@ METHODS = (
         "influence, CG",
         "dattri",
         conjugate_gradients,
-        [{"regularization": value} for value in (1e-2, 1e-1, 1.0, 10.0)],
+        [{"regularization": value} for value in (1e-2, 1e-1, 1.0, 10.0, 1e-3, 1e-4)],
     ),
     Method(
         "influence, Arnoldi",

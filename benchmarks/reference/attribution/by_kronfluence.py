@@ -76,7 +76,7 @@ def influence(subject: Subject, factors: Factors, damping: float | None) -> Scor
     return score
 
 
-DAMPING = [{"damping": value} for value in (1e-8, None, 1e-3, 1e-2, 1e-1)]
+DAMPING = [{"damping": value} for value in (1e-8, None, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1)]
 METHODS = (
     Method(
         "influence, EK-FAC",
