@@ -161,14 +161,14 @@ def tracin(subject: Subject) -> Scorer:
 
 DAMPING = ({}, {"damping": 1e-3}, {"damping": 1e-2}, {"damping": 1e-1})
 LESS = ({"decay": 0.3}, {"decay": 0.1})
-RELATIVE = {"relative": 0.1}
+RELATIVE = ({"relative": 0.1}, {"relative": 1.0}, {"relative": 10.0})
 
 
 def _fits(label: str, structure: str) -> Sequence[Method]:
     """A structure as it comes, with the training time, and with the best of a few dampings."""
     make = partial(with_posterior, fit=fitted, structure=structure)
     best = structure == "eigenvalue-corrected"
-    others = [{"damping": 1.0}] if structure == "diagonal" else [RELATIVE, *LESS]
+    others = [{"damping": 1.0}] if structure == "diagonal" else [*RELATIVE, *LESS]
     return (
         Method(label, "vlearn", make, removed=best),
         Method(f"{label}, stopped", "vlearn", partial(make, stopped=True), removed=best),
@@ -178,7 +178,7 @@ def _fits(label: str, structure: str) -> Sequence[Method]:
 
 def _over_snapshots(label: str, structure: str, alike: bool = False) -> Method:
     make = partial(over_snapshots, structure=structure, alike=alike)
-    return Method(label, "vlearn", make, [*DAMPING, RELATIVE, *LESS, {"stopped": True}], averaged=True, removed=True)
+    return Method(label, "vlearn", make, [*DAMPING, *RELATIVE, *LESS, {"stopped": True}], averaged=True, removed=True)
 
 
 METHODS = (
@@ -193,7 +193,7 @@ METHODS = (
         "EK-FAC, over draws",
         "vlearn",
         over_draws,
-        [{"width": width, **damped} for width in (0.1, 0.05, 0.2) for damped in (RELATIVE, *DAMPING[2:], LESS[1])],
+        [{"width": width, **damped} for width in (0.1, 0.05, 0.2) for damped in (*RELATIVE[:2], *DAMPING[2:], LESS[1])],
     ),
     Method(
         "IVON, its own state",

@@ -157,9 +157,9 @@ def _priors() -> str:
     return ", ".join(short(row["test_loss"], 3) for row in table.values())
 
 
-def _attribution(method: str, networks: int = 1) -> str:
-    """The score of one of vlearn's attributions on Fashion-MNIST."""
-    rows = read("attribution/fashion-mnist")["rows"]
+def _attribution(method: str, networks: int = 1, task: str = "fashion-mnist") -> str:
+    """The score of one of vlearn's attributions."""
+    rows = read(f"attribution/{task}")["rows"]
     (row,) = (r for r in rows if (r["by"], r["method"], r["networks"]) == ("vlearn", method, networks))
     return short(row["score"][0], 2)
 
@@ -169,6 +169,10 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "attribution-alike-networks": lambda: _attribution("EK-FAC, over snapshots alike", 3),
     "attribution-plain": lambda: _attribution("EK-FAC, over snapshots"),
     "attribution-last": lambda: _attribution("EK-FAC, damped"),
+    "attribution-mnist-alike": lambda: _attribution("K-FAC, over snapshots alike", task="mnist"),
+    "attribution-mnist-networks": lambda: _attribution("K-FAC, over snapshots alike", 3, "mnist"),
+    "attribution-mnist-plain": lambda: _attribution("EK-FAC, over snapshots", task="mnist"),
+    "attribution-mnist-last": lambda: _attribution("K-FAC, damped", task="mnist"),
     "structures-pearson": _fidelity_pearson,
     "refined-kfac": _refined_kfac,
     "ranks": _least_spearman,
