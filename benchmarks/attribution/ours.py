@@ -162,23 +162,24 @@ def tracin(subject: Subject) -> Scorer:
 DAMPING = ({}, {"damping": 1e-3}, {"damping": 1e-2}, {"damping": 1e-1})
 LESS = ({"decay": 0.3}, {"decay": 0.1})
 RELATIVE = ({"relative": 0.1}, {"relative": 1.0}, {"relative": 10.0})
+KRONECKER = (*DAMPING, *RELATIVE, *LESS)
 
 
 def _fits(label: str, structure: str) -> Sequence[Method]:
     """A structure as it comes, with the training time, and with the best of a few dampings."""
     make = partial(with_posterior, fit=fitted, structure=structure)
     best = structure == "eigenvalue-corrected"
-    others = [{"damping": 1.0}] if structure == "diagonal" else [*RELATIVE, *LESS]
+    dampings = [*DAMPING, {"damping": 1.0}] if structure == "diagonal" else KRONECKER
     return (
         Method(label, "vlearn", make, removed=best),
         Method(f"{label}, stopped", "vlearn", partial(make, stopped=True), removed=best),
-        Method(f"{label}, damped", "vlearn", make, [*DAMPING, *others], averaged=best, removed=best),
+        Method(f"{label}, damped", "vlearn", make, dampings, averaged=best, removed=best),
     )
 
 
 def _over_snapshots(label: str, structure: str, alike: bool = False) -> Method:
     make = partial(over_snapshots, structure=structure, alike=alike)
-    return Method(label, "vlearn", make, [*DAMPING, *RELATIVE, *LESS, {"stopped": True}], averaged=True, removed=True)
+    return Method(label, "vlearn", make, [*KRONECKER, {"stopped": True}], averaged=True, removed=True)
 
 
 METHODS = (
