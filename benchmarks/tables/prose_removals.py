@@ -165,10 +165,10 @@ def _attribution(method: str, networks: int = 1, task: str = "fashion-mnist") ->
 
 
 NUMBERS: dict[str, Callable[[], str]] = {
-    "attribution-alike": lambda: _attribution("EK-FAC, over snapshots alike"),
-    "attribution-alike-networks": lambda: _attribution("EK-FAC, over snapshots alike", 3),
+    "attribution-alike": lambda: _attribution("K-FAC, over snapshots alike"),
+    "attribution-alike-networks": lambda: _attribution("K-FAC, over snapshots alike", 3),
     "attribution-plain": lambda: _attribution("EK-FAC, over snapshots"),
-    "attribution-last": lambda: _attribution("EK-FAC, damped"),
+    "attribution-last": lambda: _attribution("K-FAC, damped"),
     "attribution-mnist-alike": lambda: _attribution("K-FAC, over snapshots alike", task="mnist"),
     "attribution-mnist-networks": lambda: _attribution("K-FAC, over snapshots alike", 3, "mnist"),
     "attribution-mnist-plain": lambda: _attribution("EK-FAC, over snapshots", task="mnist"),
