@@ -21,7 +21,7 @@ _PERIOD = 65521  # entries after which a direction repeats: a prime, which no la
 
 def direction(like: Tensor, dtype: torch.dtype) -> Tensor:
     """A direction in the shape of a parameter, in no special relation to anything; entries in [-1, 1]."""
-    table = _table(like.device, dtype)
+    table = _table(like.device, dtype, like.numel())
     return table.repeat(-(-like.numel() // _PERIOD))[: like.numel()].reshape(like.shape)
 
 
@@ -29,15 +29,16 @@ def product(gradient: Tensor) -> Tensor:
     """⟨gradient, direction⟩, in float64."""
     flat = (gradient.to_dense() if gradient.is_sparse else gradient).detach().reshape(-1)
     wide = torch.promote_types(flat.dtype, torch.float32)
-    table = _table(flat.device, wide)
+    table = _table(flat.device, wide, flat.numel())
     sum_dtype = wide_dtype(flat.device)
     whole = flat.numel() // _PERIOD * _PERIOD
-    total = (flat[:whole].to(wide).reshape(-1, _PERIOD) @ table).sum(dtype=sum_dtype)
-    return total + (flat[whole:].to(wide) * table[: flat.numel() - whole]).sum(dtype=sum_dtype)
+    rest = (flat[whole:].to(wide) * table[: flat.numel() - whole]).sum(dtype=sum_dtype)
+    return rest + (flat[:whole].to(wide).reshape(-1, _PERIOD) @ table).sum(dtype=sum_dtype) if whole else rest
 
 
-def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.arange(1, _PERIOD + 1, device=device, dtype=wide_dtype(device)).cos().to(dtype)
+def _table(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+    """The entries that a tensor of a size has in use: at most one period."""
+    return torch.arange(1, min(size, _PERIOD) + 1, device=device, dtype=wide_dtype(device)).cos().to(dtype)
 
 
 class PassGradients:
