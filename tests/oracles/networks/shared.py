@@ -36,7 +36,17 @@ def positions_as_many_as_examples() -> Case:
 @case
 def positions_added_in_place() -> Case:
     def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.into(x)
+        h = m.into(x) + x[..., :4]
+        h += m.places(torch.arange(x.shape[1]))
+        return m.norm(h)
+
+    return _positions(forward)
+
+
+@case
+def positions_added_in_place_to_a_view() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.into(x)[:]
         h += m.places(torch.arange(x.shape[1]))
         return m.norm(h)
 
