@@ -31,7 +31,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev  ## run every test, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ""
 
-# As `make test-torch VERSION=2.14.1 TESTS="tests/optim tests/capture"`; without TESTS, all of them.
+# As `make test-torch VERSION=2.15.0 TESTS="tests/optim tests/capture"`; without TESTS, all of them.
 test-torch: export OMP_NUM_THREADS := 1
 test-torch: .venv-torch-$(VERSION)/.dev  ## run TESTS, or every test, beside torch VERSION
 	$(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "" $(TESTS)
@@ -64,7 +64,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	touch $@
 
 .venv-torch-/.dev:
-	$(error say which torch: make test-torch VERSION=2.14.1)
+	$(error say which torch: make test-torch VERSION=2.15.0)
 
 # A CUDA build of torchvision beside a CPU build of torch does not import, and takes laplace-torch down with it.
 define install
