@@ -33,24 +33,23 @@ def positions_as_many_as_examples() -> Case:
     return _positions(lambda m, x: m.norm(m.into(x) + m.places(torch.arange(x.shape[1]))), length=EXAMPLES)
 
 
-@case
-def positions_added_in_place() -> Case:
+def _added_in_place(words: Callable[[Any, Tensor], Tensor]) -> Case:
     def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.into(x) + x[..., :4]
+        h = words(m, x)
         h += m.places(torch.arange(x.shape[1]))
         return m.norm(h)
 
     return _positions(forward)
+
+
+@case
+def positions_added_in_place() -> Case:
+    return _added_in_place(lambda m, x: m.into(x) + x[..., :4])
 
 
 @case
 def positions_added_in_place_to_a_view() -> Case:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.into(x)[:]
-        h += m.places(torch.arange(x.shape[1]))
-        return m.norm(h)
-
-    return _positions(forward)
+    return _added_in_place(lambda m, x: m.into(x)[:])
 
 
 @case
