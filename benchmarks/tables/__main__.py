@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sensitivity-cost": costs.sensitivities,
     "batch-norm": costs.batch_norm,
     "fit-cost": costs.fits,
+    "influence-cost": costs.influences,
     "stopped-digits": partial(losses.stopped_training, "digits"),
     "stopped-fashion-mnist": partial(losses.stopped_training, "fashion-mnist"),
     "stopped-fashion-mnist-overfit": partial(losses.stopped_training, "fashion-mnist-overfit"),

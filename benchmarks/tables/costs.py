@@ -60,6 +60,21 @@ def fits() -> str:
     return table(("", *seconds), rows)
 
 
+def influences() -> str:
+    """Seconds of a sweep, multiples of it of all influences and of the largest, and the peak memory of each."""
+
+    def cell(cost: dict[str, float], base: float) -> str:
+        of_sweep = f"{cost['seconds'] / base:.1f}" if cost["seconds"] != base else f"{base:.0f} s"
+        return f"{of_sweep}, {cost['peak, MiB']:.0f} MiB"
+
+    costs = read("influence_cost")["costs"]
+    rows = [
+        (f"`{structure}`", *(cell(cost, by_call["sweep"]["seconds"]) for cost in by_call.values()))
+        for structure, by_call in costs.items()
+    ]
+    return table(("", *next(iter(costs.values()))), rows)
+
+
 def sensitivities() -> str:
     """Sensitivities in multiples of a plain forward and backward pass, one thread."""
     labels = {

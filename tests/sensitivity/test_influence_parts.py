@@ -11,8 +11,9 @@ from tests.oracles.per_example import moving, per_example, relative_error
 from tests.posterior.structures import STRUCTURES, posterior_of
 from tests.sensitivity.test_influence import LABELS, arguments_of, influence_of, inputs, network
 from tests.sensitivity.test_sequences import T, language_model, rows_by_token, token_truth, tokens
+from vlearn.gaussians.covariance_blocks import KroneckerBlock
 from vlearn.linearized import inner_products
-from vlearn.linearized.inner_products import Terms
+from vlearn.linearized.inner_products import RankOne, Terms
 
 # -- by modules -------------------------------------------------------------------------------------------------------
 
@@ -261,6 +262,19 @@ def test_every_way_to_hold_a_layer_equals_explicit_gradients(make_posterior, pos
     )
     truth = of_train @ torch.cat([moved[p].flatten(1) for p in parameters], 1).mT
     assert relative_error(found.values, truth) < 1e-10
+
+
+@pytest.mark.parametrize("entries", [1, 40, 2**18])
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
+@pytest.mark.parametrize("counts", [(2, 2), (2, 9), (9, 2), (9, 9), (0, 4), (4, 0)])
+def test_the_full_sum_over_a_layer_is_that_of_its_entries(counts, shape, entries, monkeypatch):
+    monkeypatch.setattr(inner_products, "PAIR_ENTRIES", entries)
+    torch.manual_seed(0)
+    block = KroneckerBlock(None, None, torch.rand(shape).double(), [torch.Size(shape)])
+    one, other = (RankOne(torch.randn(n, shape[1]).double(), torch.randn(n, shape[0]).double(), block) for n in counts)
+    dense = [rows.b.unsqueeze(2) * rows.a.unsqueeze(1) for rows in (one, other)]
+    truth = torch.einsum("noi,oi,moi->nm", dense[0], block.variances, dense[1])
+    assert torch.allclose(one.inner(other, None), truth, atol=1e-12)
 
 
 def test_batches_that_are_held_in_different_ways_are_joined():

@@ -37,7 +37,7 @@ from vlearn.per_example.replay import as_recorded
 BlockParameters = tuple[Tensor, ...]
 WORTHWHILE = 0.7  # of the products of the full sum, up to which that by terms is faster
 MOST_TERMS = 80  # of a v = 1/(x yᵀ + c) to rounding in float64, over twelve orders of magnitude
-PAIR_ENTRIES = 2**20  # of the products of pairs of examples that are held together, so that they stay in cache
+PAIR_ENTRIES = 2**18  # of the products of pairs of examples that are held together, so that they stay in cache
 
 
 class Terms:
@@ -83,17 +83,25 @@ class RankOne:
         return total
 
     def _full_sum(self, others: RankOne) -> Tensor:
-        """(b̃_n ∘ b̃_m)ᵀ v (ã_n ∘ ã_m); the matrix product comes first, and leaves the narrower side to be summed."""
+        """(b̃_n ∘ b̃_m)ᵀ v (ã_n ∘ ã_m); the narrower side is summed last."""
+        if len(self.a) < len(others.a):
+            return others._full_sum(self).mT
         sides, v = [(self.b, others.b), (self.a, others.a)], self.block.variances
-        if v.shape[0] < v.shape[1]:
+        if v.shape[0] > v.shape[1]:
             sides, v = sides[::-1], v.mT
-        (wide, of_wide), (narrow, of_narrow) = sides
-        at_once = max(1, PAIR_ENTRIES // max(1, wide.numel()))
+        (narrow, of_narrow), (wide, of_wide) = sides
+        width = narrow.shape[1]
+        by_pairs = len(wide) < width  # else v times each of the others is smaller than every pair's wide side
+        at_once = max(1, PAIR_ENTRIES // max(1, (len(wide) if by_pairs else width) * wide.shape[1]))
         parts = []
-        for x, y in zip(of_wide.split(at_once), of_narrow.split(at_once), strict=True):
-            pairs = (wide * x.unsqueeze(1)) @ v  # [m, n, narrow]
-            parts.append(pairs.mul_(narrow) @ y.unsqueeze(2))
-        return torch.cat(parts).squeeze(2).mT
+        for x, y in zip(of_narrow.split(at_once), of_wide.split(at_once), strict=True):
+            if by_pairs:
+                products = (wide.unsqueeze(1) * y) @ v.mT * x
+            else:
+                scaled = (y.unsqueeze(1) * v).mul_(x.unsqueeze(2))  # [m, narrow, wide]
+                products = (wide @ scaled.flatten(0, 1).mT).unflatten(1, (len(x), width))
+            parts.append(products.mul_(narrow.unsqueeze(1)).sum(2))  # of [n, m, narrow]
+        return torch.cat(parts, 1)
 
     def moved(self) -> list[Tensor]:
         """ΣG ``[m, *shape]`` of each parameter of the block."""
