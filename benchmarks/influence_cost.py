@@ -30,6 +30,7 @@ from benchmarks.problems.networks import digits_cnn, lenet5
 from benchmarks.report.provenance import provenance
 from benchmarks.report.records import RESULTS, write_json
 from benchmarks.report.terminal import print_table, progress
+from benchmarks.training.loop import training_step
 
 STRUCTURES = ("kronecker", "eigenvalue-corrected", "diagonal")
 SWEEP, ALL, LARGEST, PRODUCTS = "sweep", "influence, all values", "influence, ten largest", "products alone"
@@ -47,9 +48,7 @@ def costs(structure: str, build: Callable[[], nn.Module], images: Images) -> Cos
     train, test = batches(images.x, images.y, BATCH), batches(images.x_test, images.y_test, BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=WEIGHT_DECAY)
     for x, y in train:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        training_step(optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
     posterior = vlearn.posterior.fit(
         model, train, F.cross_entropy, structure, prior_precision=optimizer, progress=False
     )
@@ -70,7 +69,7 @@ def costs(structure: str, build: Callable[[], nn.Module], images: Images) -> Cos
 
 
 def products(parameters: int, train: Batches, test: Batches) -> None:
-    """Of the size of the gradients of all training with those of all test examples."""
+    """Matrix products of the size of those of all training with all test gradients, P entries each."""
     of_train, of_test = torch.ones(BATCH, parameters), torch.ones(sum(len(y) for _, y in test), parameters)
     for _, y in train:
         of_train[: len(y)] @ of_test.mT

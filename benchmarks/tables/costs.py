@@ -63,16 +63,15 @@ def fits() -> str:
 def influences() -> str:
     """Seconds of a sweep, multiples of it of all influences and of the largest, and the peak memory of each."""
 
-    def cell(cost: dict[str, float], base: float) -> str:
-        of_sweep = f"{cost['seconds'] / base:.1f}" if cost["seconds"] != base else f"{base:.0f} s"
-        return f"{of_sweep}, {cost['peak, MiB']:.0f} MiB"
+    by_structure = read("influence_cost")["costs"]
 
-    costs = read("influence_cost")["costs"]
-    rows = [
-        (f"`{structure}`", *(cell(cost, by_call["sweep"]["seconds"]) for cost in by_call.values()))
-        for structure, by_call in costs.items()
-    ]
-    return table(("", *next(iter(costs.values()))), rows)
+    def cells(by_call: dict[str, dict[str, float]]) -> list[str]:
+        base = by_call["sweep"]["seconds"]
+        times = {call: f"{cost['seconds'] / base:.1f}" for call, cost in by_call.items()} | {"sweep": f"{base:.0f} s"}
+        return [f"{times[call]}, {cost['peak, MiB']:.0f} MiB" for call, cost in by_call.items()]
+
+    rows = [(f"`{structure}`", *cells(by_call)) for structure, by_call in by_structure.items()]
+    return table(("", *next(iter(by_structure.values()))), rows)
 
 
 def sensitivities() -> str:

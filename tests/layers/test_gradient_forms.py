@@ -275,7 +275,7 @@ def largest_result(compute):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             result = func(*args, **(kwargs or {}))
-            for leaf in result if isinstance(result, tuple) else [result]:
+            for leaf in result if isinstance(result, tuple | list) else [result]:
                 largest = max(largest, leaf.numel())
             return result
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlearn
+from tests.layers.test_gradient_forms import largest_result
 from tests.oracles.networks import CASES
 from tests.oracles.per_example import moving, per_example, relative_error
 from tests.posterior.structures import STRUCTURES, posterior_of
@@ -275,6 +276,14 @@ def test_the_full_sum_over_a_layer_is_that_of_its_entries(counts, shape, entries
     dense = [rows.b.unsqueeze(2) * rows.a.unsqueeze(1) for rows in (one, other)]
     truth = torch.einsum("noi,oi,moi->nm", dense[0], block.variances, dense[1])
     assert torch.allclose(one.inner(other, None), truth, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(10, 2000), (2000, 10)])
+def test_the_full_sum_makes_no_more_at_once_however_many_test_examples_there_are(counts, monkeypatch):
+    monkeypatch.setattr(inner_products, "PAIR_ENTRIES", 2**12)
+    block = KroneckerBlock(None, None, torch.rand(30, 50), [torch.Size((30, 50))])
+    one, other = (RankOne(torch.randn(n, 50), torch.randn(n, 30), block) for n in counts)
+    assert largest_result(lambda: one.inner(other, None)) <= 2000 * 30  # one row of each pair's narrower side
 
 
 def test_batches_that_are_held_in_different_ways_are_joined():

@@ -37,7 +37,7 @@ from vlearn.per_example.replay import as_recorded
 BlockParameters = tuple[Tensor, ...]
 WORTHWHILE = 0.7  # of the products of the full sum, up to which that by terms is faster
 MOST_TERMS = 80  # of a v = 1/(x yᵀ + c) to rounding in float64, over twelve orders of magnitude
-PAIR_ENTRIES = 2**18  # of the products of pairs of examples that are held together, so that they stay in cache
+PAIR_ENTRIES = 2**18  # that the full sum over pairs of examples makes at once, so that they stay in cache
 
 
 class Terms:
@@ -90,9 +90,10 @@ class RankOne:
         if v.shape[0] > v.shape[1]:
             sides, v = sides[::-1], v.mT
         (narrow, of_narrow), (wide, of_wide) = sides
-        width = narrow.shape[1]
-        by_pairs = len(wide) < width  # else v times each of the others is smaller than every pair's wide side
-        at_once = max(1, PAIR_ENTRIES // max(1, (len(wide) if by_pairs else width) * wide.shape[1]))
+        count, width = len(wide), narrow.shape[1]
+        by_pairs = count < width  # else v times each of the others is smaller than every pair's wide side
+        entries = count * wide.shape[1] if by_pairs else max(count, wide.shape[1]) * width
+        at_once = max(1, PAIR_ENTRIES // max(1, entries))
         parts = []
         for x, y in zip(of_narrow.split(at_once), of_wide.split(at_once), strict=True):
             if by_pairs:
