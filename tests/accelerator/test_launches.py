@@ -132,7 +132,7 @@ def test_kfac_von_waits_once_in_a_step_however_many_layers_it_has(
 ) -> None:
     """But for those whose passes are checked, and those with new eigenbases, where eigh waits for each."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(7)), nn.LayerNorm(6)).to(device)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)), nn.LayerNorm(6)).to(device)
     x, y = torch.randn(12, 6).to(device), (torch.arange(12) % 6).to(device)
     optimizer = vlearn.KFACVON(model, 0.01, 1000, curvature=curvature, eigenvalue_correction=ekfac, update_every=5)
     optimizer.watch(model, loss_scale=1.0)  # else "empirical" looks at the output's gradient for it
@@ -180,7 +180,7 @@ def training_step(
 def test_a_watched_model_makes_neither_a_launch_nor_a_wait_for_each_layer(name: str, device: torch.device) -> None:
     """Beside what AdamW's training step takes; the draw is kept, as sensitivities may be asked for."""
     more = []
-    for layers in (3, 12):
+    for layers in (2, 6):
         own = training_step(MAKE[name], layers, device)
         plain = training_step(lambda model: torch.optim.AdamW(model.parameters(), foreach=True), layers, device)
         assert own.reads.total() == 1 + (name == "VAdamW") and not own.uploads
@@ -195,13 +195,13 @@ def test_captures_take_no_wait_for_each_layer(name: str, set_to_none: bool, devi
         options = {"update_every": 100} if name == "KFACVON" else {}
         return getattr(vlearn, name)(model, 0.01, 1000, **options)
 
-    few, many = (training_step(make, layers, device, set_to_none) for layers in (3, 12))
+    few, many = (training_step(make, layers, device, set_to_none) for layers in (2, 6))
     assert few.reads == many.reads and few.uploads == many.uploads
 
 
 def test_the_mean_is_shown_in_between_by_a_few_launches(device: torch.device) -> None:
     found = []
-    for layers in (3, 12):
+    for layers in (2, 6):
         model = Layers(layers).to(device)
         x, y = torch.randn(12, 6).to(device), (torch.arange(12) % 6).to(device)
         optimizer = vlearn.IVON(model, 0.1, 1000)
