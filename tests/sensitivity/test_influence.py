@@ -152,6 +152,11 @@ def test_an_argument_that_is_not_positive_is_refused(name):
     assert str(error.value) == f"{name}=0, but it must be positive: leave it out for the default."
 
 
+def dropping(*columns):
+    """Ten of twelve examples, others in each pass."""
+    return DataLoader(TensorDataset(*columns), batch_size=10, shuffle=True, drop_last=True)
+
+
 class Noisy(Dataset):
     def __len__(self):
         return 12
@@ -160,12 +165,22 @@ class Noisy(Dataset):
         return inputs()[index] + torch.randn(5, dtype=torch.float64), LABELS[index], index
 
 
-@pytest.mark.parametrize("kind", ["augmentation", "iterator"])
-def test_training_examples_that_change_between_passes_are_refused(kind):
+@pytest.mark.parametrize("kind", ["augmentation", "iterator", "drop_last"])
+@pytest.mark.parametrize("refined", [{"chunk": 3}, {"refine": 1}, {"refine": 5}])
+def test_training_examples_that_change_between_passes_are_refused(kind, refined):
     model, posterior, train, test = arguments_of()
-    loader = DataLoader(Noisy(), batch_size=4) if kind == "augmentation" else iter(train)
-    with pytest.raises(ValueError, match="gave other examples when it was iterated again: turn shuffling and random"):
-        influence_of(model, posterior, loader, test, chunk=3)
+    torch.manual_seed(0)
+    loaders = {
+        "augmentation": (
+            DataLoader(Noisy(), batch_size=4),
+            r"\(example \d+ had the loss .*: turn shuffling and random",
+        ),
+        "iterator": (iter(train), r"\(12 of 12 were missing\): use one that gives every example each time"),
+        "drop_last": (dropping(inputs(), LABELS), r"\(\d of 10 were missing\): use one that gives every example each"),
+    }
+    loader, message = loaders[kind]
+    with pytest.raises(ValueError, match="gave other examples when it was iterated again " + message):
+        influence_of(model, posterior, loader, test, **refined)
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -12,6 +12,7 @@ from tests.oracles.per_example import flat, moving, per_example, relative_error
 from tests.oracles.refits import Logistic, ridge
 from tests.posterior.structures import STRUCTURES, posterior_of
 from tests.sensitivity.test_closed_form import at, half_square
+from tests.sensitivity.test_influence import Noisy
 from tests.sensitivity.test_refined import regression
 
 LABELS = torch.arange(12) % 3
@@ -403,6 +404,30 @@ def test_a_loader_that_can_be_iterated_once_is_refused():
     model, posterior, loader = arguments_of()
     with pytest.raises(ValueError, match="a pass through the loader gave 0 of them"):
         left_out(model, posterior, iter(loader), LABELS)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"refined": True}, {"refine": 3}])
+def test_examples_that_change_between_passes_are_refused(arguments):
+    model, posterior, _ = arguments_of()
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"\(example \d+ had the loss .*: turn shuffling and random augmentation off"):
+        left_out(model, posterior, DataLoader(Noisy(), batch_size=4), {0: [0], 1: [3, 7]}, **arguments)
+
+
+def test_a_curvature_of_other_examples_in_each_pass_is_refused():
+    """The group's own are in all of them."""
+    model, posterior, _ = arguments_of()
+
+    class Dropping:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            given = torch.arange(12)[torch.arange(12) != 1 + self.passes % 11]
+            yield inputs()[given], LABELS[given], given
+
+    with pytest.raises(ValueError, match=r"\(1 of 11 were missing\): use one that gives every example each time"):
+        left_out(model, posterior, Dropping(), {0: [0]}, refine=3)
 
 
 def test_batch_statistics_are_refused():

@@ -144,7 +144,7 @@ def test_only_drawn_examples_are_there_by_their_own_numbers(trained):
     repeated = DataLoader(DATA, 2, sampler=WeightedRandomSampler(torch.ones(N), 99, replacement=True))
     with pytest.raises(ValueError, match=r"gave example \d twice: use one that gives every example once"):
         vlearn.influence(*trained, repeated, [DATA[:]], F.cross_entropy)
-    with pytest.raises(ValueError, match="a pass through the loader gave"):
+    with pytest.raises(ValueError, match=r"gave example \d twice: use one that gives every example once"):
         vlearn.leave_group_out(*trained, repeated, LABELS, F.cross_entropy)
 
 

@@ -29,6 +29,7 @@ from vlearn.gaussians.protocol import Posterior, check_posterior, match
 from vlearn.linearized.batches import Batch
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, linearize
+from vlearn.linearized.numbering import SamePasses
 from vlearn.linearized.processes import Processes
 from vlearn.linearized.solver import Solution, Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss
@@ -51,6 +52,7 @@ class GaussNewton:
         losses: the training loss of each example.
         output: which of several outputs the loss is of, see `vlearn.sweep`.
         processes: that have the training data together.
+        passes: sees that every pass has the same examples, those of the caller too; default one of its own.
 
     Raises:
         ValueError: if the prior precision is unknown, or the posterior is one of a network that has not been trained to
@@ -66,7 +68,9 @@ class GaussNewton:
         losses: ExampleLoss,
         output: Selector = None,
         processes: Processes | None = None,
+        passes: SamePasses | None = None,
     ):
+        self._passes = SamePasses() if passes is None else passes
         self._processes = Processes(model, False, "product") if processes is None else processes
         self._model, self._covariance, self._batches = model, covariance, batches
         self._losses, self._output = losses, output
@@ -77,7 +81,6 @@ class GaussNewton:
         self._joint_prior = None if joint is None else joint.covariance(named)
         known = getattr(posterior, "prior_precision", {})
         self._prior: dict[Tensor, float | Tensor] = {p: known[name] for name, p in named.items() if name in known}
-        self._count: int | None = None
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
 
     @staticmethod
@@ -143,17 +146,19 @@ class GaussNewton:
         for batch in self._batches():
             lin = linearize(self._model, self._covariance, batch, self._losses, self._output, second_order=True)
             count += len(batch.index)
+            self._passes.add(batch.index, lin.loss)
             add = _add_by_output if _has_few_outputs(lin, int(active.sum())) else _add_by_vector
             add(lin, chosen, total)
             del lin  # its graph goes before the next batch comes
-        count = sum(self._processes.each(lambda: count))
+
+        def ended() -> int:
+            self._passes.end()
+            return count
+
+        count = sum(self._processes.each(ended))
         total = self._processes.total(total)
-        if not count or self._count not in (None, count):
-            raise ValueError(
-                f"the training loader gave {count} examples when it was iterated again, not {self._count or 'any'}: "
-                "pass a loader that gives the same each time, not an iterator."
-            )
-        self._count = count
+        if not count:
+            raise ValueError("the training loader gave no example: pass one that can be iterated again.")
         joint = {} if self._joint_prior is None else self._joint_prior.solve(chosen)
         products = {}
         for p, v in vectors.items():

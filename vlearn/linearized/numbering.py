@@ -34,6 +34,7 @@ from vlearn.collectives import process_count, process_rank
 TARGETS = ("labels", "label")  # what a batch with names calls its target
 # Where Accelerate's and Fabric's loaders keep the one whose batches they move to a device.
 MOVED_LOADERS = ("base_dataloader", "_dataloader")
+LOSSES_AGREE = 1e-3  # relative difference of two losses of one example, computed in batches of other examples
 
 
 def example_numbers(given: Any, refusal: str) -> Tensor:
@@ -52,6 +53,57 @@ def example_numbers(given: Any, refusal: str) -> Tensor:
         found = type(given).__name__ if numbers is None else f"shape {tuple(numbers.shape)} and {numbers.dtype}"
         raise ValueError(refusal.format(found=found))
     return numbers.long()
+
+
+class SamePasses:
+    """Sees that each pass through a loader gives the same examples, each once, with the losses that they have had.
+
+    Attributes:
+        losses: of the first pass that has ended, by the numbers of its examples; None before.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] | None = None
+        self._now: dict[int, float] = {}
+
+    def add(self, numbers: Tensor, loss: Tensor) -> None:
+        """Take the examples of a batch: their numbers ``[n]`` and losses ``[n]``.
+
+        Raises:
+            ValueError: if this pass has had one of them.
+        """
+        for i, value in zip(numbers.tolist(), loss.tolist(), strict=True):
+            if i in self._now:
+                raise ValueError(
+                    f"the training loader gave example {i} twice: use one that gives every example once, without "
+                    "replacement and without filling up the last batch."
+                )
+            self._now[i] = value
+
+    def end(self) -> None:
+        """The pass has ended.
+
+        Raises:
+            ValueError: if its examples are others than those of the first.
+        """
+        now, self._now = self._now, {}
+        first = self.losses = now if self.losses is None else self.losses
+        if now.keys() != first.keys():
+            raise ValueError(
+                f"the training loader gave other examples when it was iterated again ({len(first.keys() - now.keys())} "
+                f"of {len(first)} were missing): use one that gives every example each time, with drop_last=False and "
+                "without sampling, and pass a loader, not an iterator."
+            )
+        before, after = (torch.tensor([losses[i] for i in first], device="cpu").double() for losses in (first, now))
+        size = float(before[before.isfinite()].abs().mean()) if before.isfinite().any() else 0.0
+        differs = ~torch.isclose(before, after, rtol=LOSSES_AGREE, atol=LOSSES_AGREE * size, equal_nan=True)
+        if differs.any():
+            i = list(first)[int(differs.int().argmax())]
+            raise ValueError(
+                f"the training loader gave other examples when it was iterated again (example {i} had the loss "
+                f"{first[i]:.6g}, then {now[i]:.6g}): turn shuffling and random augmentation off (or, where it is "
+                "shuffling alone, wrap the dataset in vlearn.IndexedDataset), and pass a loader, not an iterator."
+            )
 
 
 class IndexedDataset(Dataset):

@@ -21,6 +21,7 @@ from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.inner_products import BlockParameters, Directions, InnerProducts, joined
 from vlearn.linearized.jacobian_products import jacobian_vector_product
 from vlearn.linearized.linearization import Linearization, at_mean, linearize
+from vlearn.linearized.numbering import SamePasses
 from vlearn.linearized.processes import Fingerprint, Processes, same_network, whole_network
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
 from vlearn.per_example.measured_rows import ExampleIndex
@@ -178,9 +179,12 @@ def influence(
             given = batches(train_loader, model, example_index)
             yield from with_progress_bar(given, train_loader, progress, "influence")
 
-        curvature = None
+        curvature, passes = None, SamePasses()
         if refine:
-            curvature = GaussNewton(model, posterior, covariance, train_batches, losses, processes=processes)
+            of_examples = passes if per == "example" else None  # a sequence's loss is the mean of its tokens' losses
+            curvature = GaussNewton(
+                model, posterior, covariance, train_batches, losses, processes=processes, passes=of_examples
+            )
 
         def directions() -> Iterator[tuple[Directions, Tensor | None]]:
             """(Σg_j or H⁻¹g_j, residual of the solution) of one chunk of test examples after the other."""
@@ -198,30 +202,29 @@ def influence(
             if held:
                 yield _solved(curvature, joined(held), refine, processes)
 
-        first: _Pass | None = None
         columns: list[_Best | _All] = []
         test_index: list[Tensor] = []
         residuals: list[Tensor] = []
         for of_test, residual in directions():
-            now, column = _Pass(), _All() if top_k is None else _Best(top_k)
+            column = _All() if top_k is None else _Best(top_k)
             for batch in train_batches():
                 lin = linearize(model, covariance, batch, row_losses, second_order=per == "token")
-                now.add(batch.index, (lin.loss if per == "example" else lin.loss.sum(1)).cpu())
+                passes.add(batch.index, lin.loss if per == "example" else lin.loss.sum(1))
                 if per == "token":
                     column.add(*_token_rows(lin, of_test))
                     continue
                 for examples, parts in products.of(lin.backprop_residuals(last=True), of_test):
                     numbers = batch.index[examples]
                     column.add(numbers.unsqueeze(1), _by_group(parts, group_of, len(numbers), of_test, covariance))
-            first = now if first is None else now.check_same(first)
+            passes.end()
             columns.append(column)
             test_index.append(of_test.index)
             residuals += [] if residual is None else [residual]
         may_be_empty = process_count() > 1 and not isinstance(train_loader, Iterator)
-        if first is None or not (first.losses or may_be_empty):
+        if not columns or not (passes.losses or may_be_empty):
             raise ValueError("a loader gave no batch: pass one that can be iterated again.")
         tests = torch.cat(test_index)
-        if first.losses:
+        if passes.losses:
             values, labels = _beside(columns)
         else:
             names = 0 if group_of is None else len(set(group_of.values()))
@@ -236,7 +239,7 @@ def influence(
             position=labels[..., 1] if per == "token" else None,
             residual=torch.cat(residuals) if refine else None,
             top_k=top_k,
-            seen=first.losses,
+            seen=passes.losses,
             network=Fingerprint.of(model, covariance) if process_count() > 1 else None,
         )
 
@@ -336,36 +339,6 @@ def _by_group(
         if group_of is not None:
             values[1 + names.index(group_of[block[0]])] += part
     return values
-
-
-class _Pass:
-    """The training examples of one pass with their losses, to see that each pass has the same."""
-
-    def __init__(self) -> None:
-        self.losses: dict[int, float] = {}
-
-    def add(self, numbers: Tensor, loss: Tensor) -> None:
-        for i, value in zip(numbers.tolist(), loss.tolist(), strict=True):
-            if i in self.losses:
-                raise ValueError(
-                    f"the training loader gave example {i} twice: use one that gives every example once, without "
-                    "replacement and without filling up the last batch."
-                )
-            self.losses[i] = value
-
-    def check_same(self, first: _Pass) -> _Pass:
-        if not (first.losses or self.losses):  # of a process without training examples
-            return first
-        same = self.losses.keys() == first.losses.keys()
-        values = torch.tensor(
-            [[first.losses[i], self.losses[i]] for i in first.losses] if same else [[0.0, 1.0]], device="cpu"
-        )
-        if not torch.allclose(*values.unbind(1), rtol=1e-3, atol=1e-3 * float(values.abs().mean())):
-            raise ValueError(
-                "the training loader gave other examples when it was iterated again: turn shuffling and random "
-                "augmentation off (or wrap the dataset in vlearn.IndexedDataset), and pass a loader, not an iterator."
-            )
-        return first
 
 
 class _All:

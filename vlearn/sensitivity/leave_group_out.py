@@ -21,6 +21,7 @@ from vlearn.linearized.gauss_newton import GaussNewton, check_steps
 from vlearn.linearized.jacobian_products import hessian_vector_product, jacobian_vector_product, summed_gradient
 from vlearn.linearized.linearization import Linearization, at_mean, linearize, part_of_batch
 from vlearn.linearized.loss_checks import FEW
+from vlearn.linearized.numbering import SamePasses
 from vlearn.linearized.processes import Processes, whole_network
 from vlearn.linearized.solver import Vectors, solve, where
 from vlearn.losses.example_loss import ExampleLoss, LossFunction
@@ -176,14 +177,20 @@ def leave_group_out(
                         lin.check_part(linearize(model, covariance, part, losses, output), last)
             return replace(batch, input_axes=axes_of[kind])
 
+        passes = [SamePasses() for _ in members.names]  # of each group
+
         def visit(second_order: bool = False, only: Tensor | None = None) -> Iterator[tuple[int, Linearization]]:
             """Every group's examples of this process, in batches; at the end all have visited theirs."""
             seen = members.count()
             given = batches(loader, model, example_index)
             given = with_progress_bar(given, loader, progress, "leave_group_out")
             for k, batch in batches_by_group(map(whole, given), seen, only):
-                yield k, linearize(model, covariance, batch, losses, output, second_order)
+                lin = linearize(model, covariance, batch, losses, output, second_order)
+                passes[k].add(lin.batch.index, lin.loss)
+                yield k, lin
             seen.check(processes)
+            chosen = range(len(passes)) if only is None else only.nonzero().flatten().tolist()
+            processes.each(lambda: [passes[k].end() for k in chosen])
 
         parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p in covariance]
         gradients, loss = _gradients(visit, covariance, parameters, len(members), processes)
