@@ -507,6 +507,31 @@ def test_a_decoupled_decay_is_a_penalty_past_the_preconditioner() -> None:
         assert posterior.prior_precision[name] == pytest.approx(expected, rel=1e-6)
 
 
+def decaying() -> list[type[torch.optim.Optimizer]]:
+    classes = [each for each in vars(torch.optim).values() if isinstance(each, type)]
+    return [each for each in classes if "weight_decay" in inspect.signature(each).parameters]
+
+
+@pytest.mark.parametrize("kind", decaying(), ids=lambda kind: kind.__name__)
+def test_the_decay_of_an_optimizer_is_read_where_it_is_a_penalty(kind: Any) -> None:
+    """It is one where a gradient of -λθ leaves the weights where they are."""
+    model, x = mlp()
+    weights = [p for p in model.parameters() if p.dim() == 2]  # Muon takes no others
+    for p in set(model.parameters()).difference(weights):
+        p.requires_grad_(False)
+    optimizer = kind(weights, lr=0.1, weight_decay=0.5)  # without rounding
+    before = [p.detach().clone() for p in weights]
+    for p in weights:
+        p.grad = -0.5 * p.detach()
+    optimizer.step()
+    if all(map(torch.equal, before, weights)):
+        posterior = fit(model, in_batches(x), F.cross_entropy, prior_precision=optimizer, progress=False)
+        assert set(posterior.prior_precision.values()) == {N * 0.5}
+    elif kind is not torch.optim.AdamW:
+        with pytest.raises(ValueError, match=f"what penalty the weight decay of {kind.__name__} is cannot be told"):
+            fit(model, in_batches(x), F.cross_entropy, prior_precision=optimizer)
+
+
 def test_a_decoupled_decay_without_a_step_has_no_scale() -> None:
     model, x = mlp()
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameters())]

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+# Their decay adds λθ to the gradient; torch's others decay the weights alone (Adafactor, Muon), or by more (ASGD).
+PENALISE = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam)
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -43,6 +46,11 @@ def root_second_moments(optimizer: Optimizer, debias: bool = True) -> dict[Tenso
 def decouples_weight_decay(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether the decay of a parameter group acts on the weights alone, past the preconditioner."""
     return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))
+
+
+def penalises_weights(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the decay of a parameter group is an L2 penalty on the loss, as of variational optimizers it is."""
+    return isinstance(optimizer, PENALISE) or "ess" in group
 
 
 def _keys(optimizer: Optimizer) -> tuple[str, ...]:

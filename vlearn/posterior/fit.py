@@ -82,8 +82,8 @@ def fit(
             through the data twice; "full", a dense matrix of all parameters, of small models; "last-layer" and
             "last-layer-kronecker", of the last layer that is called alone.
         prior_precision: δ of the prior N(0, 1/δ) on the scale of the summed loss: a number, numbers by name, the torch
-            optimizer that trained the model with an L2 penalty (N·weight_decay), or "marginal-likelihood", the most
-            likely number.
+            optimizer that trained the model, whose weight decay is an L2 penalty (N·weight_decay) or that of AdamW, or
+            "marginal-likelihood", the most likely number.
         curvature: "ggn", the Gauss-Newton matrix by `draws` random probes of each example; "ggn-exact" by one backward
             pass for each output; "sampled" by labels sampled from the model; "empirical" by the training labels. Where
             the loss is not convex in the output, as of a model that predicts a variance too, "ggn-exact" counts what

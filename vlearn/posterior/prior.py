@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vlearn.posterior.adaptive_state import decouples_weight_decay, root_second_moments, unwrapped
+from vlearn.posterior.adaptive_state import decouples_weight_decay, penalises_weights, root_second_moments, unwrapped
 
 MARGINAL_LIKELIHOOD = "marginal-likelihood"
 LOWEST, HIGHEST = 1e-12, 1e12
@@ -72,6 +72,12 @@ def _of_optimizer(optimizer: Optimizer, named: Mapping[str, Tensor], num_data: f
         )
     penalty = {name: float(groups[p].get("weight_decay", 0.0)) for name, p in named.items()}
     decoupled = [name for name, p in named.items() if decouples_weight_decay(optimizer, groups[p])]
+    for name, p in named.items():
+        if penalty[name] and name not in decoupled and not penalises_weights(optimizer, groups[p]):
+            raise ValueError(
+                f"what penalty the weight decay of {type(optimizer).__name__} is cannot be told: it may act on the "
+                f"weights alone, as Adafactor's. Give prior_precision as a number, or {MARGINAL_LIKELIHOOD!r}."
+            )
     roots = root_second_moments(optimizer) if decoupled else {}
     for name in decoupled:
         if named[name] not in roots:
