@@ -221,8 +221,8 @@ def test_an_epoch_without_a_step_or_a_batch_stops_nothing(tmp_path):
     model = network()
     with Recorder(tmp_path, model, num_data=N) as recorder:
         for _ in range(2):  # of an accumulation that goes on over epochs
-            for batch in DataLoader(DATA, 12):
-                recorder.begin_batch(batch, numbers=torch.arange(12))
+            for batch, numbers in zip(DataLoader(DATA, 12), torch.arange(N).split(12), strict=True):
+                recorder.begin_batch(batch, numbers=numbers)
                 F.cross_entropy(model(batch[0]), batch[1]).backward()
                 recorder.end_batch(step=0)
             recorder.end_epoch(step=0)
@@ -357,6 +357,120 @@ def test_evaluation_and_forward_passes_without_gradients_are_not_recorded(tmp_pa
             model.eval()(x)
             model.train()
     np.testing.assert_allclose(recorder.record.column("loss"), by_hand(outputs)["loss"], rtol=1e-5)
+
+
+UNLABELLED = torch.randn(N, 6, generator=torch.Generator().manual_seed(4))
+
+
+class Heads(nn.Module):
+    """Classes, and whether an example is of the training data."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features, self.classes, self.domain = nn.Linear(6, 5), nn.Linear(5, C), nn.Linear(5, 2)
+
+    def forward(self, x):
+        z = self.features(x).tanh()
+        return self.classes(z), self.domain(z)
+
+
+def of_domains(model, x, y, u):
+    (classes, own), (_, other) = model(x), model(u)
+    domains = torch.cat([torch.zeros(len(x)), torch.ones(len(u))]).long()
+    return classes, F.cross_entropy(classes, y) + F.cross_entropy(torch.cat([own, other]), domains)
+
+
+def of_sure_labels(model, x, y, u, first=False):
+    other = model(u) if first else None
+    z = model(x)
+    other = model(u) if other is None else other
+    p, guessed = other.detach().softmax(1).max(1)
+    return z, F.cross_entropy(z, y) + (F.cross_entropy(other, guessed, reduction="none") * (p > 0.5)).mean()
+
+
+SEVERAL_PASSES = {
+    "domains": (Heads, of_domains),
+    "guessed labels": (network, of_sure_labels),
+    "guessed labels first": (network, lambda *given: of_sure_labels(*given, first=True)),
+    "a sum over another pass": (network, lambda m, x, y, u: (z := m(x), F.cross_entropy(z, y) + m(u).exp().mean())),
+}
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("name", SEVERAL_PASSES)
+def test_forward_passes_of_other_examples_are_not_recorded(tmp_path, name, copies):
+    """Also where the loop gives the model copies, as on another device."""
+    make, forward = SEVERAL_PASSES[name]
+    model, outputs = make(), []
+    optimizer = OPTIMIZERS["AdamW"](model)
+    with Recorder(tmp_path, model, output=0 if make is Heads else None) as recorder:
+        for _ in range(6):
+            others = loader(TensorDataset(UNLABELLED))
+            for (x, y), (u,) in zip(recorder.follow(loader()), others, strict=True):
+                z, loss = forward(model, x.double().float() if copies else x, y, u)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                outputs.append((x, y, z.detach().clone()))
+    assert recorder.record.column("count").tolist() == [6] * N
+    np.testing.assert_allclose(recorder.record.column("loss"), by_hand(outputs)["loss"], rtol=1e-5)
+
+
+def test_views_that_the_loop_makes_are_averaged(tmp_path):
+    model, outputs = network(), []
+    with Recorder(tmp_path, model) as recorder:
+        for x, y in recorder.follow(loader()):
+            views = [model(x + 0.1 * torch.randn_like(x)) for _ in range(2)]
+            sum(F.cross_entropy(z, y) for z in views).backward()
+            outputs += [(x, y, z.detach()) for z in views]
+    assert recorder.record.column("count").tolist() == [2] * N
+    np.testing.assert_allclose(recorder.record.column("loss"), by_hand(outputs)["loss"], rtol=1e-5)
+
+
+def test_a_record_is_not_continued_with_other_labels(tmp_path):
+    model = network()
+    with Recorder(tmp_path, model) as recorder:
+        train(model, OPTIMIZERS["SGD"](model), recorder.follow(loader()))
+    loss, corrected = (
+        recorder.record.column("loss"),
+        TensorDataset(X, torch.where(torch.arange(N) == 7, (Y + 1) % C, Y)),
+    )
+    message = f"in which example 7 has the label {Y[7]}, but now it is {corrected[7][1]}: .* give overwrite=True"
+    with pytest.raises(ValueError, match=message), Recorder(tmp_path, model) as recorder:
+        train(model, OPTIMIZERS["SGD"](model), recorder.follow(DataLoader(corrected, N)))
+    np.testing.assert_array_equal(vlearn.TrainingRecord.open(tmp_path).column("loss"), loss)
+    with Recorder(tmp_path, model, overwrite=True) as recorder:
+        train(model, OPTIMIZERS["SGD"](model), recorder.follow(loader(corrected)))
+    assert not recorder.record.averages.relabelled.any()
+
+
+class Turning(Dataset):
+    """Every third label is another in each pass."""
+
+    passes = 0
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, n):
+        self.passes += n == 0
+        return X[n], (Y[n] + self.passes) % C if n % 3 == 0 else Y[n]
+
+
+def test_labels_that_change_are_warned_of_once(tmp_path):
+    """Also in a run that goes on from there."""
+    model, data = network(), Turning()
+    for _ in range(2):
+        with (
+            pytest.warns(UserWarning, match="8 examples, as 0, have come with other labels than before") as warned,
+            Recorder(tmp_path, model) as recorder,
+        ):
+            for _ in range(3):
+                train(model, OPTIMIZERS["SGD"](model), recorder.follow(DataLoader(data, 5)))
+        assert len(warned) == 1
+    relabelled = vlearn.TrainingRecord.open(tmp_path).averages.relabelled
+    assert relabelled.nonzero()[0].tolist() == list(range(0, N, 3))
 
 
 class Two(nn.Module):

@@ -15,6 +15,8 @@ from vlearn.capture.hooks import hooks_are_silent
 from vlearn.capture.pytrees import Selector, select, tensor_leaves
 from vlearn.losses.example_loss import LossFunction
 
+COMPARED = 8  # rows of two tensors
+
 
 class Call(NamedTuple):
     """One training forward pass.
@@ -24,14 +26,14 @@ class Call(NamedTuple):
         output: the tensor that is chosen of its output.
         version: how often that had been written to.
         gradients: of each backward pass, the gradient in it, while they are looked at.
-        takes_inputs: whether the module was given what the batch holds, and not what another module made of it.
+        given: the tensors that the module was given by position.
     """
 
     name: str
     output: Tensor
     version: int
     gradients: list[Tensor]
-    takes_inputs: bool
+    given: list[Tensor]
 
 
 class CapturedOutputs:
@@ -42,7 +44,9 @@ class CapturedOutputs:
         output: which tensor of a module's output; default the only one, or ``logits``.
 
     Attributes:
-        looks_at_gradients: whether calls have the gradients in their outputs.
+        looks_at_gradients: whether calls have the gradients in their outputs; that is asked of where there are several
+            calls in a batch.
+        has_several: whether there were.
         takes_inputs: whether the module that was chosen of several is given the inputs of a batch as they are.
     """
 
@@ -52,6 +56,7 @@ class CapturedOutputs:
         self._active = False
         self._inputs: list[Tensor] = []
         self.looks_at_gradients = self.takes_inputs = True
+        self.has_several = False
         self._chosen: str | None = next(iter(modules)) if len(modules) == 1 else None
         self._handles = {
             name: module.register_forward_hook(_Hook(self, name), always_call=False) for name, module in modules.items()
@@ -70,11 +75,11 @@ class CapturedOutputs:
     def begin(self, batch: Any = None) -> None:
         """A batch begins."""
         self._calls, self._active = [], True
-        self._inputs = [] if self._chosen is not None else tensor_leaves(batch)
+        self._inputs = tensor_leaves(batch)
 
     def end(self) -> list[Call]:
         """The calls since, of the batch that is over."""
-        calls, self._calls, self._active, self._inputs = self._calls, [], False, []
+        calls, self._calls, self._active = self._calls, [], False
         for call in calls:
             if call.output._version != call.version:
                 raise RuntimeError(
@@ -89,13 +94,10 @@ class CapturedOutputs:
         if self._active and module.training and torch.is_grad_enabled() and not hooks_are_silent():
             tensor = self._selected(output)
             if tensor is not None and tensor.dim() > 0 and tensor.is_floating_point():
-                given = tensor_leaves(args)
-                takes_inputs = any(each is leaf for each in given for leaf in self._inputs)
                 gradients: list[Tensor] = []
                 if self.looks_at_gradients and tensor.requires_grad and not torch.compiler.is_compiling():
                     tensor.register_hook(gradients.append)
-                call = Call(name, tensor.detach(), tensor._version, gradients, takes_inputs or not given)
-                self._calls.append(call)
+                self._calls.append(Call(name, tensor.detach(), tensor._version, gradients, tensor_leaves(args)))
 
     def of_chosen(
         self,
@@ -105,7 +107,10 @@ class CapturedOutputs:
         loss: Any,
         classes_last: bool | None = None,
     ) -> list[Call]:
-        """Those of the module that is chosen, by these calls if none is yet.
+        """Those of the module that is chosen, by these calls if none is yet, that are of the batch's examples.
+
+        Of several calls those are left out whose output the loss does not depend on, as in domain adaptation, and those
+        that were given less of the batch than another, as in semi-supervised training.
 
         Args:
             target: of the batch.
@@ -117,16 +122,29 @@ class CapturedOutputs:
         """
         if self._chosen is None:
             self._chosen = self._choice(calls, target, loss_fn, loss, classes_last)
-            self.takes_inputs = any(call.takes_inputs for call in calls if call.name == self._chosen)
+            own = [call for call in calls if call.name == self._chosen]
+            self.takes_inputs = any(not call.given or self._num_inputs(call) for call in own)
             for name, handle in self._handles.items():
                 if name != self._chosen:
                     handle.remove()
-        return [call for call in calls if call.name == self._chosen]
+        own = [call for call in calls if call.name == self._chosen]
+        self.has_several = self.has_several or len(own) > 1
+        if len(own) > 1:
+            own = [call for call in own if any(bool(gradient.any()) for gradient in call.gradients)] or own
+        if len(own) > 1:
+            inputs = [self._num_inputs(call) for call in own]
+            own = [call for call, number in zip(own, inputs, strict=True) if number == max(inputs)]
+        self._inputs = []
+        return own
 
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles.values():
             handle.remove()
+
+    def _num_inputs(self, call: Call) -> int:
+        """How many tensors the module was given that the batch holds, or copies of them, as on another device."""
+        return sum(any(_are_the_same(each, leaf) for leaf in self._inputs) for each in call.given)
 
     def _selected(self, output: Any) -> Tensor | None:
         if self._output is not None:
@@ -175,6 +193,18 @@ def _are_alike(scores: dict[str, OutputScores]) -> bool:
     """Whether all say the same, as a module does that hands on another's output."""
     first, *others = (each.columns["loss"] for each in scores.values())
     return all(torch.equal(first, other) for other in others)
+
+
+@torch.no_grad()
+def _are_the_same(tensor: Tensor, other: Tensor) -> bool:
+    if tensor is other:
+        return True
+    if any(each.layout is not torch.strided or each.is_nested for each in (tensor, other)):
+        return False
+    if tensor.shape != other.shape or tensor.dim() == 0:
+        return False
+    rows, others = tensor[:COMPARED], other[:COMPARED]
+    return torch.equal(rows, others.to(rows.device, rows.dtype))
 
 
 class _Hook:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,10 +33,12 @@ class Recorder:
     Of each training batch it takes the model's output in the loop's own forward pass, at no cost but that of a softmax,
     and averages each example's loss, margin and so on in a `TrainingRecord`. At the end of an epoch it writes a
     snapshot, sweeps the data where that is asked for, and logs a summary. The optimizer may be any. With several
-    processes, each records what it sees, and the first writes what all saw.
+    processes, each records what it sees, and the first writes what all saw. Several forward passes of a batch are views
+    of its examples, but for those whose output has no part in the loss, and, where others were given the batch's own
+    tensors, those that were not, as the unlabelled examples of semi-supervised training.
 
     Args:
-        path: folder of the record. A folder that already holds one is continued.
+        path: folder of the record. A folder that already holds one is continued, with the labels that it has.
         model: whose training forward passes give the outputs; also as DistributedDataParallel or torch.compile wrap it.
             May be given later, to `watch`.
         optimizer: for live self-influence and sweeps.
@@ -126,6 +129,7 @@ class Recorder:
         self.loader: Any = None
         self._step = self._batches = self._epoch = self._offset = 0
         self._warned: set[str] = set()
+        self._has_several_labels = False
         self.sweep_loss: LossFunction | None = None
         self.sweep_output: Selector = output
         self._captured: CapturedOutputs | None = None
@@ -264,7 +268,7 @@ class Recorder:
             shared.add(numbers, output, target, self.loss_fn, self._step, self.classes_last)
             self._label_check.add(output, call.gradients, target, self.loss_fn, shared.classes_last)
         if self._label_check.is_over:
-            self._captured.looks_at_gradients = False
+            self._captured.looks_at_gradients = self._captured.has_several
             self._warn_of_other_labels()
         if self._self_influence_every is not None and (self._batches - 1) % self._self_influence_every == 0:
             self._add_self_influence(numbers)
@@ -282,6 +286,7 @@ class Recorder:
         shared.gather()
         metrics: dict[str, float] = {}
         if shared.record is not None:
+            self._warn_of_several_labels(shared.record)
             if shared.record.is_open:
                 at = shared.record.next_step(at)
                 shared.record.new_snapshot(at)
@@ -328,15 +333,17 @@ class Recorder:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go back to what `save` has written."""
-        record = self._started().record
-        if record is not None:
-            record.load(path)
+        shared = self._started()
+        if shared.record is not None:
+            shared.record.load(path)
+        shared.go_on()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a checkpoint: what was recorded after it is taken back."""
         shared = self._started()
         if state and shared.record is not None:
             shared.record.load_state_dict(state["record"])
+        shared.go_on()
         if state:
             self._epoch, self._batches, self._step = state["epoch"], state["batches"], state["step"]
 
@@ -374,6 +381,7 @@ class Recorder:
         """The record, made once the number of examples and the processes are known."""
         if self._shared is None:
             self._shared = SharedRecord(self.numbers.num_data, self._path, self._probabilities, self._overwrite)
+            self._shared.go_on()
             self.go_on()
         return self._shared
 
@@ -451,6 +459,16 @@ class Recorder:
         message = self._label_check.message()
         if message is not None:
             self._warn(message)
+
+    def _warn_of_several_labels(self, record: TrainingRecord) -> None:
+        relabelled = record.averages.relabelled
+        if relabelled.any() and not self._has_several_labels:
+            self._has_several_labels = True
+            warn_user(
+                f"{np.count_nonzero(relabelled)} examples, as {relabelled.argmax()}, have come with other labels than "
+                "before, and their averages are over all of these. Where labels are drawn or examples are mixed, give "
+                "targets=, a callable from the batch to the labels that are to be judged."
+            )
 
     def _end_seen_batch(self) -> None:
         """A batch whose forward pass was made is over, though the loop has not asked for the next."""

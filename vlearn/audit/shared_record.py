@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from vlearn.audit.scores import OutputScores, output_scores
 from vlearn.collectives import process_count, process_rank, told_by_all
 from vlearn.losses.example_loss import LossFunction
 from vlearn.record import TrainingRecord
-from vlearn.record.running_averages import RunningAverages
+from vlearn.record.running_averages import RunningAverages, differ
 
 KEPT_BATCHES = 16  # whose outputs wait, to be scored at once
 LARGEST_KEPT = 2**16  # entries of such an output
@@ -43,8 +44,14 @@ class SharedRecord:
         self.classes_last: bool | None = None
         self._is_trusted = False  # whether a batch has shown that its labels are the output's classes
         self.record: TrainingRecord | None = None
+        self._earlier: np.ndarray | None = None  # labels that a record has which is continued
         if process_rank() == 0:
             self.record = TrainingRecord(num_data, path, probabilities=probabilities, overwrite=overwrite)
+
+    def go_on(self) -> None:
+        """What comes is of the examples that the record has, with the labels that they have there."""
+        averages = None if self.record is None else self.record.averages
+        self._earlier = None if averages is None or averages.relabelled.any() else averages.label
 
     def add(
         self,
@@ -60,6 +67,9 @@ class SharedRecord:
         Args:
             numbers: ``[n]``, on the CPU.
             output, target, loss_fn, classes_last: of `output_scores`.
+
+        Raises:
+            ValueError: if a record that is continued is of other labels.
         """
         is_small = isinstance(target, Tensor) and output.dim() == 2 and output.numel() <= LARGEST_KEPT
         if self._is_trusted and is_small and len(target) == len(output):
@@ -102,6 +112,7 @@ class SharedRecord:
             for each in (scores.predicted, scores.label, scores.probabilities)
         )
         if self.record is not None:
+            self._check_same(numbers.numpy(), label)
             self.record.record(
                 numbers, step=steps, predicted=predicted, label=label, probabilities=probabilities, **columns
             )
@@ -109,6 +120,19 @@ class SharedRecord:
         if probabilities is not None:
             self._averages.num_classes = probabilities.shape[1]
         self._averages.add(numbers.numpy(), columns, steps.numpy(), predicted, label, probabilities)
+
+    def _check_same(self, numbers: np.ndarray, label: np.ndarray | None) -> None:
+        if self._earlier is None or label is None:
+            return
+        wrong = differ(self._earlier[numbers], label)
+        if wrong.any():
+            k = int(wrong.argmax())
+            i = int(numbers[k])
+            raise ValueError(
+                f"the record is continued, in which example {i} has the label {self._earlier[i]}, but now it is "
+                f"{label[k]}: its averages would be those of two labels. If labels have been corrected, or these are "
+                "other examples, give overwrite=True or another path."
+            )
 
     def add_self_influence(self, numbers: Tensor, self_influence: Tensor, step: int) -> None:
         """Add live self-influence ``[n]`` of examples that are added by `add`."""

@@ -25,6 +25,7 @@ class RunningAverages:
         count: ``[N]`` how often each example was seen.
         predicted: ``[N]`` class that was predicted last, -1 where there is none.
         label: ``[N]`` label that was seen last, -1 where there is none.
+        relabelled: ``[N]`` whether the example has been seen with several labels.
         seen_at: ``[N]`` step at which the example was seen last, -1 where it was not.
         num_nonfinite: how many values were left out.
     """
@@ -34,6 +35,7 @@ class RunningAverages:
         self.count = np.zeros(num_data, np.int64)
         self.predicted = np.full(num_data, -1, np.int32)
         self.label = np.full(num_data, -1, np.int32)
+        self.relabelled = np.zeros(num_data, bool)
         self.seen_at = np.full(num_data, -1, np.int64)
         self.num_nonfinite = 0
         self._sums: dict[str, np.ndarray] = {}
@@ -80,6 +82,7 @@ class RunningAverages:
         if predicted is not None:
             self.predicted[index] = predicted
         if label is not None:
+            self.relabelled[index] |= differ(self.label[index], label)
             self.label[index] = label
 
     def mean(self, name: str) -> np.ndarray:
@@ -98,6 +101,7 @@ class RunningAverages:
 
     def merge(self, other: RunningAverages) -> None:
         """Add all that another has seen, as of another process or a later time."""
+        self.relabelled |= other.relabelled | differ(self.label, other.label)
         later = other.seen_at >= self.seen_at
         for mine, its in ((self.predicted, other.predicted), (self.label, other.label)):
             np.copyto(mine, its, where=later & (its >= 0))
@@ -119,7 +123,7 @@ class RunningAverages:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that it holds, by name."""
-        arrays = {name: getattr(self, name) for name in ("count", "predicted", "label", "seen_at")}
+        arrays = {name: getattr(self, name) for name in ("count", "predicted", "label", "relabelled", "seen_at")}
         arrays["num_nonfinite"] = np.array(self.num_nonfinite)
         arrays |= {f"sum.{name}": values for name, values in self._sums.items()}
         arrays |= {f"counts.{name}": values for name, values in self._counts.items()}
@@ -129,8 +133,9 @@ class RunningAverages:
     def of_arrays(cls, arrays: Mapping[str, Any], num_classes: int | None) -> RunningAverages:
         """Undo of `arrays`."""
         made = cls(len(arrays["count"]), num_classes)
-        for name in ("count", "predicted", "label", "seen_at"):
-            setattr(made, name, np.array(arrays[name]))
+        for name in ("count", "predicted", "label", "relabelled", "seen_at"):
+            if name in arrays:  # earlier files have no "relabelled"
+                setattr(made, name, np.array(arrays[name]))
         made.num_nonfinite = int(arrays["num_nonfinite"])
         for name in (*AVERAGED, ALL):
             if f"sum.{name}" in arrays:
@@ -140,3 +145,8 @@ class RunningAverages:
         if "probabilities" in arrays:
             made._probabilities = np.array(arrays["probabilities"])
         return made
+
+
+def differ(labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Where both are there, -1 being none, and are not the same."""
+    return (labels >= 0) & (others >= 0) & (labels != others)
