@@ -10,7 +10,7 @@ from torch import nn
 import vlearn
 from tests.oracles.per_example import per_example, relative_error
 from tests.sensitivity.small import LABELS, D, N, covariance_of, inputs, network
-from vlearn.losses.hard_labels import row_factors
+from vlearn.losses.hard_labels import row_factors, smoothed_row_factors
 
 WEIGHTS = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
 PART = torch.where(torch.arange(N) % 2 == 0, LABELS, -100)
@@ -41,22 +41,27 @@ def truth_of(model, optimizer, rows, x=None):
     return per_example(twin, lambda m: m(x), rows).self_influence(covariance_of(optimizer, model))
 
 
-def own(target):
-    return lambda output: F.cross_entropy(output, target, reduction="none")
+def own(target, smoothing=0.0):
+    return lambda output: F.cross_entropy(output, target, reduction="none", label_smoothing=smoothing)
 
 
+smoothed = pytest.mark.parametrize("smoothing", [0.0, 0.1])
+
+
+@smoothed
 @pytest.mark.parametrize("scale", [0.25, 3.0, 65536.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_factor_that_nobody_told_is_warned_of(scale, reduction):
+def test_a_factor_that_nobody_told_is_warned_of(scale, reduction, smoothing):
+    def loss(f):
+        return scale * F.cross_entropy(f, LABELS, reduction=reduction, label_smoothing=smoothing)
+
     told = {"loss_reduction": reduction}
-    rows, messages, *_ = live(lambda f: scale * F.cross_entropy(f, LABELS, reduction=reduction), **told)
+    rows, messages, *_ = live(loss, **told)
     assert len(messages) == 1 and f"tell watch(model, loss_scale={scale:.4g})" in messages[0]
-    rows, messages, model, optimizer = live(
-        lambda f: scale * F.cross_entropy(f, LABELS, reduction=reduction), **told, loss_scale=scale
-    )
+    rows, messages, model, optimizer = live(loss, **told, loss_scale=scale)
     assert messages == []
-    assert relative_error(rows.self_influence, truth_of(model, optimizer, own(LABELS))) < 1e-10
-    rows, messages, *_ = live(lambda f: scale * F.cross_entropy(f, LABELS, reduction=reduction), **told, loss_scale=1.0)
+    assert relative_error(rows.self_influence, truth_of(model, optimizer, own(LABELS, smoothing))) < 1e-10
+    rows, messages, *_ = live(loss, **told, loss_scale=1.0)
     assert messages == []  # it is meant
 
 
@@ -77,16 +82,17 @@ def test_class_weights_are_warned_of():
     assert len(messages) == 1 and "loss_reduction=lambda: float(weight[targets].sum())" in messages[0]
 
 
+@smoothed
 @pytest.mark.parametrize("kind", ["classes", "tokens"])
-def test_ignored_targets_do_not_count(kind):
+def test_ignored_targets_do_not_count(kind, smoothing):
     if kind == "classes":
-        rows, messages, model, optimizer = live(lambda f: F.cross_entropy(f, PART))
-        truth = truth_of(model, optimizer, own(PART))
+        rows, messages, model, optimizer = live(lambda f: F.cross_entropy(f, PART, label_smoothing=smoothing))
+        truth = truth_of(model, optimizer, own(PART, smoothing))
     else:
         x, y = torch.randn(4, 7, D, dtype=torch.float64), torch.randint(3, (4, 7))
         y[0, 3:] = y[2, :5] = -100
-        rows, messages, model, optimizer = live(lambda f: F.cross_entropy(f.mT, y), x=x)
-        truth = truth_of(model, optimizer, lambda f: F.cross_entropy(f.mT, y, reduction="none").mean(1), x)
+        rows, messages, model, optimizer = live(lambda f: F.cross_entropy(f.mT, y, label_smoothing=smoothing), x=x)
+        truth = truth_of(model, optimizer, lambda f: own(y, smoothing)(f.mT).mean(1), x)
     assert messages == []
     assert relative_error(rows.self_influence, truth) < 1e-10
 
@@ -106,8 +112,8 @@ def test_the_hessian_is_the_mean_over_the_examples_that_have_a_loss():
 UNLIKE = {
     "squared error": lambda f: F.mse_loss(f, torch.zeros_like(f)),
     "binary": lambda f: F.binary_cross_entropy_with_logits(f, (f.detach() > 0).double()),
-    "label smoothing": lambda f: 0.5 * F.cross_entropy(f, LABELS, label_smoothing=0.1),
-    "soft labels": lambda f: 0.5 * F.cross_entropy(f, torch.eye(3, dtype=f.dtype)[LABELS] * 0.8 + 0.2 / 3),
+    "soft labels": lambda f: 0.5 * F.cross_entropy(f, torch.linspace(0, 1, 3 * N, dtype=f.dtype).view(N, 3).softmax(1)),
+    "an entropy bonus": lambda f: F.cross_entropy(f, LABELS) + 0.1 * (f.softmax(1) * f.log_softmax(1)).sum(1).mean(),
     "focal": lambda f: ((1 - f.softmax(1)) * F.one_hot(LABELS, 3) * -f.log_softmax(1)).sum() / 7,
     "weights of examples": lambda f: (F.cross_entropy(f, LABELS, reduction="none") * torch.linspace(1, 3, N)).mean(),
 }
@@ -133,6 +139,23 @@ def test_factors_and_labels_of_any_shape_and_type(shape, dtype):
     factors = row_factors(output, output.grad)
     assert factors is not None and factors.is_one
     assert float(1 / factors.factor.median()) == pytest.approx(4 * target.numel(), rel=factors.tolerance)
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+@pytest.mark.parametrize("shape", [(40,), (4, 6), (4, 5, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.2])
+def test_factors_of_smoothed_labels(shape, dtype, classes, smoothing):
+    torch.manual_seed(0)
+    scores = torch.randn(shape[0], classes, *shape[1:], dtype=dtype).requires_grad_()
+    target = torch.randint(classes, shape)
+    target.flatten()[::3] = -100
+    (F.cross_entropy(scores, target, label_smoothing=smoothing) / 4).backward()
+    assert row_factors(scores, scores.grad) is None or dtype is torch.bfloat16
+    factors = smoothed_row_factors(scores, scores.grad)
+    assert factors is not None and factors.is_one
+    expected = 4 * int((target >= 0).sum())
+    assert float(1 / factors.factor.median()) == pytest.approx(expected, rel=factors.tolerance)
 
 
 def test_two_classes_whose_gradient_any_loss_could_give_are_not_taken_for_class_weights():

@@ -1,7 +1,8 @@
 """What the gradient of a softmax cross-entropy with hard labels gives away: what the loss divides by, and its weights.
 
 Its rows are s_n (p_n - 1[c = y_n]), p the softmax of the output, so that each row shows its label and its factor s_n:
-1/D of a mean over D rows, w_y/Σw of a mean with class weights, k times that of a loss that is multiplied by k.
+1/D of a mean over D rows, w_y/Σw of a mean with class weights, k times that of a loss that is multiplied by k. With
+labels that are smoothed by ε, a row is s_n (p_n - ε/C) off the label, whose slope over p is s_n.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 SAMPLE = 256  # rows that are looked at
 DOUBT = 0.05  # 1 - p_y below which a row says too little
+SURE = 0.75  # largest p from which on the lowest gradient need not be that of a smoothed label
 
 
 class RowFactors(NamedTuple):
@@ -67,6 +69,16 @@ def row_factors(
     return None
 
 
+def smoothed_row_factors(output: Tensor, residual: Tensor, is_narrow: bool = False) -> RowFactors | None:
+    """As `row_factors`, of labels that are smoothed, all alike, of three classes or more."""
+    for axis in dict.fromkeys((output.dim() - 1, 1)):
+        if 0 < axis < output.dim() and output.shape[axis] > 2:
+            factors = _along_smoothed(output, residual, axis, is_narrow)
+            if factors is not None:
+                return factors
+    return None
+
+
 def rounding(scores: Tensor) -> Tensor:
     """The error of log-probabilities ``[...]`` that a loss computes from scores ``[..., C]`` in their own type.
 
@@ -88,26 +100,71 @@ def counted_rows(output: Tensor, residual: Tensor, axis: int) -> tuple[int, int]
     return int(has_gradient.sum()), int((has_gradient | is_certain).sum())
 
 
+class _Rows(NamedTuple):
+    """Some rows of an output along an axis: scores, probabilities and gradients ``[K, C]``."""
+
+    scores: Tensor
+    p: Tensor
+    gradients: Tensor
+    is_narrow: bool
+
+    @classmethod
+    def of(cls, output: Tensor, residual: Tensor, axis: int, is_narrow: bool) -> _Rows:
+        lead = [size for i, size in enumerate(output.shape) if i != axis]
+        count = torch.Size(lead).numel()
+        chosen = torch.linspace(0, count - 1, min(count, SAMPLE), device=output.device).long()
+        places = torch.unravel_index(chosen, lead)
+        wide = torch.promote_types(output.dtype, torch.float32)
+        scores, rows = (tensor.detach().movedim(axis, -1)[places] for tensor in (output, residual))
+        is_narrow = is_narrow or min(torch.finfo(each.dtype).bits for each in (output, residual)) < 32
+        return cls(scores, scores.to(wide).softmax(-1), rows.to(wide), is_narrow)
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error of a factor."""
+        return 5e-2 if self.is_narrow else 1e-3
+
+    def fit(self, expected: Tensor, factor: Tensor) -> bool:
+        """Whether the gradients are these, with positive factors ``[K]``."""
+        fits = (self.gradients - expected).abs().amax(-1) <= (2e-2 if self.is_narrow else 1e-5) * factor
+        return bool(fits.all()) and bool((factor > 0).all())
+
+    def only(self, chosen: Tensor) -> _Rows:
+        return self._replace(scores=self.scores[chosen], p=self.p[chosen], gradients=self.gradients[chosen])
+
+
 def _along(output: Tensor, residual: Tensor, axis: int, is_narrow: bool) -> RowFactors | None:
     """The factors if the classes are along this axis."""
-    lead = [size for i, size in enumerate(output.shape) if i != axis]
-    count = torch.Size(lead).numel()
-    chosen = torch.linspace(0, count - 1, min(count, SAMPLE), device=output.device).long()
-    places = torch.unravel_index(chosen, lead)
-    wide = torch.promote_types(output.dtype, torch.float32)
-    scores, rows = (tensor.detach().movedim(axis, -1)[places] for tensor in (output, residual))
-    is_narrow = is_narrow or min(torch.finfo(each.dtype).bits for each in (output, residual)) < 32
-    tolerance, rows = 5e-2 if is_narrow else 1e-3, rows.to(wide)
-    p = scores.to(wide).softmax(-1)
-    label = rows.argmin(-1).where(rows.lt(0).any(-1), p.argmax(-1))  # rounding takes a sure label's gradient to 0
-    doubt = 1 - p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-    telling = rows.ne(0).any(-1) & (doubt > (rounding(scores) / tolerance).clamp_min(DOUBT))
+    rows = _Rows.of(output, residual, axis, is_narrow)
+    # Rounding takes a sure label's gradient to 0.
+    label = rows.gradients.argmin(-1).where(rows.gradients.lt(0).any(-1), rows.p.argmax(-1))
+    doubt = 1 - rows.p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    telling = rows.gradients.ne(0).any(-1) & (doubt > (rounding(rows.scores) / rows.tolerance).clamp_min(DOUBT))
     if not bool(telling.any()):
         return None
-    p, label, rows, doubt = p[telling], label[telling], rows[telling], doubt[telling]
-    factor = -rows.amin(-1) / doubt
-    expected = factor.unsqueeze(-1) * (p - F.one_hot(label, p.shape[-1]).to(wide))
-    fits = (rows - expected).abs().amax(-1) <= (2e-2 if is_narrow else 1e-5) * factor
-    if not (bool(fits.all()) and bool((factor > 0).all())):
+    rows, label, doubt = rows.only(telling), label[telling], doubt[telling]
+    factor = -rows.gradients.amin(-1) / doubt
+    expected = factor.unsqueeze(-1) * (rows.p - F.one_hot(label, rows.p.shape[-1]).to(rows.p))
+    return RowFactors(factor, label, rows.tolerance, axis) if rows.fit(expected, factor) else None
+
+
+def _along_smoothed(output: Tensor, residual: Tensor, axis: int, is_narrow: bool) -> RowFactors | None:
+    rows, classes = _Rows.of(output, residual, axis, is_narrow), output.shape[axis]
+    label = rows.gradients.argmin(-1, keepdim=True)
+    others = rows.p.scatter(-1, label, torch.nan)
+    most, least = (others.nan_to_num(nan=fill).sort(-1).indices[:, place] for fill, place in ((-1.0, -1), (2.0, 0)))
+    ends = torch.stack([most, least], 1)
+    (p_most, p_least), (r_most, r_least) = (each.gather(-1, ends).unbind(1) for each in (rows.p, rows.gradients))
+    telling = (
+        rows.gradients.ne(0).any(-1)
+        & (rows.p.amax(-1) < SURE)
+        & (p_most - p_least > (0.2 if rows.is_narrow else DOUBT))
+    )
+    if int(telling.sum()) < 2:
         return None
-    return RowFactors(factor, label, tolerance, axis)
+    factor = ((r_most - r_least) / (p_most - p_least))[telling]
+    rows, label = rows.only(telling), label[telling].squeeze(1)
+    smoothing = float((classes * (p_most[telling] - r_most[telling] / factor)).median())
+    smoothed = F.one_hot(label, classes).to(rows.p) * (1 - smoothing) + smoothing / classes
+    fits = 0 < smoothing < 1 and rows.fit(factor.unsqueeze(-1) * (rows.p - smoothed), factor)
+    return RowFactors(factor, label, rows.tolerance, axis) if fits else None

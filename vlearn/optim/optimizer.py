@@ -678,7 +678,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 "sum", or a callable that gives the denominator (class weights, unignored targets).
             loss_scale: what that loss is multiplied with beyond this: `1 / k` when it is divided for accumulation,
                 `scaler.get_scale`. A callable is read at backward. Default 1, and a warning where the gradient of a
-                softmax cross-entropy with hard labels, or of an output that the loss is the mean of, shows another
+                softmax cross-entropy with hard or smoothed labels, or of an output that the loss is the mean of, shows another
                 factor, or class weights; ignored targets are then seen and not counted.
             every: keep captures only on every so many steps.
             batch_norm: what to do where examples meet in a BatchNorm in train mode: "refuse" their rows, or take mean

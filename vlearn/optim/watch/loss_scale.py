@@ -13,7 +13,7 @@ from torch import Tensor
 from vlearn._warnings import warn_user
 from vlearn.capture.pytrees import tensor_leaves
 from vlearn.capture.trace import Trace
-from vlearn.losses.hard_labels import counted_rows, row_factors
+from vlearn.losses.hard_labels import counted_rows, row_factors, smoothed_row_factors
 from vlearn.per_example.measured_rows import ExampleIndex, check_example_index
 
 
@@ -82,9 +82,9 @@ class LossScale:
     def of_own_loss(self, trace: Trace) -> float:
         """The scale for the examples of a pass whose backward pass has come.
 
-        Where the loss is softmax cross-entropy with hard labels, or a mean of the output itself, and no more than
-        loss_reduction="mean" or "sum" was told, the scale is what the gradient shows: ignored targets do not count, and
-        a model of Hugging Face's that is told `num_items_in_batch` may or may not divide by it.
+        Where the loss is softmax cross-entropy with hard or smoothed labels, or a mean of the output itself, and no
+        more than loss_reduction="mean" or "sum" was told, the scale is what the gradient shows: ignored targets do not
+        count, and a model of Hugging Face's that is told `num_items_in_batch` may or may not divide by it.
         """
         reduction, scale = self._options.loss_reduction, self._options.loss_scale
         shown = None if callable(reduction) or scale is not None else self._shown(trace)
@@ -102,7 +102,10 @@ class LossScale:
             and leaves[at]._version == version
         ]
         with_classes = [pair for pair in reached if pair[0].dim() > 1]
-        factors = row_factors(*with_classes[0], trace.is_narrow) if len(with_classes) == 1 else None
+        factors = None
+        if len(with_classes) == 1:
+            factors = row_factors(*with_classes[0], trace.is_narrow)
+            factors = factors or smoothed_row_factors(*with_classes[0], trace.is_narrow)
         if factors is None:
             return self._shown_by_sum(*reached[0], trace) if len(reached) == 1 else None
         (output, residual), reduction = with_classes[0], self._options.loss_reduction
