@@ -35,6 +35,17 @@ def test_a_bad_group_setting_is_refused_and_not_added(entry: Entry, settings: di
 
 
 @family
+def test_a_layer_that_has_no_shape_yet_wants_a_forward_pass(entry: Entry) -> None:
+    model, (x, y) = network(), data()
+    model[2] = nn.LazyLinear(model[2].out_features, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"run the model on one batch first, with torch.no_grad\(\): model\(x\)"):
+        entry.make(model)
+    with torch.no_grad():
+        model(x)
+    plain(entry.make(model), model, x, y)
+
+
+@family
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_nonfinite_gradient_raises_and_leaves_state_and_weights(entry: Entry, value: float) -> None:
     model, (x, y) = network(), data()

@@ -288,8 +288,15 @@ class Linearization:
         return self._pulled_back([output], [direction.reshape(output.shape)], last)
 
     def loss_at(self, changes: list[Tensor]) -> Tensor:
-        """Own losses ``[N]`` where each output has changed."""
-        return self._loss_of([leaf.detach() + change for leaf, change in zip(self.leaves, changes, strict=True)])
+        """Own losses ``[N]`` where each output has changed; NaN where that is no output that the loss takes."""
+        leaves = [leaf.detach() for leaf in self.leaves]
+        changed = [leaf + change for leaf, change in zip(leaves, changes, strict=True)]
+        outside = self.losses.is_outside(self._as_for_loss(changed))
+        if outside is None or not bool(outside.any()):
+            return self._loss_of(changed)
+        for leaf, moved in zip(leaves, changed, strict=True):
+            moved[outside] = leaf[outside]
+        return self._loss_of(changed).masked_fill(outside, torch.nan)
 
     @torch.enable_grad()
     def loss_change(self, changes: list[Tensor]) -> Tensor:
@@ -341,10 +348,13 @@ class Linearization:
         return products.self_influence, changes
 
     def _loss_of(self, leaves: list[Tensor]) -> Tensor:
-        leaves = _as_logits(leaves, self.log_probabilities)
-        whole = _for_loss(self.prediction, self.trace.positions, leaves, self.selector, self.losses)
-        loss = self.losses(whole, self.batch.target)
+        loss = self.losses(self._as_for_loss(leaves), self.batch.target)
         return loss if self.position is None else loss[:, self.position]
+
+    def _as_for_loss(self, leaves: list[Tensor]) -> Any:
+        """What the loss is given of these outputs."""
+        leaves = _as_logits(leaves, self.log_probabilities)
+        return _for_loss(self.prediction, self.trace.positions, leaves, self.selector, self.losses)
 
     def _selected(self, tensors: list[Tensor | None]) -> Tensor:
         return select(self.trace.as_output(tensors), self.selector)

@@ -64,6 +64,8 @@ class ExampleLoss:
         else:
             self.unreduced, self.torch_style = loss_fn, False
         self.is_torchs = _is_torchs(loss_fn)
+        self._is_binary_of_probabilities = _unwrapped(loss_fn) in (nn.BCELoss, F.binary_cross_entropy)
+        self._is_gaussian = is_gaussian
         self._whole = loss_fn if self.torch_style and not self.is_torchs else None
         if is_gaussian:
             self.unreduced, self.torch_style = partial(_of_mean_and_variance, self.unreduced), False
@@ -87,6 +89,14 @@ class ExampleLoss:
                 )
             return rows if rows.dim() == 2 else self._reduced(rows.flatten(2))
         return rows if rows.dim() == 1 else self._reduced(rows.flatten(1))
+
+    def is_outside(self, output: Any) -> Tensor | None:
+        """The examples ``[N]`` whose output torch's own loss refuses; None of a loss that refuses none."""
+        if self._is_binary_of_probabilities:
+            return ((output < 0) | (output > 1)).reshape(len(output), -1).any(1)
+        if self._is_gaussian:
+            return (output[1] < 0).reshape(len(output[1]), -1).any(1)
+        return None
 
     def _reduced(self, rows: Tensor) -> Tensor:
         """The entries along the last axis as the loss reduces them."""
@@ -161,10 +171,14 @@ def _shown_reduction(
 
 def _is_torchs(loss_fn: LossFunction) -> bool:
     """Whether a loss is torch's own, whose reductions mean what they say."""
+    return str(getattr(_unwrapped(loss_fn), "__module__", "")).split(".")[0] == "torch"
+
+
+def _unwrapped(loss_fn: LossFunction) -> Any:
+    """The function, or the class of the module, of which a loss is made."""
     while isinstance(loss_fn, partial):
         loss_fn = loss_fn.func
-    of = type(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
-    return str(getattr(of, "__module__", "")).split(".")[0] == "torch"
+    return type(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
 
 
 def _check_takes_output_and_target(loss_fn: LossFunction) -> None:

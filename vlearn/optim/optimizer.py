@@ -23,6 +23,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from vlearn._torch_internals import is_flattened
@@ -220,7 +221,7 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
         group is that of its own parameters; the optimizer's `prior=` is not one of the defaults.
 
         Raises:
-            ValueError, TypeError: if a setting breaks its rule, or a parameter is complex or sharded.
+            ValueError, TypeError: if a setting breaks its rule, or a parameter is complex, sharded or has no shape yet.
         """
         prior = None
         if isinstance(param_group, dict):
@@ -272,6 +273,11 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
             self.state[p].update(state)
 
     def _check_parameter(self, p: Tensor) -> None:
+        if is_lazy(p):
+            raise ValueError(
+                "a parameter has no shape yet, as of nn.LazyLinear before its first forward pass, and no posterior "
+                "either: run the model on one batch first, with torch.no_grad(): model(x), then make the optimizer."
+            )
         if p.is_complex() and not self._takes_complex:
             raise TypeError(
                 f"{type(self).__name__} learns from gradients of single examples, which complex parameters do not have "
@@ -678,8 +684,8 @@ class VariationalOptimizer(Optimizer, Generic[S, P]):
                 "sum", or a callable that gives the denominator (class weights, unignored targets).
             loss_scale: what that loss is multiplied with beyond this: `1 / k` when it is divided for accumulation,
                 `scaler.get_scale`. A callable is read at backward. Default 1, and a warning where the gradient of a
-                softmax cross-entropy with hard or smoothed labels, or of an output that the loss is the mean of, shows another
-                factor, or class weights; ignored targets are then seen and not counted.
+                softmax cross-entropy with hard or smoothed labels, or of an output that the loss is the mean of, shows
+                another factor, or class weights; ignored targets are then seen and not counted.
             every: keep captures only on every so many steps.
             batch_norm: what to do where examples meet in a BatchNorm in train mode: "refuse" their rows, or take mean
                 and variance of the batch as "constant", an approximation that leaves out how an example moves the

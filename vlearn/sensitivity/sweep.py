@@ -217,9 +217,22 @@ def sweep(
             "stands for. Pass num_data to the optimizer: where it is less than ess, leave-one-out losses are too near "
             "the training loss."
         )
+    if options.loo_loss:
+        _warn_if_undefined(table)
     if options.loo_loss and not options.refined:
         _warn_if_too_wide(table)
     return table
+
+
+def _warn_if_undefined(table: SensitivityTable) -> None:
+    undefined = int((table.loo_loss.isnan() & table.loss.isfinite()).sum())
+    if undefined:
+        warn_user(
+            f"{undefined} of {len(table)} leave-one-out losses are NaN: without the example, the output is predicted "
+            "to be none that the loss takes, as a probability below 0 or a negative variance. Let the model give "
+            "logits (nn.BCEWithLogitsLoss, F.cross_entropy), and the logarithm of a rate or of a variance. The mean "
+            "over the others, loo_loss.nanmean(), lacks the largest."
+        )
 
 
 def _warn_if_too_wide(table: SensitivityTable) -> None:
@@ -395,7 +408,7 @@ def _rows_of(lin: Linearization, options: SweepOptions, generator: torch.Generat
     def kept(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.detach().cpu()
 
-    loo = lin.loss_at(changes)
+    loo = lin.loss_at(changes) if options.loo_loss else torch.full_like(lin.loss, torch.nan)
     deviation = kept(change if lin.position is not None else _kept(change, options))
     norm = kept(row_norms(change))
     del changes, change  # as large as the output, which the leverage needs several of
@@ -408,7 +421,7 @@ def _rows_of(lin: Linearization, options: SweepOptions, generator: torch.Generat
     return SensitivityTable(
         index=lin.batch.index,
         loss=kept(lin.loss),
-        loo_loss=kept(loo if options.loo_loss else torch.full_like(loo, torch.nan)),
+        loo_loss=kept(loo),
         deviation=deviation,
         self_influence=kept(self_influence),
         leverage=kept(leverage),
