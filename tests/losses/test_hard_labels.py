@@ -77,9 +77,19 @@ def test_it_is_said_once():
     assert len(seen) == 1
 
 
-def test_class_weights_are_warned_of():
-    _, messages, *_ = live(lambda f: F.cross_entropy(f, LABELS, WEIGHTS))
-    assert len(messages) == 1 and "loss_reduction=lambda: float(weight[targets].sum())" in messages[0]
+@pytest.mark.parametrize("divides_by_weights", [True, False])
+def test_class_weights_are_warned_of_and_are_right_as_told(divides_by_weights):
+    reduction, weight = "mean" if divides_by_weights else "none", WEIGHTS[LABELS].sum()
+
+    def loss(f):
+        return F.cross_entropy(f, LABELS, WEIGHTS, reduction=reduction).mean()
+
+    _, messages, *_ = live(loss)
+    assert len(messages) == 1 and "float(weight[targets].sum())), and loss_scale=1.0 if" in messages[0]
+    told = {"loss_reduction": lambda: float(weight)} if divides_by_weights else {"loss_scale": 1.0}
+    rows, messages, model, optimizer = live(loss, **told)
+    truth = truth_of(model, optimizer, lambda f: F.cross_entropy(f, LABELS, WEIGHTS, reduction="none"))
+    assert messages == [] and relative_error(rows.self_influence, truth) < 1e-10
 
 
 @smoothed

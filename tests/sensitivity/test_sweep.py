@@ -1,5 +1,7 @@
 """What `vlearn.sweep` gives for any loader, posterior and mode, and what it leaves alone."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -441,6 +443,33 @@ def test_a_model_of_which_nothing_moves_is_refused():
     model.requires_grad_(False)
     with pytest.raises(RuntimeError, match="the model's output depends on no parameter of the posterior"):
         swept(model, posterior)
+
+
+def test_a_dataclass_that_torch_does_not_know_is_named_and_one_that_it_knows_is_taken():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        kind: str
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return Output(self.body(x), "classes")
+
+    def loss(output, target):
+        return F.cross_entropy(output.logits, target, reduction="none")
+
+    model = Wrapped()
+    posterior = optimizer_of(model).posterior()
+    with pytest.raises(RuntimeError, match=r"the model gives a Output, in which no tensors are seen: .*register_datac"):
+        swept(model, posterior, loss_fn=loss)
+    torch.export.register_dataclass(Output)
+    found = swept(model, posterior, loss_fn=loss)
+    twin = network()
+    torch.testing.assert_close(found.loo_loss, swept(twin, optimizer_of(twin).posterior()).loo_loss)
 
 
 def test_a_progress_bar_is_shown_on_request(capsys):

@@ -429,6 +429,11 @@ def linearize(
     if trace.problems:
         raise RuntimeError(f"sensitivities are not defined for this model: {trace.problems[0]}")
     if not trace.positions:
+        if not tensor_leaves(prediction):
+            raise RuntimeError(
+                f"the model gives a {type(prediction).__name__}, in which no tensors are seen: return tensors, or "
+                "tuples or dicts of them, or register a dataclass by torch.export.register_dataclass."
+            )
         raise RuntimeError("the model's output depends on no parameter of the posterior that requires grad.")
     with torch.enable_grad():
         outputs = [plain(tensor_leaves(prediction)[i]) for i in trace.positions]

@@ -112,8 +112,9 @@ class LossScale:
         if not factors.is_one:
             if factors.goes_by_label and reduction == "mean":
                 self._warn(
-                    "the loss weighs the classes, so that its denominator is the sum of the weights and not the number "
-                    "of examples: tell it by watch(model, loss_reduction=lambda: float(weight[targets].sum()))."
+                    "the loss weighs the classes, and what it divides by is not shown. If that is the sum of the "
+                    "weights, as of F.cross_entropy(weight=), tell watch(model, loss_reduction=lambda: "
+                    "float(weight[targets].sum())), and loss_scale=1.0 if it is the number of examples, as assumed."
                 )
             return None
         denominator = 1 / float(factors.factor.median())
