@@ -312,6 +312,31 @@ def test_cleanlab_takes_what_is_made_for_it(run):
     assert len(wrong & set(found.tolist())) > 0.7 * max(len(found), len(wrong))
 
 
+BINARY = {
+    "logits": nn.BCEWithLogitsLoss(),
+    "weighed": nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)),
+    "squares": nn.MSELoss(),
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_sweep_of_one_logit_is_of_two_classes(name):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).long()
+    data = [(x, labels.float().unsqueeze(1))]
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    posterior = vlearn.IVON(model, lr=0.1, ess=60, hess_init=0.5).posterior()
+    table = vlearn.sweep(model, posterior, data, BINARY[name], progress=False)
+    if name == "squares":
+        with pytest.raises(ValueError, match="the model has one output, but label issues need one for each class"):
+            vlearn.label_issues(table, labels)
+        return
+    issues = vlearn.label_issues(table, labels)
+    of_second = (table.output + table.deviation).sigmoid().squeeze(1).numpy()[issues.numbers]
+    np.testing.assert_allclose(issues.probabilities[:, 1], of_second, rtol=1e-5)
+
+
 class TestRefusals:
     def test_bad_arguments(self, run, tmp_path):
         from dataclasses import replace

@@ -246,10 +246,10 @@ def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) ->
             "the table has no output [N, C] of one row for each example: sweep a classifier with deviation=True."
         )
     if math.prod(output.shape[1:]) == 1:
-        if not _is_logistic(output.reshape(-1), table.loss):
+        if not _is_logistic(output.reshape(-1), table.loss, torch.from_numpy(labels[table.index.numpy()])):
             raise ValueError(
                 "the model has one output, but label issues need one for each class, or the logit of a binary "
-                "cross-entropy, as of nn.BCEWithLogitsLoss()."
+                "cross-entropy, as of nn.BCEWithLogitsLoss(): sweep with that loss, without smoothing."
             )
         output, change = (F.pad(each.reshape(-1, 1), (1, 0)) for each in (output, change))
     index = table.index.numpy()
@@ -266,10 +266,15 @@ def _of_table(table: SensitivityTable, labels: np.ndarray, score: str | None) ->
     return index, values, now, later, uncertain, without, _beside(own, without, without.argmax(1))[0]
 
 
-def _is_logistic(logits: torch.Tensor, loss: torch.Tensor) -> bool:
-    """Whether these are the binary cross-entropies ``[N]`` of logits ``[N]``, of whatever labels."""
+def _is_logistic(logits: torch.Tensor, loss: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether these are binary cross-entropies ``[N]`` of logits ``[N]``, of whatever labels or weighed by these."""
     either = F.softplus(torch.stack([logits, -logits]).double())
-    return bool(torch.isclose(either, loss.double(), rtol=1e-2, atol=1e-6).any(0).all())
+    if bool(torch.isclose(either, loss.double(), rtol=1e-2, atol=1e-6).any(0).all()):
+        return True
+    weighed = [(loss.double() / either[label])[labels == label] for label in (0, 1)]
+    if sum(map(len, weighed)) < len(labels):
+        return False
+    return all(bool(weights.max() - weights.min() <= 1e-2 * weights.min()) for weights in weighed if len(weights))
 
 
 def _last_leverage(record: TrainingRecord) -> np.ndarray | None:
