@@ -5,6 +5,7 @@ import csv
 import logging
 import pickle
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -791,6 +792,26 @@ OTHER_LABELS = {
         lambda model, x, y: F.cross_entropy(model(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
     ),
 }
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor(3.0)])
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("is_permuted", [True, False])
+def test_binary_labels_that_the_loss_does_not_ask_for_are_warned_of(width, is_permuted, weight, tmp_path):
+    torch.manual_seed(0)
+    model, y = nn.Linear(6, width), (X[:, :width] > 0).float()
+    loss = nn.BCEWithLogitsLoss(pos_weight=weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    warned = (
+        pytest.warns(UserWarning, match="the training's loss asks .* for another") if is_permuted else nullcontext()
+    )
+    with warned, Recorder(tmp_path, model, loss_fn=loss) as recorder:
+        for _ in range(6):
+            for x, target in recorder.follow(DataLoader(TensorDataset(X, y), 6, shuffle=True)):
+                optimizer.zero_grad()
+                order = torch.arange(len(x)).roll(1) if is_permuted else torch.arange(len(x))
+                loss(model(x[order]), target[order]).backward()
+                optimizer.step()
 
 
 @pytest.mark.parametrize("name", OTHER_LABELS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlearn.audit.scores import labels_of
+from vlearn.audit.scores import is_binary, labels_of
 from vlearn.losses.class_scores import class_scores
 from vlearn.losses.example_loss import LossFunction
 
@@ -47,21 +47,30 @@ class LabelCheck:
         """Look at a batch, if its target is labels and one backward pass went through its output.
 
         Args:
-            output: ``[N, C]``, ``[N, C, T]`` or ``[N, T, C]``.
+            output: ``[N, C]``, ``[N, C, T]`` or ``[N, T, C]``; of a binary cross-entropy of the target's shape.
             gradients: of the training's loss in it, whatever its scale, of each backward pass.
             target, loss_fn, classes_last: of `output_scores`, which took them.
         """
         if self.is_over:
             return
         self._batches += 1
-        found = labels_of(output, target, loss_fn, classes_last)
-        if found is None or not found[0].numel() or len(gradients) != 1:
+        if len(gradients) != 1:
             return
-        labels, axis = found
+        z, g = output.detach(), gradients[0]
+        if loss_fn is not None and is_binary(loss_fn):  # two classes of each label, with the scores 0 and z
+            labels, axis = target.round().long(), -1
+            z, g = torch.stack([torch.zeros_like(z), z], -1), torch.stack([-g, g], -1)
+        else:
+            found = labels_of(output, target, loss_fn, classes_last)
+            if found is None:
+                return
+            labels, axis = found
+        if not labels.numel():
+            return
         places = torch.linspace(0, labels.numel() - 1, min(ROWS, labels.numel()), device=labels.device).long()
         rows = torch.unravel_index(places, labels.shape)
         y = labels[rows]
-        z, g = (each.movedim(axis, -1)[rows] for each in (output.detach(), gradients[0]))  # [rows, C]
+        z, g = (each.movedim(axis, -1)[rows] for each in (z, g))  # [rows, C]
         p = class_scores(z).softmax(1).gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
         tells = (y >= 0) & (p < 0.5) & g.isfinite().all(1) & g.ne(0).any(1)
         counts = torch.stack([tells.sum(), (tells & (g.argmin(1) != y)).sum()])

@@ -71,7 +71,7 @@ def output_scores(
         ValueError: if the target is no labels and no loss says what it is, or it does not fit the output.
     """
     output = output.detach()
-    if loss_fn is not None and _is_binary(loss_fn):
+    if loss_fn is not None and is_binary(loss_fn):
         return _of_several_labels(upcast(output), target, loss_fn)
     labels = _labels(output, target, loss_fn, is_trusted, classes_last)
     if labels is None:
@@ -95,7 +95,7 @@ def labels_of(
     Args:
         output, target, loss_fn, classes_last: of `output_scores`, which took them.
     """
-    if loss_fn is not None and _is_binary(loss_fn):
+    if loss_fn is not None and is_binary(loss_fn):
         return None
     labels = _labels(output, target, loss_fn, True, classes_last)
     if labels is None:
@@ -253,7 +253,8 @@ def _unwrapped(loss_fn: LossFunction) -> Any:
     return loss_fn
 
 
-def _is_binary(loss_fn: LossFunction) -> bool:
+def is_binary(loss_fn: LossFunction) -> bool:
+    """Whether a loss is the binary cross-entropy of logits, one for each label."""
     own = _unwrapped(loss_fn)
     return isinstance(own, nn.BCEWithLogitsLoss) or own is F.binary_cross_entropy_with_logits
 
