@@ -795,22 +795,27 @@ OTHER_LABELS = {
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor(3.0)])
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [0, 1, 4])
 @pytest.mark.parametrize("is_permuted", [True, False])
 def test_binary_labels_that_the_loss_does_not_ask_for_are_warned_of(width, is_permuted, weight, tmp_path):
+    """Also where the loop squeezes the output (0)."""
     torch.manual_seed(0)
-    model, y = nn.Linear(6, width), (X[:, :width] > 0).float()
+    model, y = nn.Linear(6, width or 1), (X[:, :width] > 0).float() if width else (X[:, 0] > 0).float()
+
+    def selected(output):
+        return output if width else output.squeeze(1)
+
     loss = nn.BCEWithLogitsLoss(pos_weight=weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     warned = (
         pytest.warns(UserWarning, match="the training's loss asks .* for another") if is_permuted else nullcontext()
     )
-    with warned, Recorder(tmp_path, model, loss_fn=loss) as recorder:
+    with warned, Recorder(tmp_path, model, loss_fn=loss, output=selected) as recorder:
         for _ in range(6):
             for x, target in recorder.follow(DataLoader(TensorDataset(X, y), 6, shuffle=True)):
                 optimizer.zero_grad()
                 order = torch.arange(len(x)).roll(1) if is_permuted else torch.arange(len(x))
-                loss(model(x[order]), target[order]).backward()
+                loss(selected(model(x[order])), target[order]).backward()
                 optimizer.step()
 
 

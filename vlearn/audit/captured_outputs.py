@@ -96,7 +96,8 @@ class CapturedOutputs:
             if tensor is not None and tensor.dim() > 0 and tensor.is_floating_point():
                 gradients: list[Tensor] = []
                 if self.looks_at_gradients and tensor.requires_grad and not torch.compiler.is_compiling():
-                    tensor.register_hook(gradients.append)
+                    shape = tensor.shape  # a hook that held the tensor would keep its graph
+                    _source(tensor, output).register_hook(lambda g: gradients.append(g.reshape(shape)))
                 self._calls.append(Call(name, tensor.detach(), tensor._version, gradients, tensor_leaves(args)))
 
     def of_chosen(
@@ -193,6 +194,15 @@ def _are_alike(scores: dict[str, OutputScores]) -> bool:
     """Whether all say the same, as a module does that hands on another's output."""
     first, *others = (each.columns["loss"] for each in scores.values())
     return all(torch.equal(first, other) for other in others)
+
+
+def _source(tensor: Tensor, output: Any) -> Tensor:
+    """What the loop has of a tensor that was selected: itself, or that of which it is another shape, as by squeeze."""
+    leaves = tensor_leaves(output)
+    if any(tensor is leaf for leaf in leaves) or not tensor.is_contiguous():
+        return tensor
+    reshaped = [leaf for leaf in leaves if leaf.is_contiguous() and leaf.numel() == tensor.numel()]
+    return next((leaf for leaf in reshaped if leaf.data_ptr() == tensor.data_ptr()), tensor)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from vlearn.losses.example_loss import LossFunction
 BATCHES = 20  # that are looked at
 ROWS = 256  # of each
 ENOUGH = 20  # rows, from which on something is said
-SHARE = 1 / 3  # of them that speak of other labels
+SHARE = 1 / 5  # of them that speak of other labels
 
 
 class LabelCheck:
