@@ -129,6 +129,15 @@ def test_loaders_of_other_makes_are_numbered_by_what_their_samplers_draw(loader,
     torch.testing.assert_close(pairs.values.diagonal(), expected.self_influence)
 
 
+def test_empty_batches_are_passed_over(trained):
+    expected = vlearn.sweep(*trained, [DATA[:]], F.cross_entropy, leverage=None)
+    batches = [DATA[:4], DATA[4:4], DATA[4:]]
+    table = vlearn.sweep(*trained, batches, F.cross_entropy, leverage=None)
+    assert table.index.tolist() == expected.index.tolist()
+    torch.testing.assert_close(table.loo_loss, expected.loo_loss)
+    vlearn.posterior.fit(trained[0], batches, F.cross_entropy, progress=False)
+
+
 def test_only_drawn_examples_are_there_by_their_own_numbers(trained):
     expected = vlearn.sweep(*trained, [DATA[:]], F.cross_entropy, leverage=None)
     samplers = [

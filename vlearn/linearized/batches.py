@@ -130,6 +130,8 @@ def batches(loader: Iterable[Any], model: nn.Module, example_index: ExampleIndex
         else:
             rows = _told_rows(example_index, model, arguments, target)
             count = rows[0].num_examples
+        if count == 0:  # as where everything of a batch was filtered out
+            continue
         if index is None:
             index = numbering.number(count, drawn)
         elif len(index) != count:
