@@ -429,6 +429,29 @@ def test_views_that_the_loop_makes_are_averaged(tmp_path):
     np.testing.assert_allclose(recorder.record.column("loss"), by_hand(outputs)["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_permuted", [False, True])
+def test_a_batch_that_the_loop_takes_in_parts_is_recorded_whole(tmp_path, is_permuted):
+    model, outputs = network(), []
+    optimizer = OPTIMIZERS["SGD"](model)
+    with Recorder(tmp_path, model) as recorder:
+        for x, y in recorder.follow(DataLoader(DATA, 10, shuffle=True)):
+            optimizer.zero_grad()
+            order = torch.arange(len(x)).flip(0) if is_permuted else torch.arange(len(x))
+            for x_part, y_part in zip(x[order].split(4), y[order].split(4), strict=True):
+                z = model(x_part)
+                (F.cross_entropy(z, y_part) / 3).backward()
+                outputs.append((x_part, y_part, z.detach().clone()))
+            optimizer.step()
+            if is_permuted:
+                break
+        if is_permuted:  # whose they are is not known
+            with pytest.raises(ValueError, match="the output has 4 rows for 10 examples"):
+                recorder.end_batch()
+            return
+    assert recorder.record.column("count").tolist() == [1] * N
+    np.testing.assert_allclose(recorder.record.column("loss"), by_hand(outputs)["loss"], rtol=1e-5)
+
+
 def test_a_record_is_not_continued_with_other_labels(tmp_path):
     model = network()
     with Recorder(tmp_path, model) as recorder:

@@ -111,7 +111,8 @@ class CapturedOutputs:
         """Those of the module that is chosen, by these calls if none is yet, that are of the batch's examples.
 
         Of several calls those are left out whose output the loss does not depend on, as in domain adaptation, and those
-        that were given less of the batch than another, as in semi-supervised training.
+        that were given less of the batch than another, as in semi-supervised training. Calls with one part of the batch
+        after the other are one.
 
         Args:
             target: of the batch.
@@ -135,8 +136,9 @@ class CapturedOutputs:
         if len(own) > 1:
             inputs = [self._num_inputs(call) for call in own]
             own = [call for call, number in zip(own, inputs, strict=True) if number == max(inputs)]
+        whole = _joined(own, self._inputs)
         self._inputs = []
-        return own
+        return own if whole is None else [whole]
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -203,6 +205,20 @@ def _source(tensor: Tensor, output: Any) -> Tensor:
         return tensor
     reshaped = [leaf for leaf in leaves if leaf.is_contiguous() and leaf.numel() == tensor.numel()]
     return next((leaf for leaf in reshaped if leaf.data_ptr() == tensor.data_ptr()), tensor)
+
+
+def _joined(calls: list[Call], inputs: list[Tensor]) -> Call | None:
+    """The calls as one, where all that they were given are parts of the inputs, one after the other; else None."""
+    rows = [len(call.output) for call in calls]
+    wholes = [each for each in inputs if each.dim() > 0 and len(each) == sum(rows)]
+    if len(calls) < 2 or not wholes:
+        return None
+    for call, *parts in zip(calls, *(whole.split(rows) for whole in wholes), strict=True):
+        if not call.given or not all(any(_are_the_same(each, part) for part in parts) for each in call.given):
+            return None
+    one_each = all(len(call.gradients) == 1 for call in calls)
+    gradients = [torch.cat([call.gradients[0] for call in calls])] if one_each else []
+    return Call(calls[0].name, torch.cat([call.output for call in calls]), 0, gradients, wholes)
 
 
 @torch.no_grad()
