@@ -445,6 +445,7 @@ def test_a_model_of_which_nothing_moves_is_refused():
         swept(model, posterior)
 
 
+@pytest.mark.filterwarnings("ignore:.*_register_pytree_node. is deprecated:FutureWarning")  # by torch 2.6 itself
 def test_a_dataclass_that_torch_does_not_know_is_named_and_one_that_it_knows_is_taken():
     @dataclasses.dataclass
     class Output:
