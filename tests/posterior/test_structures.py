@@ -207,6 +207,35 @@ def test_half_a_layer_is_refused():
     assert parameters_of()["0.weight"] not in posterior.covariance(parameters)
 
 
+def test_a_layer_that_is_frozen_in_part_is_refused():
+    posterior, _ = posterior_of(parameters_of(), "layers")
+    parameters = {name: torch.nn.Parameter(p) for name, p in parameters_of().items()}
+    parameters["0.bias"].requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="'0.bias' is frozen .* but the posterior correlates it with others that are n"
+    ):
+        posterior.covariance(parameters)
+    parameters["0.weight"].requires_grad_(False)
+    posterior.covariance(parameters)
+
+
+def test_a_product_with_a_part_without_scale_has_none(tmp_path):
+    mean, one = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
+    without = Diagonal(mean, one, {"a": 1.0}, {"a": 9.0}, 9)
+    without.uncalibrated_reason, without.num_data_given = "it has none.", False
+    other = Full({"b": torch.zeros(1)}, torch.eye(1), 9)
+    assert ProductPosterior([other]).uncalibrated_reason is None and ProductPosterior([other]).num_data_given
+    product = ProductPosterior([other, without])
+    product.save(tmp_path / "product.pt")
+    for posterior in (product, product.clone(), vlearn.posterior.load(tmp_path / "product.pt")):
+        assert not posterior.num_data_given
+        for read in (posterior.entropy, posterior.sample):
+            with pytest.raises(RuntimeError, match="it has none"):
+                read()
+    without.uncalibrated_draws = False
+    ProductPosterior([other, without]).sample()
+
+
 def test_a_part_that_has_moved_on_makes_the_whole_stale():
     def stale():
         raise RuntimeError("stale")

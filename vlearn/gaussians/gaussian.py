@@ -321,7 +321,7 @@ class Gaussian:
         """Σ keyed by the given parameters, for those of the names that this posterior has.
 
         Raises:
-            ValueError: if a block has some of them, but not all.
+            ValueError: if a block has some of them, but not all, or some of these are frozen.
         """
         blocks = []
         for group in self._each_group():
@@ -332,6 +332,12 @@ class Gaussian:
                 raise ValueError(
                     f"the model has no trainable parameter {missing[0]!r}, but the posterior has, correlated with "
                     "others: pass the model that was trained."
+                )
+            frozen = [name for name in group if not parameters[name].requires_grad]
+            if 0 < len(frozen) < len(group):
+                raise ValueError(
+                    f"{frozen[0]!r} is frozen (requires_grad=False), but the posterior correlates it with others that "
+                    "are not, whose covariance is another one without it: fit a posterior to the model as it is."
                 )
             blocks.append(([parameters[name] for name in group], self.block(group)))
         return Covariance(blocks)

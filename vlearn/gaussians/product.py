@@ -59,6 +59,11 @@ class ProductPosterior(Gaussian):
         self._parts = list(parts)
         self.prior_mean = {name: mean for part in parts for name, mean in part.prior_mean.items()}
         self.training_time = min(part.training_time for part in parts)
+        self.num_data_given = all(part.num_data_given for part in parts)
+        without_scale = [part for part in parts if part.uncalibrated_reason]
+        if without_scale:
+            self.uncalibrated_reason = without_scale[0].uncalibrated_reason
+            self.uncalibrated_draws = any(part.uncalibrated_draws for part in without_scale)
 
     def block(self, group: tuple[str, ...]) -> Block:
         """See `Gaussian`."""
