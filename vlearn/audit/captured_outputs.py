@@ -122,18 +122,18 @@ class CapturedOutputs:
         Raises:
             ValueError: if no output fits the target, or several do.
         """
+        is_first = self._chosen is None
         if self._chosen is None:
             self._chosen = self._choice(calls, target, loss_fn, loss, classes_last)
-            own = [call for call in calls if call.name == self._chosen]
-            self.takes_inputs = any(not call.given or self._num_inputs(call) for call in own)
             for name, handle in self._handles.items():
                 if name != self._chosen:
                     handle.remove()
         own = [call for call in calls if call.name == self._chosen]
+        if is_first:
+            self.takes_inputs = any(not call.given or self._num_inputs(call) for call in own)
         self.has_several = self.has_several or len(own) > 1
-        if len(own) > 1:
+        if len(own) > 1 and not _have_the_same_inputs(own):
             own = [call for call in own if any(bool(gradient.any()) for gradient in call.gradients)] or own
-        if len(own) > 1:
             inputs = [self._num_inputs(call) for call in own]
             own = [call for call, number in zip(own, inputs, strict=True) if number == max(inputs)]
         whole = _joined(own, self._inputs)
@@ -205,6 +205,12 @@ def _source(tensor: Tensor, output: Any) -> Tensor:
         return tensor
     reshaped = [leaf for leaf in leaves if leaf.is_contiguous() and leaf.numel() == tensor.numel()]
     return next((leaf for leaf in reshaped if leaf.data_ptr() == tensor.data_ptr()), tensor)
+
+
+def _have_the_same_inputs(calls: list[Call]) -> bool:
+    """Whether the very same tensors were given in all calls, as in several draws of one batch: no device is asked."""
+    first = calls[0].given
+    return bool(first) and all([*map(id, call.given)] == [*map(id, first)] for call in calls)
 
 
 def _joined(calls: list[Call], inputs: list[Tensor]) -> Call | None:

@@ -5,7 +5,8 @@ A batch may have the numbers of its examples (`IndexedDataset`). Where it has no
     of a DataLoader over a map-style dataset    what its sampler drew
     of anything else                            counted in its order, which is taken to be that of the data
 
-and where a sampler cannot be followed and is not sequential, unknown.
+and where a sampler cannot be followed and is not sequential, unknown. By the numbers and losses one pass through a
+loader is seen to have the examples of another.
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ class _Rows(NamedTuple):
         """The relative error of a factor."""
         return 5e-2 if self.is_narrow else 1e-3
 
-    def fit(self, expected: Tensor, factor: Tensor) -> bool:
-        """Whether the gradients are these, with positive factors ``[K]``."""
+    def match(self, expected: Tensor, factor: Tensor) -> bool:
+        """Whether the gradients are these ``[K, C]``, to rounding, with positive factors ``[K]``."""
         fits = (self.gradients - expected).abs().amax(-1) <= (2e-2 if self.is_narrow else 1e-5) * factor
         return bool(fits.all()) and bool((factor > 0).all())
 
@@ -145,26 +145,23 @@ def _along(output: Tensor, residual: Tensor, axis: int, is_narrow: bool) -> RowF
     rows, label, doubt = rows.only(telling), label[telling], doubt[telling]
     factor = -rows.gradients.amin(-1) / doubt
     expected = factor.unsqueeze(-1) * (rows.p - F.one_hot(label, rows.p.shape[-1]).to(rows.p))
-    return RowFactors(factor, label, rows.tolerance, axis) if rows.fit(expected, factor) else None
+    return RowFactors(factor, label, rows.tolerance, axis) if rows.match(expected, factor) else None
 
 
 def _along_smoothed(output: Tensor, residual: Tensor, axis: int, is_narrow: bool) -> RowFactors | None:
+    """The factors of smoothed labels: the slope of the gradient between two classes off the label."""
     rows, classes = _Rows.of(output, residual, axis, is_narrow), output.shape[axis]
     label = rows.gradients.argmin(-1, keepdim=True)
-    others = rows.p.scatter(-1, label, torch.nan)
-    most, least = (others.nan_to_num(nan=fill).sort(-1).indices[:, place] for fill, place in ((-1.0, -1), (2.0, 0)))
-    ends = torch.stack([most, least], 1)
-    (p_most, p_least), (r_most, r_least) = (each.gather(-1, ends).unbind(1) for each in (rows.p, rows.gradients))
-    telling = (
-        rows.gradients.ne(0).any(-1)
-        & (rows.p.amax(-1) < SURE)
-        & (p_most - p_least > (0.2 if rows.is_narrow else DOUBT))
-    )
+    most = rows.p.scatter(-1, label, -1.0).argmax(-1, keepdim=True)  # the label aside
+    least = rows.p.scatter(-1, label, 2.0).argmin(-1, keepdim=True)
+    rise, gap = (each.gather(-1, most) - each.gather(-1, least) for each in (rows.gradients, rows.p))
+    smallest_gap = 4 * DOUBT if rows.is_narrow else DOUBT
+    telling = rows.gradients.ne(0).any(-1) & (rows.p.amax(-1) < SURE) & (gap.squeeze(-1) > smallest_gap)
     if int(telling.sum()) < 2:
         return None
-    factor = ((r_most - r_least) / (p_most - p_least))[telling]
-    rows, label = rows.only(telling), label[telling].squeeze(1)
-    smoothing = float((classes * (p_most[telling] - r_most[telling] / factor)).median())
+    rows, label, most, factor = rows.only(telling), label[telling].squeeze(1), most[telling], (rise / gap)[telling]
+    smoothing = float((classes * (rows.p.gather(-1, most) - rows.gradients.gather(-1, most) / factor)).median())
     smoothed = F.one_hot(label, classes).to(rows.p) * (1 - smoothing) + smoothing / classes
-    fits = 0 < smoothing < 1 and rows.fit(factor.unsqueeze(-1) * (rows.p - smoothed), factor)
+    factor, expected = factor.squeeze(1), factor * (rows.p - smoothed)
+    fits = 0 < smoothing < 1 and rows.match(expected, factor)
     return RowFactors(factor, label, rows.tolerance, axis) if fits else None
